@@ -1,0 +1,164 @@
+# GoldFinch in CUDA C. `make help` lists targets and variables.
+
+MAKEFLAGS += --no-builtin-rules
+.DEFAULT_GOAL := train
+.DELETE_ON_ERROR:
+.PHONY: help train train_goldfinch test_goldfinch test clean
+
+define HELP
+make [train]           build ./train_goldfinch, for the GPU if nvcc and a GPU (sm_80 or newer) are here, else for the CPU
+make test_goldfinch    build ./test_goldfinch, the checks; run it alone or with golden tables: ./test_goldfinch FILE...
+make test              build both, run ./test_goldfinch and dev/test.sh
+make clean             remove what was built (not out/ and data/)
+
+GPU=0                  the same kernels on the CPU; needs g++ only, no CUDA toolkit (dev/cpu/README.md)
+GPU=1                  a GPU build even if there is no GPU here
+PRECISION=BF16|FP32    storage of weights and activations; default BF16 on a GPU, FP32 on the CPU
+GPU_ARCH=90            the GPU's architecture, or several: "80 90"; default: this machine's, or 80 and 90 without a GPU
+SANITIZE=address,undefined   CPU build that stops at the first out-of-bounds access or undefined operation
+DEBUG=1                CPU build for stepping through kernels in gdb
+BLAS=openblas          CPU build with OpenBLAS in place of our own matrix products
+NVCC=, CXX=, CC=       other compilers
+
+Each combination has its own folder in build/; the programs here at the top are those that were asked for last.
+endef
+
+ifneq ($(filter clean help,$(MAKECMDGOALS)),)
+clean:
+	rm -rf build train_goldfinch test_goldfinch
+help:
+	$(info $(HELP))
+	@:
+else
+
+# ----------------------------------------------------------------------------------------------------------------------
+# GPU or CPU?
+
+ifeq ($(origin CXX),default)
+CXX := g++
+endif
+ifeq ($(origin NVCC),undefined)
+NVCC := $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
+endif
+
+ifneq ($(GPU),0)
+# "90" for every kind of GPU here, the oldest first; empty without one
+FOUND := $(shell nvidia-smi -L >/dev/null 2>&1 && nvidia-smi --query-gpu=compute_cap --format=csv,noheader | tr -d '. ' | sort -nu)
+endif
+ifeq ($(GPU),)
+  ifeq ($(NVCC),)
+    override GPU := 0
+    WHY := no nvcc on the PATH
+  else ifeq ($(FOUND),)
+    override GPU := 0
+    WHY := nvcc is here, but nvidia-smi finds no GPU
+  else ifeq ($(shell [ $(firstword $(FOUND)) -ge 80 ] && echo ok),)
+    override GPU := 0
+    WHY := the GPU here is sm_$(firstword $(FOUND)), older than sm_80
+  else
+    override GPU := 1
+    WHY := nvcc and a GPU are here
+  endif
+  WHY += (GPU=$(if $(filter 0,$(GPU)),1,0) overrides)
+else ifneq ($(filter 0 1,$(GPU)),)
+  WHY := asked for by GPU=$(GPU)
+else
+  $(error GPU is 0 or 1, not "$(GPU)")
+endif
+
+ifeq ($(GPU),1)
+  ifeq ($(NVCC),)
+    $(error GPU=1 needs nvcc, which is not on the PATH; GPU=0 builds for the CPU)
+  endif
+  PRECISION ?= BF16
+  GPU_ARCH ?= $(or $(FOUND),80 90)
+else
+  PRECISION ?= FP32
+endif
+ifeq ($(filter BF16 FP32,$(PRECISION)),)
+  $(error PRECISION is BF16 or FP32, not "$(PRECISION)")
+endif
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How to compile
+
+DEFINES := -DPRECISION_BF16=$(if $(filter BF16,$(PRECISION)),1,0)
+WARN := -Wall -Wextra
+comma := ,
+empty :=
+space := $(empty) $(empty)
+
+ifeq ($(GPU),1)
+  VARIANT := gpu-$(PRECISION)-sm$(subst $(space),-,$(strip $(GPU_ARCH)))
+  CUFLAGS := -O3 -std=c++17 -lineinfo -Xcompiler -fopenmp,-Wall,-Wextra \
+             $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a)$(comma)code=sm_$(a)) $(DEFINES)
+  CFLAGS := -O2 -g -std=gnu11 $(WARN) $(DEFINES)
+  LINK = $(NVCC) -Xcompiler -fopenmp $^ -o $@ -lcublas -lcublasLt -lm
+  SUMMARY := GPU build, $(PRECISION), sm $(GPU_ARCH)
+else
+  VARIANT := cpu-$(PRECISION)$(if $(SANITIZE),-$(subst $(comma),-,$(SANITIZE)))$(if $(DEBUG),-debug)$(if $(BLAS),-$(BLAS))
+  OPTIMIZE := -O3 -march=native
+  ifneq ($(DEBUG),)
+    OPTIMIZE := -Og -march=native
+  endif
+  ifneq ($(SANITIZE),)
+    OPTIMIZE := -O1 -march=native -fno-omit-frame-pointer -fsanitize=$(SANITIZE) -fno-sanitize-recover=all
+    DEFINES += -DCUDA_ON_CPU_SANITIZE
+  endif
+  ifneq ($(BLAS),)
+    DEFINES += -DCUDA_ON_CPU_OPENBLAS
+  endif
+  CUFLAGS := $(OPTIMIZE) -g -std=c++17 -fno-strict-aliasing -fopenmp $(WARN) -Wno-unknown-pragmas -DCUDA_ON_CPU -Idev/cpu $(DEFINES)
+  CFLAGS := $(if $(DEBUG)$(SANITIZE),$(OPTIMIZE),-O2) -g -std=gnu11 $(WARN) $(DEFINES)
+  LINK = $(CXX) $(OPTIMIZE) -fopenmp $^ -o $@ $(if $(BLAS),-l$(BLAS)) -lm
+  SUMMARY := CPU build, $(PRECISION)$(if $(SANITIZE), with -fsanitize=$(SANITIZE))
+endif
+DIR := build/$(VARIANT)
+$(info $(SUMMARY): $(WHY))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What to build
+
+train: train_goldfinch
+train_goldfinch test_goldfinch: %: $(DIR)/%
+	@ln -f $< $@
+
+test: train_goldfinch test_goldfinch
+	./test_goldfinch
+	dev/test.sh
+
+$(DIR)/train_goldfinch: $(DIR)/train_goldfinch.o
+	$(LINK)
+$(DIR)/test_goldfinch: $(DIR)/test_goldfinch.o $(DIR)/kernels_for_test.o
+	$(LINK)
+$(DIR)/test_goldfinch.o: test_goldfinch.c Makefile | $(DIR)
+	$(CC) $(CFLAGS) -MMD -c $< -o $@
+$(DIR):
+	@mkdir -p $@
+
+ifeq ($(GPU),1)
+$(DIR)/%.o: %.cu Makefile | $(DIR)
+	$(NVCC) $(CUFLAGS) -MMD -c $< -o $@
+$(DIR)/kernels_for_test.o: train_goldfinch.cu Makefile | $(DIR)
+	$(NVCC) $(CUFLAGS) -DGOLDFINCH_TEST -MMD -c $< -o $@
+else
+# g++ does not know `kernel<<<shape>>>(arguments);`. One sed expression makes a call of it (dev/cpu/launch.h), another one
+# announces shared arrays (one in a line), a third makes included .cu files the rewritten ones. Lines stay where they are.
+NAME := [A-Za-z_][A-Za-z0-9_:]*
+TEMPLATE := (<([^<>]|<[^<>]*>)*>)?
+CU_TO_CPP := sed -E \
+  -e 's/($(NAME)$(TEMPLATE))<<<(([^>]|>{1,2}[^>])*)>>>/cuda_on_cpu::launch("\1", cuda_on_cpu::Shape(\4), [\&](const auto \&...arguments) { \1(arguments...); })/g' \
+  -e 's/__shared__[^;()]*( |__align__\([^)]*\) [^;]* )($(NAME))(\[[^;]*)?;/& CUDA_ON_CPU_SHARED(\2)/' \
+  -e 's/^(\#include "[^"]*)\.cu"/\1.cu.cpp"/'
+
+build/cpp/%.cu.cpp: %.cu Makefile
+	@mkdir -p $(@D)
+	@(echo '#line 1 "$<"'; $(CU_TO_CPP) $<) > $@
+$(DIR)/%.o: build/cpp/%.cu.cpp | $(DIR) $(patsubst %,build/cpp/%.cpp,$(wildcard *.cu))
+	$(CXX) $(CUFLAGS) -MMD -c $< -o $@
+$(DIR)/kernels_for_test.o: build/cpp/train_goldfinch.cu.cpp | $(DIR)
+	$(CXX) $(CUFLAGS) -DGOLDFINCH_TEST -MMD -c $< -o $@
+endif
+
+-include $(wildcard $(DIR)/*.d)
+endif

@@ -1,0 +1,312 @@
+// One block of threads on one OS thread. A thread runs until it returns or must wait; then the next one runs on another
+// fiber. A kernel without barriers therefore needs a single fiber and a plain call per thread.
+#pragma once
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstring>
+#include <mutex>
+#include <new>
+
+#include "fibers.h"
+
+struct uint3 {
+    unsigned x, y, z;
+};
+
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// Variables as in CUDA: a debugger shows them. A block never changes its OS thread, so thread_local is right, and code
+// that has looked up their address stays right when fibers are switched.
+inline thread_local uint3 threadIdx = {0, 0, 0}, blockIdx = {0, 0, 0};
+inline thread_local dim3 blockDim, gridDim;
+constexpr int warpSize = 32;
+
+namespace cuda_on_cpu {
+
+constexpr int max_threads = 1024;                   // of one block, as on a GPU
+
+#ifdef CUDA_ON_CPU_SANITIZE
+constexpr bool sanitizing = true;                   // then all blocks run on one OS thread
+#else
+constexpr bool sanitizing = false;
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CUDA_ON_CPU_ORDER: unset runs threads and blocks in ascending order; "reverse" and a number (a seed) run them in
+// others. A kernel without races gives the same bits in all of them.
+
+struct Order {
+    enum Kind { ascending, reverse, shuffled } kind = ascending;
+    uint64_t seed = 0;
+
+    Order() {
+        const char *text = getenv("CUDA_ON_CPU_ORDER");
+        if (text == nullptr || *text == 0) return;
+        char *end;
+        seed = strtoull(text, &end, 10);
+        kind = strcmp(text, "reverse") == 0 ? reverse : shuffled;
+        if (kind == shuffled && *end != 0) {
+            fprintf(stderr, "cuda_on_cpu: CUDA_ON_CPU_ORDER is \"reverse\" or a number, not \"%s\"\n", text);
+            exit(2);
+        }
+    }
+};
+inline const Order order;
+
+// New memory, and shared memory at the start of a block, is filled with 0xFF (NaN, -1) where we look for errors.
+inline bool poisoning() { return sanitizing || order.kind != Order::ascending; }
+
+struct Random {                                     // splitmix64
+    uint64_t state;
+    uint64_t next() {
+        uint64_t z = (state += 0x9E3779B97F4A7C15);
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB;
+        return z ^ (z >> 31);
+    }
+    template <typename T> void shuffle(T *items, int n) {
+        for (int i = n - 1; i > 0; i--) std::swap(items[i], items[next() % static_cast<uint64_t>(i + 1)]);
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What a block consists of while it runs.
+
+struct Site {                                       // where in the source a barrier stands
+    const char *file;
+    int line;
+    static constexpr Site here(const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
+        return {file, line};
+    }
+    bool operator!=(const Site &other) const {
+        return line != other.line || (file != other.file && strcmp(file, other.file) != 0);
+    }
+};
+
+struct AsyncCopy {
+    void *to;
+    const void *from;                               // null: zeros
+    int group;
+};
+
+struct Warp;
+
+struct Fiber {                                      // lies above the top of its stack: a switch touches one page
+    Context context;
+    int thread;                                     // index in the block of the thread that runs here
+    int lane;                                       // index in its warp
+    Warp *warp;
+    uint3 index;                                    // the same as threadIdx
+    const char *waits_at;                           // "__syncthreads", or null if it does not wait
+    Site site;
+    int n_copies, n_groups;                         // async_copy16 in flight, groups committed
+    AsyncCopy copies[64];
+};
+
+template <int N> struct Rendezvous {                // where N threads or fewer wait for each other
+    int arrived = 0, expected = 0;
+    Site site = {};                                 // of the first to arrive
+    Fiber *fibers[N];                               // in the order they arrived
+};
+
+struct Warp : Rendezvous<32> {
+    void *lanes[32];                                // each lane's arguments, on its own stack
+};
+
+struct Block {                                      // one per OS thread, used for block after block
+    Fiber *self = nullptr;                          // the fiber that runs
+    int n_threads = 0, started = 0, finished = 0;
+    void (*entry)(void *) = nullptr;                // calls the kernel with its arguments
+    void *arguments = nullptr;
+    const char *kernel = "";
+
+    Fiber *ready[max_threads];                      // a queue: fibers that may go on
+    unsigned ready_head = 0, ready_tail = 0;
+    Fiber *idle[max_threads + 1];                   // a stack: fibers without a thread
+    int n_idle = 0;
+    Fiber *fibers[max_threads + 1];                 // all of them
+    int n_fibers = 0;
+
+    Rendezvous<max_threads> barrier;
+    Warp warps[max_threads / 32];
+    Context os_thread;
+    int start_order[max_threads];                   // of the threads, when the order is not ascending
+    Random random = {0};
+    char *dynamic_smem = nullptr;
+    size_t dynamic_smem_bytes = 0, dynamic_smem_capacity = 0;
+
+    bool has_ready() const { return ready_head != ready_tail; }
+    Fiber *pop_ready() { return ready[ready_head++ % max_threads]; }
+    void push_ready(Fiber *f) { ready[ready_tail++ % max_threads] = f; }
+};
+
+inline thread_local Block *block = nullptr;         // the one that this OS thread works on
+inline thread_local uint64_t blocks_run = 0;        // on this OS thread
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Errors end the program at the spot (SIGABRT), so that a debugger stands there.
+
+inline std::mutex failing;                          // kept by the first that fails
+
+[[noreturn]] inline void fail(const char *format, ...) {
+    failing.lock();
+    fflush(stdout);
+    if (block != nullptr)
+        fprintf(stderr, "cuda_on_cpu: kernel %s, block (%u,%u,%u), thread (%u,%u,%u): ", block->kernel, blockIdx.x,
+                blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
+    else
+        fprintf(stderr, "cuda_on_cpu: ");
+    va_list arguments;
+    va_start(arguments, format);
+    vfprintf(stderr, format, arguments);
+    va_end(arguments);
+    fputc('\n', stderr);
+    if (block != nullptr) {                         // who waits where, and who is gone
+        for (int i = 0; i < block->n_fibers; i++) {
+            Fiber *f = block->fibers[i];
+            if (f->waits_at == nullptr) continue;
+            int count = 0, first = max_threads;
+            bool listed = false;
+            for (int j = 0; j < block->n_fibers; j++) {
+                Fiber *g = block->fibers[j];
+                if (g->waits_at == nullptr || g->site != f->site || strcmp(g->waits_at, f->waits_at) != 0) continue;
+                count++;
+                first = std::min(first, g->thread);
+                listed = listed || j < i;
+            }
+            if (!listed)
+                fprintf(stderr, "    %4d thread%s (first: number %d) at %s, %s:%d\n", count, count == 1 ? "" : "s",
+                        first, f->waits_at, f->site.file, f->site.line);
+        }
+        if (block->finished > 0) fprintf(stderr, "    %4d returned\n", block->finished);
+    }
+    abort();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Running threads.
+
+inline void fiber_main();
+
+inline Fiber *fiber_without_thread() {
+    if (block->n_idle > 0) return block->idle[--block->n_idle];
+    Stack stack = stack_create(sizeof(Fiber), block->n_fibers);
+    Fiber *f = new (stack.top) Fiber();
+    context_create(&f->context, stack, fiber_main);
+    return block->fibers[block->n_fibers++] = f;
+}
+
+[[noreturn]] inline void nobody_can_go_on() {
+    if (block->finished > 0) fail("a thread returned before a barrier that others wait at");
+    fail("the threads wait at different places, so that none can go on");
+}
+
+// The running thread waits: go on with one that may, else start the next.
+inline void wait_here() {
+    Fiber *from = block->self, *to;
+    if (block->has_ready()) to = block->pop_ready();
+    else if (block->started < block->n_threads) to = fiber_without_thread();
+    else nobody_can_go_on();
+    if (to == from) return;
+    block->self = to;
+    threadIdx = to->index;
+    context_switch(&from->context, &to->context);
+}
+
+// A fiber's life: start threads while there are any, then make room for those that wait; later blocks wake it again.
+inline void fiber_main() {
+    Fiber *self = block->self;
+    context_arrived(&self->context);
+    for (;;) {
+        while (block->started < block->n_threads) {
+            int t = block->started++;
+            if (order.kind != Order::ascending) t = block->start_order[t];
+            self->thread = t;
+            self->lane = t % 32;
+            self->warp = &block->warps[t / 32];
+            self->n_copies = self->n_groups = 0;
+            unsigned u = static_cast<unsigned>(t), xy = blockDim.x * blockDim.y;
+            if (u >= blockDim.x) self->index = {u % blockDim.x, u % xy / blockDim.x, u / xy};
+            else self->index = {u, 0, 0};
+            threadIdx = self->index;
+            block->entry(block->arguments);
+            block->finished++;
+        }
+        block->idle[block->n_idle++] = self;
+        Context *to = &block->os_thread;
+        if (block->has_ready()) {
+            block->self = block->pop_ready();
+            threadIdx = block->self->index;
+            to = &block->self->context;
+        } else if (block->finished < block->n_threads) {
+            nobody_can_go_on();
+        }
+        context_switch(&self->context, to);
+    }
+}
+
+inline void run_block(uint3 index, uint64_t seed) {
+    Block &b = *block;
+    blockIdx = index;
+    blocks_run++;
+    b.started = b.finished = 0;
+    if (poisoning() && b.dynamic_smem != nullptr) memset(b.dynamic_smem, 0xFF, b.dynamic_smem_bytes);
+    if (order.kind != Order::ascending) {
+        for (int t = 0; t < b.n_threads; t++) b.start_order[t] = b.n_threads - 1 - t;
+        b.random.state = seed;
+        if (order.kind == Order::shuffled) b.random.shuffle(b.start_order, b.n_threads);
+    }
+    b.self = fiber_without_thread();
+    context_switch(&b.os_thread, &b.self->context);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Waiting for each other.
+
+// True for the last thread to arrive: it does the work for all, then calls `release`. The others wait here until then,
+// and get false.
+template <int N> bool arrive(Rendezvous<N> &r, const char *name, Site site) {
+    Fiber *self = block->self;
+    self->waits_at = name;
+    self->site = site;
+    if (r.arrived == 0) r.site = site;
+    else if (r.site != site) fail("some threads are at another barrier than the others");
+    r.fibers[r.arrived++] = self;
+    if (r.arrived == r.expected) return true;
+    wait_here();
+    self->waits_at = nullptr;
+    return false;
+}
+
+template <int N> void release(Rendezvous<N> &r) {
+    int others = r.arrived - 1;                     // all but the last, which is running
+    r.arrived = 0;
+    if (order.kind == Order::shuffled) {
+        block->random.shuffle(r.fibers, others + 1);
+        for (int i = 0; i <= others; i++) block->push_ready(r.fibers[i]);
+        wait_here();
+    } else {
+        for (int i = 0; i < others; i++) block->push_ready(r.fibers[i]);
+    }
+    block->self->waits_at = nullptr;
+}
+
+// A collective of a warp: every lane brings a Lane, the last one calls work(lanes, number of lanes).
+template <typename Lane, typename Work> void collective(const char *name, Site site, Lane *mine, Work work) {
+    Warp &warp = *block->self->warp;
+    warp.lanes[block->self->lane] = mine;
+    if (!arrive(warp, name, site)) return;
+    work(reinterpret_cast<Lane *const *>(warp.lanes), warp.expected);
+    release(warp);
+}
+
+}  // namespace cuda_on_cpu
+
+inline void __syncthreads(cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+    using namespace cuda_on_cpu;
+    if (arrive(block->barrier, "__syncthreads", site)) release(block->barrier);
+}

@@ -1,0 +1,250 @@
+// CUDA's runtime for a machine without a GPU: `g++ -DCUDA_ON_CPU -Idev/cpu` finds this file in place of the toolkit's.
+// It holds what the project uses of CUDA, no more. How it works: README.md; in files: fibers.h (stacks and the switch),
+// block.h (threads of a block, barriers), launch.h (grids), warp.h (shuffles, votes, tile products), and here the
+// language's words, small types, mathematics and the host's functions.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <new>
+#include <type_traits>
+
+#include "block.h"
+#include "launch.h"
+#include "warp.h"
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Words of the language.
+
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+#ifdef CUDA_ON_CPU_SANITIZE
+#define __shared__ static                           // ASan guards plain static arrays, but no thread_local ones
+#else
+#define __shared__ static thread_local
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Vector types, aligned as on the device.
+
+#define CUDA_ON_CPU_VECTORS(T, name)                                                    \
+    struct alignas(8) name##2 { T x, y; };                                              \
+    struct alignas(16) name##4 { T x, y, z, w; };                                       \
+    constexpr name##2 make_##name##2(T x, T y) { return {x, y}; }                       \
+    constexpr name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+CUDA_ON_CPU_VECTORS(float, float)
+CUDA_ON_CPU_VECTORS(int, int)
+CUDA_ON_CPU_VECTORS(unsigned, uint)
+#undef CUDA_ON_CPU_VECTORS
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Mathematics and small device functions.
+
+inline float __expf(float x) { return expf(x); }
+inline float __logf(float x) { return logf(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float __fsqrt_rn(float x) { return sqrtf(x); }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1.0f) : 0.0f; }
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline int __float_as_int(float x) { int i; memcpy(&i, &x, 4); return i; }
+inline unsigned __float_as_uint(float x) { unsigned i; memcpy(&i, &x, 4); return i; }
+inline float __int_as_float(int i) { float x; memcpy(&x, &i, 4); return x; }
+inline float __uint_as_float(unsigned i) { float x; memcpy(&x, &i, 4); return x; }
+inline int __float2int_rn(float x) { return static_cast<int>(rintf(x)); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+template <typename T> T __ldg(const T *p) { return *p; }
+template <typename T> T __ldcs(const T *p) { return *p; }
+template <typename T> void __stcs(T *p, T x) { *p = x; }
+
+#define CUDA_ON_CPU_MIN_MAX(T)                                 \
+    constexpr T min(T a, T b) { return b < a ? b : a; }        \
+    constexpr T max(T a, T b) { return a < b ? b : a; }
+CUDA_ON_CPU_MIN_MAX(int)
+CUDA_ON_CPU_MIN_MAX(unsigned)
+CUDA_ON_CPU_MIN_MAX(long)
+CUDA_ON_CPU_MIN_MAX(unsigned long)
+CUDA_ON_CPU_MIN_MAX(long long)
+CUDA_ON_CPU_MIN_MAX(unsigned long long)
+#undef CUDA_ON_CPU_MIN_MAX
+inline float min(float a, float b) { return fminf(a, b); }     // of a number and NaN: the number, as on the device
+inline float max(float a, float b) { return fmaxf(a, b); }
+inline double min(double a, double b) { return fmin(a, b); }
+inline double max(double a, double b) { return fmax(a, b); }
+
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence_block() {}                // one OS thread runs the block
+
+// Integers only: sums of floats in any order would differ from run to run.
+template <typename T> using AtomicInteger = std::enable_if_t<std::is_integral<T>::value, T>;
+template <typename T> AtomicInteger<T> atomicAdd(T *p, T x) { return __atomic_fetch_add(p, x, __ATOMIC_RELAXED); }
+template <typename T> AtomicInteger<T> atomicOr(T *p, T x) { return __atomic_fetch_or(p, x, __ATOMIC_RELAXED); }
+template <typename T> AtomicInteger<T> atomicExch(T *p, T x) { return __atomic_exchange_n(p, x, __ATOMIC_RELAXED); }
+template <typename T> AtomicInteger<T> atomicMax(T *p, T x) {
+    T old = __atomic_load_n(p, __ATOMIC_RELAXED);
+    while (old < x && !__atomic_compare_exchange_n(p, &old, x, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+    return old;
+}
+template <typename T> AtomicInteger<T> atomicMin(T *p, T x) {
+    T old = __atomic_load_n(p, __ATOMIC_RELAXED);
+    while (x < old && !__atomic_compare_exchange_n(p, &old, x, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+    return old;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Memory. Device memory is memory.
+
+namespace cuda_on_cpu {
+
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t guard_bytes = 256;                 // to leave between tensors that share an allocation
+inline void guard_gap(void *p, size_t bytes) { __asan_poison_memory_region(p, bytes); }
+#else
+constexpr size_t guard_bytes = 0;
+inline void guard_gap(void *, size_t) {}
+#endif
+
+inline cudaError_t result(cudaError_t error) {
+    if (error != cudaSuccess) last_error = error;
+    return error;
+}
+
+}  // namespace cuda_on_cpu
+
+enum cudaMemcpyKind {
+    cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault
+};
+
+template <typename T> cudaError_t cudaMalloc(T **p, size_t bytes) {
+    *p = nullptr;
+    if (bytes == 0) return cudaSuccess;
+    void *memory;
+    if (posix_memalign(&memory, 256, bytes) != 0) return cuda_on_cpu::result(cudaErrorMemoryAllocation);
+    if (cuda_on_cpu::poisoning()) memset(memory, 0xFF, bytes);
+    *p = static_cast<T *>(memory);
+    return cudaSuccess;
+}
+template <typename T> cudaError_t cudaMallocHost(T **p, size_t bytes) { return cudaMalloc(p, bytes); }
+inline cudaError_t cudaFree(void *p) { free(p); return cudaSuccess; }
+inline cudaError_t cudaFreeHost(void *p) { free(p); return cudaSuccess; }
+
+inline cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind) {
+    if (bytes > 0) memmove(to, from, bytes);
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
+                                   cudaStream_t = nullptr) {
+    return cudaMemcpy(to, from, bytes, kind);
+}
+inline cudaError_t cudaMemset(void *p, int byte, size_t bytes) {
+    if (bytes > 0) memset(p, byte, bytes);
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void *p, int byte, size_t bytes, cudaStream_t = nullptr) {
+    return cudaMemset(p, byte, bytes);
+}
+
+inline cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {   // of the machine's memory
+    *total = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    *available = *total / 2;
+    if (FILE *f = fopen("/proc/meminfo", "r")) {
+        char line[256];
+        size_t kilobytes;
+        while (fgets(line, sizeof line, f))
+            if (sscanf(line, "MemAvailable: %zu kB", &kilobytes) == 1) *available = kilobytes * 1024;
+        fclose(f);
+    }
+    return cudaSuccess;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Streams and events. All work is done when its call returns, so there is nothing to wait for; events keep the time.
+
+constexpr unsigned cudaStreamDefault = 0, cudaStreamNonBlocking = 1;
+constexpr unsigned cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2;
+
+inline cudaError_t cudaStreamCreate(cudaStream_t *stream) {
+    static uintptr_t streams = 0;
+    *stream = reinterpret_cast<cudaStream_t>(++streams);
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) { return cudaStreamCreate(stream); }
+inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+
+struct CUevent_st {
+    double time;
+};
+using cudaEvent_t = CUevent_st *;
+
+inline cudaError_t cudaEventCreate(cudaEvent_t *event) { *event = new CUevent_st{0}; return cudaSuccess; }
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) { return cudaEventCreate(event); }
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) { delete event; return cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t = nullptr) {
+    event->time = cuda_on_cpu::seconds();
+    return cudaSuccess;
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEvent_t end) {
+    *milliseconds = static_cast<float>((end->time - start->time) * 1e3);
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return cudaSuccess; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The device and errors.
+
+struct cudaDeviceProp {
+    char name[256];
+    int major, minor, multiProcessorCount;
+    size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin;
+};
+
+inline cudaError_t cudaGetDeviceCount(int *count) { *count = 1; return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) {
+    return device == 0 ? cudaSuccess : cuda_on_cpu::result(cudaErrorInvalidValue);
+}
+inline cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
+    *p = cudaDeviceProp();
+    strcpy(p->name, "CPU");
+    p->major = 8;                                   // what these headers can do is of that generation
+    p->multiProcessorCount = cuda_on_cpu::sanitizing ? 1 : omp_get_max_threads();
+    size_t available;
+    cudaMemGetInfo(&available, &p->totalGlobalMem);
+    p->sharedMemPerBlock = 48 * 1024;
+    p->sharedMemPerBlockOptin = 227 * 1024;
+    return cudaSuccess;
+}
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+template <typename F> cudaError_t cudaFuncSetAttribute(F *, cudaFuncAttribute, int) { return cudaSuccess; }
+
+inline cudaError_t cudaPeekAtLastError() { return cuda_on_cpu::last_error; }
+inline cudaError_t cudaGetLastError() {
+    cudaError_t error = cuda_on_cpu::last_error;
+    cuda_on_cpu::last_error = cudaSuccess;
+    return error;
+}
+inline const char *cudaGetErrorString(cudaError_t error) {
+    switch (error) {
+    case cudaSuccess: return "no error";
+    case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorMemoryAllocation: return "out of memory";
+    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    case cudaErrorNotReady: return "device not ready";
+    case cudaErrorNotSupported: return "operation not supported";
+    }
+    return "unknown error";
+}

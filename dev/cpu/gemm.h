@@ -1,0 +1,128 @@
+// Matrix products on the CPU: C = alpha op(A) op(B) + beta C, column-major as in cuBLAS, sums in fp32.
+//
+// 1. Pack. op(A) is copied into panels of MR rows, op(B) into panels of NR columns, each so that the inner loop reads
+//    memory in order; bf16 becomes fp32 and short panels are filled up with zeros on the way.
+// 2. Multiply. The kernel keeps MR x NR sums in registers and runs over all of K: 2 loads of A and NR numbers of B for
+//    2 NR vector multiply-adds. Tiles of panels, sized for the L2 cache, are spread over the OS threads.
+//
+// Every number of C is one sum in ascending k whatever tile it is in, so its bits do not depend on the thread count.
+#pragma once
+
+#include "cuda_bf16.h"
+
+namespace cuda_on_cpu {
+
+// The CPU's vectors have VL floats (warp.h). With 32 registers 24 hold sums, with 16 registers 12.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int NR = 12;
+#else
+constexpr int NR = 6;
+#endif
+constexpr int MR = 2 * VL;
+
+struct Matrix {                                     // a batch of them: element (i, j) is at data[i + j * ld]
+    void *data;
+    bool bf16;
+    int64_t ld, stride;                             // stride: from one of the batch to the next
+};
+
+inline int64_t panels(int64_t n, int width) { return (n + width - 1) / width; }
+
+// One panel: WIDTH rows i of op(A) (columns of op(B)), all k. Element (i, k) is at p[i * si + k * sk]; si or sk is 1.
+template <int WIDTH, typename T>
+void pack_panel(float *to, const T *p, int64_t si, int64_t sk, int64_t rows, int64_t K) {
+    if (rows < WIDTH) {
+        for (int64_t k = 0; k < K; k++)
+            for (int64_t i = 0; i < WIDTH; i++)
+                to[k * WIDTH + i] = i < rows ? static_cast<float>(p[i * si + k * sk]) : 0.0f;
+    } else if (si == 1) {
+        for (int64_t k = 0; k < K; k++)
+            for (int i = 0; i < WIDTH; i++) to[k * WIDTH + i] = static_cast<float>(p[i + k * sk]);
+    } else {
+        for (int64_t k0 = 0; k0 < K; k0 += 16)      // a transposition, in squares that stay in the L1 cache
+            for (int i = 0; i < WIDTH; i++)
+                for (int64_t k = k0; k < std::min(k0 + 16, K); k++)
+                    to[k * WIDTH + i] = static_cast<float>(p[i * si + k]);
+    }
+}
+
+template <int WIDTH>
+void pack(float *to, const Matrix &m, int64_t batch, int64_t panel, bool k_runs_first, int64_t n, int64_t K) {
+    const int64_t si = k_runs_first ? m.ld : 1, sk = k_runs_first ? 1 : m.ld;
+    int64_t first = panel * WIDTH, at = batch * m.stride + first * si, rows = std::min<int64_t>(WIDTH, n - first);
+    if (m.bf16) pack_panel<WIDTH>(to, static_cast<const __nv_bfloat16 *>(m.data) + at, si, sk, rows, K);
+    else pack_panel<WIDTH>(to, static_cast<const float *>(m.data) + at, si, sk, rows, K);
+}
+
+// sums[j][i] = sum over k of a[k][i] b[k][j]
+inline void multiply_panels(float *sums, const float *a, const float *b, int64_t K) {
+    Vector s[NR][2] = {};
+    for (int64_t k = 0; k < K; k++, a += MR, b += NR) {
+        const Vector a0 = *reinterpret_cast<const Vector *>(a), a1 = *reinterpret_cast<const Vector *>(a + VL);
+#pragma GCC unroll 12
+        for (int j = 0; j < NR; j++) {
+            s[j][0] += a0 * b[j];
+            s[j][1] += a1 * b[j];
+        }
+    }
+    memcpy(sums, s, sizeof s);
+}
+
+template <typename T>
+void store(T *c, int64_t ld, const float *sums, int64_t ld_sums, int64_t rows, int64_t columns, float alpha,
+           float beta) {
+    for (int64_t j = 0; j < columns; j++, c += ld, sums += ld_sums)
+        for (int64_t i = 0; i < rows; i++)          // beta 0 does not read c: it may be uninitialized
+            c[i] = static_cast<T>(beta == 0 ? alpha * sums[i] : alpha * sums[i] + beta * static_cast<float>(c[i]));
+}
+
+inline void gemm(bool transA, bool transB, int64_t M, int64_t N, int64_t K, float alpha, const Matrix &A,
+                 const Matrix &B, float beta, const Matrix &C, int64_t batches) {
+    const int64_t a_panels = panels(M, MR), b_panels = panels(N, NR);
+    const int64_t a_size = a_panels * MR * K, b_size = b_panels * NR * K;     // of one of the batch, in floats
+    constexpr int64_t tile_a = 128 / MR, tile_b = 96 / NR;                      // panels of a tile
+    const int64_t a_tiles = (a_panels + tile_a - 1) / tile_a, b_tiles = (b_panels + tile_b - 1) / tile_b;
+
+    static float *buffer = nullptr;                 // grows to the largest product
+    static int64_t capacity = 0;
+    const int64_t needed = batches * (a_size + b_size) + 16;
+    if (needed > capacity) {
+        free(buffer);
+        void *memory;
+        if (posix_memalign(&memory, 64, static_cast<size_t>(needed) * 4)) fail("no memory to pack matrices");
+        buffer = static_cast<float *>(memory);
+        capacity = needed;
+    }
+    float *const a_packed = buffer, *const b_packed = buffer + batches * a_size;
+
+    const int os_threads = 2.0 * M * N * K * batches < 2e5 ? 1 : omp_get_max_threads();
+    const int64_t panels_of_all = batches * (a_panels + b_panels);
+    parallel(os_threads, panels_of_all, std::max<int64_t>(1, panels_of_all / (os_threads * 8)), [&](auto take) {
+        for (int64_t i, end; take(&i, &end);)
+            for (; i < end; i++) {
+                const int64_t p = i - batches * a_panels;       // A's panels first, then B's
+                if (p < 0) pack<MR>(a_packed + i * MR * K, A, i / a_panels, i % a_panels, transA, M, K);
+                else pack<NR>(b_packed + p * NR * K, B, p / b_panels, p % b_panels, !transB, N, K);
+            }
+    });
+    parallel(os_threads, batches * a_tiles * b_tiles, 1, [&](auto take) {
+        for (int64_t tile, end; take(&tile, &end);) {
+            const int64_t batch = tile / (a_tiles * b_tiles), ta = tile % a_tiles, tb = tile / a_tiles % b_tiles;
+            for (int64_t pb = tb * tile_b; pb < std::min((tb + 1) * tile_b, b_panels); pb++)
+                for (int64_t pa = ta * tile_a; pa < std::min((ta + 1) * tile_a, a_panels); pa++) {
+                    alignas(64) float sums[NR * MR];
+                    multiply_panels(sums, a_packed + (batch * a_panels + pa) * MR * K,
+                                    b_packed + (batch * b_panels + pb) * NR * K, K);
+                    const int64_t at = batch * C.stride + pa * MR + pb * NR * C.ld;
+                    const int64_t rows = std::min<int64_t>(MR, M - pa * MR);
+                    const int64_t columns = std::min<int64_t>(NR, N - pb * NR);
+                    if (C.bf16)
+                        store(static_cast<__nv_bfloat16 *>(C.data) + at, C.ld, sums, MR, rows, columns, alpha, beta);
+                    else
+                        store(static_cast<float *>(C.data) + at, C.ld, sums, MR, rows, columns, alpha, beta);
+                }
+        }
+    });
+}
+
+}  // namespace cuda_on_cpu

@@ -1,0 +1,247 @@
+// What the 32 lanes of a warp do together. Each call is a collective: all lanes of the warp (other warps may be
+// elsewhere) come to the same line, the last one computes for all. Masks must therefore name the whole warp.
+#pragma once
+
+#include "block.h"
+
+namespace cuda_on_cpu {
+
+inline void check_mask(unsigned mask, const char *name) {
+    if (mask != 0xFFFFFFFFu) fail("%s with mask 0x%08x: only whole warps (0xffffffff) are supported here", name, mask);
+}
+
+template <typename T> struct ShuffleLane {
+    T value, result;
+    int source;                                     // a lane number; outside of the warp: the lane's own value
+};
+
+template <typename T> T shuffle(const char *name, Site site, unsigned mask, T value, int source) {
+    check_mask(mask, name);
+    ShuffleLane<T> mine = {value, value, source};
+    collective(name, site, &mine, [](ShuffleLane<T> *const *lanes, int n) {
+        for (int i = 0; i < n; i++)
+            if (lanes[i]->source >= 0 && lanes[i]->source < n) lanes[i]->result = lanes[lanes[i]->source]->value;
+    });
+    return mine.result;
+}
+
+inline int lane_number() { return block->self->lane; }
+
+struct VoteLane {
+    bool predicate;
+    unsigned result;
+};
+
+inline unsigned vote(const char *name, Site site, unsigned mask, bool predicate) {
+    check_mask(mask, name);
+    VoteLane mine = {predicate, 0};
+    collective(name, site, &mine, [](VoteLane *const *lanes, int n) {
+        unsigned bits = 0;
+        for (int i = 0; i < n; i++) bits |= static_cast<unsigned>(lanes[i]->predicate) << i;
+        for (int i = 0; i < n; i++) lanes[i]->result = bits;
+    });
+    return mine.result;
+}
+
+// Sum or maximum over aligned groups of `width` lanes (2, 4, .., 32), for every lane of the group. One collective, but
+// the same additions in the same order as x += __shfl_xor_sync(~0u, x, offset) for offset = width/2, .., 2, 1.
+template <int OFFSET, typename Combine> void butterfly_step(float *x, Combine combine) {
+    float old[32];
+    memcpy(old, x, sizeof old);
+    for (int i = 0; i < 32; i++) x[i] = combine(old[i], old[i ^ OFFSET]);
+}
+
+template <typename Combine> float butterfly(const char *name, Site site, float x, int width, Combine combine) {
+    struct Lane {
+        float x;
+        int width;
+    } mine = {x, width};
+    collective(name, site, &mine, [combine](Lane *const *lanes, int n) {
+        float v[32] = {};
+        for (int i = 0; i < n; i++) v[i] = lanes[i]->x;
+        switch (lanes[0]->width) {
+        case 32: butterfly_step<16>(v, combine); [[fallthrough]];
+        case 16: butterfly_step<8>(v, combine); [[fallthrough]];
+        case 8: butterfly_step<4>(v, combine); [[fallthrough]];
+        case 4: butterfly_step<2>(v, combine); [[fallthrough]];
+        case 2: butterfly_step<1>(v, combine); [[fallthrough]];
+        case 1: break;
+        default: fail("a group of %d lanes: only powers of two up to 32", lanes[0]->width);
+        }
+        for (int i = 0; i < n; i++) lanes[i]->x = v[i];
+    });
+    return mine.x;
+}
+
+inline float warp_sum(float x, int width, Site site = Site::here()) {
+    return butterfly("warp_sum", site, x, width, [](float a, float b) { return a + b; });
+}
+
+inline float warp_max(float x, int width, Site site = Site::here()) {
+    return butterfly("warp_max", site, x, width, [](float a, float b) { return a > b ? a : b; });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The tensor core: n products D (16 x 8) += A (16 x 16) B (16 x 8) with one A, in fp32. The lanes hold the tiles as
+// mma.m16n8k16 has them; with g = lane / 4, t = lane % 4:
+//     a[i]      row g + 8 ((i / 2) % 2), column 2t + i % 2 + 8 (i / 4)
+//     b[4j + i] row 2t + i % 2 + 8 (i / 2), column g of the j-th B
+//     c[4j + i] row g + 8 (i / 2), column 2t + i % 2 of the j-th D
+// Each number of D sums its 16 products in ascending order.
+//
+// The four numbers of D in a lane are a 2 x 2 square: rows g and g + 8, columns 2t and 2t + 1. Put one behind the other,
+// the squares of 4 lanes g are a vector, which is never taken apart: it grows by a vector of A's column k, each number
+// twice, times a pair of numbers of B's row k over and over.
+
+#if defined(__AVX512F__)
+constexpr int VL = 16;                              // floats in a vector register
+#elif defined(__AVX__)
+constexpr int VL = 8;
+#else
+constexpr int VL = 4;
+#endif
+using Vector = float __attribute__((vector_size(VL * 4)));
+using VectorOfPairs = int64_t __attribute__((vector_size(VL * 4)));     // the same register, two floats at a time
+using Vector4 = float __attribute__((vector_size(16)));
+using Order4 = int __attribute__((vector_size(16)));
+
+inline void mma_product(int n, float *const *c, const float *const *a, const float *const *b) {
+    constexpr int parts = 32 / VL;                  // registers for two columns of D
+    constexpr int pairs = VL == 16 ? 4 : VL == 8 ? 2 : 1;   // of columns at a time: 8 registers of sums
+    alignas(64) Vector4 A[16][8];                   // A[k][g]: rows g, g, g + 8, g + 8 of column k
+    for (int lane = 0; lane < 32; lane++)
+        for (int i = 0; i < 8; i += 4) {
+            const int g = lane / 4, k = 2 * (lane % 4) + 2 * i;
+            Vector4 square;
+            memcpy(&square, a[lane] + i, 16);
+            A[k][g] = __builtin_shuffle(square, Order4{0, 0, 2, 2});
+            A[k + 1][g] = __builtin_shuffle(square, Order4{1, 1, 3, 3});
+        }
+
+    for (int j = 0; j < n; j++) {
+        alignas(64) Vector4 B[2][4][4];             // B[h][t][q]: columns 2q and 2q + 1 of rows 2t + 8h, 2t + 8h + 1
+        for (int t = 0; t < 4; t++)
+            for (int q = 0; q < 4; q++) {
+                Vector4 even, odd;
+                memcpy(&even, b[8 * q + t] + 4 * j, 16);
+                memcpy(&odd, b[8 * q + t + 4] + 4 * j, 16);
+                B[0][t][q] = __builtin_shuffle(even, odd, Order4{0, 4, 1, 5});
+                B[1][t][q] = __builtin_shuffle(even, odd, Order4{2, 6, 3, 7});
+            }
+        alignas(64) Vector4 D[4][8];                // D[t][g]: the squares
+        for (int lane = 0; lane < 32; lane++) memcpy(&D[lane % 4][lane / 4], c[lane] + 4 * j, 16);
+        for (int t = 0; t < 4; t += pairs) {
+            Vector d[pairs][parts];
+            memcpy(d, D[t], sizeof d);
+#pragma GCC unroll 16
+            for (int k = 0; k < 16; k++) {
+                Vector ak[parts];
+                memcpy(ak, A[k], sizeof ak);
+#pragma GCC unroll 4
+                for (int q = 0; q < pairs; q++) {
+                    int64_t pair;
+                    memcpy(&pair, reinterpret_cast<const char *>(&B[k / 8][k % 8 / 2][t + q]) + 8 * (k % 2), 8);
+                    const Vector bk = reinterpret_cast<Vector>(VectorOfPairs{} + pair);
+#pragma GCC unroll 8
+                    for (int p = 0; p < parts; p++) d[q][p] += ak[p] * bk;
+                }
+            }
+            memcpy(D[t], d, sizeof d);
+        }
+        for (int lane = 0; lane < 32; lane++) memcpy(c[lane] + 4 * j, &D[lane % 4][lane / 4], 16);
+    }
+}
+
+inline void mma(int n, float *c, const float *a, const float *b, Site site = Site::here()) {
+    struct Lane {
+        int n;
+        float *c;
+        const float *a, *b;
+    } mine = {n, c, a, b};
+    collective("mma", site, &mine, [](Lane *const *lanes, int count) {
+        if (count < 32) fail("mma in a warp of %d lanes", count);
+        float *c[32];
+        const float *a[32], *b[32];
+        for (int i = 0; i < 32; i++) {
+            if (lanes[i]->n != lanes[0]->n)
+                fail("mma with n = %d in one lane, %d in another", lanes[i]->n, lanes[0]->n);
+            c[i] = lanes[i]->c;
+            a[i] = lanes[i]->a;
+            b[i] = lanes[i]->b;
+        }
+        mma_product(lanes[0]->n, c, a, b);
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// cp.async: 16 bytes from global to shared memory that are only there after their group was waited for. Until then the
+// target holds 0xFF, so that a forgotten wait shows. valid == false: zeros, and src is not read.
+
+inline void async_copy16(void *smem, const void *src, bool valid) {
+    Fiber *self = block->self;
+    constexpr int most = static_cast<int>(sizeof self->copies / sizeof self->copies[0]);
+    if (reinterpret_cast<uintptr_t>(smem) % 16 || (valid && reinterpret_cast<uintptr_t>(src) % 16))
+        fail("async_copy16 needs addresses that are multiples of 16: %p, %p", smem, src);
+    if (self->n_copies == most) fail("more than %d copies of one thread in flight", most);
+    memset(smem, 0xFF, 16);
+    self->copies[self->n_copies++] = {smem, valid ? src : nullptr, self->n_groups};
+}
+
+inline void async_commit() { block->self->n_groups++; }
+
+template <int N> void async_wait() {                // until at most the N newest groups are in flight
+    Fiber *self = block->self;
+    int left = 0;
+    for (int i = 0; i < self->n_copies; i++) {
+        AsyncCopy copy = self->copies[i];
+        if (copy.group >= self->n_groups - N) self->copies[left++] = copy;
+        else if (copy.from != nullptr) memcpy(copy.to, copy.from, 16);
+        else memset(copy.to, 0, 16);
+    }
+    self->n_copies = left;
+}
+
+}  // namespace cuda_on_cpu
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CUDA's names.
+
+inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+    cuda_on_cpu::vote("__syncwarp", site, mask, false);
+}
+
+template <typename T>
+T __shfl_sync(unsigned mask, T x, int source, int width = 32, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+    int lane = cuda_on_cpu::lane_number();
+    return cuda_on_cpu::shuffle("__shfl_sync", site, mask, x, lane / width * width + (source & (width - 1)));
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 32, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+    int lane = cuda_on_cpu::lane_number(), source = lane ^ bits;        // later groups of `width` keep their own value
+    return cuda_on_cpu::shuffle("__shfl_xor_sync", site, mask, x, source / width > lane / width ? lane : source);
+}
+
+template <typename T>
+T __shfl_down_sync(unsigned mask, T x, int by, int width = 32, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+    int lane = cuda_on_cpu::lane_number(), source = lane + by;
+    return cuda_on_cpu::shuffle("__shfl_down_sync", site, mask, x, source / width != lane / width ? lane : source);
+}
+
+template <typename T>
+T __shfl_up_sync(unsigned mask, T x, int by, int width = 32, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+    int lane = cuda_on_cpu::lane_number(), source = lane - by;
+    return cuda_on_cpu::shuffle("__shfl_up_sync", site, mask, x, source < lane / width * width ? lane : source);
+}
+
+inline unsigned __ballot_sync(unsigned mask, bool p, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+    return cuda_on_cpu::vote("__ballot_sync", site, mask, p);
+}
+
+inline int __any_sync(unsigned mask, bool p, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+    return cuda_on_cpu::vote("__any_sync", site, mask, p) != 0;
+}
+
+inline int __all_sync(unsigned mask, bool p, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+    return cuda_on_cpu::vote("__all_sync", site, mask, !p) == 0;
+}

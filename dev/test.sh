@@ -1,0 +1,259 @@
+#!/usr/bin/env bash
+# What needs processes: resume, kills, signals, damaged files, bad flags. Runs ./train_goldfinch (or the program named as
+# the first argument) on tiny models in a temporary folder; needs no more than bash, coreutils, grep, sed and awk.
+# Closing line: N passed, N failed.
+set -u
+export LC_ALL=C
+program=$(realpath "${1:-./train_goldfinch}")
+text=$(realpath "${BASH_SOURCE[0]}")                    # this script is the training text too
+tmp=$(mktemp -d "${TMPDIR:-/tmp}/goldfinch_test.XXXXXX")
+trap '[ $BASHPID = $$ ] && rm -rf "$tmp"' EXIT           # not where a child is killed before it becomes the program
+cd "$tmp" || exit 1
+passed=0 failed=0
+export OMP_NUM_THREADS=1                                # models this small gain nothing from more
+RANDOM=1
+
+tiny="--model.n_layer 3 --model.n_embd 64 --model.ctx_len 32 --model.vocab_size 264 --model.kv_cache_compression_ratio 8
+      --train.micro_bsz 2 --train.warmup_steps 3 --train.my_exit_tokens 1000000 --train.val_batches 2 --train.lr_init 2e-3
+      --train.sample_every -1"
+utf8="--train.data_type utf-8 --train.data_file $text"
+
+check() {                                               # check DESCRIPTION CODE: counts, and shows the last output if CODE is not 0
+    if [ "$2" = 0 ]; then passed=$((passed + 1)); echo "PASS $1"
+    else failed=$((failed + 1)); echo "FAIL $1"; sed 's/^/     | /' out.txt err.txt 2>/dev/null | cut -c1-200 | tail -n 12; fi
+}
+train() { "$program" $tiny "$@" >out.txt 2>err.txt; }   # train FLAGS...
+good() { train $utf8 "${@:2}"; check "$1" $?; }         # good DESCRIPTION FLAGS...: exits 0
+refused() {                                             # refused CODE PATTERN FLAGS...: one line on stderr with PATTERN in it
+    train "${@:3}"; local code=$?
+    [ $code = "$1" ] && [ "$(wc -l <err.txt)" = 1 ] && grep -qE -e "$2" err.txt
+    check "exit $1, \"$2\"" $?
+}
+same_run() {                                            # same_run FOLDER FOLDER: log (but for times) and checkpoints
+    cmp -s <(cut -d, -f1-6 "$1/log.csv") <(cut -d, -f1-6 "$2/log.csv") || return 1
+    [ "$(cd "$1" && ls ./*.safetensors)" = "$(cd "$2" && ls ./*.safetensors)" ] || return 1
+    local file; for file in "$1"/*.safetensors; do cmp -s "$file" "$2/${file##*/}" || return 1; done
+}
+newest() { local f; f=$(ls "$1" 2>/dev/null | grep -E '^model_[0-9]+\.safetensors$' | tail -n 1); f=${f#model_}; echo "${f%.safetensors}"; }
+until_newer() {                                         # until_newer FOLDER STEP PID: waits for a newer checkpoint than STEP
+    local i; for ((i = 0; i < 3000; i++)); do
+        [ "$(newest "$1")" != "$2" ] && return 0
+        kill -0 "$3" 2>/dev/null || return 1
+        sleep 0.01
+    done
+}
+little_endian() {                                       # little_endian BYTES NUMBER...: the numbers' bytes
+    local bytes=$1 n i h s=; shift
+    for n; do for ((i = 0; i < bytes; i++)); do printf -v h '\\x%02x' $((n >> 8 * i & 255)); s+=$h; done; done
+    printf "$s"
+}
+patch() { printf "$3" | dd of="$1" bs=1 seek="$2" conv=notrunc status=none; }    # patch FILE OFFSET BYTES
+u64_at() { od -A n -t u8 -j "$2" -N 8 "$1" | tr -d ' '; }
+
+echo "-- flags"
+"$program" -h >out.txt 2>err.txt; check "-h" $?
+[ "$(grep -c -e '^  --' out.txt)" -ge 45 ]; check "-h lists the settings" $?
+refused 2 'unknown setting "--model.n_layers"' --model.n_layers 3
+refused 2 'unknown setting "n_layer"' n_layer 3
+refused 2 'train.lr_init: a value is missing' --train.lr_init
+refused 2 'micro_bsz: expected a whole number from 1 to 65536, found "2.5"' --train.micro_bsz 2.5
+refused 2 'micro_bsz: expected a whole number from 1 to 65536, found "99999999999999999999"' --train.micro_bsz 99999999999999999999
+refused 2 'beta1: expected a number from 0 to 0.999999, found "nan"' --train.beta1 nan
+refused 2 'grad_cp: expected a whole number from 0 to 1, found "2"' --train.grad_cp 2
+refused 2 'tmix: expected at most 15 letters' --model.tmix x060c2x060c2x060c2
+refused 2 'n_embd: expected a whole number from 64 to 65536, a multiple of 64, found "100"' $utf8 --model.n_embd 100
+refused 2 'n_layer: expected a whole number from 1 to 4096, found "0"' $utf8 --model.n_layer 0
+refused 2 'dim_ffn: expected .*, a multiple of 32, found "40"' $utf8 --model.dim_ffn 40
+refused 2 'head_size: expected a whole number from 64 to 64.*, found "32"' $utf8 --model.head_size 32
+refused 2 'dropout: expected a number from 0 to 0, found "0.1"' $utf8 --model.dropout 0.1
+refused 2 'vocab_size: expected .*, a multiple of 8, found "257"' $utf8 --model.vocab_size 257
+refused 2 'vocab_size: expected 264 or more for utf-8' $utf8 --model.vocab_size 256
+refused 2 'x999' $utf8 --model.tmix x999
+refused 2 'lr_decay_type: expected cos, linear, exp or oneminussqrt, found "step"' $utf8 --train.lr_decay_type step
+refused 2 'data_type: expected binidx or utf-8, found "json"' --train.data_type json
+refused 2 'nowhere.txt: No such file' --train.data_type utf-8 --train.data_file nowhere.txt
+refused 2 'nowhere.idx: No such file' --train.data_file nowhere
+head -c 60 "$text" >short.txt
+refused 2 'short.txt: tokens, at least 2 ctx_len \+ 1: expected 65 or more, found 5[0-9]' \
+    --train.data_type utf-8 --train.data_file short.txt
+[ ! -e out ]; check "none of these left anything behind" $?
+
+echo "-- resume, bit for bit"
+run="--train.max_steps 20 --train.save_every 10 --train.val_every 1"
+good "20 steps" $run --train.out a
+[ "$(wc -l <a/log.csv)" = 21 ] && [ "$(head -n 1 a/log.csv)" = step,tokens,loss,val_loss,norm,lr,ms,tok_s,peak ]
+check "log.csv has its header and 20 lines" $?
+for try in 1 2 3 4 5; do
+    rm -rf b; "$program" $tiny $utf8 $run --train.out b >out.txt 2>err.txt & pid=$!
+    until_newer b "" $pid; kill -9 $pid 2>/dev/null; wait $pid 2>/dev/null
+    [ "$(newest b)" = 000010 ] && break
+done
+[ "$(newest b)" = 000010 ]; check "killed after the checkpoint of step 10" $?
+printf '15,960,1.0,,1.0,0.002,1.0,1,\n16,10' >>b/log.csv
+good "10 + kill -9 + resume + 10" $run --train.out b --train.resume 1
+same_run a b; check "same log columns, byte-identical files; the log was cut back" $?
+good "a finished run has nothing to do" $run --train.out b --train.resume 1
+"$program" --train.out b --train.resume 1 --train.max_steps 22 >out.txt 2>err.txt
+check "resume takes its settings from the checkpoint" $?
+cp "$text" other.txt; echo "more" >>other.txt
+refused 2 'other.txt: tokens, as before in this run: expected [0-9]+, found' \
+    --train.out b --train.resume 1 --train.data_file other.txt --train.max_steps 30
+good "resume where no run is begins one" --train.out empty --train.resume 1 --train.max_steps 1
+grep -q "no checkpoint in empty/" out.txt; check "and says so" $?
+
+echo "-- kill -9 at random moments, a save after every step"
+run="--train.save_every 1 --train.out k"
+usable=0 hits=0 kills=24
+for ((i = 0; i < kills; i++)); do
+    before=$(newest k)
+    "$program" $tiny $utf8 $run --train.resume 1 --train.max_steps 100000 >out.txt 2>err.txt & pid=$!
+    [ $((i % 4)) = 3 ] || until_newer k "$before" $pid
+    sleep "0.$(printf %03d $((RANDOM % 120)))"
+    kill -9 $pid 2>/dev/null; wait $pid 2>/dev/null
+    step=$(newest k)
+    [ ! -s err.txt ] && { [ -z "$step" ] || [ -e "k/state_$step.safetensors" ]; } && usable=$((usable + 1))
+    [ "$(ls k | grep -cE '^(model|state)_.*safetensors')" != 2 ] && hits=$((hits + 1))
+done
+[ $usable = $kills ]; check "$kills kills ($hits in the middle of a save) always left a usable pair" $?
+last=$((10#$(newest k) + 2))
+good "the run goes on to step $last" $run --train.resume 1 --train.max_steps $last
+good "the same without kills" --train.out l --train.save_every 0 --train.max_steps $last
+same_run k l; check "same log columns, byte-identical files" $?
+
+echo "-- signals"
+for signal in INT TERM; do
+    rm -f out.txt
+    "$program" $tiny $utf8 --train.out s --train.save_every 0 --train.val_every 0 >out.txt 2>err.txt & pid=$!
+    for ((i = 0; i < 1000; i++)); do grep -qs '^step  *3 ' out.txt && break; sleep 0.01; done
+    kill -$signal $pid; wait $pid; check "SIG$signal: exit 0" $?
+    step=$(tail -n 1 s/log.csv | cut -d, -f1)
+    [ -n "$step" ] && [ "$step" -ge 3 ] && [ "$(newest s)" = "$(printf %06d "$step")" ]
+    check "SIG$signal: the step in work was finished, logged and saved" $?
+done
+"$program" $tiny $utf8 --train.out s2 --train.save_every 0 2>err.txt | head -n 30 >out.txt
+[ "${PIPESTATUS[0]}" = 0 ] && [ "$(newest s2)" = "$(printf %06d "$(tail -n 1 s2/log.csv | cut -d, -f1)")" ]
+check "so it is when the reader of its output goes away" $?
+ls s/log.csv s/log.csv.old s/model_*.safetensors s/model_*.safetensors.old s/state_*.old s/val.txt.old >/dev/null 2>err.txt
+check "a run already in the folder is kept as *.old" $?
+old=$(head -n 2 s/log.csv)
+good "a third run" --train.out s --train.max_steps 2
+[ "$(head -n 2 s/log.csv.old)" = "$old" ] && [ "$(ls s | grep -c 'model_.*old$')" = 1 ]; check "for one generation" $?
+
+echo "-- determinism"
+run="--train.max_steps 6 --train.val_every 3"
+OMP_NUM_THREADS=1 good "OMP_NUM_THREADS=1" $run --train.out d1
+OMP_NUM_THREADS=2 good "OMP_NUM_THREADS=2" $run --train.out d2
+same_run d1 d2; check "same bits" $?
+if grep -q '^machine *CPU' out.txt; then
+    for order in reverse 7; do
+        CUDA_ON_CPU_ORDER=$order good "CUDA_ON_CPU_ORDER=$order" $run --train.out d3
+        same_run d1 d3; check "same bits" $?
+    done
+fi
+good "2 sequences x 2 accumulated" --train.max_steps 1 --train.accumulate_grad_batches 2 --train.out d4
+good "4 sequences x 1" --train.max_steps 1 --train.micro_bsz 4 --train.out d5
+tail -q -n 1 d4/log.csv d5/log.csv | awk -F, '{ t[NR] = $2; l[NR] = $3 }
+    END { d = l[1] / l[2] - 1; exit !(t[1] == 128 && t[2] == 128 && d < 2e-3 && d > -2e-3) }'
+check "same tokens, same loss" $?
+
+echo "-- numbers that are not finite"
+refused 3 'step 2: not finite .*: first in [a-z].*; last good checkpoint: n/model_000001' $utf8 --train.out n --train.save_every 1 \
+    --train.lr_init 1e30 --train.warmup_steps 0
+[ -e n/model_000001.safetensors ] && [ -e n/state_000001.safetensors ] && [ "$(wc -l <n/log.csv)" = 3 ]
+check "the last good checkpoint stays" $?
+good "a model to plant a NaN in" --train.train_stage 1 --train.out i
+[ "$(newest i)" = 000000 ] && [ ! -e i/log.csv ]; check "train_stage 1 initializes, saves and stops" $?
+model=i/model_000000.safetensors
+data_at=$((8 + $(u64_at $model 0)))
+head_at=$(head -c $data_at $model | grep -aoE '"head.weight":\{[^}]*' | grep -oE '[0-9]+,[0-9]+\]$' | cut -d, -f1)
+sed 's/"hash":/"hush":/' $model >nan.safetensors          # a file without a hash, as others write them
+patch nan.safetensors $((data_at + head_at)) '\xff\xff\xff\xff\xff\xff\xff\xff'
+refused 3 'step 1: not finite .*: first in [a-z].*; last good checkpoint: none' $utf8 --train.out n2 --train.load_model nan.safetensors
+
+echo "-- weights from a file"
+sed 's/"hash":/"hush":/' $model >plain.safetensors
+good "load_model" --train.load_model plain.safetensors --train.out w1 --train.max_steps 3
+good "the same from the seed" --train.out w2 --train.max_steps 3
+cmp -s <(cut -d, -f1-6 w1/log.csv) <(cut -d, -f1-6 w2/log.csv) || grep -q '"BF16"' $model   # bf16 weights are rounded masters
+check "the same run" $?
+good "a stage 1 folder is gone on with" --train.out i --train.resume 1 --train.max_steps 3
+cmp -s <(cut -d, -f1-6 i/log.csv) <(cut -d, -f1-6 w2/log.csv); check "the same run" $?
+good "another vocabulary" --train.train_stage 1 --model.vocab_size 320 --train.out v
+wide=v/model_000000.safetensors
+refused 2 "$wide: tensor (emb|head).weight: shape: expected \(264, 64\), found \(320, 64\)" $utf8 --train.load_model $wide
+good "load_partial" --train.load_model $wide --train.load_partial 1 --train.max_steps 1 --train.out w3
+[ "$(grep -c 'emb.weight: shape: expected\|head.weight: shape: expected' out.txt)" = 2 ] && [ "$(grep -c 'keeps its' out.txt)" = 2 ]
+check "lists what does not fit" $?
+
+echo "-- damaged checkpoints"
+damage() {                                              # damage PATTERN SED-SCRIPT: one change of the file, refused
+    sed "$2" plain.safetensors >bad.safetensors
+    refused 2 "bad.safetensors: $1" $utf8 --train.load_model bad.safetensors
+}
+name='[a-z0-9_.]+'
+damage "tensor $name: data_offsets: expected \[0, " 's/"data_offsets":\[0,/"data_offsets":[4,/'
+damage "tensor $name: data_offsets: expected" 's/"shape":\[264,64\]/"shape":[264,65]/'
+damage "tensor $name: dtype: expected F32, BF16 or the like, found X" 's/"dtype":"[BF]/"dtype":"X/'
+damage "tensor $name: expected dtype, shape and data_offsets, found kind" 's/"dtype"/"kind"/'
+damage 'tensor emb.weight: expected in the file, found none' 's/"emb.weight"/"emb_weight"/'
+damage "header, byte [0-9]+: expected ':', found ','" 's/"emb.weight":/"emb.weight",/'
+damage 'tensor emb.weight: expected once, found twice' 's/"head.weight"/"emb.weight"/'
+size=$(stat -c %s plain.safetensors)
+head -c $((size - 100)) plain.safetensors >bad.safetensors
+refused 2 'bad.safetensors: tensor .*: data_offsets: expected .* within' $utf8 --train.load_model bad.safetensors
+cp plain.safetensors bad.safetensors; patch bad.safetensors 9 '{'
+refused 2 "bad.safetensors: header, byte 1: expected '\"', found '\{'" $utf8 --train.load_model bad.safetensors
+head -c 7 plain.safetensors >bad.safetensors
+refused 2 'bad.safetensors: size: expected 10 or more, found 7' $utf8 --train.load_model bad.safetensors
+head -c 300 plain.safetensors >bad.safetensors
+refused 2 'bad.safetensors: header length: expected 2 to 292, found' $utf8 --train.load_model bad.safetensors
+{ cat plain.safetensors; echo; } >bad.safetensors
+refused 2 'bad.safetensors: bytes of data: expected [0-9]+, found' $utf8 --train.load_model bad.safetensors
+: >bad.safetensors
+refused 2 'bad.safetensors: the file is empty' $utf8 --train.load_model bad.safetensors
+cp $wide bad.safetensors; patch bad.safetensors $((size - 50)) '\x01\x02\x03'
+refused 2 'bad.safetensors: hash of the data: expected [0-9a-f]{16}, found' $utf8 --train.load_model bad.safetensors
+for half in model state; do
+    rm -rf p; cp -r a p; patch p/${half}_000020.safetensors $(($(stat -c %s p/${half}_000020.safetensors) - 9)) '\x01\x02\x03'
+    refused 2 "p/${half}_000020.safetensors: hash of the data" $utf8 --train.out p --train.resume 1
+done
+rm -rf p; cp -r a p; rm p/state_000020.safetensors
+refused 2 'p/state_000020.safetensors: No such file' $utf8 --train.out p --train.resume 1
+good "a run with another seed" --train.seed_everything 2 --train.max_steps 20 --train.out q
+cp q/state_000020.safetensors p/
+refused 2 'p/state_000020.safetensors: metadata, field model_hash: expected .* as in p/model_000020' $utf8 --train.out p --train.resume 1
+refused 2 'a/state_000020.safetensors: tensor master.(emb|head).weight: shape: expected' $utf8 --train.out a --train.resume 1 \
+    --train.max_steps 30 --model.vocab_size 272
+
+echo "-- binidx"
+binidx() {                                              # binidx PREFIX: 300 u16 tokens in two documents
+    little_endian 2 $(seq 0 149) $(seq 100 249) >"$1.bin"
+    { printf 'MMIDIDX\0\0'; little_endian 8 1; little_endian 1 8; little_endian 8 2 3; little_endian 4 150 150
+      little_endian 8 0 300 0 1 2; } >"$1.idx"
+}
+binidx pair
+train --train.data_file pair --train.validation_data_file pair --train.max_steps 2 --train.out x; check "a pair trains" $?
+grep -q 'pair.bin: 300 tokens in 2 documents, magic prime 5; validation: pair.bin, 300 tokens' out.txt; check "as counted" $?
+broken() {                                              # broken PATTERN idx|bin OFFSET BYTES: one change of the pair, refused
+    binidx bad; patch "bad.$2" "$3" "$4"; refused 2 "$1" --train.data_file bad --train.out y
+}
+broken 'bad.idx: magic: expected "MMIDIDX"' idx 0 'X'
+broken 'bad.idx: version: expected 1, found 2' idx 9 '\x02'
+broken 'bad.idx: data type: expected 1, 2, 3, 4, 5 or 8 .*, found 7' idx 17 '\x07'
+broken 'bad.idx: sequences: expected 0 to 4, found 514' idx 19 '\x02'
+broken 'bad.idx: data type: expected .*, found 200' idx 17 '\xc8'
+broken 'bad.idx: document marks: expected 2, found 3' idx 18 '\x01'
+broken 'bad.idx: sizes\[1\]: expected 0 to 2147483647, found -1' idx 38 '\xff\xff\xff\xff'
+broken 'bad.idx: offsets\[1\]: expected 300, found 302' idx 50 '\x2e'
+broken 'bad.idx: documents\[1\]: expected 0 to 2, found 9' idx 66 '\x09'
+broken 'bad.bin: size: expected 602, found 600' idx 38 '\x97'
+broken 'bad.bin: token\[[0-9]+\]: expected 0 to 263, found 500' bin 0 "$(printf '\\xf4\\x01%.0s' {1..300})"
+binidx bad; head -c 70 bad.idx >cut.idx; cp bad.bin cut.bin
+refused 2 'cut.idx: size: expected 82, found 70' --train.data_file cut --train.out y
+head -c 20 bad.idx >cut.idx; refused 2 'cut.idx: size: expected 34 or more, found 20' --train.data_file cut --train.out y
+binidx cut; head -c 599 bad.bin >cut.bin
+refused 2 'cut.bin: size: expected 600, found 599' --train.data_file cut --train.out y
+refused 2 'pair.bin: tokens, at least 2 ctx_len \+ 1: expected 513 or more, found 300' --train.data_file pair --model.ctx_len 256
+
+echo "$passed passed, $failed failed"
+[ $failed = 0 ]

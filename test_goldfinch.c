@@ -1,0 +1,2425 @@
+/*
+test_goldfinch.c: the GoldFinch model in plain C, and every check of the trainer.
+
+Part 1 is the model without any CUDA: forward, backward, AdamW, learning rate. It is the place to read what the program
+computes: each equation is one forward function with its backward function below it, in plain loops. Parameters and
+activations are float; every sum is accumulated in double. It shares no code with the kernels of train_goldfinch.cu.
+
+Part 2 checks. It holds three computations against each other: golden tables (dev/golden, made in float64 by another
+implementation), part 1, and the kernels, which it reaches through the extern "C" interface of train_goldfinch.cu.
+
+    make test_goldfinch [PRECISION=BF16|FP32] [GPU=0|1]
+    ./test_goldfinch                # every check
+    ./test_goldfinch FILE...        # just these golden tables; one whose config has steps= is a training run
+
+The last line is "N passed, N failed, N skipped"; the exit status is 1 if any check failed.
+
+Letters: B batch, T time, C n_embd, A dim_att, F dim_ffn, V vocab_size, L n_layer, N = 64 head size, H = A / N heads,
+R numbers per token in the compressed cache. rows = B * T. Activations are (rows, C), channel fastest.
+*/
+
+#define _DEFAULT_SOURCE  // opendir, getline, strdup
+#include <dirent.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+// ====================================================================================================================
+// Part 1: the model
+// ====================================================================================================================
+
+enum { N = 64 };  // channels per head, in every GoldFinch
+
+// --------------------------------------------------------------------------------------------------------------------
+// Settings: under the names of the command line. type, group, name, default
+
+#define SETTINGS(X)                              \
+    X(INT,  model, n_layer, 6)                   \
+    X(INT,  model, n_embd, 128)                  \
+    X(INT,  model, ctx_len, 64)                  \
+    X(INT,  model, vocab_size, 320)              \
+    X(INT,  model, dim_att, 0)                   \
+    X(INT,  model, dim_ffn, 0)                   \
+    X(TEXT, model, tmix, "x060c2")               \
+    X(TEXT, model, tmix2, "")                    \
+    X(TEXT, model, cmix, "x060")                 \
+    X(TEXT, model, cmix2, "x060")                \
+    X(INT,  model, inv_other_layer_ratio, 3)     \
+    X(INT,  model, kv_cache_compression_ratio, 16) \
+    X(INT,  model, use_one_minus_w, 1)           \
+    X(INT,  model, use_v2, 1)                    \
+    X(INT,  model, parallel, 0)                  \
+    X(INT,  train, micro_bsz, 1)                 \
+    X(INT,  train, accumulate_grad_batches, 1)   \
+    X(INT,  train, grad_cp, 0)                   \
+    X(INT,  train, warmup_steps, 10)             \
+    X(INT,  train, my_exit_tokens, 1498226207)   \
+    X(INT,  train, layerwise_lr, 1)              \
+    X(TEXT, train, lr_decay_type, "cos")         \
+    X(REAL, train, lr_init, 6e-4)                \
+    X(REAL, train, lr_final, 2e-4)               \
+    X(REAL, train, lr_wait, 0)                   \
+    X(REAL, train, weight_decay, 0.001)          \
+    X(REAL, train, beta1, 0.9)                   \
+    X(REAL, train, beta2, 0.99)                  \
+    X(REAL, train, adam_eps, 1e-8)               \
+    X(REAL, train, gradient_clip_val, 1.0)
+
+#define FIELD_INT(name) int64_t name;
+#define FIELD_REAL(name) double name;
+#define FIELD_TEXT(name) char name[16];
+typedef struct Settings {
+#define FIELD(type, group, name, value) FIELD_##type(name)
+    SETTINGS(FIELD)
+#undef FIELD
+} Settings;
+
+// --------------------------------------------------------------------------------------------------------------------
+// Tensors: one table per part names each tensor, its shape, its optimizer group and how it starts
+
+typedef enum Group {
+    PLAIN,   // learning rate x 1, no weight decay
+    TWICE,   // learning rate x 2, no weight decay
+    DECAY,   // learning rate x 1, weight decay
+} Group;
+
+typedef enum Init {      // with p = l / (L-1), q = 1 - l / L for layer l, and d = i / C for channel i
+    ZERO,
+    ONE,
+    MIX,                 // 1 - d^q
+    MIX_HALF,            // 1 - d^(q/2)
+    MIX_V,               // 1 - (d^q + 0.3 p)
+    SMALL,               // uniform in +-0.01
+    EMBEDDING,           // uniform in +-1e-4
+    TIME_DECAY,          // -6 + 5 (i/(A-1))^(0.7 + 1.3 p)
+    TIME_FAAAA,          // p (1 - i/(A-1)) + 0.1 ((i+1) mod 3 - 1)
+    LN_X,                // ((1+l)/L)^0.7
+    ORTHOGONAL,          // gain 1
+    ORTHOGONAL_KEY,      // gain 0.1
+    ORTHOGONAL_HEAD,     // gain 0.5 sqrt(V/C) if V > C, else 0.5
+} Init;
+
+typedef struct Row {
+    const char *name, *shape;  // shape: numbers and letters; D = max(C/16, 64), X = C + R
+    Group group;
+    Init init;
+} Row;
+
+#define NORM(name, width, gain) {name ".weight", width, PLAIN, gain}, {name ".bias", width, PLAIN, ZERO}
+
+static const Row model_tensors[] = {
+    {"emb.weight",  "V C", DECAY, EMBEDDING},
+    {"head.weight", "V C", DECAY, ORTHOGONAL_HEAD},
+    NORM("ln_out", "C", ONE),
+    {0}
+};
+static const Row token_cat_tensors[] = {
+    {"w_kv_cache_a.weight", "R C", DECAY, ORTHOGONAL},
+    {"w_kv_cache_b.weight", "A X", DECAY, ORTHOGONAL},
+    {0}
+};
+static const Row ln0_tensors[] = {  // of block 0
+    NORM("ln0", "C", ONE),
+    {0}
+};
+static const Row block_tensors[] = {
+    NORM("ln1", "C", ONE),
+    NORM("ln2", "C", ONE),
+    {0}
+};
+static const Row finch_c2_tensors[] = {
+    {"att.time_maa_x",  "1 1 C", PLAIN, MIX},
+    {"att.time_maa_r",  "1 1 C", PLAIN, MIX_HALF},
+    {"att.time_maa_k",  "1 1 C", PLAIN, MIX},
+    {"att.time_maa_v",  "1 1 C", PLAIN, MIX_V},
+    {"att.time_maa_w",  "1 1 C", PLAIN, MIX},
+    {"att.time_maa_v2", "1 1 C", PLAIN, MIX_V},
+    {"att.time_maa_w1", "C 160", PLAIN, ZERO},
+    {"att.time_maa_w2", "5 32 C", PLAIN, SMALL},
+    {"att.time_decay",  "1 1 A", TWICE, TIME_DECAY},
+    {"att.time_decay_w1", "C 64", PLAIN, ZERO},
+    {"att.time_decay_w2", "64 A", PLAIN, SMALL},
+    {"att.time_value2_w1", "C 64", PLAIN, ZERO},
+    {"att.time_value2_w2", "64 A", PLAIN, SMALL},
+    {"att.time_faaaa", "H 64", PLAIN, TIME_FAAAA},
+    {"att.receptance.weight", "A C", DECAY, ORTHOGONAL},
+    {"att.key.weight",    "A C", DECAY, ORTHOGONAL_KEY},
+    {"att.value.weight",  "A C", DECAY, ORTHOGONAL},
+    {"att.output.weight", "C A", DECAY, ZERO},
+    NORM("att.ln_x", "A", LN_X),
+    {0}
+};
+static const Row gold_tensors[] = {
+    {"att.time_maa_x", "1 1 C", PLAIN, MIX},
+    {"att.time_maa_q", "1 1 C", PLAIN, MIX_HALF},
+    {"att.time_maa_k", "1 1 C", PLAIN, MIX},
+    {"att.time_maa_v", "1 1 C", PLAIN, MIX_V},
+    {"att.time_maa_v_cache", "1 1 C", PLAIN, MIX},
+    {"att.time_maa_q_w1", "C 32", PLAIN, ZERO},
+    {"att.time_maa_q_w2", "32 C", PLAIN, SMALL},
+    {"att.time_maa_kv_w1", "C 64", PLAIN, ZERO},
+    {"att.time_maa_kv_w2", "2 32 C", PLAIN, SMALL},
+    {"att.time_key_w1", "C D", PLAIN, ZERO},
+    {"att.time_key_w2", "D C", PLAIN, SMALL},
+    {"att.time_value_w1", "C D", PLAIN, ZERO},
+    {"att.time_value_w2", "D C", PLAIN, SMALL},
+    {"att.query.weight",  "A C", DECAY, ORTHOGONAL},
+    {"att.output.weight", "C A", DECAY, ZERO},
+    NORM("att.ln_q", "A", ONE),
+    NORM("att.ln_k", "A", ONE),
+    NORM("att.ln_v", "A", ONE),
+    NORM("att.ln_x", "A", LN_X),
+    {0}
+};
+static const Row cmix_tensors[] = {
+    {"ffn.time_maa_k", "1 1 C", PLAIN, MIX},
+    {"ffn.time_maa_r", "1 1 C", PLAIN, MIX},
+    {"ffn.key.weight", "F C", DECAY, ORTHOGONAL},
+    {"ffn.receptance.weight", "C C", DECAY, ZERO},
+    {"ffn.value.weight", "C F", DECAY, ZERO},
+    {0}
+};
+
+typedef struct Param {
+    char name[64];           // "blocks.0.att.key.weight"
+    const Row *row;
+    int layer;               // -1: belongs to no block
+    int ndim;
+    int64_t shape[3], size;
+    float *w, *g, *m, *v;    // weights, gradient, AdamW's two moments
+} Param;
+
+typedef struct Array {       // an activation kept for the backward pass
+    char name[64];           // "blocks.0.att.out"
+    int64_t size;
+    float *data;
+} Array;
+
+typedef struct Ref {
+    Settings s;
+    int L, C, A, H, F, V, R, G0;  // layers 0 .. G0-1 use tmix and cmix, G0 .. L-1 use tmix2 and cmix2
+    int B, T, rows;               // of the current batch
+    int n_params, n_kept, n_temporary;
+    Param params[512];
+    Array kept[1024];
+    float *temporary[64];         // gradients of activations, freed after each layer
+    float *dx0, *dK0;             // (rows, C), (rows, A): sums over all the GOLD layers
+} Ref;
+
+static void fail(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fprintf(stderr, "test_goldfinch: ");
+    vfprintf(stderr, format, args);
+    fprintf(stderr, "\n");
+    va_end(args);
+    exit(2);
+}
+
+static void *zeros(int64_t n, size_t size) {
+    void *p = calloc(n > 0 ? n : 1, size);
+    if (!p) fail("out of memory (%lld x %zu bytes)", (long long)n, size);
+    return p;
+}
+
+static void full_name(char full[64], int l, const char *name) {
+    if (l < 0) snprintf(full, 64, "%s", name);
+    else snprintf(full, 64, "blocks.%d.%s", l, name);
+}
+
+static int64_t dimension(const Ref *m, const char *text) {
+    switch (*text) {
+        case 'A': return m->A;
+        case 'C': return m->C;
+        case 'D': return m->C / 16 > 64 ? m->C / 16 : 64;
+        case 'F': return m->F;
+        case 'H': return m->H;
+        case 'R': return m->R;
+        case 'V': return m->V;
+        case 'X': return m->C + m->R;
+        default: return atoi(text);
+    }
+}
+
+static void add_tensors(Ref *m, int layer, const Row *row) {
+    for (; row->name; row++) {
+        Param *p = &m->params[m->n_params++];
+        full_name(p->name, layer, row->name);
+        p->row = row;
+        p->layer = layer;
+        p->size = 1;
+        for (const char *s = row->shape; s; s = strchr(s, ' ')) {
+            if (*s == ' ') s++;
+            p->shape[p->ndim] = dimension(m, s);
+            p->size *= p->shape[p->ndim++];
+        }
+        p->w = zeros(p->size, sizeof(float));
+        p->g = zeros(p->size, sizeof(float));
+        p->m = zeros(p->size, sizeof(float));
+        p->v = zeros(p->size, sizeof(float));
+    }
+}
+
+// Parameter of layer l by its name inside the block, or of the model if l is -1.
+static Param *param(Ref *m, int l, const char *name) {
+    char full[64];
+    full_name(full, l, name);
+    for (int i = 0; i < m->n_params; i++) {
+        if (!strcmp(m->params[i].name, full)) return &m->params[i];
+    }
+    return NULL;
+}
+
+// An activation computed earlier in this pass.
+static Array *kept(Ref *m, int l, const char *name) {
+    char full[64];
+    full_name(full, l, name);
+    for (int i = 0; i < m->n_kept; i++) {
+        if (!strcmp(m->kept[i].name, full)) return &m->kept[i];
+    }
+    return NULL;
+}
+
+static float *saved(Ref *m, int l, const char *name) {
+    return kept(m, l, name)->data;
+}
+
+// A new activation of n zeros under this name; the backward pass finds it by saved().
+static float *keep(Ref *m, int l, const char *name, int64_t n) {
+    Array *a = kept(m, l, name);
+    if (!a) {
+        a = &m->kept[m->n_kept++];
+        full_name(a->name, l, name);
+    }
+    free(a->data);
+    a->size = n;
+    a->data = zeros(n, sizeof(float));
+    return a->data;
+}
+
+static float *temporary(Ref *m, int64_t n) {
+    return m->temporary[m->n_temporary++] = zeros(n, sizeof(float));
+}
+
+static void free_temporary(Ref *m) {
+    while (m->n_temporary) free(m->temporary[--m->n_temporary]);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Linear algebra. Every function here and below ADDS to what it computes into; activations start as zeros.
+
+// y[i][j] += sum over k of a[i][k] b[k][j], for i < I, j < J, k < K.
+// a_row is the distance from a[i][k] to a[i+1][k], a_col to a[i][k+1]; b alike, so any of them may be transposed.
+static void matmul(float *y, int y_row, const float *a, int a_row, int a_col, const float *b, int b_row, int b_col,
+                   int I, int J, int K) {
+    double *panel = zeros(4 * (int64_t)K, sizeof(double));  // four columns of b side by side: (K, 4)
+    for (int j = 0; j < J; j += 4) {
+        int width = J - j < 4 ? J - j : 4;
+        for (int k = 0; k < K; k++) {
+            for (int c = 0; c < width; c++) panel[4 * k + c] = b[(int64_t)k * b_row + (int64_t)(j + c) * b_col];
+        }
+        for (int i = 0; i < I; i++) {
+            const float *ai = a + (int64_t)i * a_row;
+            double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+            for (int k = 0; k < K; k++) {
+                double x = ai[(int64_t)k * a_col];
+                s0 += x * panel[4 * k];
+                s1 += x * panel[4 * k + 1];
+                s2 += x * panel[4 * k + 2];
+                s3 += x * panel[4 * k + 3];
+            }
+            double s[4] = {s0, s1, s2, s3};
+            for (int c = 0; c < width; c++) y[(int64_t)i * y_row + j + c] += s[c];
+        }
+    }
+    free(panel);
+}
+
+// Linear layer: y = x Wᵀ, W (out, in), x (rows, in), y (rows, out).
+static void linear(float *y, const float *x, const Param *W, int rows) {
+    int out = W->shape[0], in = W->shape[1];
+    matmul(y, out, x, in, 1, W->w, 1, in, rows, out, in);
+}
+
+static void linear_backward(float *dx, const float *dy, const float *x, const Param *W, int rows) {
+    int out = W->shape[0], in = W->shape[1];
+    matmul(dx, in, dy, out, 1, W->w, in, 1, rows, in, out);
+    matmul(W->g, in, dy, 1, out, x, in, 1, out, in, rows);
+}
+
+// Low-rank function: h = tanh(x @ W1); y = h @ W2.  W1 (in, n rank); W2 (rank, out), or (n, rank, out) for n outputs,
+// of which number i sees only columns rank i .. rank (i+1) of h. x (rows, in), h (rows, n rank), y (n, rows, out).
+static void low_rank(float *y, float *h, const float *x, const Param *W1, const Param *W2, int rows) {
+    int in = W1->shape[0], width = W1->shape[1];
+    int n = W2->ndim == 3 ? W2->shape[0] : 1, rank = W2->shape[W2->ndim - 2], out = W2->shape[W2->ndim - 1];
+    matmul(h, width, x, in, 1, W1->w, width, 1, rows, width, in);
+    for (int64_t i = 0; i < (int64_t)rows * width; i++) h[i] = tanh(h[i]);
+    for (int i = 0; i < n; i++) {
+        matmul(y + (int64_t)i * rows * out, out, h + i * rank, width, 1, W2->w + i * rank * out, out, 1,
+               rows, out, rank);
+    }
+}
+
+static void low_rank_backward(float *dx, const float *dy, const float *h, const float *x, const Param *W1,
+                              const Param *W2, int rows) {
+    int in = W1->shape[0], width = W1->shape[1];
+    int n = W2->ndim == 3 ? W2->shape[0] : 1, rank = W2->shape[W2->ndim - 2], out = W2->shape[W2->ndim - 1];
+    float *dh = zeros((int64_t)rows * width, sizeof(float));
+    for (int i = 0; i < n; i++) {
+        const float *dyi = dy + (int64_t)i * rows * out;
+        matmul(dh + i * rank, width, dyi, out, 1, W2->w + i * rank * out, 1, out, rows, rank, out);
+        matmul(W2->g + i * rank * out, out, h + i * rank, 1, width, dyi, out, 1, rank, out, rows);
+    }
+    for (int64_t i = 0; i < (int64_t)rows * width; i++) dh[i] *= 1 - (double)h[i] * h[i];
+    matmul(dx, in, dh, width, 1, W1->w, 1, width, rows, in, width);
+    matmul(W1->g, width, x, 1, in, dh, width, 1, in, width, rows);
+    free(dh);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Norms
+
+typedef struct Moments { double mean, rstd; } Moments;
+
+static Moments moments(const float *x, int D) {
+    double mean = 0, variance = 0;
+    for (int i = 0; i < D; i++) mean += x[i];
+    mean /= D;
+    for (int i = 0; i < D; i++) variance += (x[i] - mean) * (x[i] - mean);
+    return (Moments){mean, 1 / sqrt(variance / D + 1e-5)};
+}
+
+// y = (x - mean) / sqrt(variance + 1e-5) * gain + bias, over the last dimension. x, y (rows, D)
+static void layer_norm(float *y, const float *x, const Param *gain, const Param *bias, int rows) {
+    int D = gain->size;
+    for (int t = 0; t < rows; t++, x += D, y += D) {
+        Moments s = moments(x, D);
+        for (int i = 0; i < D; i++) y[i] += (x[i] - s.mean) * s.rstd * gain->w[i] + bias->w[i];
+    }
+}
+
+static void layer_norm_backward(float *dx, const float *dy, const float *x, const Param *gain, const Param *bias,
+                                int rows) {
+    int D = gain->size;
+    double *dgain = zeros(D, sizeof(double)), *dbias = zeros(D, sizeof(double));
+    for (int t = 0; t < rows; t++, x += D, dx += D, dy += D) {
+        Moments s = moments(x, D);
+        double mean_dn = 0, mean_dn_n = 0;  // n is x normalized, before gain and bias
+        for (int i = 0; i < D; i++) {
+            double n = (x[i] - s.mean) * s.rstd, dn = (double)dy[i] * gain->w[i];
+            mean_dn += dn / D;
+            mean_dn_n += dn * n / D;
+            dgain[i] += dy[i] * n;
+            dbias[i] += dy[i];
+        }
+        for (int i = 0; i < D; i++) {
+            double n = (x[i] - s.mean) * s.rstd, dn = (double)dy[i] * gain->w[i];
+            dx[i] += (dn - mean_dn - n * mean_dn_n) * s.rstd;
+        }
+    }
+    for (int i = 0; i < D; i++) {
+        gain->g[i] += dgain[i];
+        bias->g[i] += dbias[i];
+    }
+    free(dgain);
+    free(dbias);
+}
+
+// y = x / (|x| / sqrt(D) + 1e-8)
+static void rms_norm(float *y, const float *x, int D, int rows) {
+    for (int t = 0; t < rows; t++, x += D, y += D) {
+        double square = 0;
+        for (int i = 0; i < D; i++) square += (double)x[i] * x[i];
+        double scale = 1 / (sqrt(square / D) + 1e-8);
+        for (int i = 0; i < D; i++) y[i] += x[i] * scale;
+    }
+}
+
+static void rms_norm_backward(float *dx, const float *dy, const float *x, int D, int rows) {
+    for (int t = 0; t < rows; t++, x += D, dx += D, dy += D) {
+        double square = 0, dot = 0;
+        for (int i = 0; i < D; i++) {
+            square += (double)x[i] * x[i];
+            dot += (double)dy[i] * x[i];
+        }
+        double rms = sqrt(square / D), scale = 1 / (rms + 1e-8);
+        if (rms == 0) continue;  // by decision: the norm has no derivative at 0
+        for (int i = 0; i < D; i++) dx[i] += dy[i] * scale - x[i] * dot * scale * scale / (rms * D);
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Token shift
+
+// d_t = x_{t-1} - x_t, with x_{-1} = 0 at the start of each sequence. x, d (B, T, C)
+static void shift_difference(float *d, const float *x, int B, int T, int C) {
+    for (int t = 0; t < B * T; t++) {
+        for (int64_t i = (int64_t)t * C; i < (int64_t)(t + 1) * C; i++) d[i] += (t % T ? x[i - C] : 0) - x[i];
+    }
+}
+
+static void shift_difference_backward(float *dx, const float *dd, int B, int T, int C) {
+    for (int t = 0; t < B * T; t++) {
+        int last = t % T == T - 1;
+        for (int64_t i = (int64_t)t * C; i < (int64_t)(t + 1) * C; i++) dx[i] += (last ? 0 : dd[i + C]) - dd[i];
+    }
+}
+
+// y = x + d * (maa + m): between this token's x and the last one's, by a learned amount per channel (maa, (C)) and
+// optionally one that depends on the data (m, (rows, C), may be NULL).
+static void mix(float *y, const float *x, const float *d, const Param *maa, const float *m, int rows) {
+    int C = maa->size;
+    for (int64_t i = 0; i < (int64_t)rows * C; i++) y[i] += x[i] + d[i] * (maa->w[i % C] + (m ? m[i] : 0));
+}
+
+static void mix_backward(float *dx, float *dd, float *dm, const float *dy, const float *d, const Param *maa,
+                         const float *m, int rows) {
+    int C = maa->size;
+    for (int c = 0; c < C; c++) {
+        double dmaa = 0;
+        for (int64_t i = c; i < (int64_t)rows * C; i += C) {
+            dx[i] += dy[i];
+            dd[i] += dy[i] * (maa->w[c] + (m ? m[i] : 0));
+            if (m) dm[i] += dy[i] * d[i];
+            dmaa += (double)dy[i] * d[i];
+        }
+        maa->g[c] += dmaa;
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// WKV: the linear attention of RWKV. Per head a state S (N keys, N values), S = 0 at the start of a sequence:
+//     y_t[j]  = sum over i of r_t[i] (S[i][j] + u[i] k_t[i] v_t[j])
+//     S[i][j] = d_t[i] S[i][j] + k_t[i] v_t[j],      d_t = exp(-exp(w_t))
+// r, k, v, w, y (B, T, H, N); u (H, N), or NULL for zeros.
+
+static double decay(float w) {
+    return exp(-exp(w));
+}
+
+static double decay_gradient(float w) {  // d decay / d w, without inf * 0
+    return w < 7 ? -exp(-exp(w)) * exp(w) : 0;
+}
+
+static void wkv(float *y, const float *r, const float *k, const float *v, const float *w, const float *u,
+                int B, int T, int H) {
+    for (int bh = 0; bh < B * H; bh++) {
+        double S[N][N] = {{0}};
+        for (int t = 0; t < T; t++) {
+            int64_t at = (((int64_t)(bh / H) * T + t) * H + bh % H) * N;
+            double sum[N] = {0};
+            for (int i = 0; i < N; i++) {
+                double ri = r[at + i], ki = k[at + i], di = decay(w[at + i]), ui = u ? u[bh % H * N + i] : 0;
+                for (int j = 0; j < N; j++) {
+                    double kv = ki * v[at + j];
+                    sum[j] += ri * (S[i][j] + ui * kv);
+                    S[i][j] = di * S[i][j] + kv;
+                }
+            }
+            for (int j = 0; j < N; j++) y[at + j] += sum[j];
+        }
+    }
+}
+
+static void wkv_backward(float *dr, float *dk, float *dv, float *dw, float *du, const float *dy, const float *r,
+                         const float *k, const float *v, const float *w, const float *u, int B, int T, int H) {
+    double(*S)[N][N] = zeros(T + 1, sizeof(*S));  // S[t]: the state that token t finds
+    for (int bh = 0; bh < B * H; bh++) {
+        for (int t = 0; t < T; t++) {
+            int64_t at = (((int64_t)(bh / H) * T + t) * H + bh % H) * N;
+            for (int i = 0; i < N; i++) {
+                double ki = k[at + i], di = decay(w[at + i]);
+                for (int j = 0; j < N; j++) S[t + 1][i][j] = di * S[t][i][j] + ki * v[at + j];
+            }
+        }
+        double dS[N][N] = {{0}};  // gradient of the state after token t
+        double du_sum[N] = {0};
+        for (int t = T - 1; t >= 0; t--) {
+            int64_t at = (((int64_t)(bh / H) * T + t) * H + bh % H) * N;
+            double dv_sum[N] = {0}, v_dy = 0;
+            for (int j = 0; j < N; j++) v_dy += (double)v[at + j] * dy[at + j];
+            for (int i = 0; i < N; i++) {
+                double ri = r[at + i], ki = k[at + i], di = decay(w[at + i]), ui = u ? u[bh % H * N + i] : 0;
+                double dr_sum = 0, dk_sum = 0, dd_sum = 0;
+                for (int j = 0; j < N; j++) {
+                    double dyj = dy[at + j];
+                    dr_sum += S[t][i][j] * dyj;
+                    dk_sum += dS[i][j] * v[at + j];
+                    dd_sum += dS[i][j] * S[t][i][j];
+                    dv_sum[j] += dS[i][j] * ki + ri * ui * ki * dyj;
+                    dS[i][j] = di * dS[i][j] + ri * dyj;
+                }
+                dr[at + i] += dr_sum + ui * ki * v_dy;
+                dk[at + i] += dk_sum + ui * ri * v_dy;
+                dw[at + i] += dd_sum * decay_gradient(w[at + i]);
+                du_sum[i] += ri * ki * v_dy;
+            }
+            for (int j = 0; j < N; j++) dv[at + j] += dv_sum[j];
+        }
+        for (int i = 0; i < N && du; i++) du[bh % H * N + i] += du_sum[i];
+    }
+    free(S);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Causal attention: y_t = sum over s <= t of p_ts v_s, p_t = softmax over s of q_t k_s / sqrt(N). All (B, T, H, N)
+
+static double dot(const float *a, const float *b, int n) {
+    double sum = 0;
+    for (int i = 0; i < n; i++) sum += (double)a[i] * b[i];
+    return sum;
+}
+
+// p[s], s <= t, of one query; k is the head's first key, keys lie `stride` apart.
+static void attention_row(double *p, const float *q, const float *k, int t, int stride) {
+    double largest = -INFINITY, total = 0;
+    for (int s = 0; s <= t; s++) {
+        p[s] = dot(q, k + (int64_t)s * stride, N) / sqrt(N);
+        if (p[s] > largest) largest = p[s];
+    }
+    for (int s = 0; s <= t; s++) total += p[s] = exp(p[s] - largest);
+    for (int s = 0; s <= t; s++) p[s] /= total;
+}
+
+static void attention(float *y, const float *q, const float *k, const float *v, int B, int T, int H) {
+    double *p = zeros(T, sizeof(double));
+    int stride = H * N;
+    for (int bh = 0; bh < B * H; bh++) {
+        int64_t head = (int64_t)(bh / H) * T * stride + bh % H * N;
+        for (int t = 0; t < T; t++) {
+            double sum[N] = {0};
+            attention_row(p, q + head + (int64_t)t * stride, k + head, t, stride);
+            for (int s = 0; s <= t; s++) {
+                for (int j = 0; j < N; j++) sum[j] += p[s] * v[head + (int64_t)s * stride + j];
+            }
+            for (int j = 0; j < N; j++) y[head + (int64_t)t * stride + j] += sum[j];
+        }
+    }
+    free(p);
+}
+
+static void attention_backward(float *dq, float *dk, float *dv, const float *dy, const float *q, const float *k,
+                               const float *v, int B, int T, int H) {
+    double *p = zeros(T, sizeof(double)), *dp = zeros(T, sizeof(double));
+    double(*dk_sum)[N] = zeros(T, sizeof(*dk_sum)), (*dv_sum)[N] = zeros(T, sizeof(*dv_sum));
+    int stride = H * N;
+    for (int bh = 0; bh < B * H; bh++) {
+        int64_t head = (int64_t)(bh / H) * T * stride + bh % H * N;
+        memset(dk_sum, 0, T * sizeof(*dk_sum));
+        memset(dv_sum, 0, T * sizeof(*dv_sum));
+        for (int t = 0; t < T; t++) {
+            int64_t at = head + (int64_t)t * stride;
+            double mean_dp = 0, dq_sum[N] = {0};
+            attention_row(p, q + at, k + head, t, stride);
+            for (int s = 0; s <= t; s++) {
+                dp[s] = dot(dy + at, v + head + (int64_t)s * stride, N);
+                mean_dp += p[s] * dp[s];
+            }
+            for (int s = 0; s <= t; s++) {
+                double dscore = p[s] * (dp[s] - mean_dp) / sqrt(N);
+                for (int j = 0; j < N; j++) {
+                    dq_sum[j] += dscore * k[head + (int64_t)s * stride + j];
+                    dk_sum[s][j] += dscore * q[at + j];
+                    dv_sum[s][j] += p[s] * dy[at + j];
+                }
+            }
+            for (int j = 0; j < N; j++) dq[at + j] += dq_sum[j];
+        }
+        for (int t = 0; t < T; t++) {
+            for (int j = 0; j < N; j++) {
+                dk[head + (int64_t)t * stride + j] += dk_sum[t][j];
+                dv[head + (int64_t)t * stride + j] += dv_sum[t][j];
+            }
+        }
+    }
+    free(p);
+    free(dp);
+    free(dk_sum);
+    free(dv_sum);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Time mixers and channel mixers. forward(m, l, out, x), backward(m, l, dx, dout, x); x, out (rows, C).
+// P finds a tensor of this block, KEEP a new activation of this block, SAVED one that forward kept.
+
+#define P(name) param(m, l, name)
+#define KEEP(name, width) keep(m, l, name, (int64_t)m->rows * (width))
+#define SAVED(name) saved(m, l, name)
+#define TEMPORARY(width) temporary(m, (int64_t)m->rows * (width))
+
+// x060c2, Finch-C2:
+//     d    = shift(x) - x
+//     m_i  = (tanh((x + d time_maa_x) @ time_maa_w1))_i @ time_maa_w2[i]        i = r, k, v, w, v2
+//     x_i  = x + d (time_maa_i + m_i)
+//     r    = receptance x_r;  k = key x_k;  v = value x_v
+//     v2   = value x_v2 + tanh(x_v2 @ time_value2_w1) @ time_value2_w2
+//     w    = time_decay + tanh(x_w @ time_decay_w1) @ time_decay_w2
+//     k    = k (1 - exp(-exp(w)))           if use_one_minus_w
+//     y    = WKV(r, k, v, w, u) + v2        u = 0 with use_v2; without it u = time_faaaa, and no v2
+//     out  = output LayerNorm_ln_x(y)
+static const char *const finch_c2_mixes[5] = {
+    "att.time_maa_r", "att.time_maa_k", "att.time_maa_v", "att.time_maa_w", "att.time_maa_v2",
+};
+
+static void tmix_finch_c2(Ref *m, int l, float *out, const float *x) {
+    int rows = m->rows, C = m->C, A = m->A;
+    float *d = KEEP("att.d", C), *xx = KEEP("att.xx", C), *h = KEEP("att.h", 160);
+    float *mi = KEEP("att.m", 5 * C), *xi = KEEP("att.x", 5 * C);  // (5, rows, C)
+    shift_difference(d, x, m->B, m->T, C);
+    mix(xx, x, d, P("att.time_maa_x"), NULL, rows);
+    low_rank(mi, h, xx, P("att.time_maa_w1"), P("att.time_maa_w2"), rows);
+    for (int i = 0; i < 5; i++) {
+        mix(xi + (int64_t)i * rows * C, x, d, P(finch_c2_mixes[i]), mi + (int64_t)i * rows * C, rows);
+    }
+    float *xr = xi, *xk = xr + rows * C, *xv = xk + rows * C, *xw = xv + rows * C, *xv2 = xw + rows * C;
+
+    float *r = KEEP("att.r", A), *k = KEEP("att.k", A), *v = KEEP("att.v", A), *w = KEEP("att.w", A);
+    linear(r, xr, P("att.receptance.weight"), rows);
+    linear(k, xk, P("att.key.weight"), rows);
+    linear(v, xv, P("att.value.weight"), rows);
+    const float *time_decay = P("att.time_decay")->w;
+    for (int64_t i = 0; i < (int64_t)rows * A; i++) w[i] = time_decay[i % A];
+    low_rank(w, KEEP("att.h_w", 64), xw, P("att.time_decay_w1"), P("att.time_decay_w2"), rows);
+
+    float *kw = KEEP("att.kw", A), *y = KEEP("att.y", A);
+    for (int64_t i = 0; i < (int64_t)rows * A; i++) kw[i] = m->s.use_one_minus_w ? k[i] * -expm1(-exp(w[i])) : k[i];
+    wkv(y, r, kw, v, w, m->s.use_v2 ? NULL : P("att.time_faaaa")->w, m->B, m->T, m->H);
+    if (m->s.use_v2) {
+        linear(y, xv2, P("att.value.weight"), rows);
+        low_rank(y, KEEP("att.h_v2", 64), xv2, P("att.time_value2_w1"), P("att.time_value2_w2"), rows);
+    }
+    float *normed = KEEP("att.normed", A);
+    layer_norm(normed, y, P("att.ln_x.weight"), P("att.ln_x.bias"), rows);
+    linear(out, normed, P("att.output.weight"), rows);
+}
+
+static void tmix_finch_c2_backward(Ref *m, int l, float *dx, const float *dout, const float *x) {
+    int rows = m->rows, C = m->C, A = m->A;
+    const float *d = SAVED("att.d"), *mi = SAVED("att.m"), *w = SAVED("att.w"), *k = SAVED("att.k");
+    const float *xr = SAVED("att.x"), *xk = xr + rows * C, *xv = xk + rows * C, *xw = xv + rows * C;
+    const float *xv2 = xw + rows * C;
+    float *dxi = TEMPORARY(5 * C), *dmi = TEMPORARY(5 * C);
+    float *dxr = dxi, *dxk = dxr + rows * C, *dxv = dxk + rows * C, *dxw = dxv + rows * C, *dxv2 = dxw + rows * C;
+
+    float *dnormed = TEMPORARY(A), *dy = TEMPORARY(A);
+    linear_backward(dnormed, dout, SAVED("att.normed"), P("att.output.weight"), rows);
+    layer_norm_backward(dy, dnormed, SAVED("att.y"), P("att.ln_x.weight"), P("att.ln_x.bias"), rows);
+    if (m->s.use_v2) {
+        linear_backward(dxv2, dy, xv2, P("att.value.weight"), rows);
+        low_rank_backward(dxv2, dy, SAVED("att.h_v2"), xv2, P("att.time_value2_w1"), P("att.time_value2_w2"), rows);
+    }
+    float *dr = TEMPORARY(A), *dk = TEMPORARY(A), *dv = TEMPORARY(A), *dw = TEMPORARY(A);
+    Param *u = m->s.use_v2 ? NULL : P("att.time_faaaa");
+    wkv_backward(dr, dk, dv, dw, u ? u->g : NULL, dy, SAVED("att.r"), SAVED("att.kw"), SAVED("att.v"), w,
+                 u ? u->w : NULL, m->B, m->T, m->H);
+    for (int64_t i = 0; i < (int64_t)rows * A && m->s.use_one_minus_w; i++) {
+        dw[i] -= dk[i] * k[i] * decay_gradient(w[i]);
+        dk[i] *= -expm1(-exp(w[i]));
+    }
+    for (int i = 0; i < A; i++) {
+        double sum = 0;
+        for (int t = 0; t < rows; t++) sum += dw[t * A + i];
+        P("att.time_decay")->g[i] += sum;
+    }
+    low_rank_backward(dxw, dw, SAVED("att.h_w"), xw, P("att.time_decay_w1"), P("att.time_decay_w2"), rows);
+    linear_backward(dxr, dr, xr, P("att.receptance.weight"), rows);
+    linear_backward(dxk, dk, xk, P("att.key.weight"), rows);
+    linear_backward(dxv, dv, xv, P("att.value.weight"), rows);
+
+    float *dd = TEMPORARY(C), *dxx = TEMPORARY(C);
+    for (int i = 0; i < 5; i++) {
+        int64_t at = (int64_t)i * rows * C;
+        mix_backward(dx, dd, dmi + at, dxi + at, d, P(finch_c2_mixes[i]), mi + at, rows);
+    }
+    low_rank_backward(dxx, dmi, SAVED("att.h"), SAVED("att.xx"), P("att.time_maa_w1"), P("att.time_maa_w2"), rows);
+    mix_backward(dx, dd, NULL, dxx, d, P("att.time_maa_x"), NULL, rows);
+    shift_difference_backward(dx, dd, m->B, m->T, C);
+    (void)x;
+}
+
+// gold, the GOLD attention. It sees x, and of earlier layers only x0 (the normed embedding) and K0 (TokenCat below):
+//     d    = shift(x) - x;  xo = rms_norm(x0);  dxo = shift(xo) - xo;  dK0 = shift(K0) - K0
+//     m_q  = tanh((x + d time_maa_x) @ time_maa_q_w1) @ time_maa_q_w2
+//     q    = LayerNorm_ln_q(query (x + d (time_maa_q + m_q)))
+//     m_i  = (tanh((xo + dxo time_maa_v_cache) @ time_maa_kv_w1))_i @ time_maa_kv_w2[i]        i = k, v
+//     k    = K0 + dK0 (time_maa_k + m_k)
+//     v    = xo + dxo (time_maa_v + m_v)
+//     k    = LayerNorm_ln_k(k + tanh(k @ time_key_w1) @ time_key_w2)
+//     v    = LayerNorm_ln_v(v + tanh(v @ time_value_w1) @ time_value_w2)
+//     out  = output LayerNorm_ln_x(attention(q, k, v))
+// K0 (rows, A) meets tensors of width C here, so A = C.
+static void tmix_gold(Ref *m, int l, float *out, const float *x) {
+    int rows = m->rows, C = m->C, B = m->B, T = m->T;
+    const float *x0 = saved(m, -1, "x0"), *K0 = saved(m, -1, "k_cache");
+    float *d = KEEP("att.d", C), *xx = KEEP("att.xx", C), *h_q = KEEP("att.h_q", 32), *m_q = KEEP("att.m_q", C);
+    float *xq = KEEP("att.xq", C), *q_linear = KEEP("att.q_linear", C), *q = KEEP("att.q", C);
+    shift_difference(d, x, B, T, C);
+    mix(xx, x, d, P("att.time_maa_x"), NULL, rows);
+    low_rank(m_q, h_q, xx, P("att.time_maa_q_w1"), P("att.time_maa_q_w2"), rows);
+    mix(xq, x, d, P("att.time_maa_q"), m_q, rows);
+    linear(q_linear, xq, P("att.query.weight"), rows);
+    layer_norm(q, q_linear, P("att.ln_q.weight"), P("att.ln_q.bias"), rows);
+
+    float *xo = KEEP("att.xo", C), *dxo = KEEP("att.dxo", C), *xxo = KEEP("att.xxo", C), *d_K0 = KEEP("att.d_K0", C);
+    float *m_kv = KEEP("att.m_kv", 2 * C), *m_k = m_kv, *m_v = m_kv + rows * C;
+    rms_norm(xo, x0, C, rows);
+    shift_difference(dxo, xo, B, T, C);
+    shift_difference(d_K0, K0, B, T, C);
+    mix(xxo, xo, dxo, P("att.time_maa_v_cache"), NULL, rows);
+    low_rank(m_kv, KEEP("att.h_kv", 64), xxo, P("att.time_maa_kv_w1"), P("att.time_maa_kv_w2"), rows);
+
+    int rank = P("att.time_key_w1")->shape[1];
+    float *k_mix = KEEP("att.k_mix", C), *k_sum = KEEP("att.k_sum", C), *k = KEEP("att.k", C);
+    mix(k_mix, K0, d_K0, P("att.time_maa_k"), m_k, rows);
+    memcpy(k_sum, k_mix, (size_t)rows * C * sizeof(float));
+    low_rank(k_sum, KEEP("att.h_k", rank), k_mix, P("att.time_key_w1"), P("att.time_key_w2"), rows);
+    layer_norm(k, k_sum, P("att.ln_k.weight"), P("att.ln_k.bias"), rows);
+
+    float *v_mix = KEEP("att.v_mix", C), *v_sum = KEEP("att.v_sum", C), *v = KEEP("att.v", C);
+    mix(v_mix, xo, dxo, P("att.time_maa_v"), m_v, rows);
+    memcpy(v_sum, v_mix, (size_t)rows * C * sizeof(float));
+    low_rank(v_sum, KEEP("att.h_v", rank), v_mix, P("att.time_value_w1"), P("att.time_value_w2"), rows);
+    layer_norm(v, v_sum, P("att.ln_v.weight"), P("att.ln_v.bias"), rows);
+
+    float *y = KEEP("att.y", C), *normed = KEEP("att.normed", C);
+    attention(y, q, k, v, B, T, m->H);
+    layer_norm(normed, y, P("att.ln_x.weight"), P("att.ln_x.bias"), rows);
+    linear(out, normed, P("att.output.weight"), rows);
+}
+
+static void tmix_gold_backward(Ref *m, int l, float *dx, const float *dout, const float *x) {
+    int rows = m->rows, C = m->C, B = m->B, T = m->T;
+    const float *x0 = saved(m, -1, "x0");
+    const float *d = SAVED("att.d"), *dxo = SAVED("att.dxo"), *m_k = SAVED("att.m_kv"), *m_v = m_k + rows * C;
+
+    float *dnormed = TEMPORARY(C), *dy = TEMPORARY(C), *dq = TEMPORARY(C), *dk = TEMPORARY(C), *dv = TEMPORARY(C);
+    linear_backward(dnormed, dout, SAVED("att.normed"), P("att.output.weight"), rows);
+    layer_norm_backward(dy, dnormed, SAVED("att.y"), P("att.ln_x.weight"), P("att.ln_x.bias"), rows);
+    attention_backward(dq, dk, dv, dy, SAVED("att.q"), SAVED("att.k"), SAVED("att.v"), B, T, m->H);
+
+    float *g_xo = TEMPORARY(C), *g_dxo = TEMPORARY(C), *g_d_K0 = TEMPORARY(C);  // gradients of xo, dxo, d_K0
+    float *dm_k = TEMPORARY(2 * C), *dm_v = dm_k + rows * C;
+    float *dv_sum = TEMPORARY(C), *dv_mix = TEMPORARY(C);
+    layer_norm_backward(dv_sum, dv, SAVED("att.v_sum"), P("att.ln_v.weight"), P("att.ln_v.bias"), rows);
+    memcpy(dv_mix, dv_sum, (size_t)rows * C * sizeof(float));
+    low_rank_backward(dv_mix, dv_sum, SAVED("att.h_v"), SAVED("att.v_mix"), P("att.time_value_w1"),
+                      P("att.time_value_w2"), rows);
+    mix_backward(g_xo, g_dxo, dm_v, dv_mix, dxo, P("att.time_maa_v"), m_v, rows);
+
+    float *dk_sum = TEMPORARY(C), *dk_mix = TEMPORARY(C);
+    layer_norm_backward(dk_sum, dk, SAVED("att.k_sum"), P("att.ln_k.weight"), P("att.ln_k.bias"), rows);
+    memcpy(dk_mix, dk_sum, (size_t)rows * C * sizeof(float));
+    low_rank_backward(dk_mix, dk_sum, SAVED("att.h_k"), SAVED("att.k_mix"), P("att.time_key_w1"),
+                      P("att.time_key_w2"), rows);
+    mix_backward(m->dK0, g_d_K0, dm_k, dk_mix, SAVED("att.d_K0"), P("att.time_maa_k"), m_k, rows);
+    shift_difference_backward(m->dK0, g_d_K0, B, T, C);
+
+    float *dxxo = TEMPORARY(C);
+    low_rank_backward(dxxo, dm_k, SAVED("att.h_kv"), SAVED("att.xxo"), P("att.time_maa_kv_w1"),
+                      P("att.time_maa_kv_w2"), rows);
+    mix_backward(g_xo, g_dxo, NULL, dxxo, dxo, P("att.time_maa_v_cache"), NULL, rows);
+    shift_difference_backward(g_xo, g_dxo, B, T, C);
+    rms_norm_backward(m->dx0, g_xo, x0, C, rows);
+
+    float *dq_linear = TEMPORARY(C), *dxq = TEMPORARY(C), *dm_q = TEMPORARY(C), *dd = TEMPORARY(C), *dxx = TEMPORARY(C);
+    layer_norm_backward(dq_linear, dq, SAVED("att.q_linear"), P("att.ln_q.weight"), P("att.ln_q.bias"), rows);
+    linear_backward(dxq, dq_linear, SAVED("att.xq"), P("att.query.weight"), rows);
+    mix_backward(dx, dd, dm_q, dxq, d, P("att.time_maa_q"), SAVED("att.m_q"), rows);
+    low_rank_backward(dxx, dm_q, SAVED("att.h_q"), SAVED("att.xx"), P("att.time_maa_q_w1"),
+                      P("att.time_maa_q_w2"), rows);
+    mix_backward(dx, dd, NULL, dxx, d, P("att.time_maa_x"), NULL, rows);
+    shift_difference_backward(dx, dd, B, T, C);
+    (void)x;
+}
+
+// x060, the channel mix:
+//     x_i = x + (shift(x) - x) time_maa_i                    i = k, r
+//     k   = relu(key x_k)²
+//     out = sigmoid(receptance x_r) (value k)
+static void cmix(Ref *m, int l, float *out, const float *x) {
+    int rows = m->rows, C = m->C, F = m->F;
+    float *d = KEEP("ffn.d", C), *xk = KEEP("ffn.xk", C), *xr = KEEP("ffn.xr", C);
+    float *k = KEEP("ffn.k", F), *kk = KEEP("ffn.kk", F), *v = KEEP("ffn.v", C), *r = KEEP("ffn.r", C);
+    shift_difference(d, x, m->B, m->T, C);
+    mix(xk, x, d, P("ffn.time_maa_k"), NULL, rows);
+    mix(xr, x, d, P("ffn.time_maa_r"), NULL, rows);
+    linear(k, xk, P("ffn.key.weight"), rows);
+    for (int64_t i = 0; i < (int64_t)rows * F; i++) kk[i] = k[i] > 0 ? k[i] * k[i] : 0;
+    linear(v, kk, P("ffn.value.weight"), rows);
+    linear(r, xr, P("ffn.receptance.weight"), rows);
+    for (int64_t i = 0; i < (int64_t)rows * C; i++) {
+        r[i] = 1 / (1 + exp(-r[i]));
+        out[i] += r[i] * v[i];
+    }
+}
+
+static void cmix_backward(Ref *m, int l, float *dx, const float *dout, const float *x) {
+    int rows = m->rows, C = m->C, F = m->F;
+    const float *r = SAVED("ffn.r"), *v = SAVED("ffn.v"), *k = SAVED("ffn.k"), *d = SAVED("ffn.d");
+    float *dr = TEMPORARY(C), *dv = TEMPORARY(C), *dk = TEMPORARY(F), *dxk = TEMPORARY(C), *dxr = TEMPORARY(C);
+    float *dd = TEMPORARY(C);
+    for (int64_t i = 0; i < (int64_t)rows * C; i++) {
+        dr[i] = dout[i] * v[i] * r[i] * (1 - r[i]);
+        dv[i] = dout[i] * r[i];
+    }
+    linear_backward(dxr, dr, SAVED("ffn.xr"), P("ffn.receptance.weight"), rows);
+    linear_backward(dk, dv, SAVED("ffn.kk"), P("ffn.value.weight"), rows);
+    for (int64_t i = 0; i < (int64_t)rows * F; i++) dk[i] *= k[i] > 0 ? 2 * k[i] : 0;
+    linear_backward(dxk, dk, SAVED("ffn.xk"), P("ffn.key.weight"), rows);
+    mix_backward(dx, dd, NULL, dxk, d, P("ffn.time_maa_k"), NULL, rows);
+    mix_backward(dx, dd, NULL, dxr, d, P("ffn.time_maa_r"), NULL, rows);
+    shift_difference_backward(dx, dd, m->B, m->T, C);
+    (void)x;
+}
+
+typedef struct Mixer {
+    const char *name;
+    const Row *tensors;
+    void (*forward)(Ref *m, int l, float *out, const float *x);
+    void (*backward)(Ref *m, int l, float *dx, const float *dout, const float *x);
+} Mixer;
+
+static const Mixer time_mixers[] = {
+    {"x060c2", finch_c2_tensors, tmix_finch_c2, tmix_finch_c2_backward},
+    {"gold", gold_tensors, tmix_gold, tmix_gold_backward},
+    {0}
+};
+static const Mixer channel_mixers[] = {
+    {"x060", cmix_tensors, cmix, cmix_backward},
+    {0}
+};
+
+static const Mixer *find_mixer(const Mixer *mixer, const char *name) {
+    while (mixer->name && strcmp(mixer->name, name)) mixer++;
+    return mixer->name ? mixer : NULL;
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// TokenCat: what the GOLD layers of the whole model share as keys, from R numbers per token and the token's embedding.
+//     c = w_kv_cache_a x;  K0 = rms_norm(w_kv_cache_b [x0 ; c])
+
+static void token_cat(Ref *m, const float *x0, const float *x) {
+    int l = -1, rows = m->rows, C = m->C, R = m->R;
+    float *c = KEEP("token_cat.c", R), *cat = KEEP("token_cat.cat", C + R), *k = KEEP("token_cat.k", m->A);
+    linear(c, x, P("w_kv_cache_a.weight"), rows);
+    for (int t = 0; t < rows; t++) {
+        memcpy(cat + t * (C + R), x0 + t * C, C * sizeof(float));
+        memcpy(cat + t * (C + R) + C, c + t * R, R * sizeof(float));
+    }
+    linear(k, cat, P("w_kv_cache_b.weight"), rows);
+    rms_norm(KEEP("k_cache", m->A), k, m->A, rows);
+}
+
+static void token_cat_backward(Ref *m, float *dx0, float *dx, const float *dK0, const float *x) {
+    int l = -1, rows = m->rows, C = m->C, R = m->R;
+    float *dk = TEMPORARY(m->A), *dcat = TEMPORARY(C + R), *dc = TEMPORARY(R);
+    rms_norm_backward(dk, dK0, SAVED("token_cat.k"), m->A, rows);
+    linear_backward(dcat, dk, SAVED("token_cat.cat"), P("w_kv_cache_b.weight"), rows);
+    for (int t = 0; t < rows; t++) {
+        for (int i = 0; i < C; i++) dx0[t * C + i] += dcat[t * (C + R) + i];
+        memcpy(dc + t * R, dcat + t * (C + R) + C, R * sizeof(float));
+    }
+    linear_backward(dx, dc, x, P("w_kv_cache_a.weight"), rows);
+    free_temporary(m);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Blocks: x = x + tmix(LayerNorm_ln1(x));  x = x + cmix(LayerNorm_ln2(x)).
+// With `parallel`: x = x + tmix(LayerNorm_ln1(x)) + cmix(LayerNorm_ln2(x)).
+
+static const Mixer *time_mixer(const Ref *m, int l) {
+    return find_mixer(time_mixers, l < m->G0 ? m->s.tmix : m->s.tmix2);
+}
+
+static const Mixer *channel_mixer(const Ref *m, int l) {
+    return find_mixer(channel_mixers, l < m->G0 ? m->s.cmix : m->s.cmix2);
+}
+
+static void add(float *y, const float *x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) y[i] += x[i];
+}
+
+static float *block(Ref *m, int l, const float *x) {
+    int rows = m->rows, C = m->C;
+    float *ln1 = KEEP("ln1", C), *ln2 = KEEP("ln2", C), *mid = KEEP("mid", C), *out = KEEP("out", C);
+    float *att = KEEP("att.out", C), *ffn = KEEP("ffn.out", C);
+    layer_norm(ln1, x, P("ln1.weight"), P("ln1.bias"), rows);
+    time_mixer(m, l)->forward(m, l, att, ln1);
+    add(mid, x, (int64_t)rows * C);
+    if (!m->s.parallel) add(mid, att, (int64_t)rows * C);
+    layer_norm(ln2, mid, P("ln2.weight"), P("ln2.bias"), rows);
+    channel_mixer(m, l)->forward(m, l, ffn, ln2);
+    add(out, x, (int64_t)rows * C);
+    add(out, att, (int64_t)rows * C);
+    add(out, ffn, (int64_t)rows * C);
+    return out;
+}
+
+// dx is the gradient of the block's output when it comes, and of its input x when it leaves.
+static void block_backward(Ref *m, int l, float *dx, const float *x) {
+    int rows = m->rows, C = m->C;
+    float *dln1 = TEMPORARY(C), *dln2 = TEMPORARY(C), *dmid = TEMPORARY(C), *datt = TEMPORARY(C);
+    channel_mixer(m, l)->backward(m, l, dln2, dx, SAVED("ln2"));
+    layer_norm_backward(dmid, dln2, SAVED("mid"), P("ln2.weight"), P("ln2.bias"), rows);
+    add(datt, dx, (int64_t)rows * C);
+    if (!m->s.parallel) add(datt, dmid, (int64_t)rows * C);
+    add(dx, dmid, (int64_t)rows * C);
+    time_mixer(m, l)->backward(m, l, dln1, datt, SAVED("ln1"));
+    layer_norm_backward(dx, dln1, x, P("ln1.weight"), P("ln1.bias"), rows);
+    free_temporary(m);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// The loss: cross-entropy, averaged over the targets. Its gradient on the logits gets one more term, which the reported
+// loss does not include: 1e-4 z_max / (B T) at each position's largest logit (the lowest id if several are largest).
+
+typedef struct Loss {
+    double cross_entropy;
+    double objective;  // what the gradient is the gradient of: cross_entropy + mean over positions of 1e-4 z_max² / 2
+} Loss;
+
+static Loss loss(const float *logits, const int *targets, int V, int rows) {
+    Loss result = {0, 0};
+    for (int t = 0; t < rows; t++, logits += V) {
+        double z_max = logits[0], total = 0;
+        for (int i = 1; i < V; i++) z_max = logits[i] > z_max ? logits[i] : z_max;
+        for (int i = 0; i < V; i++) total += exp(logits[i] - z_max);
+        double cross_entropy = z_max + log(total) - logits[targets[t]];
+        result.cross_entropy += cross_entropy / rows;
+        result.objective += (cross_entropy + 0.5e-4 * z_max * z_max) / rows;
+    }
+    return result;
+}
+
+static void loss_backward(float *dlogits, const float *logits, const int *targets, int V, int rows, double scale) {
+    for (int t = 0; t < rows; t++, logits += V, dlogits += V) {
+        int largest = 0;
+        double total = 0;
+        for (int i = 1; i < V; i++) largest = logits[i] > logits[largest] ? i : largest;
+        for (int i = 0; i < V; i++) total += exp((double)logits[i] - logits[largest]);
+        for (int i = 0; i < V; i++) {
+            double z_term = i == largest ? 1e-4 * logits[i] : 0;
+            double p = exp((double)logits[i] - logits[largest]) / total;
+            dlogits[i] += (p - (i == targets[t]) + z_term) * scale / rows;
+        }
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// The whole model
+
+// tokens, targets (B, T). Every activation stays for ref_backward.
+static Loss ref_forward(Ref *m, const int *tokens, const int *targets, int B, int T) {
+    int l = -1, C = m->C, rows = B * T;
+    m->B = B;
+    m->T = T;
+    m->rows = rows;
+    float *embedded = KEEP("embedded", C), *x0 = KEEP("x0", C), *x = x0;
+    const float *emb = P("emb.weight")->w;
+    for (int t = 0; t < rows; t++) memcpy(embedded + t * C, emb + (int64_t)tokens[t] * C, C * sizeof(float));
+    layer_norm(x0, embedded, P("blocks.0.ln0.weight"), P("blocks.0.ln0.bias"), rows);
+    for (int i = 0; i < m->L; i++) {
+        x = block(m, i, x);
+        if (i == m->G0 - 1 && m->G0 < m->L) token_cat(m, x0, x);
+    }
+    float *ln_out = KEEP("ln_out", C), *logits = KEEP("logits", m->V);
+    layer_norm(ln_out, x, P("ln_out.weight"), P("ln_out.bias"), rows);
+    linear(logits, ln_out, P("head.weight"), rows);
+    return loss(logits, targets, m->V, rows);
+}
+
+// Adds to every gradient; scale is 1 / (number of micro-batches of the step).
+static void ref_backward(Ref *m, const int *tokens, const int *targets, double scale) {
+    int l = -1, C = m->C, rows = m->rows;
+    float *dlogits = zeros((int64_t)rows * m->V, sizeof(float)), *dln_out = zeros((int64_t)rows * C, sizeof(float));
+    float *dx = zeros((int64_t)rows * C, sizeof(float)), *dembedded = zeros((int64_t)rows * C, sizeof(float));
+    m->dx0 = zeros((int64_t)rows * C, sizeof(float));
+    m->dK0 = zeros((int64_t)rows * m->A, sizeof(float));
+    loss_backward(dlogits, SAVED("logits"), targets, m->V, rows, scale);
+    linear_backward(dln_out, dlogits, SAVED("ln_out"), P("head.weight"), rows);
+    layer_norm_backward(dx, dln_out, saved(m, m->L - 1, "out"), P("ln_out.weight"), P("ln_out.bias"), rows);
+    for (int i = m->L - 1; i >= 0; i--) {
+        if (i == m->G0 - 1 && m->G0 < m->L) token_cat_backward(m, m->dx0, dx, m->dK0, saved(m, i, "out"));
+        block_backward(m, i, dx, i ? saved(m, i - 1, "out") : SAVED("x0"));
+    }
+    add(dx, m->dx0, (int64_t)rows * C);
+    layer_norm_backward(dembedded, dx, SAVED("embedded"), P("blocks.0.ln0.weight"), P("blocks.0.ln0.bias"), rows);
+    Param *emb = P("emb.weight");
+    double *sum = zeros(emb->size, sizeof(double));
+    for (int t = 0; t < rows; t++) {
+        for (int i = 0; i < C; i++) sum[(int64_t)tokens[t] * C + i] += dembedded[t * C + i];
+    }
+    for (int64_t i = 0; i < emb->size; i++) emb->g[i] += sum[i];
+    free(sum);
+    free(dlogits);
+    free(dln_out);
+    free(dx);
+    free(dembedded);
+    free(m->dx0);
+    free(m->dK0);
+}
+
+static Settings default_settings(void) {
+    Settings s = {
+#define DEFAULT(type, group, name, value) .name = value,
+        SETTINGS(DEFAULT)
+#undef DEFAULT
+    };
+    return s;
+}
+
+static int ref_supported(const Settings *s) {
+    return find_mixer(time_mixers, s->tmix) && find_mixer(channel_mixers, s->cmix) &&
+           (!*s->tmix2 || (find_mixer(time_mixers, s->tmix2) && find_mixer(channel_mixers, s->cmix2)));
+}
+
+static Ref *ref_create(const Settings *s) {
+    Ref *m = zeros(1, sizeof(Ref));
+    m->s = *s;
+    m->L = s->n_layer;
+    m->C = s->n_embd;
+    m->A = s->dim_att ? s->dim_att : s->n_embd;
+    m->H = m->A / N;
+    m->F = s->dim_ffn ? s->dim_ffn : 7 * s->n_embd / 2 / 32 * 32;
+    m->V = s->vocab_size;
+    m->R = s->n_embd / s->kv_cache_compression_ratio;
+    m->G0 = *s->tmix2 ? s->n_layer * (s->inv_other_layer_ratio - 1) / s->inv_other_layer_ratio : s->n_layer;
+    if (m->L > 12) fail("the plain-C model is for small sizes: at most 12 layers, not %d", m->L);
+    add_tensors(m, -1, model_tensors);
+    if (m->G0 < m->L) add_tensors(m, -1, token_cat_tensors);
+    add_tensors(m, 0, ln0_tensors);
+    for (int l = 0; l < m->L; l++) {
+        add_tensors(m, l, block_tensors);
+        add_tensors(m, l, time_mixer(m, l)->tensors);
+        add_tensors(m, l, channel_mixer(m, l)->tensors);
+    }
+    return m;
+}
+
+static void ref_free(Ref *m) {
+    for (int i = 0; i < m->n_kept; i++) free(m->kept[i].data);
+    for (int i = 0; i < m->n_params; i++) {
+        free(m->params[i].w);
+        free(m->params[i].g);
+        free(m->params[i].m);
+        free(m->params[i].v);
+    }
+    free(m);
+}
+
+static void ref_zero_grad(Ref *m) {
+    for (int i = 0; i < m->n_params; i++) memset(m->params[i].g, 0, m->params[i].size * sizeof(float));
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// AdamW: gradients are first multiplied by min(1, clip / (norm + 1e-6)), norm over all of them. Then
+//     m = beta1 m + (1 - beta1) g;   v = beta2 v + (1 - beta2) g²
+//     p = p - lr (m / (1 - beta1^n) / (sqrt(v / (1 - beta2^n)) + eps) + weight_decay p)          n = step + 1
+// Returns the norm before clipping.
+
+static double ref_update(Ref *m, int step, double lr) {
+    const Settings *s = &m->s;
+    double square = 0;
+    for (int i = 0; i < m->n_params; i++) {
+        for (int64_t j = 0; j < m->params[i].size; j++) square += (double)m->params[i].g[j] * m->params[i].g[j];
+    }
+    double norm = sqrt(square), clip = fmin(1, s->gradient_clip_val / (norm + 1e-6));
+    double correct1 = 1 - pow(s->beta1, step + 1), correct2 = 1 - pow(s->beta2, step + 1);
+    for (int i = 0; i < m->n_params; i++) {
+        Param *p = &m->params[i];
+        double rate = lr * (p->row->group == TWICE && s->layerwise_lr ? 2 : 1);
+        double weight_decay = p->row->group == DECAY ? s->weight_decay : 0;
+        for (int64_t j = 0; j < p->size; j++) {
+            double g = p->g[j] * clip;
+            p->m[j] = s->beta1 * p->m[j] + (1 - s->beta1) * g;
+            p->v[j] = s->beta2 * p->v[j] + (1 - s->beta2) * g * g;
+            double update = p->m[j] / correct1 / (sqrt(p->v[j] / correct2) + s->adam_eps);
+            p->w[j] -= rate * (update + weight_decay * p->w[j]);
+        }
+    }
+    return norm;
+}
+
+// The learning rate of a step (0-based), before a tensor's own factor.
+static double ref_learning_rate(const Settings *s, int64_t step) {
+    double step_tokens = (double)s->ctx_len * s->micro_bsz * s->accumulate_grad_batches;
+    double start = s->warmup_steps * step_tokens + s->lr_wait * s->my_exit_tokens;
+    double progress = fmax(0, fmin(1, (step * step_tokens - start) / (s->my_exit_tokens - start)));
+    double a = s->lr_init, b = s->lr_final, lr = 0;
+    if (!strcmp(s->lr_decay_type, "cos")) lr = b + (a - b) * cos(acos(0) * progress);
+    if (!strcmp(s->lr_decay_type, "linear")) lr = b + (a - b) * (1 - progress);
+    if (!strcmp(s->lr_decay_type, "exp")) lr = a * pow(b / a, progress);
+    if (!strcmp(s->lr_decay_type, "oneminussqrt")) lr = b + (a - b) * (1 - sqrt(progress));
+    return step < s->warmup_steps ? lr * (0.2 + 0.8 * step / s->warmup_steps) : lr;
+}
+
+// ====================================================================================================================
+// Part 2: the checks
+// ====================================================================================================================
+
+// What train_goldfinch.cu offers when it is built with GOLDFINCH_TEST.
+typedef struct Model Model;
+int gf_precision(void);                            // 16: weights and activations in bf16, 32: in fp32
+const char *gf_device(void);                       // "CPU" or the GPU's name
+int gf_supported(const char *tmix, const char *tmix2, const char *cmix, const char *cmix2);  // "" for no second kind
+Model *gf_create(int argc, const char **argv, int B, int T);  // argv as on the command line, without the program's name
+void gf_free(Model *m);
+int gf_num_tensors(Model *m);
+const char *gf_tensor_name(Model *m, int i);
+int gf_tensor_shape(Model *m, int i, int64_t shape[4]);       // returns the number of dimensions
+void gf_tensor_group(Model *m, int i, double *lr_scale, double *weight_decay);  // factors
+void gf_set_param(Model *m, int i, const float *values);
+void gf_get_param(Model *m, int i, float *values);            // fp32 master weights
+void gf_get_grad(Model *m, int i, float *values);
+void gf_init_weights(Model *m, uint64_t seed);
+void gf_zero_grad(Model *m);
+// One micro-batch; adds gradients / accumulate, returns the mean cross-entropy. targets[t] is tokens[t + 1].
+double gf_loss_backward(Model *m, const int *tokens, const int *targets, int B, int T, int accumulate);
+int gf_activation(Model *m, const char *name, float *out);    // 0, or -1 if there is none of that name
+double gf_update(Model *m, int step, double lr);              // returns the norm of the gradients before clipping
+double gf_learning_rate(int argc, const char **argv, int64_t step);
+// The kernels alone, arrays (B, T, H, 64), u (H, 64) or NULL; inputs are rounded to what this build stores.
+void gf_wkv(int B, int T, int H, const float *r, const float *k, const float *v, const float *w, const float *u,
+            int one_minus_w, float *y, const float *dy, float *dr, float *dk, float *dv, float *dw, float *du);
+void gf_sampler(int64_t n_tokens, int64_t ctx_len, int64_t *prime, int n, int64_t *offsets);
+int64_t gf_binidx(const char *prefix, int64_t *n_docs, int32_t *tokens, int64_t max);
+
+static int n_passed, n_failed, n_skipped;
+
+static void say(const char *label, const char *format, va_list args) {
+    printf("%-7s ", label);
+    vprintf(format, args);
+    printf("\n");
+    fflush(stdout);
+}
+
+static void check(int good, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    say(good ? "ok" : "FAILED", format, args);
+    va_end(args);
+    if (good) n_passed++;
+    else n_failed++;
+}
+
+static void note(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    say("", format, args);
+    va_end(args);
+}
+
+static void skip(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    say("skipped", format, args);
+    va_end(args);
+    n_skipped++;
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Numbers from names (dev/golden/README.md): weights, tokens and probes of the golden tables need no files
+
+static uint64_t fnv1a64(const void *bytes, size_t n, uint64_t hash) {
+    for (size_t i = 0; i < n; i++) hash = (hash ^ ((const unsigned char *)bytes)[i]) * 0x100000001B3u;
+    return hash;
+}
+
+static uint64_t name_hash(const char *name) {
+    return fnv1a64(name, strlen(name), 0xCBF29CE484222325u);
+}
+
+// Number i of a name's sequence, in [-1, 1).
+static double uniform(uint64_t hash, int64_t i) {
+    uint64_t z = hash + (uint64_t)(i + 1) * 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    z = z ^ (z >> 31);
+    return (double)(z >> 40) / 8388608.0 - 1;
+}
+
+static int ends_with(const char *name, const char *end) {
+    size_t n = strlen(name), k = strlen(end);
+    return n >= k && !strcmp(name + n - k, end);
+}
+
+static int is_low_rank(const char *name) {
+    return ends_with(name, "_w1") || ends_with(name, "_w2");
+}
+
+static void hash_weights(Ref *m) {
+    for (int i = 0; i < m->n_params; i++) {
+        Param *p = &m->params[i];
+        const char *last = strrchr(p->name, '.') + 1;
+        double offset = 0, scale = 0;
+        if (!strcmp(last, "bias")) scale = 1 / 8.0;
+        else if (!strcmp(last, "weight") && p->ndim == 1) offset = 1, scale = 1 / 4.0;
+        else if (!strncmp(last, "time_m", 6) && !is_low_rank(last)) offset = scale = 1 / 2.0;
+        else if (!strcmp(last, "time_decay")) offset = -3, scale = 2;
+        else if (!strcmp(last, "time_faaaa")) scale = 1 / 2.0;
+        else if (!strcmp(p->name, "emb.weight")) scale = 1;
+        else scale = exp2(rint(log2(sqrt(3.0 / p->shape[p->ndim - (is_low_rank(last) ? 2 : 1)]))));
+        uint64_t hash = name_hash(p->name);
+        for (int64_t j = 0; j < p->size; j++) p->w[j] = offset + scale * uniform(hash, j);
+    }
+}
+
+// The batch of the current check, (B, T) each, filled for a table's name.
+static int inputs[4096], targets[4096];
+
+static void hash_tokens(const char *name, int B, int T, int V) {
+    char full[128];
+    snprintf(full, sizeof(full), "tokens:%s", name);
+    uint64_t hash = name_hash(full);
+    int s[4097];
+    if (B * T > 4096) fail("%s: %d x %d tokens, at most 4096 fit", name, B, T);
+    for (int b = 0; b < B; b++) {
+        for (int i = 0; i <= T; i++) {
+            int id = floor((uniform(hash, (int64_t)b * (T + 1) + i) + 1) / 2 * V);
+            s[i] = id < V ? id : V - 1;
+        }
+        for (int i = 7; i <= T; i += 3) s[i] = s[i - 7];  // something to learn
+        memcpy(inputs + b * T, s, T * sizeof(int));
+        memcpy(targets + b * T, s + 1, T * sizeof(int));
+    }
+}
+
+static double norm_of(const float *x, int64_t n) {
+    double square = 0;
+    for (int64_t i = 0; i < n; i++) square += (double)x[i] * x[i];
+    return sqrt(square);
+}
+
+static double probe_of(const char *name, const float *x, int64_t n) {
+    char full[128];
+    snprintf(full, sizeof(full), "probe:%s", name);
+    uint64_t hash = name_hash(full);
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += x[i] * uniform(hash, i);
+    return sum;
+}
+
+static double distance(const float *a, const float *b, int64_t n) {
+    double square = 0;
+    for (int64_t i = 0; i < n; i++) square += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
+    return sqrt(square);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Settings from text, and settings to the kernels' command line
+
+static int settings_set(Settings *s, const char *key, const char *value) {
+#define READ_INT(field) s->field = atoll(value)
+#define READ_REAL(field) s->field = atof(value)
+#define READ_TEXT(field) snprintf(s->field, sizeof(s->field), "%s", value)
+#define READ(type, group, name, standard) if (!strcmp(key, #name)) return READ_##type(name), 1;
+    SETTINGS(READ)
+    return 0;
+}
+
+// "n_layer=3 tmix2=gold" over the defaults.
+static Settings settings_of(const char *text) {
+    Settings s = default_settings();
+    char copy[256];
+    snprintf(copy, sizeof(copy), "%s", text);
+    for (char *word = strtok(copy, " "); word; word = strtok(NULL, " ")) {
+        char *equals = strchr(word, '=');
+        *equals = 0;
+        if (!settings_set(&s, word, equals + 1)) fail("unknown setting %s", word);
+    }
+    return s;
+}
+
+typedef struct Arguments {
+    int n;
+    const char *list[128];
+    char text[64][64];
+} Arguments;
+
+static void arguments_of(Arguments *a, const Settings *s) {
+    a->n = 0;
+#define WRITE_INT(field) snprintf(a->text[a->n / 2], 64, "%lld", (long long)s->field)
+#define WRITE_REAL(field) snprintf(a->text[a->n / 2], 64, "%.17g", s->field)
+#define WRITE_TEXT(field) snprintf(a->text[a->n / 2], 64, "%s", s->field)
+#define WRITE(type, group, name, value)              \
+    WRITE_##type(name);                              \
+    a->list[a->n + 1] = a->text[a->n / 2];           \
+    a->list[a->n] = "--" #group "." #name;           \
+    a->n += 2;
+    SETTINGS(WRITE)
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// The kernels' model beside the reference's
+
+static int kernels_supported(const Settings *s) {
+    return gf_supported(s->tmix, s->tmix2, s->cmix, *s->tmix2 ? s->cmix2 : "");
+}
+
+static Model *kernels_create(const Settings *s, int B, int T) {
+    Arguments a;
+    arguments_of(&a, s);
+    return gf_create(a.n, a.list, B, T);
+}
+
+static int kernels_index(Model *k, const char *name) {
+    for (int i = 0; i < gf_num_tensors(k); i++) {
+        if (!strcmp(gf_tensor_name(k, i), name)) return i;
+    }
+    return -1;
+}
+
+// Says what differs between the two tables of tensors: names, shapes, optimizer groups.
+static int same_tensors(Ref *m, Model *k) {
+    int good = 1;
+    for (int i = 0; i < gf_num_tensors(k); i++) {
+        if (!param(m, -1, gf_tensor_name(k, i))) note("%s: unknown tensor", gf_tensor_name(k, i)), good = 0;
+    }
+    for (int i = 0; i < m->n_params; i++) {
+        Param *p = &m->params[i];
+        int at = kernels_index(k, p->name);
+        if (at < 0) {
+            note("%s: missing in the kernels", p->name);
+            good = 0;
+            continue;
+        }
+        int64_t shape[4] = {0};
+        int same = gf_tensor_shape(k, at, shape) == p->ndim;
+        for (int j = 0; j < p->ndim; j++) same = same && shape[j] == p->shape[j];
+        double lr_scale, weight_decay;
+        gf_tensor_group(k, at, &lr_scale, &weight_decay);
+        int group = lr_scale == (p->row->group == TWICE && m->s.layerwise_lr ? 2 : 1) &&
+                    weight_decay == (p->row->group == DECAY);
+        if (!same) note("%s: other shape than %s", p->name, p->row->shape);
+        if (!group) note("%s: other group: lr x %g, weight decay x %g", p->name, lr_scale, weight_decay);
+        good = good && same && group;
+    }
+    return good;
+}
+
+static void load_weights(const Ref *m, Model *k) {
+    for (int i = 0; i < m->n_params; i++) gf_set_param(k, kernels_index(k, m->params[i].name), m->params[i].w);
+}
+
+// A model of the kernels with the reference's weights, or NULL if the two tables differ.
+static Model *kernels_like(Ref *m, int B, int T, const char *title) {
+    Model *k = kernels_create(&m->s, B, T);
+    if (!same_tensors(m, k)) {
+        check(0, "%s: the kernels' table of tensors", title);
+        gf_free(k);
+        return NULL;
+    }
+    load_weights(m, k);
+    return k;
+}
+
+// The reference of these settings with weights and a batch by hash, and the kernels with the same weights (k NULL if
+// their table of tensors differs).
+static Ref *small_model(const char *settings, const char *title, int B, int T, Model **k) {
+    Settings s = settings_of(settings);
+    Ref *m = ref_create(&s);
+    hash_weights(m);
+    hash_tokens(title, B, T, m->V);
+    *k = kernels_like(m, B, T, title);
+    return m;
+}
+
+static void free_both(Ref *m, Model *k) {
+    if (k) gf_free(k);
+    ref_free(m);
+}
+
+static float *kernels_param(Model *k, const Param *p) {
+    float *values = zeros(p->size, sizeof(float));
+    gf_get_param(k, kernels_index(k, p->name), values);
+    return values;
+}
+
+static float *kernels_gradient(Model *k, const Param *p) {
+    float *values = zeros(p->size, sizeof(float));
+    gf_get_grad(k, kernels_index(k, p->name), values);
+    return values;
+}
+
+static float *kernels_activation(Model *k, const char *name, int64_t size) {
+    float *values = zeros(size, sizeof(float));
+    if (gf_activation(k, name, values) < 0) fail("the kernels have no activation %s", name);
+    return values;
+}
+
+// All gradients in the reference's order, then the logits: one block, to compare bit by bit.
+typedef struct Bits {
+    double loss;
+    int64_t size;
+    float *data;
+} Bits;
+
+static Bits kernels_bits(Ref *m, Model *k, double loss, int rows) {
+    Bits b = {loss, (int64_t)rows * m->V, NULL};
+    for (int i = 0; i < m->n_params; i++) b.size += m->params[i].size;
+    b.data = zeros(b.size, sizeof(float));
+    float *at = b.data;
+    for (int i = 0; i < m->n_params; at += m->params[i++].size) gf_get_grad(k, kernels_index(k, m->params[i].name), at);
+    if (rows && gf_activation(k, "logits", at) < 0) fail("the kernels have no logits");  // rows 0: leave them out
+    return b;
+}
+
+// Frees both. Names the first tensor that differs.
+static int same_bits(Ref *m, Bits a, Bits b) {
+    int same = a.loss == b.loss && a.size == b.size && !memcmp(a.data, b.data, a.size * sizeof(float));
+    if (!same) {
+        int64_t at = 0;
+        int i = 0;
+        while (i < m->n_params && !memcmp(a.data + at, b.data + at, m->params[i].size * sizeof(float))) {
+            at += m->params[i++].size;
+        }
+        note("losses %.9g %.9g; first that differs: %s", a.loss, b.loss,
+               i < m->n_params ? m->params[i].name : "no gradient");
+    }
+    free(a.data);
+    free(b.data);
+    return same;
+}
+
+static uint64_t digest(const Bits *b) {
+    return fnv1a64(b->data, b->size * sizeof(float), fnv1a64(&b->loss, sizeof(double), 0xCBF29CE484222325u));
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// One comparison: a first number, errors in the order of computation, errors in any order; and how large they may be
+
+typedef struct Limits {
+    const char *first, *ordered, *others;  // what is compared
+    double first_limit, ordered_limit, others_limit;
+    int by_median;  // the others pass if their median is within 3e-2 and 85 % are within 1e-1; those above others_limit
+                    // are listed
+} Limits;
+
+static const Limits pass_fp32 = {"loss", "activation", "gradient", 1e-4, 1e-4, 1e-4, 0};
+static const Limits pass_bf16 = {"loss", "activation", "gradient", 2e-3, 4e-2, 6e-2, 1};
+static const Limits run_fp32 = {"learning rate", "step", "final parameter", 1e-6, 1e-4, 1e-3, 0};
+static const Limits run_bf16 = {"learning rate", "step", "unjudged final parameter", 1e-6, 5e-2, INFINITY, 0};
+
+typedef struct Error {
+    char name[64];
+    double value;
+} Error;
+
+typedef struct Comparison {
+    const Limits *limits;
+    double first;
+    int n_ordered, n_others;
+    Error ordered[256], others[512];
+} Comparison;
+
+static void add_error(Error *list, int *n, const char *name, double value) {
+    snprintf(list[*n].name, sizeof(list[*n].name), "%s", name);
+    list[(*n)++].value = isnan(value) ? INFINITY : value;
+}
+
+static double relative(double got, double want) {
+    return fabs(got - want) / fabs(want);
+}
+
+static int larger_first(const void *a, const void *b) {
+    double x = ((const Error *)a)->value, y = ((const Error *)b)->value;
+    return (x < y) - (x > y);
+}
+
+// The verdict in one line, below it what is off. Sorts the others.
+static void judge(Comparison *c, const char *format, ...) {
+    char title[256];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(title, sizeof(title), format, args);
+    va_end(args);
+
+    const Limits *limit = c->limits;
+    const Error *first_off = NULL;
+    double largest = 0;
+    for (int i = 0; i < c->n_ordered; i++) {
+        if (!first_off && c->ordered[i].value > limit->ordered_limit) first_off = &c->ordered[i];
+        largest = fmax(largest, c->ordered[i].value);
+    }
+    int n = c->n_others, listed = 0, above_tenth = 0;
+    qsort(c->others, n, sizeof(Error), larger_first);
+    for (int i = 0; i < n; i++) {
+        listed += c->others[i].value > limit->others_limit;
+        above_tenth += c->others[i].value > 1e-1;
+    }
+    double median = n ? c->others[n / 2].value : 0;
+    int first_good = c->first <= limit->first_limit;
+    int others_good = limit->by_median ? median <= 3e-2 && above_tenth <= 0.15 * n : !listed;
+    check(first_good && !first_off && others_good, "%s: %s %.1e, %ss up to %.1e, %ss up to %.1e, median %.1e", title,
+          limit->first, c->first, limit->ordered, largest, limit->others, n ? c->others[0].value : 0, median);
+    if (!first_good) note("the %s is off by %.2e, allowed %.0e", limit->first, c->first, limit->first_limit);
+    if (first_off) {
+        note("first %s that is off: %s by %.2e, allowed %.0e", limit->ordered, first_off->name, first_off->value,
+             limit->ordered_limit);
+    }
+    if (!others_good && limit->by_median) {
+        note("allowed: median 3e-2, and 85%% of the %ss within 1e-1; %d of %d are not", limit->others, above_tenth, n);
+    }
+    for (int i = 0; i < listed; i++) {
+        note("%s of %s: %.2e%s", limit->others, c->others[i].name, c->others[i].value,
+             limit->by_median ? "" : ", too much");
+    }
+}
+
+// Names of the activations in the order of computation; returns 0 after the last.
+static int activation_name(const Ref *m, int i, char name[64]) {
+    static const char *const parts[3] = {"att.out", "ffn.out", "out"};
+    int gold = m->G0 < m->L;
+    if (gold && i == 3 * m->G0) return snprintf(name, 64, "k_cache");
+    if (gold && i > 3 * m->G0) i--;
+    if (i < 3 * m->L) return snprintf(name, 64, "blocks.%d.%s", i / 3, parts[i % 3]);
+    return i == 3 * m->L ? snprintf(name, 64, "logits") : 0;
+}
+
+// Some gradients are zero by mathematics: u takes no part under use_v2, and v2's parameters take none without it;
+// attention does not feel a shift of all keys, where no positions are added. There the norm itself is the error, beside
+// that of the gradient of the same layer's ln_k.weight, or ln_x.weight without ln_k. Returns that tensor, or NULL.
+static Param *zero_beside(Ref *m, const Param *p) {
+    const char *name = p->row->name;
+    int gold = ends_with(name, "ln_k.bias");
+    int unused = m->s.use_v2 ? ends_with(name, "time_faaaa") : strstr(name, "_v2") || strstr(name, "time_value2");
+    unused = unused && param(m, p->layer, "att.time_faaaa");
+    return gold ? param(m, p->layer, "att.ln_k.weight") : unused ? param(m, p->layer, "att.ln_x.weight") : NULL;
+}
+
+// Whole tensors in the measure of the tables' rows, NORM and PROBE: what a probe of random numbers in [-1, 1) shows of
+// a difference is |got - want| / sqrt(3) on average (rms).
+static double tensor_error(const float *got, const float *want, int64_t n) {
+    double norm = norm_of(want, n);
+    return fmax(fabs(norm_of(got, n) - norm), distance(got, want, n) / sqrt(3)) / norm;
+}
+
+// The kernels' last pass against the reference's, tensor by tensor.
+// For tables of ours (not golden ones), whose shapes make more gradients vanish (with T = 1 no token sees another):
+// those below 1e-6 of the largest one are compared with 0, beside the largest.
+static void compare_to_reference(Comparison *c, Ref *m, Model *k, double loss, double want, int golden) {
+    *c = (Comparison){.limits = gf_precision() == 16 ? &pass_bf16 : &pass_fp32, .first = relative(loss, want)};
+    char name[64];
+    for (int i = 0; activation_name(m, i, name); i++) {
+        Array *a = kept(m, -1, name);
+        float *got = kernels_activation(k, name, a->size);
+        add_error(c->ordered, &c->n_ordered, name, tensor_error(got, a->data, a->size));
+        free(got);
+    }
+    double largest = 0;
+    for (int i = 0; i < m->n_params; i++) largest = fmax(largest, norm_of(m->params[i].g, m->params[i].size));
+    for (int i = 0; i < m->n_params; i++) {
+        Param *p = &m->params[i], *beside = zero_beside(m, p);
+        float *got = kernels_gradient(k, p);
+        double norm = beside ? norm_of(beside->g, beside->size) : norm_of(p->g, p->size);
+        double error = beside ? norm_of(got, p->size) / norm : tensor_error(got, p->g, p->size);
+        if (!golden && norm < 1e-6 * largest) error = norm_of(got, p->size) / largest;
+        add_error(c->others, &c->n_others, p->name, error);
+        free(got);
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Golden tables
+
+enum { MAX_STEPS = 128 };
+
+typedef struct Step {
+    double lr, loss, norm;
+} Step;
+
+typedef struct TableRow {
+    char kind[8], name[64], shape[32];  // kind: act, grad, param
+    double norm, probe;
+} TableRow;
+
+typedef struct Table {
+    char name[64], unknown[64];  // unknown: a setting that this program does not know
+    Settings s;
+    int B, T, n_steps, n_rows, n_groups;  // n_steps > 0: a training run
+    double loss;
+    TableRow rows[512];
+    Step steps[MAX_STEPS];
+    struct { double lr_scale, weight_decay; char *names; } group[8];
+} Table;
+
+static Table *table_read(const char *path) {
+    FILE *f = fopen(path, "r");
+    if (!f) fail("%s: cannot be opened", path);
+    Table *t = zeros(1, sizeof(Table));
+    t->s = default_settings();
+    char *line = NULL;
+    size_t capacity = 0;
+    int steps_read = 0;
+    while (getline(&line, &capacity, f) > 0) {
+        TableRow *row = &t->rows[t->n_rows];
+        if (!strncmp(line, "config ", 7)) {
+            line[strcspn(line, ";\n")] = 0;
+            for (char *word = strtok(line + 7, " "); word; word = strtok(NULL, " ")) {
+                char *value = strchr(word, '=');
+                if (!value) fail("%s: config has %s, expected name=value", path, word);
+                *value++ = 0;
+                if (!strcmp(word, "name")) snprintf(t->name, sizeof(t->name), "%s", value);
+                else if (!strcmp(word, "B")) t->B = atoi(value);
+                else if (!strcmp(word, "T")) t->T = atoi(value);
+                else if (!strcmp(word, "steps")) t->n_steps = atoi(value);
+                else if (!settings_set(&t->s, word, value)) snprintf(t->unknown, sizeof(t->unknown), "%s", word);
+            }
+        } else if (!strncmp(line, "loss ", 5)) {
+            t->loss = atof(line + 5);
+        } else if (!strncmp(line, "step ", 5) && steps_read < MAX_STEPS) {
+            Step *s = &t->steps[steps_read++];
+            if (sscanf(line, "step %*d lr %lf loss %lf grad_norm %lf", &s->lr, &s->loss, &s->norm) != 3) {
+                fail("%s: cannot read the line %.60s", path, line);
+            }
+        } else if (!strncmp(line, "group ", 6) && t->n_groups < 8) {
+            char names[32];
+            int g = t->n_groups++, at = 0;
+            line[strcspn(line, "\n")] = 0;
+            if (sscanf(line, "group %31s lr_scale=%lf weight_decay=%lf %n", names, &t->group[g].lr_scale,
+                       &t->group[g].weight_decay, &at) != 3) fail("%s: group %d is malformed", path, g);
+            t->group[g].names = strdup(line + at);
+        } else if (t->n_rows < 512 && sscanf(line, "%7s %63s %31s %lf %lf", row->kind, row->name, row->shape,
+                                             &row->norm, &row->probe) == 5) {
+            t->n_rows++;
+        } else if (*line != '#' && *line != '\n') {
+            fail("%s: cannot read the line %.60s", path, line);
+        }
+    }
+    free(line);
+    fclose(f);
+    if (!t->B || !t->T || steps_read != t->n_steps) fail("%s: config lacks B or T, or steps are missing", path);
+    t->s.micro_bsz = t->B;
+    if (t->n_steps) t->s.my_exit_tokens = t->n_steps * t->s.ctx_len * t->B;
+    return t;
+}
+
+static void table_free(Table *t) {
+    for (int i = 0; i < t->n_groups; i++) free(t->group[i].names);
+    free(t);
+}
+
+static const TableRow *table_row(const Table *t, const char *kind, const char *name) {
+    for (int i = 0; i < t->n_rows; i++) {
+        if (!strcmp(t->rows[i].kind, kind) && !strcmp(t->rows[i].name, name)) return &t->rows[i];
+    }
+    return NULL;
+}
+
+static double row_error(const TableRow *row, const float *x, int64_t n) {
+    return fmax(fabs(norm_of(x, n) - row->norm), fabs(probe_of(row->name, x, n) - row->probe)) / row->norm;
+}
+
+// Every parameter needs its row of this shape and every row its tensor (two tables leave out an unused time_faaaa).
+static int table_complete(const Table *t, Ref *m, const char *kind) {
+    int good = 1;
+    char text[64];
+    for (int i = 0; i < m->n_params; i++) {
+        const Param *p = &m->params[i];
+        const TableRow *row = table_row(t, kind, p->name);
+        int n = 0;
+        for (int j = 0; j < p->ndim; j++) {
+            n += snprintf(text + n, 64 - n, "%s%lld", j ? "x" : "", (long long)p->shape[j]);
+        }
+        if (row ? strcmp(row->shape, text) : !ends_with(p->name, "time_faaaa")) {
+            note("%s: %s in the reference, %s in the table", p->name, text, row ? row->shape : "missing");
+            good = 0;
+        }
+    }
+    for (int i = 0; i < t->n_rows; i++) {
+        const TableRow *row = &t->rows[i];
+        if (!strcmp(row->kind, kind) && !param(m, -1, row->name)) {
+            note("%s: a row of the table, unknown to the reference", row->name);
+            good = 0;
+        }
+    }
+    if (!good) check(0, "%s: the reference's table of tensors", t->name);
+    return good;
+}
+
+// Either the kernels' last pass (k) or the reference's (k NULL) against the table.
+static void compare_to_table(Comparison *c, const Table *t, Ref *m, Model *k, double loss) {
+    *c = (Comparison){.limits = k && gf_precision() == 16 ? &pass_bf16 : &pass_fp32, .first = relative(loss, t->loss)};
+    char name[64];
+    for (int i = 0; activation_name(m, i, name); i++) {
+        const TableRow *row = table_row(t, "act", name);
+        if (!row) fail("%s: no row for the activation %s", t->name, name);
+        Array *a = kept(m, -1, name);
+        float *got = k ? kernels_activation(k, name, a->size) : a->data;
+        add_error(c->ordered, &c->n_ordered, name, row_error(row, got, a->size));
+        if (k) free(got);
+    }
+    for (int i = 0; i < m->n_params; i++) {
+        Param *p = &m->params[i], *beside = zero_beside(m, p);
+        const TableRow *row = table_row(t, "grad", p->name);
+        if (!row) continue;
+        float *got = k ? kernels_gradient(k, p) : p->g;
+        double error = row_error(row, got, p->size);
+        if (beside && row->norm < 1e-9) error = norm_of(got, p->size) / table_row(t, "grad", beside->name)->norm;
+        add_error(c->others, &c->n_others, p->name, error);
+        if (k) free(got);
+    }
+}
+
+static void check_table(const Table *t, Ref *m) {
+    Comparison *c = zeros(1, sizeof(Comparison));
+    hash_tokens(t->name, t->B, t->T, m->V);
+    double want = ref_forward(m, inputs, targets, t->B, t->T).cross_entropy;
+    ref_backward(m, inputs, targets, 1);
+    if (table_complete(t, m, "grad")) {
+        compare_to_table(c, t, m, NULL, want);
+        judge(c, "%s: C reference against the table", t->name);
+    }
+    Model *k = NULL;
+    if (!kernels_supported(&t->s)) skip("%s: these mixers are not built into the kernels", t->name);
+    else k = kernels_like(m, t->B, t->T, t->name);
+    if (k) {
+        gf_zero_grad(k);
+        double loss = gf_loss_backward(k, inputs, targets, t->B, t->T, 1);
+        compare_to_table(c, t, m, k, loss);
+        judge(c, "%s: kernels against the table", t->name);
+        compare_to_reference(c, m, k, loss, want, 1);
+        judge(c, "%s: kernels against the C reference", t->name);
+        Bits bits = kernels_bits(m, k, loss, t->B * t->T);
+        note("bits of the kernels' loss, gradients and logits: %016llx", (unsigned long long)digest(&bits));
+        free(bits.data);
+        gf_free(k);
+    }
+    free(c);
+}
+
+static void check_groups(const Table *t, Ref *m) {
+    int good = 1, listed = 0;
+    for (int g = 0; g < t->n_groups; g++) {
+        for (char *name = strtok(t->group[g].names, ","); name; name = strtok(NULL, ","), listed++) {
+            Param *p = param(m, -1, name);
+            if (p && t->group[g].lr_scale == (p->row->group == TWICE ? 2 : 1) &&
+                t->group[g].weight_decay == (p->row->group == DECAY ? t->s.weight_decay : 0)) continue;
+            note("%s: other group in the table", name);
+            good = 0;
+        }
+    }
+    check(good && listed == m->n_params, "%s: optimizer groups, %d of %d tensors", t->name, listed, m->n_params);
+}
+
+// Trains the kernels (k) or the reference (k NULL) for a table's steps.
+static void train(const Table *t, Ref *m, Model *k, Step *steps) {
+    Arguments a;
+    arguments_of(&a, &t->s);
+    for (int s = 0; s < t->n_steps; s++) {
+        char name[80];
+        snprintf(name, sizeof(name), "%s:%d", t->name, s % 4);
+        hash_tokens(name, t->B, t->T, m->V);
+        if (k) {
+            steps[s].lr = gf_learning_rate(a.n, a.list, s);
+            gf_zero_grad(k);
+            steps[s].loss = gf_loss_backward(k, inputs, targets, t->B, t->T, 1);
+            steps[s].norm = gf_update(k, s, steps[s].lr);
+        } else {
+            steps[s].lr = ref_learning_rate(&t->s, s);
+            ref_zero_grad(m);
+            steps[s].loss = ref_forward(m, inputs, targets, t->B, t->T).cross_entropy;
+            ref_backward(m, inputs, targets, 1);
+            steps[s].norm = ref_update(m, s, steps[s].lr);
+        }
+    }
+}
+
+// A run against the table's (to_reference 0) or the reference's. bf16 is judged by its losses alone.
+// The final ln_k.bias is no oracle without positions: its gradient is rounding noise, which Adam blows up.
+static void compare_run(Comparison *c, const Table *t, Ref *m, Model *k, int to_reference, const Step *got,
+                        const Step *want) {
+    int bf16 = k && gf_precision() == 16;
+    *c = (Comparison){.limits = bf16 ? &run_bf16 : &run_fp32};
+    for (int s = 0; s < t->n_steps; s++) {
+        char name[64];
+        snprintf(name, sizeof(name), "loss of step %d", s);
+        add_error(c->ordered, &c->n_ordered, name, relative(got[s].loss, want[s].loss));
+        snprintf(name, sizeof(name), "gradient norm of step %d", s);
+        if (!bf16) add_error(c->ordered, &c->n_ordered, name, relative(got[s].norm, want[s].norm));
+        c->first = fmax(c->first, relative(got[s].lr, want[s].lr));
+    }
+    for (int i = 0; i < m->n_params; i++) {
+        Param *p = &m->params[i];
+        if (ends_with(p->name, "ln_k.bias")) continue;
+        float *w = k ? kernels_param(k, p) : p->w;
+        add_error(c->others, &c->n_others, p->name,
+                  to_reference ? tensor_error(w, p->w, p->size)
+                               : row_error(table_row(t, "param", p->name), w, p->size));
+        if (k) free(w);
+    }
+}
+
+static void check_training_table(const Table *t, Ref *m) {
+    Comparison *c = zeros(1, sizeof(Comparison));
+    Step reference[MAX_STEPS], kernels[MAX_STEPS];
+    Model *k = NULL;  // made before the reference trains: both start from the same weights
+    if (!kernels_supported(&t->s)) skip("%s: these mixers are not built into the kernels", t->name);
+    else k = kernels_like(m, t->B, t->T, t->name);
+    check_groups(t, m);
+    train(t, m, NULL, reference);
+    if (table_complete(t, m, "param")) {
+        compare_run(c, t, m, NULL, 0, reference, t->steps);
+        judge(c, "%s: C reference against the table", t->name);
+    }
+    if (k) {
+        train(t, m, k, kernels);
+        compare_run(c, t, m, k, 0, kernels, t->steps);
+        judge(c, "%s: kernels against the table", t->name);
+        compare_run(c, t, m, k, 1, kernels, reference);
+        judge(c, "%s: kernels against the C reference", t->name);
+        gf_free(k);
+    }
+    if (m->G0 < m->L) note("final ln_k.bias left out: its gradient is zero by mathematics, and Adam follows noise");
+    free(c);
+}
+
+static void check_golden(const char *path) {
+    Table *t = table_read(path);
+    const Settings *s = &t->s;
+    if (*t->unknown) skip("%s: setting %s is not built yet", t->name, t->unknown);
+    else if (!ref_supported(s)) skip("%s: tmix %s %s, cmix %s is not built yet", t->name, s->tmix, s->tmix2, s->cmix);
+    else {
+        Ref *m = ref_create(s);
+        hash_weights(m);
+        if (t->n_steps) check_training_table(t, m);
+        else check_table(t, m);
+        ref_free(m);
+    }
+    table_free(t);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Data: sampler and a binidx pair. (Damaged files end the program that opens them: dev/test.sh.)
+
+static char golden_folder[1024];
+
+static void check_sampler(void) {
+    char path[1100];
+    snprintf(path, sizeof(path), "%s/data/sampler.txt", golden_folder);
+    FILE *f = fopen(path, "r");
+    if (!f) fail("%s: cannot be opened", path);
+    long long tokens, ctx_len, want;
+    int good = 1, cases = 0;
+    while (fscanf(f, " data_size %lld ctx_len %lld magic_prime %lld offsets_of_samples_1_to_12", &tokens, &ctx_len,
+                  &want) == 3) {
+        int64_t prime, offsets[12];
+        gf_sampler(tokens, ctx_len, &prime, 12, offsets);
+        cases++;
+        if (prime != want) good = 0, note("%lld tokens: prime %lld instead of %lld", tokens, (long long)prime, want);
+        for (int i = 0; i < 12 && fscanf(f, "%lld", &want) == 1; i++) {
+            if (offsets[i] == want) continue;
+            note("%lld tokens, sample %d: starts at %lld instead of %lld", tokens, i + 1, (long long)offsets[i], want);
+            good = 0;
+        }
+    }
+    fclose(f);
+    check(good && cases == 6, "sampler: primes and offsets of %d datasets", cases);
+}
+
+// data/sample.* hold the documents of data/tokenizer.jsonl that have tokens, each with a 0 appended.
+static void check_binidx(const char *prefix) {
+    char path[1100];
+    snprintf(path, sizeof(path), "%s/data/tokenizer.jsonl", golden_folder);
+    FILE *f = fopen(path, "r");
+    if (!f) fail("%s: cannot be opened", path);
+    char line[4096];
+    int32_t tokens[4096];
+    int64_t n_docs = 0, n = gf_binidx(prefix, &n_docs, tokens, 4096), want = 0, want_docs = 0;
+    int same = n <= 4096;
+    while (fgets(line, sizeof(line), f)) {
+        char *at = strstr(line, "\"ids\": [") + 8, *end;
+        if (*at == ']') continue;
+        for (; *at != ']'; at = end + strspn(end, ", ")) same = same && tokens[want++ % 4096] == strtol(at, &end, 10);
+        same = same && tokens[want++ % 4096] == 0;
+        want_docs++;
+    }
+    fclose(f);
+    check(same && n == want && n_docs == want_docs, "binidx: %lld documents, %lld tokens", (long long)n_docs,
+          (long long)n);
+}
+
+static void check_learning_rates(void) {
+    static const char *const types[4] = {"cos", "linear", "exp", "oneminussqrt"};
+    for (int i = 0; i < 4; i++) {
+        double worst = 0;
+        for (int waits = 0; waits < 2; waits++) {
+            Settings s = settings_of("micro_bsz=2 accumulate_grad_batches=2 lr_init=6e-3 lr_final=2e-3 tmix2=gold");
+            s.my_exit_tokens = 30 * 2 * 2 * 64;
+            s.warmup_steps = waits ? 0 : 5;
+            s.lr_wait = waits ? 0.25 : 0;
+            snprintf(s.lr_decay_type, sizeof(s.lr_decay_type), "%s", types[i]);
+            Arguments a;
+            arguments_of(&a, &s);
+            for (int step = 0; step < 40; step++) {  // ten of them after the end
+                worst = fmax(worst, relative(gf_learning_rate(a.n, a.list, step), ref_learning_rate(&s, step)));
+            }
+        }
+        check(worst <= 1e-6, "learning rate %s, with warmup and lr_wait: %.1e", types[i], worst);
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// The reference alone: its gradients against finite differences of its loss
+
+// For each tensor the derivative along d = gradient / |gradient| + random direction / |random direction|.
+// The weights are float, so the differences carry noise of about 1e-7 / (2 step) beside the gradient's norm.
+static void check_finite_differences(void) {
+    Settings s = settings_of("n_layer=3 n_embd=64 vocab_size=24 dim_ffn=64 tmix2=gold");
+    for (int variant = 0; variant < 2; variant++) {
+        if (variant) s.use_v2 = s.use_one_minus_w = 0, s.parallel = 1;
+        Ref *m = ref_create(&s);
+        hash_weights(m);
+        hash_tokens("finite_differences", 2, 9, m->V);
+        ref_forward(m, inputs, targets, 2, 9);
+        ref_backward(m, inputs, targets, 1);
+        double worst = 0, step = 2e-3;
+        const char *where = "";
+        for (int i = 0; i < m->n_params; i++) {
+            Param *p = &m->params[i];
+            if (zero_beside(m, p)) continue;
+            float *w = zeros(p->size, sizeof(float)), *d = zeros(p->size, sizeof(float));
+            memcpy(w, p->w, p->size * sizeof(float));
+            for (int64_t j = 0; j < p->size; j++) d[j] = uniform(name_hash("direction"), j);
+            double g_norm = norm_of(p->g, p->size), d_norm = norm_of(d, p->size), expected = 0, loss[2];
+            for (int64_t j = 0; j < p->size; j++) {
+                d[j] = p->g[j] / g_norm + d[j] / d_norm;
+                expected += (double)p->g[j] * d[j];
+            }
+            for (int side = 0; side < 2; side++) {
+                for (int64_t j = 0; j < p->size; j++) p->w[j] = w[j] + (side ? step : -step) * d[j];
+                loss[side] = ref_forward(m, inputs, targets, 2, 9).objective;
+            }
+            memcpy(p->w, w, p->size * sizeof(float));
+            double error = fabs((loss[1] - loss[0]) / (2 * step) - expected) / g_norm;
+            if (!(error <= worst)) worst = error, where = p->name;
+            free(w);
+            free(d);
+        }
+        check(worst <= 2e-3, "C reference's gradients against finite differences%s: up to %.1e (%s)",
+              variant ? " (parallel, no v2, no one minus w)" : "", worst, where);
+        ref_free(m);
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// WKV at extreme decays and odd lengths, against the recurrence in double, channel by channel
+
+static float to_storage(double x) {  // what this build stores: fp32, or bf16 rounded to nearest even
+    float f = x;
+    uint32_t bits;
+    if (gf_precision() == 32) return f;
+    memcpy(&bits, &f, 4);
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+static float *random_array(const char *name, int salt, int64_t n, double offset, double scale) {
+    float *x = zeros(n, sizeof(float));
+    uint64_t hash = name_hash(name) + salt;
+    for (int64_t i = 0; i < n; i++) x[i] = to_storage(offset + scale * uniform(hash, i));
+    return x;
+}
+
+// Largest |difference| / |reference| of any channel. got, want (rows, channels).
+// A channel of strong decay has gradients of w near exp(w - exp(w)), 1e-22 at w = 4: beyond that they leave the range
+// of float. So no channel's norm counts as less than 1e-8 of the average (rms) channel's.
+static double channel_error(const float *got, const float *want, int rows, int channels) {
+    double floor = 1e-8 * norm_of(want, (int64_t)rows * channels) / sqrt(channels), worst = 0;
+    for (int c = 0; c < channels; c++) {
+        double off = 0, norm = 0;
+        for (int t = 0; t < rows; t++) {
+            double a = got[t * channels + c], b = want[t * channels + c];
+            off += (a - b) * (a - b);
+            norm += b * b;
+        }
+        double error = off == 0 ? 0 : sqrt(off) / fmax(sqrt(norm), floor);
+        if (!(error <= worst)) worst = isnan(error) ? INFINITY : error;
+    }
+    return worst;
+}
+
+static void check_wkv(void) {
+    static const struct { const char *name; double offset, scale; } decays[] = {
+        {"random in [-10, 4]", -3, 7}, {"-10", -10, 0}, {"-6", -6, 0}, {"-1", -1, 0}, {"2", 2, 0}, {"4", 4, 0},
+        {"random in [-15, 20]", 2.5, 17.5}, {"-15", -15, 0}, {"20", 20, 0}, {"from -10 to 4 over the channels", 0, 0},
+    };
+    static const int lengths[] = {1, 15, 16, 17, 63, 64, 65, 100, 129};
+    static const char *const names[6] = {"y", "dr", "dk", "dv", "dw", "du"};
+    const int H = 2, A = H * N;
+    double limit = gf_precision() == 16 ? 1 / 128.0 : 1e-5;
+    for (int i = 0; i < 10; i++) {
+        double worst = 0;
+        char where[64] = "";
+        for (int j = 0; j < 9; j++) {
+            int T = lengths[j], n = T * A, one_minus_w = (i + j) % 2, with_u = (i + j) / 2 % 2;
+            float *r = random_array("r", j, n, 0, 1), *k = random_array("k", j, n, 0, 1);
+            float *v = random_array("v", j, n, 0, 1), *w = random_array("w", j, n, decays[i].offset, decays[i].scale);
+            float *dy = random_array("dy", j, n, 0, 1);
+            float *u = with_u ? random_array("u", j, A, 0, 1) : NULL, *kw = zeros(n, sizeof(float)), *got[6], *want[6];
+            for (int c = 0; c < n && i == 9; c++) w[c] = to_storage(-10 + 14.0 * (c % A) / (A - 1));
+            for (int x = 0; x < 6; x++) {
+                got[x] = zeros(n, sizeof(float));
+                want[x] = zeros(n, sizeof(float));
+                for (int c = 0; c < n; c++) got[x][c] = NAN;  // all of it must be written
+            }
+            for (int c = 0; c < n; c++) kw[c] = one_minus_w ? k[c] * -expm1(-exp(w[c])) : k[c];
+            wkv(want[0], r, kw, v, w, u, 1, T, H);
+            wkv_backward(want[1], want[2], want[3], want[4], want[5], dy, r, kw, v, w, u, 1, T, H);
+            for (int c = 0; c < n && one_minus_w; c++) {
+                want[4][c] -= want[2][c] * k[c] * decay_gradient(w[c]);
+                want[2][c] *= -expm1(-exp(w[c]));
+            }
+            gf_wkv(1, T, H, r, k, v, w, u, one_minus_w, got[0], dy, got[1], got[2], got[3], got[4],
+                   with_u ? got[5] : NULL);
+            for (int x = 0; x < 5 + with_u; x++) {
+                // u's gradient is one number per channel, a sum that may cancel: taken as one channel
+                double error = x == 5 ? channel_error(got[x], want[x], A, 1) : channel_error(got[x], want[x], T, A);
+                if (error <= worst) continue;
+                worst = error;
+                snprintf(where, sizeof(where), "%s at T = %d%s%s", names[x], T, with_u ? ", u" : "",
+                         one_minus_w ? ", 1 - w" : "");
+            }
+            for (int x = 0; x < 6; x++) free(got[x]), free(want[x]);
+            free(r), free(k), free(v), free(w), free(dy), free(u), free(kw);
+        }
+        check(worst <= limit, "WKV, w %s: worst channel %.1e, allowed %.1e (%s)", decays[i].name, worst, limit, where);
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Initial values (spec section 7)
+
+// The value of entry i where the initializer is a formula.
+static double initial_value(const Ref *m, const Param *p, int64_t i) {
+    double L = m->L, l = p->layer, depth = m->L > 1 ? l / (L - 1) : 0, q = 1 - l / L;
+    double d = (double)i / p->size;  // of a vector over C channels
+    double n = (double)i / (p->size - 1);
+    switch (p->row->init) {
+        case ONE: return 1;
+        case MIX: return 1 - pow(d, q);
+        case MIX_HALF: return 1 - pow(d, q / 2);
+        case MIX_V: return 1 - (pow(d, q) + 0.3 * depth);
+        case TIME_DECAY: return -6 + 5 * pow(n, 0.7 + 1.3 * depth);
+        case TIME_FAAAA: return depth * (1 - n) + 0.1 * ((i + 1) % 3 - 1.0);
+        case LN_X: return pow((1 + l) / L, 0.7);
+        default: return 0;
+    }
+}
+
+// Largest entry of |W Wᵀ / gain² - 1| over the shorter side's vectors, which are orthogonal. W (out, in)
+static double orthogonal_error(const float *W, int out, int in, double gain) {
+    int n = out < in ? out : in, length = out < in ? in : out;
+    int step = out < in ? in : 1, inner = out < in ? 1 : in;  // from one vector to the next, and along a vector
+    double worst = 0;
+    for (int a = 0; a < n; a++) {
+        for (int b = 0; b <= a; b++) {
+            double sum = 0;
+            for (int i = 0; i < length; i++) sum += (double)W[a * step + i * inner] * W[b * step + i * inner];
+            worst = fmax(worst, fabs(sum / (gain * gain) - (a == b)));
+        }
+    }
+    return worst;
+}
+
+static int initial_values_good(const Ref *m, const Param *p, const float *w) {
+    double gain = 1, limit = 0, mean = 0, square = 0, largest = 0, n = p->size;
+    for (int64_t i = 0; i < p->size; i++) {
+        mean += w[i] / n;
+        square += (double)w[i] * w[i] / n;
+        largest = fmax(largest, fabs(w[i]));
+    }
+    switch (p->row->init) {
+        case SMALL: limit = 0.01; break;
+        case EMBEDDING: limit = 1e-4; break;
+        case ORTHOGONAL: break;
+        case ORTHOGONAL_KEY: gain = 0.1; break;
+        case ORTHOGONAL_HEAD: gain = m->V > m->C ? 0.5 * sqrt((double)m->V / m->C) : 0.5; break;
+        default:
+            for (int64_t i = 0; i < p->size; i++) {
+                if (!(fabs(w[i] - initial_value(m, p, i)) <= 2e-6)) return 0;
+            }
+            return 1;
+    }
+    if (!limit) {  // orthogonal and random: the mean of n entries of variance `square` within 5 sigma, none dominant
+        double error = orthogonal_error(w, p->shape[0], p->shape[1], gain);
+        return error <= 1e-4 && fabs(mean) <= 5 * sqrt(square / n) && largest <= 0.7 * gain;
+    }
+    // uniform in +-limit: mean 0 (sigma limit / sqrt(3 n)), mean square limit² / 3 (sigma limit² sqrt(4 / 45 n))
+    return largest <= limit * (1 + 1e-6) && largest > 0.99 * limit && fabs(mean) <= 5 * limit / sqrt(3 * n) &&
+           fabs(square / (limit * limit) - 1.0 / 3) <= 5 * sqrt(4 / (45 * n));
+}
+
+static void check_initial_values(void) {
+    static const char *const settings[2] = {
+        "n_layer=3 n_embd=128 tmix2=gold", "n_layer=1 n_embd=192 dim_att=128 vocab_size=64",
+    };
+    for (int i = 0; i < 2; i++) {
+        Settings s = settings_of(settings[i]);
+        Ref *m = ref_create(&s);
+        Model *k = kernels_create(&s, 1, 16);
+        int good = same_tensors(m, k), again_same = 1, other_same = 0, random = 0;
+        for (int seed = 1; seed >= 0 && good; seed--) {  // seed 1, seed 0, and seed 0 again
+            gf_init_weights(k, seed);
+            for (int j = 0; j < m->n_params; j++) {
+                Param *p = &m->params[j];
+                float *w = kernels_param(k, p);
+                if (!initial_values_good(m, p, w)) good = 0, note("%s: initial values, seed %d", p->name, seed);
+                int is_random = p->row->init == SMALL || p->row->init == EMBEDDING || p->row->init >= ORTHOGONAL;
+                random += is_random;
+                other_same += is_random && !memcmp(p->w, w, p->size * sizeof(float));
+                memcpy(p->w, w, p->size * sizeof(float));
+                free(w);
+            }
+        }
+        gf_init_weights(k, 0);
+        for (int j = 0; j < m->n_params && good; j++) {
+            float *w = kernels_param(k, &m->params[j]);
+            again_same = again_same && !memcmp(m->params[j].w, w, m->params[j].size * sizeof(float));
+            free(w);
+        }
+        check(good && again_same && !other_same, "initial values (%s): %d tensors, %d of them random", settings[i],
+              m->n_params, random / 2);
+        if (!again_same) note("one seed gave two different sets of weights");
+        if (other_same) note("%d random tensors are the same for two seeds", other_same);
+        gf_free(k);
+        ref_free(m);
+    }
+    Settings s = settings_of("n_layer=3 tmix2=gold layerwise_lr=0");
+    Ref *m = ref_create(&s);
+    Model *k = kernels_create(&s, 1, 16);
+    check(same_tensors(m, k), "optimizer groups with layerwise_lr 0");
+    free_both(m, k);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// The kernels on shapes that the tables do not have
+
+static void check_shapes(void) {
+    static const struct { const char *settings; int B, T; } cases[] = {
+        {"n_layer=3 tmix2=gold", 1, 1},
+        {"n_layer=3 tmix2=gold", 5, 1},
+        {"n_layer=3 tmix2=gold", 3, 17},
+        {"n_layer=3 tmix2=gold ctx_len=80 kv_cache_compression_ratio=64", 1, 65},
+        {"n_layer=3 tmix2=gold n_embd=192 kv_cache_compression_ratio=64 vocab_size=264 dim_ffn=96", 2, 13},
+        {"n_layer=4 tmix2=gold inv_other_layer_ratio=2 kv_cache_compression_ratio=2 use_v2=0", 1, 31},
+        {"n_layer=3 tmix2=gold kv_cache_compression_ratio=5 use_one_minus_w=0 parallel=1 use_v2=0", 3, 9},
+        {"n_layer=1 n_embd=64 dim_att=128 vocab_size=64", 7, 5},
+    };
+    Comparison *c = zeros(1, sizeof(Comparison));
+    for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
+        int B = cases[i].B, T = cases[i].T;
+        Model *k;
+        Ref *m = small_model(cases[i].settings, cases[i].settings, B, T, &k);
+        if (k) {
+            double want = ref_forward(m, inputs, targets, B, T).cross_entropy;
+            ref_backward(m, inputs, targets, 1);
+            gf_zero_grad(k);
+            compare_to_reference(c, m, k, gf_loss_backward(k, inputs, targets, B, T, 1), want, 0);
+            judge(c, "%s, %d x %d tokens", cases[i].settings, B, T);
+        }
+        free_both(m, k);
+    }
+    free(c);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Micro-batches, recomputation, repetition, independence of sequences, the update, ties
+
+// After a change of inputs: each one's target is the next, the last one's stays.
+static void targets_follow(int B, int T) {
+    for (int t = 0; t < B * T; t++) targets[t] = t % T < T - 1 ? inputs[t + 1] : targets[t];
+}
+
+// One pass over the batch from zero gradients; with `logits` 0 only loss and gradients.
+static Bits kernels_pass(Ref *m, Model *k, int B, int T, int logits) {
+    gf_zero_grad(k);
+    double loss = gf_loss_backward(k, inputs, targets, B, T, 1);
+    return kernels_bits(m, k, loss, logits ? B * T : 0);
+}
+
+static void check_bits(void) {
+    int B = 2, T = 33;
+    Model *k;
+    Ref *m = small_model("n_layer=3 tmix2=gold", "determinism", B, T, &k);
+    if (!k) return free_both(m, k);
+    Bits first = kernels_pass(m, k, B, T, 1);
+    check(same_bits(m, first, kernels_pass(m, k, B, T, 1)), "determinism: two passes, the same bits");
+    Model *other = kernels_like(m, B + 1, 64, "determinism");  // has room for more than the batch
+    check(same_bits(m, kernels_pass(m, k, B, T, 1), kernels_pass(m, other, B, T, 1)),
+          "determinism: two models, one with room for more tokens, the same bits");
+    gf_free(other);
+    m->s.grad_cp = 1;
+    other = kernels_like(m, B, T, "grad_cp 1");
+    check(same_bits(m, kernels_pass(m, k, B, T, 0), kernels_pass(m, other, B, T, 0)),
+          "grad_cp 1: the bits of grad_cp 0");
+    gf_free(other);
+
+    // The second sequence must not notice the first, nor any token a later one.
+    int64_t half = (int64_t)T * m->V, seen = 20 * m->V;
+    gf_loss_backward(k, inputs, targets, B, T, 1);
+    float *before = kernels_activation(k, "logits", B * half);
+    for (int t = 0; t < T; t++) inputs[t] = (inputs[t] + 1 + t) % m->V;
+    targets_follow(B, T);
+    gf_loss_backward(k, inputs, targets, B, T, 1);
+    float *after = kernels_activation(k, "logits", B * half);
+    check(memcmp(before, after, half * sizeof(float)) && !memcmp(before + half, after + half, half * sizeof(float)),
+          "sequences carry nothing over: other tokens in the first, the same logits in the second");
+    for (int t = 20; t < T; t++) inputs[t] = inputs[T + t] = (inputs[t] + 1 + t) % m->V;
+    targets_follow(B, T);
+    gf_loss_backward(k, inputs, targets, B, T, 1);
+    float *later = kernels_activation(k, "logits", B * half);
+    check(!memcmp(after, later, seen * sizeof(float)) && !memcmp(after + half, later + half, seen * sizeof(float)) &&
+          memcmp(after + seen, later + seen, m->V * sizeof(float)),
+          "no token sees a later one: other tokens from the 21st on, the same logits before");
+    free(before), free(after), free(later);
+    free_both(m, k);
+}
+
+static void check_accumulation(void) {
+    int B = 4, T = 12;
+    Model *k;
+    Ref *m = small_model("n_layer=3 tmix2=gold", "accumulation", B, T, &k);
+    if (!k) return free_both(m, k);
+    double want = ref_forward(m, inputs, targets, B, T).cross_entropy, loss = 0;
+    Comparison *c = zeros(1, sizeof(Comparison));
+    gf_zero_grad(k);
+    gf_loss_backward(k, inputs, targets, B, T, 1);
+    compare_to_reference(c, m, k, want, want, 0);  // for its limits, and the batch of 4 as the reference below
+    c->n_ordered = c->n_others = 0;
+    for (int i = 0; i < m->n_params; i++) gf_get_grad(k, kernels_index(k, m->params[i].name), m->params[i].g);
+    gf_zero_grad(k);
+    for (int b = 0; b < B; b++) loss += gf_loss_backward(k, inputs + b * T, targets + b * T, 1, T, B) / B;
+    c->first = relative(loss, want);
+    for (int i = 0; i < m->n_params; i++) {
+        Param *p = &m->params[i];
+        if (zero_beside(m, p)) continue;
+        float *g = kernels_gradient(k, p);
+        add_error(c->others, &c->n_others, p->name, tensor_error(g, p->g, p->size));
+        free(g);
+    }
+    judge(c, "accumulation: 4 micro-batches of 1 against 1 of 4");
+    free(c);
+    free_both(m, k);
+}
+
+// AdamW alone: the reference's update from the kernels' own gradients, so it holds in bf16 too (fp32 master weights).
+static void check_update(void) {
+    int B = 2, T = 16;
+    Model *k;
+    Ref *m = small_model("n_layer=3 tmix2=gold weight_decay=0.1 gradient_clip_val=0.5", "AdamW", B, T, &k);
+    if (!k) return free_both(m, k);
+    double worst = 0, norms = 0;
+    const char *where = "";
+    for (int step = 0; step < 3; step++) {
+        gf_zero_grad(k);
+        gf_loss_backward(k, inputs, targets, B, T, 1);
+        for (int i = 0; i < m->n_params; i++) {
+            Param *p = &m->params[i];
+            gf_get_grad(k, kernels_index(k, p->name), p->g);
+            gf_get_param(k, kernels_index(k, p->name), p->w);
+        }
+        double norm = gf_update(k, step, 1e-2);
+        norms = fmax(norms, relative(norm, ref_update(m, step, 1e-2)));
+        for (int i = 0; i < m->n_params; i++) {
+            Param *p = &m->params[i];
+            float *w = kernels_param(k, p);
+            double error = distance(w, p->w, p->size) / norm_of(p->w, p->size);
+            if (!(error <= worst)) worst = error, where = p->name;
+            free(w);
+        }
+    }
+    check(worst <= 1e-6 && norms <= 1e-5,
+          "AdamW on the kernels' gradients, 3 steps: norms %.1e, weights up to %.1e (%s)", norms, worst, where);
+    free_both(m, k);
+}
+
+// Two ids share the largest logit: the loss's extra term belongs to the lower one. ln_out is made to give 1/4 in every
+// channel, so that every logit is exact: 20.5 for ids 5 and 9, else 20. Their gradients differ by 1e-4 * 20.5 * 1/4.
+static void check_tie(void) {
+    int B = 2, T = 8;
+    Model *k;
+    Ref *m = small_model("n_layer=3 tmix2=gold", "ties", B, T, &k);
+    for (int t = 0; t < B * T; t++) inputs[t] = targets[t] = 10 + t;  // neither 5 nor 9
+    targets_follow(B, T);
+    Param *head = param(m, -1, "head.weight");
+    Param *gain = param(m, -1, "ln_out.weight"), *bias = param(m, -1, "ln_out.bias");
+    for (int i = 0; i < m->C; i++) gain->w[i] = 0, bias->w[i] = 0.25;
+    for (int64_t i = 0; i < head->size; i++) head->w[i] = i / m->C == 5 || i / m->C == 9 ? 0.640625 : 0.625;
+    if (!k) return free_both(m, k);
+    load_weights(m, k);
+    gf_zero_grad(k);
+    gf_loss_backward(k, inputs, targets, B, T, 1);
+    float *g = kernels_gradient(k, head);
+    double worst = 0, want = 1e-4 * 20.5 * 0.25;
+    for (int i = 0; i < m->C; i++) worst = fmax(worst, relative(g[5 * m->C + i] - g[9 * m->C + i], want));
+    check(worst <= (gf_precision() == 16 ? 5e-2 : 1e-3),
+          "loss: of two equal largest logits the lower id gets the extra term: %.1e", worst);
+    free(g);
+    free_both(m, k);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+
+static int by_name(const void *a, const void *b) {
+    return strcmp(*(char *const *)a, *(char *const *)b);
+}
+
+// All of golden_folder/*.txt in the order of their names.
+static void check_all_tables(void) {
+    DIR *folder = opendir(golden_folder);
+    char *paths[64];
+    int n = 0;
+    if (!folder) fail("%s: cannot be opened (run this in the project's folder)", golden_folder);
+    for (struct dirent *entry; (entry = readdir(folder)) && n < 64;) {
+        if (!ends_with(entry->d_name, ".txt")) continue;
+        paths[n] = zeros(1400, 1);
+        snprintf(paths[n++], 1400, "%s/%s", golden_folder, entry->d_name);
+    }
+    closedir(folder);
+    qsort(paths, n, sizeof(char *), by_name);
+    for (int i = 0; i < n; i++) {
+        check_golden(paths[i]);
+        free(paths[i]);
+    }
+}
+
+int main(int argc, char **argv) {
+    if (argc > 1) {
+        for (int i = 1; i < argc; i++) check_golden(argv[i]);
+    } else {
+        // dev/golden lies below the working directory or beside the program
+        const char *slash = strrchr(argv[0], '/');
+        snprintf(golden_folder, sizeof(golden_folder), "dev/golden");
+        if (access(golden_folder, R_OK) && slash) {
+            snprintf(golden_folder, sizeof(golden_folder), "%.*s/dev/golden", (int)(slash - argv[0]), argv[0]);
+        }
+        char sample[1100];
+        snprintf(sample, sizeof(sample), "%s/data/sample", golden_folder);
+        check_binidx(sample);
+        check_sampler();
+        printf("%s, %s\n", gf_device(), gf_precision() == 16 ? "BF16" : "FP32");
+        check_learning_rates();
+        check_finite_differences();
+        check_wkv();
+        if (gf_supported("x060c2", "gold", "x060", "x060")) {
+            check_initial_values();
+            check_update();
+            check_tie();
+            check_bits();
+            check_accumulation();
+            check_shapes();
+        } else {
+            skip("everything but tables: x060c2 + gold are not built into the kernels");
+        }
+        check_all_tables();
+    }
+    printf("%d passed, %d failed, %d skipped\n", n_passed, n_failed, n_skipped);
+    return n_failed > 0;
+}

@@ -1,0 +1,4144 @@
+// ---------------------------------------------------------------------------------------------------------------------
+// 1. Settings: one table gives the struct, the command line, -h, the block printed at the start and the checkpoint's
+//    metadata. Every key is --model.NAME or --train.NAME.
+
+#include <ctype.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <float.h>
+#include <glob.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+const char *program_name = "train_goldfinch";
+
+// Exit codes: 1 the system failed us (disk, device), 2 a setting or a file that can't be used, 3 numbers that are not
+// finite.
+[[noreturn]] __attribute__((format(printf, 2, 3))) void die(int code, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    fflush(stdout);
+    fprintf(stderr, "%s: ", program_name);
+    vfprintf(stderr, format, arguments);
+    fprintf(stderr, "\n");
+    va_end(arguments);
+    exit(code);
+}
+
+// The check of every number read from a file: dies unless low <= found <= high. index: of a list's entry, or -1.
+void expect(const char *file, const char *field, int64_t index, int64_t low, int64_t high, int64_t found) {
+    if (low <= found && found <= high) { return; }
+    char entry[32] = "", most[32] = "";
+    if (index >= 0) { snprintf(entry, sizeof(entry), "[%ld]", index); }
+    if (high == INT64_MAX) { snprintf(most, sizeof(most), " or more"); }
+    else if (high > low) { snprintf(most, sizeof(most), " to %ld", high); }
+    die(2, "%s: %s%s: expected %ld%s, found %ld", file, field, entry, low, most, found);
+}
+
+// Kinds: whole (INT) and REAL numbers with their least and largest value (whole ones with what they are a multiple of),
+// a WORD (a name) and a PATH. The defaults are the paper's L12 D768 model. The settings of the part "start" say how a
+// run is started and stopped, not what it computes: a checkpoint carries all others, and --train.resume 1 takes those
+// from there.
+#define SETTINGS(X) \
+    X(model, INT,  n_layer, "12", 1, 4096, 1, "layers") \
+    X(model, INT,  n_embd, "768", 64, 65536, 64, "channels C") \
+    X(model, INT,  ctx_len, "1024", 1, 4194304, 1, "tokens of one training sequence") \
+    X(model, INT,  vocab_size, "65536", 8, 16777216, 8, "token ids V") \
+    X(model, INT,  head_size, "64", 64, 64, 64, "channels of a head; only 64") \
+    X(model, INT,  dim_att, "0", 0, 65536, 64, "channels inside a time mixer (0: n_embd)") \
+    X(model, INT,  dim_ffn, "0", 0, 1048576, 32, "channels inside a channel mixer (0: 3.5 n_embd)") \
+    X(model, WORD, tmix, "x060c2", 0, 0, 0, "time mixer of the first layers") \
+    X(model, WORD, tmix2, "gold", 0, 0, 0, "time mixer of the last layers (empty: tmix everywhere)") \
+    X(model, WORD, cmix, "x060", 0, 0, 0, "channel mixer of the first layers") \
+    X(model, WORD, cmix2, "x060", 0, 0, 0, "channel mixer of the last layers") \
+    X(model, REAL, inv_other_layer_ratio, "3", 1, 1e9, 0, "one layer in so many is one of the last layers") \
+    X(model, REAL, kv_cache_compression_ratio, "16", 1, 65536, 0, "n_embd / numbers cached per token (GOLD)") \
+    X(model, INT,  use_one_minus_w, "1", 0, 1, 1, "Finch-C2: scale keys by one minus the decay") \
+    X(model, INT,  use_v2, "1", 0, 1, 1, "Finch-C2: second value instead of the bonus u") \
+    X(model, INT,  parallel, "0", 0, 1, 1, "time and channel mixer read the same input") \
+    X(model, REAL, head_size_divisor, "8", 1e-3, 1e3, 0, "of the group norms of Finch and Eagle") \
+    X(model, REAL, dropout, "0", 0, 0, 0, "only 0") \
+    X(optimizer, INT,  micro_bsz, "32", 1, 65536, 1, "sequences of one micro-batch") \
+    X(optimizer, INT,  accumulate_grad_batches, "1", 1, 1e6, 1, "micro-batches of one step") \
+    X(optimizer, REAL, lr_init, "6e-4", 0, 1e38, 0, "learning rate after the warmup") \
+    X(optimizer, REAL, lr_final, "2e-4", 0, 1e38, 0, "learning rate at my_exit_tokens") \
+    X(optimizer, WORD, lr_decay_type, "cos", 0, 0, 0, "cos, linear, exp or oneminussqrt") \
+    X(optimizer, REAL, lr_wait, "0", 0, 0.999, 0, "fraction of my_exit_tokens before the decay begins") \
+    X(optimizer, INT,  warmup_steps, "10", 0, 1e9, 1, "steps from a fifth of the learning rate to all of it") \
+    X(optimizer, INT,  my_exit_tokens, "0", 0, 1e15, 1, "tokens of the run and its schedule (0: data_file's size)") \
+    X(optimizer, REAL, beta1, "0.9", 0, 0.999999, 0, "decay of AdamW's first moment") \
+    X(optimizer, REAL, beta2, "0.99", 0, 0.999999, 0, "decay of AdamW's second moment") \
+    X(optimizer, REAL, adam_eps, "1e-8", 1e-30, 1, 0, "AdamW's epsilon") \
+    X(optimizer, REAL, weight_decay, "0.001", 0, 1e3, 0, "of the matrices") \
+    X(optimizer, REAL, weight_decay_final, "-1", -1, 1e3, 0, "weight decay at my_exit_tokens (0 or less: no change)") \
+    X(optimizer, REAL, gradient_clip_val, "1", 1e-9, 1e9, 0, "largest norm of the gradient") \
+    X(optimizer, INT,  layerwise_lr, "1", 0, 1, 1, "groups have their own factors on the learning rate") \
+    X(optimizer, INT,  grad_cp, "0", 0, 1, 1, "recompute activations in the backward pass: less memory, slower") \
+    X(optimizer, INT,  train_stage, "3", 1, 3, 1, "1: initialize, save, stop; 2: train, own rate factors; 3: train") \
+    X(optimizer, INT,  seed_everything, "1", 0, 1e15, 1, "of the initial weights and the samples") \
+    X(data, PATH, data_file, "", 0, 0, 0, "binidx: PREFIX of PREFIX.bin and .idx; utf-8: a text") \
+    X(data, WORD, data_type, "binidx", 0, 0, 0, "binidx (Megatron's format) or utf-8 (ids are bytes + 1)") \
+    X(data, PATH, validation_data_file, "", 0, 0, 0, "as data_file (empty: none, or a tenth of a utf-8 data_file)") \
+    X(data, INT,  val_every, "100", 0, 1e15, 1, "steps between validations (0: none, not even at the end)") \
+    X(data, INT,  val_batches, "0", 0, 1e9, 1, "micro-batches of one validation (0: the whole file)") \
+    X(data, INT,  sample_every, "0", -1, 1e15, 1, "steps between samples, utf-8 only (0: one at the end; -1: none)") \
+    X(start, INT,  max_steps, "0", 0, 1e15, 1, "stop after so many steps; the schedule stays (0: at my_exit_tokens)") \
+    X(start, INT,  save_every, "1000", 0, 1e15, 1, "steps between checkpoints (0: only at the end)") \
+    X(start, PATH, out, "out", 0, 0, 0, "folder for checkpoints and log.csv; an earlier run's files become *.old") \
+    X(start, INT,  resume, "0", 0, 1, 1, "go on from the newest checkpoint in out, with its settings") \
+    X(start, PATH, load_model, "", 0, 0, 0, "safetensors file to take the first weights from") \
+    X(start, INT,  load_partial, "0", 0, 1, 1, "load_model may lack or have other tensors: take those that fit")
+
+typedef int64_t INT;
+typedef double REAL;
+typedef char WORD[16], PATH[1024], LONG_PATH[1024 + 272];        // LONG_PATH: a PATH and a file name of ours
+
+typedef struct Settings {
+#define FIELD(part, kind, name, ...) kind name;
+    SETTINGS(FIELD)
+#undef FIELD
+} Settings;
+
+typedef struct Setting {
+    const char *part, *kind, *name, *initial;
+    double low, high, multiple;
+    const char *help;
+    size_t offset, size;                                        // of the field in Settings, in bytes
+} Setting;
+
+const Setting settings_table[] = {
+#define ROW(part, kind, name, initial, low, high, multiple, help) \
+    {#part, #kind, #name, initial, low, high, multiple, help, offsetof(Settings, name), sizeof(kind)},
+    SETTINGS(ROW)
+#undef ROW
+};
+const int n_settings = sizeof(settings_table) / sizeof(settings_table[0]);
+
+// What is in force where no data_file is given: the demo, a byte-level model of the project's own source text, or
+// minipile where data/minipile.bin lies. Flags override both.
+typedef struct Preset { const char *key, *value; } Preset;
+const Preset demo_preset[] = {
+    {"model.n_layer", "6"}, {"model.n_embd", "128"}, {"model.ctx_len", "128"}, {"model.vocab_size", "320"},
+    {"train.micro_bsz", "8"}, {"train.lr_init", "4e-3"}, {"train.lr_final", "4e-4"}, {"train.warmup_steps", "20"},
+    {"train.my_exit_tokens", "409600"}, {"train.data_type", "utf-8"}, {"train.save_every", "100"},
+};
+const int n_demo_preset = sizeof(demo_preset) / sizeof(demo_preset[0]);
+const char *demo_sample_prompt = "\n";
+const int demo_sample_bytes = 300;
+const double demo_sample_temperature = 0.7;
+
+bool setting_in_checkpoint(const Setting *row) { return strcmp(row->part, "start") != 0; }
+
+void setting_key(const Setting *row, char *key) {               // "model.n_layer"; key has room for a PATH
+    snprintf(key, sizeof(PATH), "%s.%s", strcmp(row->part, "model") == 0 ? "model" : "train", row->name);
+}
+
+const Setting *setting_find(const char *key) {                  // NULL if there is no such key
+    PATH name;
+    for (int i = 0; i < n_settings; i++) {
+        setting_key(&settings_table[i], name);
+        if (strcmp(key, name) == 0) { return &settings_table[i]; }
+    }
+    return NULL;
+}
+
+// Writes text's value into the field; returns what was expected if it is no such value, else NULL.
+const char *setting_set(Settings *s, const Setting *row, const char *text) {
+    static char expected[96];
+    char *field = (char *)s + row->offset, *end = NULL;
+    const bool whole = strcmp(row->kind, "INT") == 0;
+    if (!whole && strcmp(row->kind, "REAL") != 0) {
+        snprintf(expected, sizeof(expected), "at most %d letters", (int)row->size - 1);
+        if (strlen(text) >= row->size) { return expected; }
+        memset(field, 0, row->size);
+        memcpy(field, text, strlen(text));
+        return NULL;
+    }
+    int n = snprintf(expected, sizeof(expected), "a %snumber from %.10g to %.10g", whole ? "whole " : "", row->low,
+                     row->high);
+    if (row->multiple > 1) { snprintf(expected + n, sizeof(expected) - n, ", a multiple of %.0f", row->multiple); }
+    const int64_t integer = whole ? strtoll(text, &end, 10) : 0;
+    const double value = whole ? (double)integer : strtod(text, &end);
+    const bool in_range = value >= row->low && value <= row->high;                // not so if it is nan
+    if (end == text || *end || !in_range || (whole && integer % (int64_t)row->multiple != 0)) { return expected; }
+    memcpy(field, whole ? (const void *)&integer : (const void *)&value, row->size);
+    return NULL;
+}
+
+// The field as text, in the shortest form that setting_set reads back to the same value. text has room for a PATH.
+void setting_get(const Settings *s, const Setting *row, char *text) {
+    const void *field = (const char *)s + row->offset;
+    if (strcmp(row->kind, "INT") == 0) {
+        snprintf(text, sizeof(PATH), "%ld", *(const int64_t *)field);
+    } else if (strcmp(row->kind, "REAL") == 0) {
+        for (int digits = 6; digits <= 17; digits++) {
+            snprintf(text, sizeof(PATH), "%.*g", digits, *(const double *)field);
+            if (strtod(text, NULL) == *(const double *)field) { break; }
+        }
+    } else {
+        snprintf(text, sizeof(PATH), "%s", (const char *)field);
+    }
+}
+
+void settings_default(Settings *s) {
+    memset(s, 0, sizeof(*s));
+    for (int i = 0; i < n_settings; i++) { setting_set(s, &settings_table[i], settings_table[i].initial); }
+}
+
+void settings_preset(Settings *s) {
+    if (access("data/minipile.bin", R_OK) == 0) {
+        setting_set(s, setting_find("train.data_file"), "data/minipile");
+        if (access("data/minipile_validation.bin", R_OK) == 0) {
+            setting_set(s, setting_find("train.validation_data_file"), "data/minipile_validation");
+        }
+        return;
+    }
+    for (int i = 0; i < n_demo_preset; i++) { setting_set(s, setting_find(demo_preset[i].key), demo_preset[i].value); }
+}
+
+void settings_help(void) {
+    printf("usage: %s [--model.KEY VALUE | --train.KEY VALUE] ...\n\n"
+           "Without a data_file: trains on data/minipile if data/minipile.bin is there, else the embedded default, a\n"
+           "small byte-level model of the project's own source text (its values: demo).\n", program_name);
+    for (int i = 0; i < n_settings; i++) {
+        const Setting *row = &settings_table[i];
+        if (i == 0 || strcmp(row->part, row[-1].part) != 0) { printf("\n%s\n", row->part); }
+        PATH key, value;
+        setting_key(row, key);
+        int n = snprintf(value, sizeof(value), "%s", row->initial[0] ? row->initial : "\"\"");
+        for (int j = 0; j < n_demo_preset; j++) {
+            if (strcmp(demo_preset[j].key, key) != 0) { continue; }
+            snprintf(value + n, sizeof(value) - n, " (demo %s)", demo_preset[j].value);
+        }
+        printf("  --%-33s %-18s %s\n", key, value, row->help);
+    }
+}
+
+// The flags of a command line, without the program's name, on top of what s holds.
+void settings_parse(Settings *s, int argc, const char **argv) {
+    for (int i = 0; i < argc; i += 2) {
+        if (strcmp(argv[i], "-h") == 0 || strcmp(argv[i], "--help") == 0) {
+            settings_help();
+            exit(0);
+        }
+        const Setting *row = strncmp(argv[i], "--", 2) == 0 ? setting_find(argv[i] + 2) : NULL;
+        if (!row) { die(2, "unknown setting \"%s\" (-h lists them all)", argv[i]); }
+        if (i + 1 == argc) { die(2, "%s: a value is missing", argv[i]); }
+        const char *expected = setting_set(s, row, argv[i + 1]);
+        if (expected) { die(2, "%s: expected %s, found \"%s\"", argv[i], expected, argv[i + 1]); }
+    }
+}
+
+// Derives what is 0 by default and turns away what can't work together, before anything is allocated.
+void settings_check(Settings *s) {
+    const char *type = s->lr_decay_type;
+    if (s->dim_att == 0) { s->dim_att = s->n_embd; }
+    if (s->dim_ffn == 0) { s->dim_ffn = (int64_t)(s->n_embd * 3.5) / 32 * 32; }
+    if (s->kv_cache_compression_ratio > (double)s->n_embd) {
+        die(2, "--model.kv_cache_compression_ratio: expected at most n_embd %ld, found %g", s->n_embd,
+            s->kv_cache_compression_ratio);
+    }
+    if (strcmp(type, "cos") && strcmp(type, "linear") && strcmp(type, "exp") && strcmp(type, "oneminussqrt")) {
+        die(2, "--train.lr_decay_type: expected cos, linear, exp or oneminussqrt, found \"%s\"", type);
+    }
+    if (strcmp(type, "exp") == 0 && (s->lr_init == 0 || s->lr_final == 0)) {
+        die(2, "--train.lr_decay_type exp: expected rates above 0, found %g, %g", s->lr_init, s->lr_final);
+    }
+    if (s->weight_decay_final > 0 && s->weight_decay == 0) {
+        die(2, "--train.weight_decay: expected more than 0 where weight_decay_final is, found 0");
+    }
+    if (strcmp(s->data_type, "binidx") && strcmp(s->data_type, "utf-8")) {
+        die(2, "--train.data_type: expected binidx or utf-8, found \"%s\"", s->data_type);
+    }
+    if (strcmp(s->data_type, "utf-8") == 0 && s->vocab_size < 257) {
+        die(2, "--model.vocab_size: expected 264 or more for utf-8 (an id is a byte + 1), found %ld", s->vocab_size);
+    }
+    if (!s->out[0]) { die(2, "--train.out: expected a folder, found nothing"); }
+}
+
+void settings_print(const Settings *s) {
+    int column = 0;
+    for (int i = 0; i < n_settings; i++) {
+        const Setting *row = &settings_table[i];
+        const bool new_part = i == 0 || strcmp(row->part, row[-1].part) != 0;
+        PATH value;
+        setting_get(s, row, value);
+        if (new_part || column + strlen(row->name) + strlen(value) > 114) {
+            column = printf("%s%-10s", i ? "\n" : "", new_part ? row->part : "");
+        } else {
+            column += printf(" |");
+        }
+        column += printf(" %s %s", row->name, value[0] ? value : "\"\"");
+    }
+    printf("\n");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 2. Machine: error checks, the stream, matrix products (cuBLAS), 16-byte loads, sums over threads, warp tiles
+
+#include <cublas_v2.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <limits.h>
+#include <initializer_list>
+
+#ifndef PRECISION_BF16
+#define PRECISION_BF16 1
+#endif
+
+// floatX is the type in which weights and activations are stored; all arithmetic is fp32.
+#if PRECISION_BF16
+typedef __nv_bfloat16 floatX;
+#else
+typedef float floatX;
+#endif
+
+#define CUDA_CHECK(call) cuda_check((call), __FILE__, __LINE__)
+static void cuda_check(cudaError_t error, const char *file, int line) {
+    if (error != cudaSuccess) die(1, "CUDA error at %s:%d: %s", file, line, cudaGetErrorString(error));
+}
+#define CUBLAS_CHECK(call) cublas_check((call), __FILE__, __LINE__)
+static void cublas_check(cublasStatus_t status, const char *file, int line) {
+    if (status != CUBLAS_STATUS_SUCCESS) die(1, "cuBLAS error %d at %s:%d", (int)status, file, line);
+}
+
+static cudaStream_t stream;                 // everything runs on one stream, in order
+static cublasHandle_t cublas;
+static const size_t CUBLAS_WORKSPACE = 32 << 20;
+
+static void machine_start(void) {           // once, before the first allocation
+    if (cublas) return;
+    int devices = 0;
+    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0)
+        die(2, "this build is for an NVIDIA GPU and finds none; `make train GPU=0` builds the same kernels for the CPU");
+    cudaDeviceProp device;
+    CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
+    if (device.major < 8)
+        die(2, "%s has compute capability %d.%d, expected 8.0 or newer; `make train GPU=0` builds for the CPU",
+            device.name, device.major, device.minor);
+    CUDA_CHECK(cudaStreamCreate(&stream));
+    CUBLAS_CHECK(cublasCreate(&cublas));
+    CUBLAS_CHECK(cublasSetStream(cublas, stream));
+    void *workspace;                        // fixed, so that products give the same bits in every run
+    CUDA_CHECK(cudaMalloc(&workspace, CUBLAS_WORKSPACE));
+    CUBLAS_CHECK(cublasSetWorkspace(cublas, workspace, CUBLAS_WORKSPACE));
+    CUBLAS_CHECK(cublasSetMathMode(cublas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));   // and no TF32
+}
+
+static const char *machine_name(void) {
+    static char name[300];
+    cudaDeviceProp device;
+    CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
+    snprintf(name, sizeof name, "%s", device.name);
+    return name;
+}
+
+// Dense peak of the device in this build's precision, flop/s (vendors' data sheets); 0 where unknown.
+static double machine_peak_flops(void) {
+    static const struct { const char *name; double bf16, fp32; } known[] = {
+        {"H100 PCIe", 756e12, 51e12}, {"H100", 989e12, 67e12}, {"H200", 989e12, 67e12}, {"GH200", 989e12, 67e12},
+        {"B200", 2250e12, 80e12}, {"A100", 312e12, 19.5e12}, {"A800", 312e12, 19.5e12}, {"L40", 181e12, 90e12},
+        {"A40", 150e12, 37e12}, {"4090", 165e12, 83e12}, {"3090", 71e12, 36e12}, {"L4", 121e12, 30e12},
+    };
+    for (const auto &k : known)
+        if (strstr(machine_name(), k.name)) return PRECISION_BF16 ? k.bf16 : k.fp32;
+    return 0;
+}
+
+// ---- matrix products ----
+
+// A matrix in memory, row-major: element (i, j) at p[i * ld + j], or at p[j * ld + i] if t (it is used transposed).
+// A batch repeats it every `stride` elements.
+template <typename T> struct Matrix { const T *p; int64_t ld; bool t; int64_t stride; };
+template <typename T> static Matrix<T> rows(const T *p, int64_t ld, int64_t stride = 0) { return {p, ld, false, stride}; }
+template <typename T> static Matrix<T> columns(const T *p, int64_t ld, int64_t stride = 0) { return {p, ld, true, stride}; }
+
+template <typename T> static cudaDataType_t data_type(const T *) { return sizeof(T) == 2 ? CUDA_R_16BF : CUDA_R_32F; }
+
+// c (M,N) = alpha a (M,K) b (K,N) + beta c. Products and sums in fp32. cuBLAS counts columns first: to it this is cᵀ = bᵀ aᵀ.
+template <typename TC, typename T>
+static void matmul(TC *c, int64_t ldc, Matrix<T> a, Matrix<T> b, int M, int N, int K, float beta = 0,
+                   int batch = 1, int64_t stride_c = 0, float alpha = 1) {
+    CUBLAS_CHECK(cublasGemmStridedBatchedEx(cublas, b.t ? CUBLAS_OP_T : CUBLAS_OP_N, a.t ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K,
+        &alpha, b.p, data_type(b.p), (int)b.ld, b.stride, a.p, data_type(a.p), (int)a.ld, a.stride,
+        &beta, c, data_type(c), (int)ldc, stride_c, batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+}
+
+// ---- loads, stores, sums ----
+
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Eight neighbouring elements: the unit in which kernels load and store, 16 bytes in bf16 (p is 16-byte aligned).
+struct Pack { float x[8]; };
+
+template <typename T> struct RawPack { uint4 q[sizeof(T) / 2]; };   // as loaded: eight T, not converted yet
+
+template <typename T> __device__ inline RawPack<T> load_raw(const T *p) {
+    RawPack<T> raw;
+    for (size_t i = 0; i < sizeof(T) / 2; i++) raw.q[i] = ((const uint4 *)p)[i];
+    return raw;
+}
+
+template <typename T> __device__ inline Pack unpack(const RawPack<T> &raw) {
+    Pack v;
+    for (int i = 0; i < 8; i++) v.x[i] = (float)((const T *)raw.q)[i];
+    return v;
+}
+
+template <typename T> __device__ inline Pack load(const T *p) { return unpack(load_raw(p)); }
+
+template <typename T> __device__ inline void store(T *p, const Pack &v) {
+    RawPack<T> raw;
+    for (int i = 0; i < 8; i++) ((T *)raw.q)[i] = (T)v.x[i];
+    for (size_t i = 0; i < sizeof(T) / 2; i++) ((uint4 *)p)[i] = raw.q[i];
+}
+
+__device__ inline Pack zero_pack(void) { return Pack{{0, 0, 0, 0, 0, 0, 0, 0}}; }
+
+// Wrappers with a twin for the CPU (dev/cpu/): the only places that know which machine they run on.
+#ifdef CUDA_ON_CPU
+template <typename T> __device__ inline T *dynamic_smem(void) { return cuda_on_cpu::dynamic_smem<T>(); }
+__device__ inline float warp_sum(float x, int width = 32) { return cuda_on_cpu::warp_sum(x, width); }
+__device__ inline float warp_max(float x, int width = 32) { return cuda_on_cpu::warp_max(x, width); }
+__device__ inline void async_copy16(void *to, const void *from, bool valid) { cuda_on_cpu::async_copy16(to, from, valid); }
+__device__ inline void async_commit(void) { cuda_on_cpu::async_commit(); }
+template <int N> __device__ inline void async_wait(void) { cuda_on_cpu::async_wait<N>(); }
+#else
+// the block's shared memory whose size is given at launch
+template <typename T> __device__ inline T *dynamic_smem(void) {
+    extern __shared__ __align__(128) unsigned char dynamic_smem_bytes[];
+    return (T *)dynamic_smem_bytes;
+}
+
+// sum, maximum over aligned groups of `width` lanes, returned to all of them
+__device__ inline float warp_sum(float x, int width = 32) {
+    for (int w = width / 2; w > 0; w /= 2) x += __shfl_xor_sync(0xffffffffu, x, w);
+    return x;
+}
+__device__ inline float warp_max(float x, int width = 32) {
+    for (int w = width / 2; w > 0; w /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, w));
+    return x;
+}
+
+// 16 bytes from global to shared memory in the background; zeros if not valid. They land at the wait of their group.
+__device__ inline void async_copy16(void *to, const void *from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from),
+                 "r"(valid ? 16 : 0) : "memory");
+}
+__device__ inline void async_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ inline void async_wait(void) { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+#endif
+
+// Sum of a pair over the block, to all threads, in fixed order. shared: 32 pairs.
+__device__ inline float2 block_sum(float2 v, float2 *shared) {
+    v = make_float2(warp_sum(v.x), warp_sum(v.y));
+    const int warps = blockDim.x / 32;
+    if (warps == 1) return v;
+    __syncthreads();                        // the last call's values may still be read
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
+    __syncthreads();
+    v = shared[0];
+    for (int i = 1; i < warps; i++) v = make_float2(v.x + shared[i].x, v.y + shared[i].y);
+    return v;
+}
+__device__ inline float block_sum(float v, float2 *shared) {    // the same for one number
+    v = warp_sum(v);
+    const int warps = blockDim.x / 32;
+    if (warps == 1) return v;
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32].x = v;
+    __syncthreads();
+    v = shared[0].x;
+    for (int i = 1; i < warps; i++) v += shared[i].x;
+    return v;
+}
+
+// ---- warp tiles: what tensor cores multiply ----
+//
+// A warp holds A (16x16), B (16x8) and C (16x8, fp32) spread over its lanes; mma adds A B to C. Outside these functions
+// nobody knows a lane's share of A or B; of C a lane holds x[0..3] at (tile_row(i), tile_col(i)):
+//
+//     lane = 4 g + t:   x[0], x[1] at row g, columns 2t, 2t+1        x[2], x[3] at row g + 8, the same columns
+//
+// The lanes' shares are those of the PTX instruction mma.m16n8k16; FP32 builds and the CPU keep the same shares as floats.
+struct TileC { float x[4]; };
+__device__ inline int tile_row(int i) { return threadIdx.x % 32 / 4 + 8 * (i / 2); }
+__device__ inline int tile_col(int i) { return 2 * (threadIdx.x % 4) + i % 2; }
+
+#if PRECISION_BF16 && !defined(CUDA_ON_CPU)
+struct TileA { unsigned x[4]; };
+struct TileB { unsigned x[2]; };
+
+__device__ inline unsigned bf16_pair(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *(unsigned *)&pair;
+}
+__device__ inline unsigned smem_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
+
+// p in shared memory, rows 16-byte aligned (ld a multiple of 8).
+__device__ inline TileA load_a(const floatX *p, int ld) {                       // A[m][k] = p[m * ld + k]
+    const int l = threadIdx.x % 32;
+    TileA a;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(a.x[0]), "=r"(a.x[1]), "=r"(a.x[2]), "=r"(a.x[3]) : "r"(smem_address(p + l % 16 * ld + l / 16 * 8)) : "memory");
+    return a;
+}
+__device__ inline TileA load_a_t(const floatX *p, int ld) {                     // A[m][k] = p[k * ld + m]
+    const int l = threadIdx.x % 32;
+    TileA a;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(a.x[0]), "=r"(a.x[1]), "=r"(a.x[2]), "=r"(a.x[3])
+                 : "r"(smem_address(p + (l % 8 + l / 16 * 8) * ld + l / 8 % 2 * 8)) : "memory");
+    return a;
+}
+__device__ inline TileB load_b(const floatX *p, int ld) {                       // B[k][n] = p[n * ld + k]
+    const int l = threadIdx.x % 16;
+    TileB b;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(b.x[0]), "=r"(b.x[1]) : "r"(smem_address(p + l % 8 * ld + l / 8 * 8)) : "memory");
+    return b;
+}
+__device__ inline TileB load_b_t(const floatX *p, int ld) {                     // B[k][n] = p[k * ld + n]
+    const int l = threadIdx.x % 16;
+    TileB b;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(b.x[0]), "=r"(b.x[1]) : "r"(smem_address(p + l * ld)) : "memory");
+    return b;
+}
+// Two results side by side, (16x8 | 16x8), as the left operand of the next product.
+__device__ inline TileA to_a(const TileC &left, const TileC &right) {
+    return {{bf16_pair(left.x[0], left.x[1]), bf16_pair(left.x[2], left.x[3]),
+             bf16_pair(right.x[0], right.x[1]), bf16_pair(right.x[2], right.x[3])}};
+}
+template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n]) {   // c[i] += a b[i]
+#pragma unroll
+    for (int i = 0; i < n; i++)
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+f"(c[i].x[0]), "+f"(c[i].x[1]), "+f"(c[i].x[2]), "+f"(c[i].x[3])
+                     : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b[i].x[0]), "r"(b[i].x[1]));
+}
+#else
+struct TileA { float x[8]; };
+struct TileB { float x[4]; };
+
+__device__ inline int a_row(int i) { return threadIdx.x % 32 / 4 + i / 2 % 2 * 8; }     // A's element i of this lane: row,
+__device__ inline int a_col(int i) { return threadIdx.x % 4 * 2 + i % 2 + i / 4 * 8; }  // column;
+__device__ inline int b_row(int i) { return threadIdx.x % 4 * 2 + i % 2 + i / 2 * 8; }  // B's: row,
+__device__ inline int b_col(void) { return threadIdx.x % 32 / 4; }                      // column
+
+__device__ inline TileA load_a(const floatX *p, int ld) {
+    TileA a;
+    for (int i = 0; i < 8; i++) a.x[i] = (float)p[a_row(i) * ld + a_col(i)];
+    return a;
+}
+__device__ inline TileA load_a_t(const floatX *p, int ld) {
+    TileA a;
+    for (int i = 0; i < 8; i++) a.x[i] = (float)p[a_col(i) * ld + a_row(i)];
+    return a;
+}
+__device__ inline TileB load_b(const floatX *p, int ld) {
+    TileB b;
+    for (int i = 0; i < 4; i++) b.x[i] = (float)p[b_col() * ld + b_row(i)];
+    return b;
+}
+__device__ inline TileB load_b_t(const floatX *p, int ld) {
+    TileB b;
+    for (int i = 0; i < 4; i++) b.x[i] = (float)p[b_row(i) * ld + b_col()];
+    return b;
+}
+__device__ inline TileA to_a(const TileC &left, const TileC &right) {
+    TileA a;
+    for (int i = 0; i < 4; i++) {
+        a.x[i] = (float)(floatX)left.x[i];
+        a.x[4 + i] = (float)(floatX)right.x[i];
+    }
+    return a;
+}
+#ifdef CUDA_ON_CPU
+template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n]) {
+    cuda_on_cpu::mma(n, c[0].x, a.x, b[0].x);
+}
+#else
+template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n]) {   // true fp32, by shuffles
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < 16; k++) {
+        const int holder = k % 8 / 2;                                           // which of four lanes has column k of A, row k of B
+        const float upper = __shfl_sync(0xffffffffu, a.x[k % 2 + k / 8 * 4], lane / 4 * 4 + holder);
+        const float lower = __shfl_sync(0xffffffffu, a.x[k % 2 + k / 8 * 4 + 2], lane / 4 * 4 + holder);
+#pragma unroll
+        for (int i = 0; i < n; i++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const float right = __shfl_sync(0xffffffffu, b[i].x[k % 2 + k / 8 * 2], (lane % 4 * 2 + e) * 4 + holder);
+                c[i].x[e] = fmaf(upper, right, c[i].x[e]);
+                c[i].x[2 + e] = fmaf(lower, right, c[i].x[2 + e]);
+            }
+    }
+}
+#endif
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 3. Tensors: every parameter of the model, named once
+
+// Initial values (spec section 7). For layer l: p = l/(L-1), q = 1 - l/L; d = i/C over channels.
+enum InitKind { CONSTANT, CURVE, UNIFORM, ORTHOGONAL, HEAD_ORTHOGONAL, TIME_DECAY, TIME_FAAAA, LN_X_GAIN };
+typedef struct Init { InitKind kind; double a, b; } Init;
+static Init constant(double value) { return {CONSTANT, value, 0}; }
+static Init curve(double a, double b) { return {CURVE, a, b}; }                 // 1 - (d^(a q) + b p)
+static Init uniform(double range) { return {UNIFORM, range, 0}; }
+static Init orthogonal(double gain) { return {ORTHOGONAL, gain, 0}; }
+
+// Optimizer groups (spec section 8): only matrices decay; lr factors in train_stage 1 and 2 are {1, 1}, {1, 2}, {2, 3}, {1, 1}.
+enum Group { VECTOR, SHIFT, DECAY, MATRIX };
+static const double GROUP_LR[4][2] = {{1, 1}, {1, 2}, {2, 3}, {1, 1}};
+
+// Which layers have a tensor: once at the top; once with TokenCat; in block 0; in every block; or in blocks of a mixer.
+enum Where { TOP = 1, KV = 2, FIRST = 4, BLOCK = 8, FINCH_C2 = 16, GOLD = 32, CMIX = 64 };
+
+// The table: field, name in a checkpoint, shape, initial values, group, where. Letters as in the spec, beside
+// R: numbers per token in the cache; mixes: how many inputs a time mixer mixes; rank: of GOLD's key and value.
+//  field            name                       shape                  initial values                 group   where
+#define TENSORS(X) \
+X(emb,              "emb.weight",              V, C, 1,               uniform(1e-4),                  MATRIX, TOP) \
+X(head,             "head.weight",             V, C, 1,               (Init{HEAD_ORTHOGONAL, 0, 0}),  MATRIX, TOP) \
+X(ln_out_weight,    "ln_out.weight",           C, 0, 0,               constant(1),                    VECTOR, TOP) \
+X(ln_out_bias,      "ln_out.bias",             C, 0, 0,               constant(0),                    VECTOR, TOP) \
+X(w_kv_cache_a,     "w_kv_cache_a.weight",     R, C, 1,               orthogonal(1),                  MATRIX, KV) \
+X(w_kv_cache_b,     "w_kv_cache_b.weight",     A, C + R, 1,           orthogonal(1),                  MATRIX, KV) \
+X(ln0_weight,       "ln0.weight",              C, 0, 0,               constant(1),                    VECTOR, FIRST) \
+X(ln0_bias,         "ln0.bias",                C, 0, 0,               constant(0),                    VECTOR, FIRST) \
+X(ln1_weight,       "ln1.weight",              C, 0, 0,               constant(1),                    VECTOR, BLOCK) \
+X(ln1_bias,         "ln1.bias",                C, 0, 0,               constant(0),                    VECTOR, BLOCK) \
+X(ln2_weight,       "ln2.weight",              C, 0, 0,               constant(1),                    VECTOR, BLOCK) \
+X(ln2_bias,         "ln2.bias",                C, 0, 0,               constant(0),                    VECTOR, BLOCK) \
+X(time_maa_x,       "att.time_maa_x",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCH_C2 | GOLD) \
+X(time_maa_r,       "att.time_maa_r",          1, 1, C,               curve(0.5, 0),                  SHIFT,  FINCH_C2) \
+X(time_maa_q,       "att.time_maa_q",          1, 1, C,               curve(0.5, 0),                  SHIFT,  GOLD) \
+X(time_maa_v_cache, "att.time_maa_v_cache",    1, 1, C,               curve(1, 0),                    SHIFT,  GOLD) \
+X(time_maa_k,       "att.time_maa_k",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCH_C2 | GOLD) \
+X(time_maa_v,       "att.time_maa_v",          1, 1, C,               curve(1, 0.3),                  SHIFT,  FINCH_C2 | GOLD) \
+X(time_maa_w,       "att.time_maa_w",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCH_C2) \
+X(time_maa_v2,      "att.time_maa_v2",         1, 1, C,               curve(1, 0.3),                  SHIFT,  FINCH_C2) \
+X(time_maa_w1,      "att.time_maa_w1",         C, 32 * mixes, 1,      constant(0),                    VECTOR, FINCH_C2) \
+X(time_maa_w2,      "att.time_maa_w2",         mixes, 32, C,          uniform(0.01),                  VECTOR, FINCH_C2) \
+X(time_maa_q_w1,    "att.time_maa_q_w1",       C, 32, 1,              constant(0),                    VECTOR, GOLD) \
+X(time_maa_q_w2,    "att.time_maa_q_w2",       32, C, 1,              uniform(0.01),                  VECTOR, GOLD) \
+X(time_maa_kv_w1,   "att.time_maa_kv_w1",      C, 64, 1,              constant(0),                    VECTOR, GOLD) \
+X(time_maa_kv_w2,   "att.time_maa_kv_w2",      2, 32, C,              uniform(0.01),                  VECTOR, GOLD) \
+X(time_decay,       "att.time_decay",          1, 1, A,               (Init{TIME_DECAY, 0, 0}),       DECAY,  FINCH_C2) \
+X(time_decay_w1,    "att.time_decay_w1",       C, 64, 1,              constant(0),                    VECTOR, FINCH_C2) \
+X(time_decay_w2,    "att.time_decay_w2",       64, A, 1,              uniform(0.01),                  VECTOR, FINCH_C2) \
+X(time_value2_w1,   "att.time_value2_w1",      C, 64, 1,              constant(0),                    VECTOR, FINCH_C2) \
+X(time_value2_w2,   "att.time_value2_w2",      64, A, 1,              uniform(0.01),                  VECTOR, FINCH_C2) \
+X(time_faaaa,       "att.time_faaaa",          H, 64, 1,              (Init{TIME_FAAAA, 0, 0}),       SHIFT,  FINCH_C2) \
+X(time_key_w1,      "att.time_key_w1",         C, rank, 1,            constant(0),                    VECTOR, GOLD) \
+X(time_key_w2,      "att.time_key_w2",         rank, C, 1,            uniform(0.01),                  VECTOR, GOLD) \
+X(time_value_w1,    "att.time_value_w1",       C, rank, 1,            constant(0),                    VECTOR, GOLD) \
+X(time_value_w2,    "att.time_value_w2",       rank, C, 1,            uniform(0.01),                  VECTOR, GOLD) \
+X(receptance,       "att.receptance.weight",   A, C, 1,               orthogonal(1),                  MATRIX, FINCH_C2) \
+X(key,              "att.key.weight",          A, C, 1,               orthogonal(0.1),                MATRIX, FINCH_C2) \
+X(value,            "att.value.weight",        A, C, 1,               orthogonal(1),                  MATRIX, FINCH_C2) \
+X(query,            "att.query.weight",        A, C, 1,               orthogonal(1),                  MATRIX, GOLD) \
+X(output,           "att.output.weight",       C, A, 1,               constant(0),                    MATRIX, FINCH_C2 | GOLD) \
+X(ln_q_weight,      "att.ln_q.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD) \
+X(ln_q_bias,        "att.ln_q.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD) \
+X(ln_k_weight,      "att.ln_k.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD) \
+X(ln_k_bias,        "att.ln_k.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD) \
+X(ln_v_weight,      "att.ln_v.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD) \
+X(ln_v_bias,        "att.ln_v.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD) \
+X(ln_x_weight,      "att.ln_x.weight",         A, 0, 0,               (Init{LN_X_GAIN, 0, 0}),        VECTOR, FINCH_C2 | GOLD) \
+X(ln_x_bias,        "att.ln_x.bias",           A, 0, 0,               constant(0),                    VECTOR, FINCH_C2 | GOLD) \
+X(ffn_time_maa_k,   "ffn.time_maa_k",          1, 1, C,               curve(1, 0),                    SHIFT,  CMIX) \
+X(ffn_time_maa_r,   "ffn.time_maa_r",          1, 1, C,               curve(1, 0),                    SHIFT,  CMIX) \
+X(ffn_key,          "ffn.key.weight",          F, C, 1,               orthogonal(1),                  MATRIX, CMIX) \
+X(ffn_receptance,   "ffn.receptance.weight",   C, C, 1,               constant(0),                    MATRIX, CMIX) \
+X(ffn_value,        "ffn.value.weight",        C, F, 1,               constant(0),                    MATRIX, CMIX)
+
+// One tensor of this model. offset: in elements, the same in the blocks of weights, gradients, masters and moments.
+typedef struct Tensor {
+    char name[64];
+    int ndim, layer;                        // layer: -1 at the top
+    int64_t shape[3], size, offset;
+    Init init;
+    double lr_scale;                        // factor on the learning rate
+    int decay;                              // 1: weight decay applies
+} Tensor;
+
+typedef struct Param { floatX *w; float *g; int64_t ld; } Param;    // weights, gradients, length of a row
+
+// All tensors of one layer (or of the top) by field; those that it does not have are null.
+#define FIELD(field, ...) Param field;
+typedef struct Params { TENSORS(FIELD) } Params;
+#undef FIELD
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 4. Kernels, forward beside backward, in the order a token meets them
+//
+// Most kernels walk rows: a row is one token's channels, a thread owns a Pack of 8 of them, a block one row at a time (so
+// that the norm's sums are sums over the block, and the previous token of a shift is what the thread held a moment ago).
+// Gradients of vectors are sums over all tokens: each block sums its rows and leaves a partial row, add_partials adds
+// these in a fixed order. No atomics anywhere: the same bits in every run.
+
+static const int MAX_C = 8192;              // a row's threads must fit a block
+
+static int row_threads(int C) { return (int)ceil_div(C / 8, 32) * 32; }
+static int rows_per_block(int rows) { return (int)ceil_div(rows, 1024) < 8 ? 8 : (int)ceil_div(rows, 1024); }
+static int row_blocks(int rows) { return (int)ceil_div(rows, rows_per_block(rows)); }   // at most 1024
+
+struct Targets { float *g[6]; };            // gradients of up to six vectors of C numbers
+
+// g[i][c] += sum over the P rows of partial (P, n, C), always in the same order. Blocks of 32 columns x 8 rows.
+__global__ void add_partials_kernel(Targets to, const float *partial, int P, int n, int C) {
+    __shared__ float sums[8][32];
+    const int c = blockIdx.x * 32 + threadIdx.x % 32, y = threadIdx.x / 32;
+    float sum = 0;
+    for (int row = y; row < P; row += 8) sum += partial[(int64_t)row * n * C + c];
+    sums[y][threadIdx.x % 32] = sum;
+    __syncthreads();
+    if (y > 0) return;
+    for (int i = 1; i < 8; i++) sum += sums[i][threadIdx.x];
+    for (int i = 0; i < n; i++)
+        if (c / C == i) to.g[i][c % C] += sum;
+}
+
+static void add_partials(Targets to, const float *partial, int P, int n, int C) {
+    add_partials_kernel<<<n * C / 32, 256, 0, stream>>>(to, partial, P, n, C);
+}
+
+// ---- layer norm ----
+//
+//     out = (x - mean) / sqrt(var + eps) * gain + bias         over the C channels of a row, two passes in fp32
+//
+// x may be a sum, residual stream + branch, which is then stored in `sum`; or row index[i] of a table (the embedding).
+// Bytes a row: C (2 read + 2 written), each in floatX, with a sum; half of it without.
+__global__ void layernorm_forward_kernel(floatX *out, floatX *sum, const floatX *x, const int *index, const floatX *branch,
+                                         const floatX *gain, const floatX *bias, int C) {
+    __shared__ float2 shared[32];
+    const int c = threadIdx.x * 8;
+    const bool mine = c < C;
+    const int64_t row = blockIdx.x, from = index ? index[row] : row;
+    Pack v = mine ? load(x + from * C + c) : zero_pack();
+    if (branch && mine) {
+        const Pack b = load(branch + row * C + c);
+        for (int i = 0; i < 8; i++) v.x[i] = (float)(floatX)(v.x[i] + b.x[i]);  // what the backward pass will read
+        store(sum + row * C + c, v);
+    }
+    float total = 0;
+    for (int i = 0; i < 8; i++) total += v.x[i];
+    const float mean = block_sum(total, shared) / C;
+    float squares = 0;
+    for (int i = 0; i < 8 && mine; i++) squares += (v.x[i] - mean) * (v.x[i] - mean);
+    const float rstd = rsqrtf(block_sum(squares, shared) / C + 1e-5f);
+    if (!mine) return;
+    const Pack g = load(gain + c), b = load(bias + c);
+    for (int i = 0; i < 8; i++) v.x[i] = (v.x[i] - mean) * rstd * g.x[i] + b.x[i];
+    store(out + row * C + c, v);
+}
+
+static void layernorm_forward(floatX *out, floatX *sum, const floatX *x, const int *index, const floatX *branch,
+                              Param gain, Param bias, int rows, int C) {
+    layernorm_forward_kernel<<<rows, row_threads(C), 0, stream>>>(out, sum, x, index, branch, gain.w, bias.w, C);
+}
+
+// dx = (dn - mean(dn) - n mean(dn n)) / sqrt(var + eps),  n = (x - mean) / sqrt(var + eps),  dn = dout * gain;
+// added to what dx holds if `accumulate`. partial (blocks, 2, C): sums of dout * n and of dout.
+template <bool accumulate>
+__global__ void layernorm_backward_kernel(floatX *dx, float *partial, const floatX *dout, const floatX *x, const int *index,
+                                          const floatX *gain, int rows, int rows_per_block, int C) {
+    __shared__ float2 shared[32];
+    const int c = threadIdx.x * 8;
+    const bool mine = c < C;
+    const Pack g = mine ? load(gain + c) : zero_pack();
+    Pack dgain = zero_pack(), dbias = zero_pack();
+    const int64_t end = min((int64_t)rows, (int64_t)(blockIdx.x + 1) * rows_per_block);
+    for (int64_t row = (int64_t)blockIdx.x * rows_per_block; row < end; row++) {
+        Pack n = mine ? load(x + (index ? index[row] : row) * C + c) : zero_pack();
+        const Pack d = mine ? load(dout + row * C + c) : zero_pack();
+        float total = 0, squares = 0;
+        for (int i = 0; i < 8; i++) total += n.x[i];
+        const float mean = block_sum(total, shared) / C;
+        for (int i = 0; i < 8; i++) n.x[i] = mine ? n.x[i] - mean : 0;
+        for (int i = 0; i < 8; i++) squares += n.x[i] * n.x[i];
+        const float rstd = rsqrtf(block_sum(squares, shared) / C + 1e-5f);
+        float2 sums = make_float2(0, 0);
+        for (int i = 0; i < 8; i++) {
+            n.x[i] *= rstd;
+            dgain.x[i] += d.x[i] * n.x[i];
+            dbias.x[i] += d.x[i];
+            sums = make_float2(sums.x + d.x[i] * g.x[i], sums.y + d.x[i] * g.x[i] * n.x[i]);
+        }
+        sums = block_sum(sums, shared);
+        if (!mine) continue;
+        Pack out = accumulate ? load(dx + row * C + c) : zero_pack();
+        for (int i = 0; i < 8; i++) out.x[i] += rstd * (d.x[i] * g.x[i] - sums.x / C - n.x[i] * sums.y / C);
+        store(dx + row * C + c, out);
+    }
+    if (!mine) return;
+    store(partial + (int64_t)blockIdx.x * 2 * C + c, dgain);
+    store(partial + (int64_t)blockIdx.x * 2 * C + C + c, dbias);
+}
+
+template <bool accumulate>
+static void layernorm_backward(floatX *dx, float *partial, const floatX *dout, const floatX *x, const int *index,
+                               Param gain, Param bias, int rows, int C) {
+    const int blocks = row_blocks(rows), per = rows_per_block(rows), threads = row_threads(C);
+    layernorm_backward_kernel<accumulate><<<blocks, threads, 0, stream>>>(dx, partial, dout, x, index, gain.w, rows, per, C);
+    add_partials({{gain.g, bias.g}}, partial, blocks, 2, C);
+}
+
+// ---- rms norm, without parameters ----
+//
+//     out = x / (|x| / sqrt(C) + 1e-8)
+__global__ void rms_norm_forward(floatX *out, const floatX *x, int C) {
+    __shared__ float2 shared[32];
+    const int64_t at = (int64_t)blockIdx.x * C + threadIdx.x * 8;
+    const bool mine = threadIdx.x * 8 < (unsigned)C;
+    Pack v = mine ? load(x + at) : zero_pack();
+    float squares = 0;
+    for (int i = 0; i < 8; i++) squares += v.x[i] * v.x[i];
+    const float scale = 1 / (sqrtf(block_sum(squares, shared) / C) + 1e-8f);
+    for (int i = 0; i < 8; i++) v.x[i] *= scale;
+    if (mine) store(out + at, v);
+}
+
+// With n = |x| / sqrt(C), e = n + 1e-8:  dx = dout / e - x (dout . x) / (C n e^2),  and 0 where x = 0.
+// dout in fp32; plus `add` (fp32, may be null); added to what dx holds if `accumulate`.
+template <bool accumulate>
+__global__ void rms_norm_backward(floatX *dx, const float *dout, const float *add, const floatX *x, int C) {
+    __shared__ float2 shared[32];
+    const int64_t at = (int64_t)blockIdx.x * C + threadIdx.x * 8;
+    const bool mine = threadIdx.x * 8 < (unsigned)C;
+    const Pack v = mine ? load(x + at) : zero_pack(), d = mine ? load(dout + at) : zero_pack();
+    float2 sums = make_float2(0, 0);
+    for (int i = 0; i < 8; i++) sums = make_float2(sums.x + v.x[i] * v.x[i], sums.y + d.x[i] * v.x[i]);
+    sums = block_sum(sums, shared);
+    if (!mine) return;
+    const float n = sqrtf(sums.x / C), e = n + 1e-8f;
+    Pack out = accumulate ? load(dx + at) : zero_pack();
+    const Pack extra = add ? load(add + at) : zero_pack();
+    for (int i = 0; i < 8; i++) out.x[i] += extra.x[i] + (n > 0 ? d.x[i] / e - v.x[i] * (sums.y / C / (n * e * e)) : 0);
+    store(dx + at, out);
+}
+
+// ---- embedding ----
+//
+// Forward is layernorm_forward over rows emb[token]. Backward: demb[id] += the rows of dx whose token is id. The host
+// sorts the tokens by id as it hands them over; a block sums one id's rows in the order of their positions.
+// ids (distinct), starts (distinct + 1), order (B T): order[starts[i]..starts[i+1]) are the positions of ids[i].
+__global__ void embedding_backward(float *demb, const floatX *dx, const int *ids, const int *starts, const int *order, int C) {
+    const int c = threadIdx.x * 8;
+    if (c >= C) return;
+    float *to = demb + (int64_t)ids[blockIdx.x] * C + c;
+    Pack sum = load(to);
+    for (int j = starts[blockIdx.x]; j < starts[blockIdx.x + 1]; j++) {
+        const Pack d = load(dx + (int64_t)order[j] * C + c);
+        for (int i = 0; i < 8; i++) sum.x[i] += d.x[i];
+    }
+    store(to, sum);
+}
+
+// ---- token shift and its mixes (spec section 2) ----
+//
+//     dx = shift(x) - x,  shift(x)_t = x_{t-1}, zero before a sequence
+//     out_i = x + dx * (mu_i + m_i)          n mixes of one x in one pass; m (n, BT, C), or null for the plain mu_i
+//
+// Bytes a row: C (1 + 2n) floatX (1 + n without m).
+template <int n> struct Mixes {
+    const floatX *mu[n];
+    const floatX *m;
+    floatX *x[n];                           // the outputs; in the backward pass their gradients
+};
+
+template <int n> __global__ void token_shift_mix_forward(Mixes<n> mix, const floatX *x, int BT, int T, int C, int rows_per_block) {
+    const int c = threadIdx.x * 8;
+    if (c >= C) return;
+    Pack mu[n];
+    for (int i = 0; i < n; i++) mu[i] = load(mix.mu[i] + c);
+    const int64_t begin = (int64_t)blockIdx.x * rows_per_block, end = min((int64_t)BT, begin + rows_per_block);
+    Pack before = begin % T ? load(x + (begin - 1) * C + c) : zero_pack();
+    for (int64_t row = begin; row < end; row++) {
+        const int64_t at = row * C + c;
+        const Pack v = load(x + at);
+        if (row % T == 0) before = zero_pack();
+        for (int i = 0; i < n; i++) {
+            Pack m = mix.m ? load(mix.m + (int64_t)i * BT * C + at) : zero_pack();
+            for (int j = 0; j < 8; j++) m.x[j] = v.x[j] + (before.x[j] - v.x[j]) * (mu[i].x[j] + m.x[j]);
+            store(mix.x[i] + at, m);
+        }
+        before = v;
+    }
+}
+
+template <int n> static void mix_forward(Mixes<n> mix, const floatX *x, int BT, int T, int C) {
+    const int per = 8, blocks = (int)ceil_div(BT, per);
+    token_shift_mix_forward<n><<<blocks, row_threads(C), 0, stream>>>(mix, x, BT, T, C, per);
+}
+
+// With c_i = mu_i + m_i and g_i the gradient of out_i:
+//     dx_t = sum_i g_i,t (1 - c_i,t)  +  sum_i g_i,t+1 c_i,t+1 (of the next token, if it is in the same sequence)
+//     dm_i = g_i * (x_{t-1} - x_t),   dmu_i = the sum of dm_i over all tokens
+// Rows are walked backwards, so the next token's part is at hand. TX: floatX, or float where layers add up.
+// partial (blocks, n, C); dm (n, BT, C) or null.
+template <int n, typename TX, bool accumulate>
+__global__ void token_shift_mix_backward(Mixes<n> mix, TX *dx, floatX *dm, float *partial, const floatX *x,
+                                         int BT, int T, int C, int rows_per_block) {
+    const int c = threadIdx.x * 8;
+    if (c >= C) return;
+    Pack mu[n], dmu[n], later = zero_pack();                // later: what the next token gives to this one
+    for (int i = 0; i < n; i++) {
+        mu[i] = load(mix.mu[i] + c);
+        dmu[i] = zero_pack();
+    }
+    const int64_t begin = (int64_t)blockIdx.x * rows_per_block, end = min((int64_t)BT, begin + rows_per_block);
+    if (end < BT && end % T)
+        for (int i = 0; i < n; i++) {
+            const Pack g = load(mix.x[i] + end * C + c), m = mix.m ? load(mix.m + ((int64_t)i * BT + end) * C + c) : zero_pack();
+            for (int j = 0; j < 8; j++) later.x[j] += g.x[j] * (mu[i].x[j] + m.x[j]);
+        }
+    Pack v = load(x + (end - 1) * C + c);
+    for (int64_t row = end - 1; row >= begin; row--) {
+        const int64_t at = row * C + c;
+        const Pack before = row > 0 ? load(x + at - C) : zero_pack();
+        const float inside = row % T ? 1.f : 0.f;           // the first token of a sequence sees zeros
+        Pack out = accumulate ? load(dx + at) : zero_pack();
+        for (int j = 0; j < 8; j++) {
+            out.x[j] += later.x[j];
+            later.x[j] = 0;
+        }
+        for (int i = 0; i < n; i++) {
+            const Pack g = load(mix.x[i] + at);
+            Pack m = mix.m ? load(mix.m + (int64_t)i * BT * C + at) : zero_pack();
+            for (int j = 0; j < 8; j++) {
+                const float mixed = g.x[j] * (mu[i].x[j] + m.x[j]);
+                out.x[j] += g.x[j] - mixed;
+                later.x[j] += inside * mixed;
+                m.x[j] = g.x[j] * (inside * before.x[j] - v.x[j]);
+                dmu[i].x[j] += m.x[j];
+            }
+            if (dm) store(dm + (int64_t)i * BT * C + at, m);
+        }
+        store(dx + at, out);
+        v = before;
+    }
+    for (int i = 0; i < n; i++) store(partial + ((int64_t)blockIdx.x * n + i) * C + c, dmu[i]);
+}
+
+template <int n, typename TX, bool accumulate>
+static void mix_backward(Mixes<n> mix, TX *dx, floatX *dm, Targets dmu, float *partial, const floatX *x, int BT, int T, int C) {
+    const int blocks = row_blocks(BT), per = rows_per_block(BT), threads = row_threads(C);
+    token_shift_mix_backward<n, TX, accumulate><<<blocks, threads, 0, stream>>>(mix, dx, dm, partial, x, BT, T, C, per);
+    add_partials(dmu, partial, blocks, n, C);
+}
+
+// ---- element by element ----
+
+// One function of each Pack, n elements (a multiple of 8): h = tanh(h)
+__global__ void tanh_forward(floatX *h, int64_t n) {
+    const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (at >= n) return;
+    Pack v = load(h + at);
+    for (int i = 0; i < 8; i++) v.x[i] = tanhf(v.x[i]);
+    store(h + at, v);
+}
+
+__global__ void tanh_backward(floatX *dh, const floatX *h, int64_t n) {         // dh *= 1 - h^2
+    const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (at >= n) return;
+    Pack d = load(dh + at);
+    const Pack v = load(h + at);
+    for (int i = 0; i < 8; i++) d.x[i] *= 1 - v.x[i] * v.x[i];
+    store(dh + at, d);
+}
+
+__global__ void add_forward(floatX *out, const floatX *a, const floatX *b, int64_t n) {
+    const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (at >= n) return;
+    Pack v = load(a + at);
+    const Pack w = load(b + at);
+    for (int i = 0; i < 8; i++) v.x[i] += w.x[i];
+    store(out + at, v);
+}
+
+static int pack_blocks(int64_t n) { return (int)ceil_div(n, 8 * 256); }         // for blocks of 256 threads
+
+// ---- WKV (spec section 3): the recurrence at the heart of RWKV-6, in chunks ----
+//
+// Per head, S is (N keys i, N values j), zero at the start; e_t = exp(w_t), d_t = exp(-e_t):
+//
+//     y_t[j]   = sum_i r_t[i] (S[i][j] + u[i] k_t[i] v_t[j])
+//     S[i][j] <- d_t[i] S[i][j] + k_t[i] v_t[j]
+//
+// A block owns a head of a sequence and walks it in tiles of 16 tokens. Inside a tile, with W(s,t) the product of the
+// decays strictly between s and t, everything is a matrix product but the 16x16 scores, which are summed pair by pair:
+//
+//     a[t][s] = sum_i r_t[i] k_s[i] W(s,t)[i]  (s < t),  sum_i r_t[i] u[i] k_t[i]  (s = t)
+//     y       = r~ S + a v          r~_t = r_t * (product of the tile's decays before t)
+//     S       = D S + k~^T v        k~_s = k_s * (product of the tile's decays after s),  D: of all 16
+//
+// All factors are products of numbers in [0, 1]: nothing overflows, whatever w is, and what underflows is zero. S, in
+// fp32, stays in the registers of four warps; warp j owns values 16j..16j+15 as rows of S^T (rows j, columns i):
+//
+//          i 0     8    ..  56                     y^T (16 j x 16 t) = S^T (16 j x 64 i) r~^T + v^T a^T
+//     j  [ C0 | C1 | .. | C7 ]  one warp           S^T <- D S^T + v^T (16 j x 16 t) k~
+//
+// D - 1 = expm1(-sum of e) keeps slow decays exact: S += S (D - 1). e is capped at 128, where exp(-e) is 0 in fp32 anyway.
+// Floor, forward: r, k, v, w in and y out, 5 BTA floatX; 6 N flop of products per number: bytes bind.
+
+static const int N = 64;                    // head size
+static const int TILE = 16;                 // tokens of a tile
+static const int CHUNK = 64;                // tokens from one state kept for the backward pass to the next
+static const int LD = N + 8;                // row of an operand in shared memory: 8 more, so that rows fall into different banks
+static const int WKV_THREADS = 128;
+
+struct Wkv {                                // (B, T, A) each, head h at channels h N .. h N + N - 1
+    const floatX *r, *k, *v, *w;
+    const floatX *time_decay;               // (A), added to w; or null
+    const floatX *u;                        // (A); or null for zero
+    const floatX *v2;                       // added to y; or null
+    bool one_minus_w;                       // k <- k (1 - exp(-e)) first
+    float *states;                          // (B, H, chunks, N values, N keys): S^T at the start of every chunk; or null
+    int T, H;
+};
+
+struct WkvTile {                            // shared memory of one tile
+    float r[TILE][N], k[TILE][N], d[TILE][N], e[TILE][N];
+    alignas(16) floatX v[TILE][LD], r_tilde[TILE][LD], k_tilde[TILE][LD];
+    alignas(16) floatX a[TILE][TILE + 8];
+    float partial[8][TILE][TILE];           // scores, summed over eight channels each
+    float D_minus_1[N];
+};
+
+// Thread (t, 8 channels) of 16 x 8 brings its share of a tile: r, k, d, e in fp32 and v as operand; zeros past the end.
+__device__ inline void wkv_load(WkvTile &s, const Wkv &p, int64_t base, int t0) {
+    const int t = threadIdx.x / 8, c = threadIdx.x % 8 * 8;
+    const int64_t at = base + (int64_t)t * p.H * N + c;
+    Pack r = zero_pack(), k = r, v = r, d, e = r;
+    if (t0 + t < p.T) {
+        r = load(p.r + at);
+        k = load(p.k + at);
+        v = load(p.v + at);
+        e = load(p.w + at);
+        if (p.time_decay) {
+            const Pack decay = load(p.time_decay + blockIdx.x * N + c);
+            for (int i = 0; i < 8; i++) e.x[i] += decay.x[i];
+        }
+        for (int i = 0; i < 8; i++) e.x[i] = fminf(expf(e.x[i]), 128.f);
+    }
+    for (int i = 0; i < 8; i++) {
+        d.x[i] = expf(-e.x[i]);
+        if (p.one_minus_w) k.x[i] *= -expm1f(-e.x[i]);
+    }
+    store(&s.r[t][c], r);
+    store(&s.k[t][c], k);
+    store(&s.d[t][c], d);
+    store(&s.e[t][c], e);
+    store(&s.v[t][c], v);
+}
+
+// Pairs of a tile: thread (key s, 8 channels) walks t = 0..15 with the decay products of its channels in registers.
+__device__ inline void wkv_pairs(WkvTile &s, const float *u) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, key = lane % 16, c = 16 * warp + lane / 16 * 8;
+    Pack after = load(&s.k[key][c]), before, bonus;         // k times decays since; decays up to key; u k
+    for (int i = 0; i < 8; i++) {
+        before.x[i] = 1;
+        bonus.x[i] = u ? u[c + i] * after.x[i] : 0;
+    }
+    for (int t = 0; t < TILE; t++) {
+        const Pack r = load(&s.r[t][c]), d = load(&s.d[t][c]);
+        float sum = 0;
+        for (int i = 0; i < 8; i++) {
+            sum += r.x[i] * (t > key ? after.x[i] : t == key ? bonus.x[i] : 0);
+            after.x[i] *= t > key ? d.x[i] : 1;
+            before.x[i] *= t < key ? d.x[i] : 1;
+        }
+        s.partial[warp * 2 + lane / 16][t][key] = sum;
+    }
+    store(&s.k_tilde[key][c], after);
+    const Pack r = load(&s.r[key][c]);
+    for (int i = 0; i < 8; i++) before.x[i] *= r.x[i];
+    store(&s.r_tilde[key][c], before);
+}
+
+__device__ inline void wkv_decay_of_tile(WkvTile &s) {      // by the first 64 threads
+    float sum = 0;
+    for (int t = 0; t < TILE; t++) sum += s.e[t][threadIdx.x];
+    s.D_minus_1[threadIdx.x] = expm1f(-sum);
+}
+
+__device__ inline void wkv_sum_scores(WkvTile &s) {
+    for (int i = threadIdx.x; i < TILE * TILE; i += WKV_THREADS) {
+        float sum = 0;
+        for (int j = 0; j < 8; j++) sum += s.partial[j][i / TILE][i % TILE];
+        s.a[i / TILE][i % TILE] = (floatX)sum;
+    }
+}
+
+// S^T <- D S^T + left^T right: left (16 t x 16 values) as operand, right (16 t x N keys) in shared memory
+__device__ inline void wkv_update(TileC (&S)[8], const TileA &left, const floatX (*right)[LD], const float *D_minus_1) {
+    TileB b[8];
+    for (int n = 0; n < 8; n++) {
+        b[n] = load_b_t(&right[0][8 * n], LD);
+        for (int i = 0; i < 4; i++) S[n].x[i] += S[n].x[i] * D_minus_1[8 * n + tile_col(i)];
+    }
+    mma(S, left, b);
+}
+
+// to (16 values x 16 t) = S^T rows^T + left^T scores (or its transpose): two tiles of 8 t
+__device__ inline void wkv_out(TileC (&to)[2], const TileC (&S)[8], const floatX (*rows)[LD]) {
+    for (int i = 0; i < 4; i++) {
+        const TileA a = to_a(S[2 * i], S[2 * i + 1]);
+        const TileB b[2] = {load_b(&rows[0][16 * i], LD), load_b(&rows[8][16 * i], LD)};
+        mma(to, a, b);
+    }
+}
+
+// Grid (H, B), blocks of 128 threads, dynamic shared memory sizeof(WkvForward).
+struct WkvForward {
+    WkvTile tile;
+    float y[TILE][N + 4];
+    float u[N];
+};
+
+__global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv p) {
+    WkvForward &s = *dynamic_smem<WkvForward>();
+    WkvTile &tile = s.tile;
+    const int warp = threadIdx.x / 32, h = blockIdx.x, b = blockIdx.y, A = p.H * N;
+    const int chunks = (p.T + CHUNK - 1) / CHUNK;
+    if (threadIdx.x < N) s.u[threadIdx.x] = p.u ? (float)p.u[h * N + threadIdx.x] : 0;
+    TileC S[8] = {};
+    for (int t0 = 0; t0 < p.T; t0 += TILE) {
+        const int64_t base = ((int64_t)b * p.T + t0) * A + h * N;
+        if (p.states && t0 % CHUNK == 0) {
+            float *to = p.states + (((int64_t)b * p.H + h) * chunks + t0 / CHUNK) * N * N;
+            for (int n = 0; n < 8; n++)
+                for (int i = 0; i < 4; i++) to[(16 * warp + tile_row(i)) * N + 8 * n + tile_col(i)] = S[n].x[i];
+        }
+        wkv_load(tile, p, base, t0);
+        __syncthreads();
+        wkv_pairs(tile, p.u ? s.u : nullptr);
+        if (threadIdx.x < N) wkv_decay_of_tile(tile);
+        __syncthreads();
+        wkv_sum_scores(tile);
+        __syncthreads();
+        TileC out[2] = {};
+        wkv_out(out, S, tile.r_tilde);
+        const TileA v = load_a_t(&tile.v[0][16 * warp], LD);
+        const TileB a[2] = {load_b(&tile.a[0][0], TILE + 8), load_b(&tile.a[8][0], TILE + 8)};
+        mma(out, v, a);
+        wkv_update(S, v, tile.k_tilde, tile.D_minus_1);
+        for (int n = 0; n < 2; n++)
+            for (int i = 0; i < 4; i++) s.y[8 * n + tile_col(i)][16 * warp + tile_row(i)] = out[n].x[i];
+        __syncthreads();
+        const int t = threadIdx.x / 8, c = threadIdx.x % 8 * 8;
+        if (t0 + t < p.T) {
+            Pack sum = load(&s.y[t][c]);
+            const int64_t at = base + (int64_t)t * A + c;
+            const Pack extra = p.v2 ? load(p.v2 + at) : zero_pack();
+            for (int i = 0; i < 8; i++) sum.x[i] += extra.x[i];
+            store(y + at, sum);
+        }
+    }
+}
+
+// Backward. dS is the gradient of the state after a tile; it decays backwards as S does forwards. In a tile, with
+// S0 the state before it and dS the gradient after it:
+//
+//     da[t][s]  = dy_t . v_s             X[t][i] = sum_j dy_t[j] S0[i][j]        Y[s][i] = sum_j v_s[j] dS[i][j]
+//     dv        = k~ dS + a^T dy         dS <- D dS + r~^T dy
+//
+// and per channel i, one thread carries M[t'] = sum_j S_t[i][j] dy_t'[j] for all t' of the tile and Mend = sum_j S_t dS:
+// what the state before token t holds, seen through the gradients that will read it. They start as X and sum_j S0 dS and
+// follow the recurrence itself, M[t'] <- d_t M[t'] + k_t da[t'][t], Mend <- d_t Mend + k_t Y[t]; so
+//
+//     dr_t = M[t]
+//     dk_t = sum_{t'>t} W(t,t') r_t' da[t'][t] + (decays after t) Y[t]
+//     dd_t = sum_{t'>t} W(t,t') r_t' M[t']     + (decays after t) Mend           = sum_j S_t[i][j] dS_t[i][j]
+//     dw_t = -e_t d_t dd_t
+//
+// and the u terms. Only sums of products: no difference of running sums, which would lose small dw behind large ones.
+// S0 of a chunk's later tiles is made again from the chunk's state. Two threads share a channel: odd and even t'.
+struct WkvBackward {                                        // in bf16 under 99 KB, what the smaller GPUs give a block
+    WkvTile tile;
+    alignas(16) floatX dy[TILE][LD];
+    alignas(16) floatX S0[CHUNK / TILE - 1][N][LD];         // [j][i], before tiles 1, 2, 3; at last tile 0's in place of tile 1's
+    alignas(16) floatX dS[N][LD];                           // [j][i]
+    float da[TILE][TILE];
+    union { float X[TILE][N + 4], dr[TILE][N + 4]; };       // each read by the thread that writes the other there
+    union { float Y[TILE][N + 4], dk_even[TILE][N + 4]; };
+    float dk_odd[TILE][N + 4], dd[2][TILE][N];
+    float S0_dS[2][N];                                      // sum over j, in two halves
+    float u[N];
+    __device__ float (*dv())[N] { return (float (*)[N])tile.partial; }      // the scores are summed by then
+};
+
+struct WkvGradients {
+    const floatX *dy;
+    floatX *dr, *dk, *dv, *dw;              // (B, T, A)
+    float *dw_sum, *du;                     // (B, A): summed over T, for time_decay and u
+};
+
+__device__ inline void wkv_store_state(floatX (*to)[LD], const TileC (&S)[8]) {
+    for (int n = 0; n < 8; n++)
+        for (int i = 0; i < 4; i++) to[threadIdx.x / 32 * 16 + tile_row(i)][8 * n + tile_col(i)] = (floatX)S[n].x[i];
+}
+
+// The states at the start of a chunk's tiles 1, 2, 3, made from the one before tile 0.
+__device__ inline void wkv_states_of_chunk(WkvBackward &s, const Wkv &p, const float *from, int64_t base, int t0, int tiles) {
+    WkvTile &tile = s.tile;
+    const int warp = threadIdx.x / 32;
+    TileC S[8];
+    for (int n = 0; n < 8; n++)
+        for (int i = 0; i < 4; i++) S[n].x[i] = from[(16 * warp + tile_row(i)) * N + 8 * n + tile_col(i)];
+    for (int q = 0; q + 1 < tiles; q++) {
+        wkv_load(tile, p, base + (int64_t)q * TILE * p.H * N, t0 + q * TILE);
+        __syncthreads();
+        if (threadIdx.x < N) {
+            wkv_decay_of_tile(tile);
+        } else {
+            const int i = threadIdx.x - N;
+            float product = 1;
+            for (int t = TILE - 1; t >= 0; t--) {
+                tile.k_tilde[t][i] = (floatX)(tile.k[t][i] * product);
+                product *= tile.d[t][i];
+            }
+        }
+        __syncthreads();
+        wkv_update(S, load_a_t(&tile.v[0][16 * warp], LD), tile.k_tilde, tile.D_minus_1);
+        wkv_store_state(s.S0[q], S);
+        __syncthreads();
+    }
+}
+
+// to (16 t x N channels, this warp's 16) = rows (16 x N values) state[j][i]
+__device__ inline void wkv_through_state(float (*to)[N + 4], const floatX (*rows)[LD], const floatX (*state)[LD]) {
+    const int warp = threadIdx.x / 32;
+    TileC out[2] = {};
+    for (int i = 0; i < 4; i++) {
+        const TileA a = load_a(&rows[0][16 * i], LD);
+        const TileB b[2] = {load_b_t(&state[16 * i][16 * warp], LD), load_b_t(&state[16 * i][16 * warp + 8], LD)};
+        mma(out, a, b);
+    }
+    for (int n = 0; n < 2; n++)
+        for (int i = 0; i < 4; i++) to[tile_row(i)][16 * warp + 8 * n + tile_col(i)] = out[n].x[i];
+}
+
+// The pass over one channel described above; `half` takes the t' with t' % 2 == half, half 0 also Mend.
+__device__ inline void wkv_channel_backward(WkvBackward &s, int channel, int half) {
+    const WkvTile &tile = s.tile;
+    float M[TILE / 2], r[TILE / 2], d[TILE];
+#pragma unroll
+    for (int m = 0; m < TILE / 2; m++) {
+        M[m] = s.X[2 * m + half][channel];
+        r[m] = tile.r[2 * m + half][channel];
+    }
+#pragma unroll
+    for (int t = 0; t < TILE; t++) d[t] = tile.d[t][channel];
+    float Mend = s.S0_dS[0][channel] + s.S0_dS[1][channel];
+#pragma unroll
+    for (int t = 0; t < TILE; t++) {
+        const float k = tile.k[t][channel];
+        float decay = 1, dk = 0, dd = 0;                    // decay: W(t, t')
+        if (t % 2 == half) s.dr[t][channel] = M[t / 2];
+#pragma unroll
+        for (int m = t / 2; m < TILE / 2; m++) {
+            const float own = half ? decay * (2 * m > t ? d[2 * m] : 1) : decay, a = s.da[2 * m + half][t];
+            if (2 * m + half > t) {
+                dk += own * r[m] * a;
+                dd += own * r[m] * M[m];
+                M[m] = d[t] * M[m] + k * a;
+            }
+            decay *= (2 * m > t ? d[2 * m] : 1) * d[2 * m + 1];
+            if (2 * m + 1 == t) decay = 1;                  // t itself does not decay what it adds
+        }
+        if (half == 0) {
+            const float y = s.Y[t][channel];
+            dk += decay * y;
+            dd += decay * Mend;
+            Mend = d[t] * Mend + k * y;
+        }
+        (half ? s.dk_odd : s.dk_even)[t][channel] = dk;
+        s.dd[half][t][channel] = dd;
+    }
+}
+
+__global__ void __launch_bounds__(WKV_THREADS) wkv_backward_kernel(WkvGradients g, Wkv p) {
+    WkvBackward &s = *dynamic_smem<WkvBackward>();
+    WkvTile &tile = s.tile;
+    const int warp = threadIdx.x / 32, h = blockIdx.x, b = blockIdx.y, A = p.H * N;
+    const int t = threadIdx.x / 8, c = threadIdx.x % 8 * 8;                 // this thread's share of a tile's rows
+    if (threadIdx.x < N) s.u[threadIdx.x] = p.u ? (float)p.u[h * N + threadIdx.x] : 0;
+    TileC dS[8] = {};
+    Pack dw_sum = zero_pack(), du = zero_pack();
+    for (int chunk = (p.T - 1) / CHUNK; chunk >= 0; chunk--) {
+        const int tiles = min(CHUNK / TILE, (p.T - chunk * CHUNK + TILE - 1) / TILE);
+        const int64_t chunk_base = ((int64_t)b * p.T + chunk * CHUNK) * A + h * N;
+        const float *state = p.states + (((int64_t)b * p.H + h) * ((p.T + CHUNK - 1) / CHUNK) + chunk) * N * N;
+        __syncthreads();
+        wkv_states_of_chunk(s, p, state, chunk_base, chunk * CHUNK, tiles);
+        for (int q = tiles - 1; q >= 0; q--) {
+            const int t0 = chunk * CHUNK + q * TILE;
+            const int64_t base = chunk_base + (int64_t)q * TILE * A, at = base + (int64_t)t * A + c;
+            floatX (*S0)[LD] = s.S0[q > 0 ? q - 1 : 0];
+            __syncthreads();
+            for (int i = threadIdx.x * 8; q == 0 && i < N * N; i += WKV_THREADS * 8) store(&S0[i / N][i % N], load(state + i));
+            wkv_load(tile, p, base, t0);
+            store(&s.dy[t][c], t0 + t < p.T ? load(g.dy + at) : zero_pack());
+            wkv_store_state(s.dS, dS);
+            __syncthreads();
+            wkv_pairs(tile, p.u ? s.u : nullptr);
+            wkv_through_state(s.X, s.dy, S0);
+            wkv_through_state(s.Y, tile.v, s.dS);
+            if (warp < 2) {                                                 // da: warp 0 its columns 0..7, warp 1 8..15
+                TileC out[1] = {};
+                for (int i = 0; i < 4; i++) {
+                    const TileB v[1] = {load_b(&tile.v[8 * warp][16 * i], LD)};
+                    mma(out, load_a(&s.dy[0][16 * i], LD), v);
+                }
+                for (int i = 0; i < 4; i++) s.da[tile_row(i)][8 * warp + tile_col(i)] = out[0].x[i];
+            }
+            float sum = 0;
+            const int channel = threadIdx.x % N, half = threadIdx.x / N;
+            for (int j = half * N / 2; j < (half + 1) * N / 2; j++) sum += (float)S0[j][channel] * (float)s.dS[j][channel];
+            s.S0_dS[half][channel] = sum;
+            if (threadIdx.x < N) wkv_decay_of_tile(tile);
+            __syncthreads();
+            wkv_sum_scores(tile);
+            wkv_channel_backward(s, channel, half);
+            __syncthreads();
+            TileC out[2] = {};                                              // dv, then dS
+            wkv_out(out, dS, tile.k_tilde);
+            const TileA dy = load_a_t(&s.dy[0][16 * warp], LD);
+            const TileB a[2] = {load_b_t(&tile.a[0][0], TILE + 8), load_b_t(&tile.a[0][8], TILE + 8)};
+            mma(out, dy, a);
+            wkv_update(dS, dy, tile.r_tilde, tile.D_minus_1);
+            for (int n = 0; n < 2; n++)
+                for (int i = 0; i < 4; i++) s.dv()[8 * n + tile_col(i)][16 * warp + tile_row(i)] = out[n].x[i];
+            __syncthreads();
+            if (t0 + t >= p.T) continue;
+            Pack dr = load(&s.dr[t][c]), dk = load(&s.dk_even[t][c]), dw = load(&s.dd[0][t][c]);
+            const Pack r = load(&tile.r[t][c]), k = load(&tile.k[t][c]), e = load(&tile.e[t][c]), d = load(&tile.d[t][c]);
+            const Pack k_plain = p.one_minus_w ? load(p.k + at) : k;
+            for (int i = 0; i < 8; i++) {
+                const float bonus = s.u[c + i] * s.da[t][t];
+                dr.x[i] += bonus * k.x[i];
+                dk.x[i] += s.dk_odd[t][c + i] + bonus * r.x[i];
+                dw.x[i] = -e.x[i] * d.x[i] * (dw.x[i] + s.dd[1][t][c + i]);
+                du.x[i] += r.x[i] * k.x[i] * s.da[t][t];
+                if (p.one_minus_w) {                                        // k was k_plain (1 - exp(-e)), e = exp(w)
+                    dw.x[i] += dk.x[i] * k_plain.x[i] * e.x[i] * d.x[i];
+                    dk.x[i] *= -expm1f(-e.x[i]);
+                }
+                dw_sum.x[i] += dw.x[i];
+            }
+            store(g.dr + at, dr);
+            store(g.dk + at, dk);
+            store(g.dw + at, dw);
+            store(g.dv + at, load(&s.dv()[t][c]));
+        }
+    }
+    __syncthreads();
+    store(&s.dr[t][c], dw_sum);                                             // sums over the 16 threads of a channel
+    store(&s.dk_odd[t][c], du);
+    __syncthreads();
+    if (threadIdx.x >= N) return;
+    float w = 0, u = 0;
+    for (int i = 0; i < TILE; i++) {
+        w += s.dr[i][threadIdx.x];
+        u += s.dk_odd[i][threadIdx.x];
+    }
+    g.dw_sum[(int64_t)b * A + h * N + threadIdx.x] = w;
+    g.du[(int64_t)b * A + h * N + threadIdx.x] = u;
+}
+
+template <typename Kernel> static void allow_smem(Kernel kernel, size_t bytes) {     // more than 48 KB a block must be asked for
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+}
+
+static void wkv_forward(floatX *y, const Wkv &p, int B) {
+    allow_smem(wkv_forward_kernel, sizeof(WkvForward));
+    wkv_forward_kernel<<<dim3(p.H, B), WKV_THREADS, sizeof(WkvForward), stream>>>(y, p);
+}
+
+static void wkv_backward(const WkvGradients &g, const Wkv &p, int B) {
+    allow_smem(wkv_backward_kernel, sizeof(WkvBackward));
+    wkv_backward_kernel<<<dim3(p.H, B), WKV_THREADS, sizeof(WkvBackward), stream>>>(g, p);
+}
+
+// ---- causal attention, without any T x T buffer ----
+//
+//     y_t = sum_{s<=t} p_ts v_s,   p_ts = exp(q_t . k_s / sqrt(N) - l_t),   l_t = log sum_{s<=t} exp(q_t . k_s / sqrt(N))
+//
+// q, k, v, y are (B, T, A), head h at channels h N; l (B, H, T) in units of log 2. A block takes 64 queries of a head, a
+// warp 16 of them, and walks the keys in tiles of 64 with a running maximum and sum (FlashAttention-2, arXiv 2307.08691);
+// the next tile is copied while this one is multiplied. Flops: 2 N T^2 forward, 7/2 of that backward (scores twice).
+
+static const int QT = 64;                   // queries or keys of a tile
+static const int ATTENTION_THREADS = 128;
+#define SCALE_LOG2 (0.125f * 1.4426950408889634f)           // 1/sqrt(N) log2(e): exp(x/sqrt(N)) = exp2(x SCALE_LOG2)
+
+typedef floatX AttentionTile[QT][LD];
+
+// 64 rows of a head, starting at row t0, on their way to shared memory; zeros past the end
+__device__ inline void attention_load(AttentionTile &to, const floatX *from, int t0, int T, int A) {
+    const int per_row = N * sizeof(floatX) / 16, step = 16 / sizeof(floatX);
+    for (int i = threadIdx.x; i < QT * per_row; i += ATTENTION_THREADS) {
+        const int row = i / per_row, c = i % per_row * step;
+        const bool valid = t0 + row < T;
+        async_copy16(&to[row][c], from + (valid ? (int64_t)(t0 + row) * A + c : 0), valid);
+    }
+}
+
+// 16 rows of a tile as left operands (16 x N in four steps of 16)
+__device__ inline void attention_rows(TileA (&a)[4], const AttentionTile &tile, int row) {
+    for (int i = 0; i < 4; i++) a[i] = load_a(&tile[row][16 * i], LD);
+}
+
+// out (16 x 8 n) = a (16 x N) tile[row..row + 8 n)^T
+template <int n> __device__ inline void attention_scores(TileC (&out)[n], const TileA (&a)[4], const AttentionTile &tile, int row) {
+    for (int i = 0; i < 4; i++) {
+        TileB b[n];
+        for (int j = 0; j < n; j++) b[j] = load_b(&tile[row + 8 * j][16 * i], LD);
+        mma(out, a[i], b);
+    }
+}
+
+// out (16 x N) += p (16 x 8 n) tile[row..row + 8 n)
+template <int n> __device__ inline void attention_values(TileC (&out)[8], const TileC (&p)[n], const AttentionTile &tile, int row) {
+    for (int i = 0; i < n / 2; i++) {
+        TileB b[8];
+        for (int j = 0; j < 8; j++) b[j] = load_b_t(&tile[row + 16 * i][8 * j], LD);
+        mma(out, to_a(p[2 * i], p[2 * i + 1]), b);
+    }
+}
+
+// this warp's 16 rows, times a factor for each half row of the lane, from its tiles to memory
+__device__ inline void attention_store(floatX *to, const TileC (&x)[8], const float (&factor)[2], int t0, int T, int A) {
+    for (int i = 0; i < 4; i++) {
+        const int t = t0 + tile_row(i);
+        for (int n = 0; n < 8 && t < T; n++) to[(int64_t)t * A + 8 * n + tile_col(i)] = (floatX)(x[n].x[i] * factor[i / 2]);
+    }
+}
+
+__global__ void __launch_bounds__(ATTENTION_THREADS)
+attention_forward_kernel(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+    AttentionTile *tiles = dynamic_smem<AttentionTile>();   // K, V; K, V of the next tile; the queries
+    const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
+    const int last = gridDim.x - 1 - blockIdx.x, t0 = last * QT + 16 * warp;    // the longest rows first
+    const int64_t head = (int64_t)b * T * A + h * N;
+    attention_load(tiles[4], q + head, last * QT, T, A);
+    attention_load(tiles[0], k + head, 0, T, A);
+    attention_load(tiles[1], v + head, 0, T, A);
+    async_commit();
+    TileA queries[4];
+    TileC out[8] = {};
+    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};                 // of the two rows in this lane
+    for (int tile = 0; tile <= last; tile++) {
+        const AttentionTile &keys = tiles[tile % 2 * 2], &values = tiles[tile % 2 * 2 + 1];
+        if (tile < last) {
+            attention_load(tiles[(tile + 1) % 2 * 2], k + head, (tile + 1) * QT, T, A);
+            attention_load(tiles[(tile + 1) % 2 * 2 + 1], v + head, (tile + 1) * QT, T, A);
+        }
+        async_commit();
+        async_wait<1>();
+        __syncthreads();
+        if (tile == 0) attention_rows(queries, tiles[4], 16 * warp);
+        TileC p[8] = {};
+        attention_scores(p, queries, keys, 0);
+        float high[2] = {top[0], top[1]};
+        for (int n = 0; n < 8; n++)
+            for (int i = 0; i < 4; i++) {
+                if (tile == last && 8 * n + tile_col(i) > 16 * warp + tile_row(i)) p[n].x[i] = -INFINITY;
+                high[i / 2] = fmaxf(high[i / 2], p[n].x[i]);
+            }
+        for (int i = 0; i < 2; i++) {
+            high[i] = warp_max(high[i], 4);
+            const float shrink = exp2f((top[i] - high[i]) * SCALE_LOG2);
+            sum[i] *= shrink;
+            for (int n = 0; n < 8; n++) {
+                out[n].x[2 * i] *= shrink;
+                out[n].x[2 * i + 1] *= shrink;
+            }
+            top[i] = high[i];
+        }
+        for (int n = 0; n < 8; n++)
+            for (int i = 0; i < 4; i++) {
+                p[n].x[i] = exp2f((p[n].x[i] - top[i / 2]) * SCALE_LOG2);
+                sum[i / 2] += p[n].x[i];
+            }
+        attention_values(out, p, values, 0);
+        __syncthreads();
+    }
+    for (int i = 0; i < 2; i++) {
+        sum[i] = warp_sum(sum[i], 4);
+        const int t = t0 + tile_row(2 * i);
+        if (threadIdx.x % 4 == 0 && t < T) l[((int64_t)b * H + h) * T + t] = top[i] * SCALE_LOG2 + log2f(sum[i]);
+        sum[i] = 1 / sum[i];
+    }
+    attention_store(y + head, out, sum, t0, T, A);
+}
+
+// delta (B, H, T): dy_t . y_t per head, what the softmax's gradient subtracts. Blocks of a row; 8 lanes hold a head.
+__global__ void attention_delta(float *delta, const floatX *dy, const floatX *y, int T, int H) {
+    const int c = threadIdx.x * 8;
+    const bool mine = c < H * N;
+    const int64_t row = blockIdx.x, at = row * H * N + c;
+    const Pack a = mine ? load(dy + at) : zero_pack(), b = mine ? load(y + at) : zero_pack();
+    float sum = 0;
+    for (int i = 0; i < 8; i++) sum += a.x[i] * b.x[i];
+    sum = warp_sum(sum, 8);
+    if (mine && threadIdx.x % 8 == 0) delta[(row / T * H + c / N) * T + row % T] = sum;
+}
+
+// With ds = p * (dy v^T - delta):   dv = p^T dy,  dk = ds^T q / sqrt(N)     (a block: 64 keys, walking the queries)
+//                                   dq = ds k / sqrt(N)                     (a block: 64 queries, walking the keys)
+// Each sum stays in one block: no atomics, at the price of the scores made twice.
+struct AttentionGradients { floatX *dq, *dk, *dv; const floatX *dy; const float *l, *delta; };
+
+struct AttentionBackward {
+    AttentionTile tile[4];
+    float l[QT], delta[QT];
+};
+
+__global__ void __launch_bounds__(ATTENTION_THREADS)
+attention_backward_kv(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+    AttentionBackward &s = *dynamic_smem<AttentionBackward>();              // K, V, Q, dY
+    const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N, first = blockIdx.x;
+    const int64_t head = (int64_t)b * T * A + h * N, stats = ((int64_t)b * H + h) * T;
+    attention_load(s.tile[0], k + head, first * QT, T, A);
+    attention_load(s.tile[1], v + head, first * QT, T, A);
+    TileA keys[4], values[4];
+    TileC dk[8] = {}, dv[8] = {};
+    for (int tile = first; tile * QT < T; tile++) {
+        attention_load(s.tile[2], q + head, tile * QT, T, A);
+        attention_load(s.tile[3], g.dy + head, tile * QT, T, A);
+        async_commit();
+        if (threadIdx.x < QT) {
+            const int t = tile * QT + threadIdx.x;
+            s.l[threadIdx.x] = t < T ? g.l[stats + t] : INFINITY;           // past the end: p = 0
+            s.delta[threadIdx.x] = t < T ? g.delta[stats + t] : 0;
+        }
+        async_wait<0>();
+        __syncthreads();
+        if (tile == first) {
+            attention_rows(keys, s.tile[0], 16 * warp);
+            attention_rows(values, s.tile[1], 16 * warp);
+        }
+        for (int part = 0; part < QT; part += 32) {                         // 32 queries at a time: registers
+            TileC p[4] = {}, ds[4] = {};                                    // transposed: rows are keys
+            attention_scores(p, keys, s.tile[2], part);
+            attention_scores(ds, values, s.tile[3], part);
+            for (int n = 0; n < 4; n++)
+                for (int i = 0; i < 4; i++) {
+                    const int query = part + 8 * n + tile_col(i);
+                    const bool seen = tile > first || 16 * warp + tile_row(i) <= query;
+                    p[n].x[i] = seen ? exp2f(p[n].x[i] * SCALE_LOG2 - s.l[query]) : 0;
+                    ds[n].x[i] = p[n].x[i] * (ds[n].x[i] - s.delta[query]);
+                }
+            attention_values(dv, p, s.tile[3], part);
+            attention_values(dk, ds, s.tile[2], part);
+        }
+        __syncthreads();
+    }
+    const float one[2] = {1, 1}, scale[2] = {0.125f, 0.125f};
+    attention_store(g.dv + head, dv, one, first * QT + 16 * warp, T, A);
+    attention_store(g.dk + head, dk, scale, first * QT + 16 * warp, T, A);
+}
+
+__global__ void __launch_bounds__(ATTENTION_THREADS)
+attention_backward_q(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+    AttentionBackward &s = *dynamic_smem<AttentionBackward>();              // Q, dY, K, V
+    const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
+    const int last = gridDim.x - 1 - blockIdx.x, t0 = last * QT + 16 * warp;
+    const int64_t head = (int64_t)b * T * A + h * N, stats = ((int64_t)b * H + h) * T;
+    attention_load(s.tile[0], q + head, last * QT, T, A);
+    attention_load(s.tile[1], g.dy + head, last * QT, T, A);
+    TileA queries[4], dy[4];
+    TileC dq[8] = {};
+    float l[2], delta[2];
+    for (int i = 0; i < 2; i++) {
+        const int t = t0 + tile_row(2 * i);
+        l[i] = t < T ? g.l[stats + t] : INFINITY;
+        delta[i] = t < T ? g.delta[stats + t] : 0;
+    }
+    for (int tile = 0; tile <= last; tile++) {
+        attention_load(s.tile[2], k + head, tile * QT, T, A);
+        attention_load(s.tile[3], v + head, tile * QT, T, A);
+        async_commit();
+        async_wait<0>();
+        __syncthreads();
+        if (tile == 0) {
+            attention_rows(queries, s.tile[0], 16 * warp);
+            attention_rows(dy, s.tile[1], 16 * warp);
+        }
+        for (int part = 0; part < QT; part += 32) {
+            TileC p[4] = {}, ds[4] = {};
+            attention_scores(p, queries, s.tile[2], part);
+            attention_scores(ds, dy, s.tile[3], part);
+            for (int n = 0; n < 4; n++)
+                for (int i = 0; i < 4; i++) {
+                    const bool seen = tile < last || part + 8 * n + tile_col(i) <= 16 * warp + tile_row(i);
+                    const float weight = seen ? exp2f(p[n].x[i] * SCALE_LOG2 - l[i / 2]) : 0;
+                    ds[n].x[i] = weight * (ds[n].x[i] - delta[i / 2]);
+                }
+            attention_values(dq, ds, s.tile[2], part);
+        }
+        __syncthreads();
+    }
+    const float scale[2] = {0.125f, 0.125f};
+    attention_store(g.dq + head, dq, scale, t0, T, A);
+}
+
+static void attention_forward(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int B, int T, int H) {
+    const size_t smem = 5 * sizeof(AttentionTile);
+    allow_smem(attention_forward_kernel, smem);
+    attention_forward_kernel<<<dim3((int)ceil_div(T, QT), H, B), ATTENTION_THREADS, smem, stream>>>(y, l, q, k, v, T, H);
+}
+
+static void attention_backward(floatX *dq, floatX *dk, floatX *dv, float *delta, const floatX *dy, const floatX *y, const float *l,
+                               const floatX *q, const floatX *k, const floatX *v, int B, int T, int H) {
+    const size_t smem = sizeof(AttentionBackward);
+    const dim3 grid((int)ceil_div(T, QT), H, B);
+    const AttentionGradients g = {dq, dk, dv, dy, l, delta};
+    attention_delta<<<B * T, row_threads(H * N), 0, stream>>>(delta, dy, y, T, H);
+    allow_smem(attention_backward_kv, smem);
+    attention_backward_kv<<<grid, ATTENTION_THREADS, smem, stream>>>(g, q, k, v, T, H);
+    allow_smem(attention_backward_q, smem);
+    attention_backward_q<<<grid, ATTENTION_THREADS, smem, stream>>>(g, q, k, v, T, H);
+}
+
+// ---- channel mix (spec section 4) ----
+//
+//     k = relu(key x_k)^2        out = sigmoid(receptance x_r) * (value k)
+
+__global__ void relu_squared_forward(floatX *k, int64_t n) {
+    const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (at >= n) return;
+    Pack v = load(k + at);
+    for (int i = 0; i < 8; i++) v.x[i] = v.x[i] > 0 ? v.x[i] * v.x[i] : 0;
+    store(k + at, v);
+}
+
+__global__ void relu_squared_backward(floatX *dk, const floatX *k, int64_t n) { // dk *= 2 relu, and relu = sqrt(k)
+    const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (at >= n) return;
+    Pack d = load(dk + at);
+    const Pack v = load(k + at);
+    for (int i = 0; i < 8; i++) d.x[i] *= 2 * sqrtf(v.x[i]);
+    store(dk + at, d);
+}
+
+__global__ void gate_forward(floatX *out, const floatX *r, const floatX *v, int64_t n) {    // out = sigmoid(r) v
+    const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (at >= n) return;
+    Pack gate = load(r + at);
+    const Pack value = load(v + at);
+    for (int i = 0; i < 8; i++) gate.x[i] = value.x[i] / (1 + expf(-gate.x[i]));
+    store(out + at, gate);
+}
+
+__global__ void gate_backward(floatX *dr, floatX *dv, const floatX *dout, const floatX *r, const floatX *v, int64_t n) {
+    const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (at >= n) return;
+    Pack gate = load(r + at), value = load(v + at);
+    const Pack d = load(dout + at);
+    for (int i = 0; i < 8; i++) {
+        const float sigmoid = 1 / (1 + expf(-gate.x[i]));
+        gate.x[i] = d.x[i] * value.x[i] * sigmoid * (1 - sigmoid);
+        value.x[i] = d.x[i] * sigmoid;
+    }
+    store(dr + at, gate);
+    store(dv + at, value);
+}
+
+// ---- classifier (spec section 5): loss and its gradient on the logits in one kernel, in place ----
+//
+//     loss_t = log sum_i exp(z_i) - z_target
+//     dz_i   = scale (softmax(z)_i - [i = target] + 1e-4 z_max [i = first of the largest])        scale = 1 / targets
+//
+// A block takes a row of V logits: reads it once from memory, once more from L2, writes it once. losses[row]: loss;
+// right[row]: 1 if the largest logit is the target's. scale 0 leaves the logits as they are (validation).
+__global__ void classifier_kernel(floatX *logits, float *losses, int *right, const int *targets, float scale, int V) {
+    __shared__ float tops[32], sums[32];
+    __shared__ int where[32];
+    floatX *z = logits + (int64_t)blockIdx.x * V;
+    float top = -INFINITY, sum = 0;
+    int at = 0;
+    for (int c = threadIdx.x * 8; c < V; c += blockDim.x * 8) {
+        const Pack v = load(z + c);
+        float high = top;
+        for (int i = 0; i < 8; i++)
+            if (v.x[i] > high) {                                            // the lowest id on ties
+                high = v.x[i];
+                at = c + i;
+            }
+        sum *= top == high ? 1 : expf(top - high);
+        top = high;
+        for (int i = 0; i < 8; i++) sum += top > -INFINITY ? expf(v.x[i] - top) : 0;
+    }
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    const float warp_top = warp_max(top);
+    sum = warp_sum(top > -INFINITY ? sum * expf(top - warp_top) : 0);
+    const int first = (int)-warp_max(top == warp_top ? -(float)at : -INFINITY);     // ids are exact in fp32 up to 2^24
+    if (lane == 0) {
+        tops[threadIdx.x / 32] = warp_top;
+        sums[threadIdx.x / 32] = sum;
+        where[threadIdx.x / 32] = first;
+    }
+    __syncthreads();
+    top = tops[0], sum = 0, at = V;
+    for (int i = 1; i < warps; i++) top = fmaxf(top, tops[i]);
+    for (int i = 0; i < warps; i++) {
+        if (tops[i] > -INFINITY) sum += sums[i] * expf(tops[i] - top);
+        if (tops[i] == top) at = min(at, where[i]);
+    }
+    const int target = targets[blockIdx.x];
+    if (threadIdx.x == 0) {
+        losses[blockIdx.x] = logf(sum) + top - (float)z[target];
+        right[blockIdx.x] = at == target;
+    }
+    if (scale == 0) return;
+    __syncthreads();                                                        // z[target] is read
+    const float inverse = 1 / sum;
+    for (int c = threadIdx.x * 8; c < V; c += blockDim.x * 8) {
+        Pack v = load(z + c);
+        for (int i = 0; i < 8; i++) {
+            v.x[i] = expf(v.x[i] - top) * inverse - (c + i == target ? 1 : 0) + (c + i == at ? 1e-4f * top : 0);
+            v.x[i] *= scale;
+        }
+        store(z + c, v);
+    }
+}
+
+// totals[0] += the sum of losses, totals[1] += the number right; one block, fixed order
+__global__ void sum_losses(double *totals, const float *losses, const int *right, int n) {
+    __shared__ double sums[2][256];
+    double loss = 0, count = 0;
+    for (int i = threadIdx.x; i < n; i += 256) {
+        loss += losses[i];
+        count += right[i];
+    }
+    sums[0][threadIdx.x] = loss;
+    sums[1][threadIdx.x] = count;
+    for (int half = 128; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x >= (unsigned)half) continue;
+        sums[0][threadIdx.x] += sums[0][threadIdx.x + half];
+        sums[1][threadIdx.x] += sums[1][threadIdx.x + half];
+    }
+    if (threadIdx.x > 0) return;
+    totals[0] += sums[0][0];
+    totals[1] += sums[1][0];
+}
+
+// ---- gradient norm and AdamW (spec section 8) ----
+
+// The block of parameters, cut into pieces that lie in one tensor each: one block of threads a piece.
+struct Piece { int64_t offset; int count; float lr_scale, decay; };
+static const int PIECE = 16384;
+
+struct UpdateState {                        // on the device; the host reads it a step later
+    float loss, norm, clip;                 // clip: factor on the gradients; 0 if not to be applied
+    int skip;                               // set once the norm was not finite: no update until the host clears it
+};
+
+__global__ void squares_of_pieces(double *squares, const float *grads, const Piece *pieces) {
+    __shared__ float2 shared[32];
+    const Piece piece = pieces[blockIdx.x];
+    float sum = 0;
+    for (int i = threadIdx.x * 8; i < piece.count; i += blockDim.x * 8) {
+        const Pack g = load(grads + piece.offset + i);
+        for (int j = 0; j < 8; j++) sum += g.x[j] * g.x[j];
+    }
+    sum = block_sum(sum, shared);
+    if (threadIdx.x == 0) squares[blockIdx.x] = sum;
+}
+
+__global__ void norm_and_clip(UpdateState *state, const double *squares, int n, const double *totals, float per_target, float limit) {
+    __shared__ double sums[256];
+    double sum = 0;
+    for (int i = threadIdx.x; i < n; i += 256) sum += squares[i];
+    sums[threadIdx.x] = sum;
+    for (int half = 128; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < (unsigned)half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+    if (threadIdx.x > 0) return;
+    const float norm = (float)sqrt(sums[0]);
+    state->loss = (float)(totals[0] * per_target);
+    state->norm = norm;
+    if (!(norm < INFINITY)) state->skip = 1;
+    state->clip = state->skip ? 0 : fminf(1.f, limit / (norm + 1e-6f));
+}
+
+struct AdamW { float lr, beta1, beta2, eps, weight_decay, correction1, correction2; };     // correction: 1 - beta^(step + 1)
+
+// m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,  p -= lr (m^ / (sqrt(v^) + eps) + wd p);  28 bytes a parameter
+// in fp32 (4 moved twice, g once), 30 with a bf16 copy.
+__global__ void adamw_kernel(floatX *params, float *master, float *m, float *v, const float *grads, const Piece *pieces,
+                             const UpdateState *state, AdamW a) {
+    const float clip = state->clip;
+    if (clip == 0) return;
+    const Piece piece = pieces[blockIdx.x];
+    const float lr = a.lr * piece.lr_scale, decay = a.weight_decay * piece.decay;
+    for (int i = threadIdx.x * 8; i < piece.count; i += blockDim.x * 8) {
+        const int64_t at = piece.offset + i;
+        const Pack g = load(grads + at);
+        Pack first = load(m + at), second = load(v + at), p = load(master + at);
+        for (int j = 0; j < 8; j++) {
+            const float gradient = g.x[j] * clip;
+            first.x[j] = a.beta1 * first.x[j] + (1 - a.beta1) * gradient;
+            second.x[j] = a.beta2 * second.x[j] + (1 - a.beta2) * gradient * gradient;
+            const float step = first.x[j] / a.correction1 / (sqrtf(second.x[j] / a.correction2) + a.eps);
+            p.x[j] -= lr * (step + decay * p.x[j]);
+        }
+        store(m + at, first);
+        store(v + at, second);
+        store(master + at, p);
+        if (PRECISION_BF16) store(params + at, p);
+    }
+}
+
+__global__ void round_params(floatX *params, const float *master, const Piece *pieces) {    // the working copy of fp32 masters
+    const Piece piece = pieces[blockIdx.x];
+    for (int i = threadIdx.x * 8; i < piece.count; i += blockDim.x * 8)
+        store(params + piece.offset + i, load(master + piece.offset + i));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 5. Layers: each a forward and a backward, out of the kernels above
+//
+// x is what a layer gets, already normed (ln1 or ln2), out what it adds to the residual stream, both (BT, C). A backward
+// function takes dout, adds to the gradients of the layer's parameters and writes dx. Beside its parameters a layer has
+// what it keeps from forward to backward, and `tmp`, scratch that all layers share. Letters: BT = B T tokens, C = n_embd,
+// A = dim_att, F = dim_ffn, H heads of N = 64.
+
+typedef struct Dims { int B, T, BT, C, A, F, H, V, R, L, G0; } Dims;
+
+// A block of memory handed out piece by piece; without a base it only counts.
+typedef struct Arena { char *base; int64_t used; } Arena;
+
+template <typename T> static void take(Arena *arena, T **p, int64_t count) {
+    *p = arena->base ? (T *)(arena->base + arena->used) : nullptr;
+    const int64_t bytes = ceil_div(count * (int64_t)sizeof(T), 256) * 256;
+#ifdef CUDA_ON_CPU
+    if (arena->base) cuda_on_cpu::guard_gap(arena->base + arena->used + count * sizeof(T), bytes - count * sizeof(T) + cuda_on_cpu::guard_bytes);
+    arena->used += cuda_on_cpu::guard_bytes;
+#endif
+    arena->used += bytes;
+}
+
+typedef struct FinchC2 {
+    floatX *xx, *h;                         // (BT, C), (BT, 32 mixes): input and hidden layer of the mixes
+    floatX *xr, *xk, *xw, *xv, *xv2;        // (BT, C) each; xv and xv2 adjacent
+    floatX *r, *k, *w, *v, *v2;             // (BT, A) each; v and v2 adjacent
+    floatX *hw, *hv2;                       // (BT, 64): hidden layers of w and v2
+    floatX *y, *yn;                         // (BT, A): WKV's output, and normed
+    float *states;                          // WKV's states at the start of every chunk
+    struct {
+        floatX *m, *dm;                     // (mixes, BT, C)
+        floatX *dxr, *dxk, *dxw, *dxv, *dxv2, *dxx;     // (BT, C); dxv and dxv2 adjacent
+        floatX *dr, *dk, *dw, *dv, *dy, *dyn;           // (BT, A); dv and dy (which is dv2) adjacent
+        floatX *dh;                         // (BT, 32 mixes)
+        float *dw_sum, *du;                 // (B, A)
+    } tmp;
+} FinchC2;
+
+typedef struct Gold {
+    floatX *xx, *hq, *xq, *q0, *q;          // queries: input and hidden layer (BT, 32) of the mix, mixed; query x_q, normed
+    floatX *xc, *hkv;                       // (BT, C), (BT, 64): input and hidden layer of the mixes of keys and values
+    floatX *k1, *hk, *k2, *k;               // keys: mixed, hidden layer (BT, rank), + low rank, normed
+    floatX *v1, *hv, *v2, *v;               // values, likewise
+    floatX *y, *yn;                         // attention's output, and normed
+    float *l;                               // (B, H, T): attention's log sums
+    struct {
+        floatX *m, *dm;                     // (2, BT, C)
+        floatX *dq, *dk, *dv, *dy, *dyn;    // (BT, A)
+        floatX *dq0, *dk2, *dv2;            // (BT, A)
+        floatX *dxq, *dxx, *dxc;            // (BT, C)
+        floatX *dh;                         // (BT, max(64, rank))
+        float *delta;                       // (B, H, T)
+    } tmp;
+} Gold;
+
+typedef struct Cmix {
+    floatX *xk, *xr, *k, *v, *r;            // (BT, C) but k (BT, F): relu squared
+    struct { floatX *dxk, *dxr, *dk, *dv, *dr; } tmp;
+} Cmix;
+
+struct Mixer;
+typedef struct Layer {
+    int l;
+    const struct Mixer *tmix, *cmix;
+    Params p;
+    floatX *x, *ln1, *x_mid, *ln2;          // (BT, C): residual stream before the layer, normed; after its time mixer, normed
+    FinchC2 finch_c2;
+    Gold gold;
+    Cmix ffn;
+} Layer;
+
+typedef struct Model {
+    Settings s;
+    int B, T;                               // capacity: sequences of a micro-batch, tokens of a sequence
+    Dims d;                                 // sizes of the micro-batch at hand
+    Tensor *tensors;
+    Param **fields;                         // where the layers keep each tensor's pointers
+    int n_tensors;
+    int64_t n_parameters, n_block;          // n_block: elements of a block of parameters, gaps (sanitizers only) included
+    Params top;
+    Layer *layers;
+    floatX *params;                         // device blocks; FP32 builds: params is master
+    float *grads, *master, *m, *v;
+    char *activations;
+    int64_t activation_bytes;
+    // inside the activation block
+    floatX *x0, *xo, *cache, *k0_sum, *k0;  // ln0's output; rms_norm(x0); c (BT, R); K0 before and after its norm (BT, A)
+    float *dxo, *dk0, *dx0;                 // their gradients in fp32: summed over the GOLD layers
+    floatX *dk0_sum, *dcache;
+    floatX *x_out, *xf, *branch;            // residual stream after the last layer, normed; what a mixer adds to it
+    floatX *dx, *dln1, *dln2;               // gradients of the residual stream and of the norms' outputs
+    floatX *logits;                         // a slice of rows (slice, V)
+    float *losses, *partial;
+    int *right, slice;
+    // small device arrays
+    int *tokens;                            // as staged by the host: inputs, targets, and the inputs sorted by id
+    Piece *pieces;
+    int n_pieces;
+    double *squares, *totals;               // (pieces); loss sum and number right
+    UpdateState *state;
+    // host
+    int *staged[4];                         // pinned; a ring, so that a copy is not overwritten before it is done
+    cudaEvent_t staged_done[4], result_done[2];
+    int64_t micro_steps, targets_in_step;
+    UpdateState *results;                   // pinned, of the current step and the one before
+    int distinct;                           // ids in the micro-batch at hand
+} Model;
+
+// ---- products with weights ----
+
+// out (M, O) = x (M, I) W^T + beta out, W (O, I)
+static void linear_forward(floatX *out, const floatX *x, Param W, int M, int O, int I, float beta = 0) {
+    matmul(out, O, rows(x, I), columns(W.w, W.ld), M, O, I, beta);
+}
+
+// dx (M, I) = dout (M, O) W + beta dx;   dW += dout^T x
+static void linear_backward(floatX *dx, const floatX *dout, const floatX *x, Param W, int M, int O, int I, float beta = 0) {
+    matmul(W.g, W.ld, columns(dout, O), rows(x, I), O, I, M, 1);
+    matmul(dx, I, rows(dout, O), rows(W.w, W.ld), M, I, O, beta);
+}
+
+// out_i (M, O) = tanh(x (M, I) w1) [:, R i .. R i + R) w2_i + beta out_i for i in 0..n-1: w1 (I, R n or more), w2 (n, R, O), out (n, M, O).
+// h (M, R n): the hidden layer, kept.
+static void low_rank_forward(floatX *out, floatX *h, const floatX *x, Param w1, Param w2, int M, int I, int R, int O, int n = 1, float beta = 0) {
+    matmul(h, R * n, rows(x, I), rows(w1.w, w1.ld), M, R * n, I);
+    tanh_forward<<<pack_blocks((int64_t)M * R * n), 256, 0, stream>>>(h, (int64_t)M * R * n);
+    matmul(out, O, rows(h, R * n, R), rows(w2.w, w2.ld, (int64_t)R * O), M, O, R, beta, n, (int64_t)M * O);
+}
+
+// dx = d(hidden layer's input) w1^T + beta dx. dx may be dout itself (it is written last). dh (M, R n): scratch.
+static void low_rank_backward(floatX *dx, floatX *dh, const floatX *dout, const floatX *h, const floatX *x, Param w1, Param w2,
+                              int M, int I, int R, int O, int n = 1, float beta = 0) {
+    matmul(dh, R * n, rows(dout, O, (int64_t)M * O), columns(w2.w, w2.ld, (int64_t)R * O), M, R, O, 0, n, R);
+    matmul(w2.g, w2.ld, columns(h, R * n, R), rows(dout, O, (int64_t)M * O), R, O, M, 1, n, (int64_t)R * O);
+    tanh_backward<<<pack_blocks((int64_t)M * R * n), 256, 0, stream>>>(dh, h, (int64_t)M * R * n);
+    matmul(w1.g, w1.ld, columns(x, I), rows(dh, R * n), I, R * n, M, 1);
+    matmul(dx, I, rows(dh, R * n), columns(w1.w, w1.ld), M, I, R * n, beta);
+}
+
+// ---- Finch-C2 time mix, x060c2 ----
+//
+//     m   = tanh((x + dx * time_maa_x) @ time_maa_w1);  m_i = m[:, 32 i : 32 i + 32] @ time_maa_w2[i],  i: r, k, v, w, v2
+//     x_i = x + dx * (time_maa_i + m_i)
+//     r = receptance x_r;  k = key x_k;  v = value x_v;  v2 = value x_v2 + tanh(x_v2 @ time_value2_w1) @ time_value2_w2
+//     w = time_decay + tanh(x_w @ time_decay_w1) @ time_decay_w2
+//     k = k * (1 - exp(-exp(w)))                               if use_one_minus_w
+//     y = WKV(r, k, v, w, u) + v2                              use_v2: u = 0;  else u = time_faaaa and no v2
+//     out = output LayerNorm_ln_x(y)
+
+static void finch_c2_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
+    const Dims &d = m->d;
+    FinchC2 &a = layer->finch_c2;
+    const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
+    for (floatX **p : {&a.xx, &a.xr, &a.xk, &a.xw}) take(kept, p, E);
+    take(kept, &a.xv, 2 * E);
+    take(kept, &a.h, (int64_t)d.BT * 160);
+    for (floatX **p : {&a.r, &a.k, &a.w, &a.y, &a.yn}) take(kept, p, EA);
+    take(kept, &a.v, 2 * EA);
+    for (floatX **p : {&a.hw, &a.hv2}) take(kept, p, (int64_t)d.BT * 64);
+    take(kept, &a.states, d.B * d.H * ceil_div(d.T, CHUNK) * N * N);
+    for (floatX **p : {&a.tmp.m, &a.tmp.dm}) take(scratch, p, 5 * E);
+    for (floatX **p : {&a.tmp.dxr, &a.tmp.dxk, &a.tmp.dxw, &a.tmp.dxx}) take(scratch, p, E);
+    take(scratch, &a.tmp.dxv, 2 * E);
+    for (floatX **p : {&a.tmp.dr, &a.tmp.dk, &a.tmp.dw, &a.tmp.dyn}) take(scratch, p, EA);
+    take(scratch, &a.tmp.dv, 2 * EA);
+    take(scratch, &a.tmp.dh, (int64_t)d.BT * 160);
+    for (float **p : {&a.tmp.dw_sum, &a.tmp.du}) take(scratch, p, (int64_t)d.B * d.A);
+}
+
+// The tensors that lie behind one another, for the micro-batch at hand.
+static void finch_c2_adjacent(const Dims &d, FinchC2 &a) {
+    a.xv2 = a.xv + (int64_t)d.BT * d.C;
+    a.v2 = a.v + (int64_t)d.BT * d.A;
+    a.tmp.dxv2 = a.tmp.dxv + (int64_t)d.BT * d.C;
+    a.tmp.dy = a.tmp.dv + (int64_t)d.BT * d.A;
+}
+
+static Wkv finch_c2_wkv(const Model *m, const Layer *layer) {
+    const FinchC2 &a = layer->finch_c2;
+    const bool v2 = m->s.use_v2;
+    return {a.r, a.k, a.v, a.w, layer->p.time_decay.w, v2 ? nullptr : layer->p.time_faaaa.w, v2 ? a.v2 : nullptr,
+            m->s.use_one_minus_w != 0, a.states, m->d.T, m->d.H};
+}
+
+static void finch_c2_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    FinchC2 &a = layer->finch_c2;
+    const bool v2 = m->s.use_v2;
+    finch_c2_adjacent(d, a);
+    mix_forward<1>({{p.time_maa_x.w}, nullptr, {a.xx}}, x, d.BT, d.T, d.C);
+    low_rank_forward(a.tmp.m, a.h, a.xx, p.time_maa_w1, p.time_maa_w2, d.BT, d.C, 32, d.C, v2 ? 5 : 4);
+    if (v2)
+        mix_forward<5>({{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w, p.time_maa_v2.w}, a.tmp.m,
+                        {a.xr, a.xk, a.xv, a.xw, a.xv2}}, x, d.BT, d.T, d.C);
+    else
+        mix_forward<4>({{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, a.tmp.m,
+                        {a.xr, a.xk, a.xv, a.xw}}, x, d.BT, d.T, d.C);
+    linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
+    linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
+    linear_forward(a.v, a.xv, p.value, v2 ? 2 * d.BT : d.BT, d.A, d.C);             // x_v and x_v2 in one product
+    if (v2) low_rank_forward(a.v2, a.hv2, a.xv2, p.time_value2_w1, p.time_value2_w2, d.BT, d.C, 64, d.A, 1, 1);
+    low_rank_forward(a.w, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
+    wkv_forward(a.y, finch_c2_wkv(m, layer), d.B);
+    layernorm_forward(a.yn, nullptr, a.y, nullptr, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
+    linear_forward(out, a.yn, p.output, d.BT, d.C, d.A);
+}
+
+static void finch_c2_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    FinchC2 &a = layer->finch_c2;
+    auto &t = a.tmp;
+    const bool v2 = m->s.use_v2;
+    finch_c2_adjacent(d, a);
+    linear_backward(t.dyn, dout, a.yn, p.output, d.BT, d.C, d.A);
+    layernorm_backward<false>(t.dy, m->partial, t.dyn, a.y, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
+    wkv_backward({t.dy, t.dr, t.dk, t.dv, t.dw, t.dw_sum, t.du}, finch_c2_wkv(m, layer), d.B);
+    add_partials({{p.time_decay.g}}, t.dw_sum, d.B, 1, d.A);
+    if (!v2) add_partials({{p.time_faaaa.g}}, t.du, d.B, 1, d.A);
+    linear_backward(t.dxr, t.dr, a.xr, p.receptance, d.BT, d.A, d.C);
+    linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
+    linear_backward(t.dxv, t.dv, a.xv, p.value, v2 ? 2 * d.BT : d.BT, d.A, d.C);
+    if (v2) low_rank_backward(t.dxv2, t.dh, t.dy, a.hv2, a.xv2, p.time_value2_w1, p.time_value2_w2, d.BT, d.C, 64, d.A, 1, 1);
+    low_rank_backward(t.dxw, t.dh, t.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
+    const int n = v2 ? 5 : 4;                                                       // m is made again: it is cheap, and large
+    matmul(t.m, d.C, rows(a.h, 32 * n, 32), rows(p.time_maa_w2.w, d.C, 32 * d.C), d.BT, d.C, 32, 0, n, (int64_t)d.BT * d.C);
+    if (v2)
+        mix_backward<5, floatX, false>({{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w, p.time_maa_v2.w}, t.m,
+            {t.dxr, t.dxk, t.dxv, t.dxw, t.dxv2}}, dx, t.dm,
+            {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g, p.time_maa_v2.g}}, m->partial, x, d.BT, d.T, d.C);
+    else
+        mix_backward<4, floatX, false>({{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, t.m,
+            {t.dxr, t.dxk, t.dxv, t.dxw}}, dx, t.dm,
+            {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g}}, m->partial, x, d.BT, d.T, d.C);
+    low_rank_backward(t.dxx, t.dh, t.dm, a.h, a.xx, p.time_maa_w1, p.time_maa_w2, d.BT, d.C, 32, d.C, n);
+    mix_backward<1, floatX, true>({{p.time_maa_x.w}, nullptr, {t.dxx}}, dx, nullptr, {{p.time_maa_x.g}}, m->partial, x, d.BT, d.T, d.C);
+}
+
+// ---- TokenCat: the compressed key cache (spec section 1) ----
+//
+//     c  = w_kv_cache_a x                      (BT, R): all that is stored per token beside its id
+//     K0 = rms_norm(w_kv_cache_b [x0; c])      (BT, A)
+//
+// [x0; c] is never written: the product splits by its inputs, w_kv_cache_b = [W_x | W_c].
+
+static Param columns_from(Param W, int64_t column) { return {W.w + column, W.g + column, W.ld}; }
+
+static void token_cat_forward(Model *m, const floatX *x) {
+    const Dims &d = m->d;
+    const Param W = m->top.w_kv_cache_b;
+    linear_forward(m->cache, x, m->top.w_kv_cache_a, d.BT, d.R, d.C);
+    linear_forward(m->k0_sum, m->x0, W, d.BT, d.A, d.C);
+    linear_forward(m->k0_sum, m->cache, columns_from(W, d.C), d.BT, d.A, d.R, 1);
+    rms_norm_forward<<<d.BT, row_threads(d.A), 0, stream>>>(m->k0, m->k0_sum, d.A);
+}
+
+// Adds to dx, the gradient of x; x0's share goes to dx0 in fp32.
+static void token_cat_backward(Model *m, floatX *dx, const floatX *x) {
+    const Dims &d = m->d;
+    const Param W = m->top.w_kv_cache_b;
+    rms_norm_backward<false><<<d.BT, row_threads(d.A), 0, stream>>>(m->dk0_sum, m->dk0, (const float *)nullptr, m->k0_sum, d.A);
+    linear_backward(m->dcache, m->dk0_sum, m->cache, columns_from(W, d.C), d.BT, d.A, d.R);
+    matmul(W.g, W.ld, columns(m->dk0_sum, d.A), rows(m->x0, d.C), d.A, d.C, d.BT, 1);
+    matmul(m->dx0, d.C, rows(m->dk0_sum, d.A), rows(W.w, W.ld), d.BT, d.C, d.A);
+    linear_backward(dx, m->dcache, x, m->top.w_kv_cache_a, d.BT, d.R, d.C, 1);
+}
+
+// ---- the GOLD attention, gold ----
+//
+//     x_q: m_q = tanh((x + dx * time_maa_x) @ time_maa_q_w1) @ time_maa_q_w2
+//         q   = LayerNorm_ln_q(query (x + dx * (time_maa_q + m_q)))
+//     xo  = rms_norm(x0);  dxo = shift(xo) - xo
+//         m   = tanh((xo + dxo * time_maa_v_cache) @ time_maa_kv_w1);  m_k = m[:, :32] @ time_maa_kv_w2[0];  m_v = m[:, 32:] @ ..[1]
+//     k   = K0 + (shift(K0) - K0) * (time_maa_k + m_k);   v = xo + dxo * (time_maa_v + m_v)
+//     k   = LayerNorm_ln_k(k + tanh(k @ time_key_w1) @ time_key_w2);   v = LayerNorm_ln_v(v + tanh(v @ time_value_w1) @ time_value_w2)
+//     out = output LayerNorm_ln_x(causal_attention(q, k, v))
+//
+// No key or value projection: k and v depend on K0 and the token ids alone.
+
+static int gold_rank(const Dims &d) { return d.C / 16 > 64 ? d.C / 16 : 64; }
+
+static void gold_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
+    const Dims &d = m->d;
+    Gold &a = layer->gold;
+    const int64_t E = (int64_t)d.BT * d.C;                                          // A = C in this layer
+    for (floatX **p : {&a.xx, &a.xq, &a.q0, &a.q, &a.xc, &a.k1, &a.k2, &a.k, &a.v1, &a.v2, &a.v, &a.y, &a.yn}) take(kept, p, E);
+    take(kept, &a.hq, (int64_t)d.BT * 32);
+    take(kept, &a.hkv, (int64_t)d.BT * 64);
+    for (floatX **p : {&a.hk, &a.hv}) take(kept, p, (int64_t)d.BT * gold_rank(d));
+    take(kept, &a.l, (int64_t)d.BT * d.H);
+    auto &t = a.tmp;
+    for (floatX **p : {&t.m, &t.dm}) take(scratch, p, 2 * E);
+    for (floatX **p : {&t.dq, &t.dk, &t.dv, &t.dy, &t.dyn, &t.dq0, &t.dk2, &t.dv2, &t.dxq, &t.dxx, &t.dxc}) take(scratch, p, E);
+    take(scratch, &t.dh, (int64_t)d.BT * gold_rank(d));
+    take(scratch, &t.delta, (int64_t)d.BT * d.H);
+}
+
+static void gold_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Gold &a = layer->gold;
+    const int64_t E = (int64_t)d.BT * d.C;
+    const int rank = gold_rank(d);
+    floatX *mixes = a.tmp.m, *low_rank = a.tmp.dm;                                  // scratch (2, BT, C)
+    mix_forward<1>({{p.time_maa_x.w}, nullptr, {a.xx}}, x, d.BT, d.T, d.C);
+    low_rank_forward(mixes, a.hq, a.xx, p.time_maa_q_w1, p.time_maa_q_w2, d.BT, d.C, 32, d.C);
+    mix_forward<1>({{p.time_maa_q.w}, mixes, {a.xq}}, x, d.BT, d.T, d.C);
+    linear_forward(a.q0, a.xq, p.query, d.BT, d.A, d.C);
+    layernorm_forward(a.q, nullptr, a.q0, nullptr, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
+
+    mix_forward<1>({{p.time_maa_v_cache.w}, nullptr, {a.xc}}, m->xo, d.BT, d.T, d.C);
+    low_rank_forward(mixes, a.hkv, a.xc, p.time_maa_kv_w1, p.time_maa_kv_w2, d.BT, d.C, 32, d.C, 2);
+    mix_forward<1>({{p.time_maa_k.w}, mixes, {a.k1}}, m->k0, d.BT, d.T, d.C);
+    mix_forward<1>({{p.time_maa_v.w}, mixes + E, {a.v1}}, m->xo, d.BT, d.T, d.C);
+    low_rank_forward(low_rank, a.hk, a.k1, p.time_key_w1, p.time_key_w2, d.BT, d.C, rank, d.C);
+    layernorm_forward(a.k, a.k2, a.k1, nullptr, low_rank, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
+    low_rank_forward(low_rank, a.hv, a.v1, p.time_value_w1, p.time_value_w2, d.BT, d.C, rank, d.C);
+    layernorm_forward(a.v, a.v2, a.v1, nullptr, low_rank, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
+
+    attention_forward(a.y, a.l, a.q, a.k, a.v, d.B, d.T, d.H);
+    layernorm_forward(a.yn, nullptr, a.y, nullptr, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
+    linear_forward(out, a.yn, p.output, d.BT, d.C, d.A);
+}
+
+static void gold_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Gold &a = layer->gold;
+    auto &t = a.tmp;
+    const int64_t E = (int64_t)d.BT * d.C;
+    const int rank = gold_rank(d);
+    linear_backward(t.dyn, dout, a.yn, p.output, d.BT, d.C, d.A);
+    layernorm_backward<false>(t.dy, m->partial, t.dyn, a.y, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
+    attention_backward(t.dq, t.dk, t.dv, t.delta, t.dy, a.y, a.l, a.q, a.k, a.v, d.B, d.T, d.H);
+
+    layernorm_backward<false>(t.dk2, m->partial, t.dk, a.k2, nullptr, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
+    layernorm_backward<false>(t.dv2, m->partial, t.dv, a.v2, nullptr, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
+    low_rank_backward(t.dk2, t.dh, t.dk2, a.hk, a.k1, p.time_key_w1, p.time_key_w2, d.BT, d.C, rank, d.C, 1, 1);
+    low_rank_backward(t.dv2, t.dh, t.dv2, a.hv, a.v1, p.time_value_w1, p.time_value_w2, d.BT, d.C, rank, d.C, 1, 1);
+    matmul(t.m, d.C, rows(a.hkv, 64, 32), rows(p.time_maa_kv_w2.w, d.C, 32 * d.C), d.BT, d.C, 32, 0, 2, E);
+    mix_backward<1, float, true>({{p.time_maa_k.w}, t.m, {t.dk2}}, m->dk0, t.dm, {{p.time_maa_k.g}}, m->partial, m->k0, d.BT, d.T, d.C);
+    mix_backward<1, float, true>({{p.time_maa_v.w}, t.m + E, {t.dv2}}, m->dxo, t.dm + E, {{p.time_maa_v.g}}, m->partial, m->xo, d.BT, d.T, d.C);
+    low_rank_backward(t.dxc, t.dh, t.dm, a.hkv, a.xc, p.time_maa_kv_w1, p.time_maa_kv_w2, d.BT, d.C, 32, d.C, 2);
+    mix_backward<1, float, true>({{p.time_maa_v_cache.w}, nullptr, {t.dxc}}, m->dxo, nullptr, {{p.time_maa_v_cache.g}}, m->partial, m->xo,
+                                 d.BT, d.T, d.C);
+
+    layernorm_backward<false>(t.dq0, m->partial, t.dq, a.q0, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
+    linear_backward(t.dxq, t.dq0, a.xq, p.query, d.BT, d.A, d.C);
+    matmul(t.m, d.C, rows(a.hq, 32), rows(p.time_maa_q_w2.w, d.C), d.BT, d.C, 32);
+    mix_backward<1, floatX, false>({{p.time_maa_q.w}, t.m, {t.dxq}}, dx, t.dm, {{p.time_maa_q.g}}, m->partial, x, d.BT, d.T, d.C);
+    low_rank_backward(t.dxx, t.dh, t.dm, a.hq, a.xx, p.time_maa_q_w1, p.time_maa_q_w2, d.BT, d.C, 32, d.C);
+    mix_backward<1, floatX, true>({{p.time_maa_x.w}, nullptr, {t.dxx}}, dx, nullptr, {{p.time_maa_x.g}}, m->partial, x, d.BT, d.T, d.C);
+}
+
+// ---- channel mix, x060 ----
+//
+//     k = relu(key (x + dx * time_maa_k))^2;   out = sigmoid(receptance (x + dx * time_maa_r)) * (value k)
+
+static void cmix_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
+    const Dims &d = m->d;
+    Cmix &a = layer->ffn;
+    const int64_t E = (int64_t)d.BT * d.C;
+    for (floatX **p : {&a.xk, &a.xr, &a.v, &a.r}) take(kept, p, E);
+    take(kept, &a.k, (int64_t)d.BT * d.F);
+    for (floatX **p : {&a.tmp.dxk, &a.tmp.dxr, &a.tmp.dv, &a.tmp.dr}) take(scratch, p, E);
+    take(scratch, &a.tmp.dk, (int64_t)d.BT * d.F);
+}
+
+static void cmix_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Cmix &a = layer->ffn;
+    const int64_t E = (int64_t)d.BT * d.C, EF = (int64_t)d.BT * d.F;
+    mix_forward<2>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, nullptr, {a.xk, a.xr}}, x, d.BT, d.T, d.C);
+    linear_forward(a.k, a.xk, p.ffn_key, d.BT, d.F, d.C);
+    relu_squared_forward<<<pack_blocks(EF), 256, 0, stream>>>(a.k, EF);
+    linear_forward(a.v, a.k, p.ffn_value, d.BT, d.C, d.F);
+    linear_forward(a.r, a.xr, p.ffn_receptance, d.BT, d.C, d.C);
+    gate_forward<<<pack_blocks(E), 256, 0, stream>>>(out, a.r, a.v, E);
+}
+
+static void cmix_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Cmix &a = layer->ffn;
+    auto &t = a.tmp;
+    const int64_t E = (int64_t)d.BT * d.C, EF = (int64_t)d.BT * d.F;
+    gate_backward<<<pack_blocks(E), 256, 0, stream>>>(t.dr, t.dv, dout, a.r, a.v, E);
+    linear_backward(t.dxr, t.dr, a.xr, p.ffn_receptance, d.BT, d.C, d.C);
+    linear_backward(t.dk, t.dv, a.k, p.ffn_value, d.BT, d.C, d.F);
+    relu_squared_backward<<<pack_blocks(EF), 256, 0, stream>>>(t.dk, a.k, EF);
+    linear_backward(t.dxk, t.dk, a.xk, p.ffn_key, d.BT, d.F, d.C);
+    mix_backward<2, floatX, false>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, nullptr, {t.dxk, t.dxr}}, dx, nullptr,
+                                   {{p.ffn_time_maa_k.g, p.ffn_time_maa_r.g}}, m->partial, x, d.BT, d.T, d.C);
+}
+
+// The mixers, under the names that settings use. `mixes`: inputs mixed by time_maa_w1.
+typedef struct Mixer {
+    const char *name;
+    int tensors, mixes;
+    bool needs_cache;                       // K0, so layers before it
+    void (*plan)(Model *, Layer *, Arena *kept, Arena *scratch);
+    void (*forward)(Model *, Layer *, floatX *out, const floatX *x);
+    void (*backward)(Model *, Layer *, floatX *dx, const floatX *dout, const floatX *x);
+} Mixer;
+
+static const Mixer TIME_MIXERS[] = {
+    {"x060c2", FINCH_C2, 5, false, finch_c2_plan, finch_c2_forward, finch_c2_backward},
+    {"gold", GOLD, 0, true, gold_plan, gold_forward, gold_backward},
+};
+static const Mixer CHANNEL_MIXERS[] = {
+    {"x060", CMIX, 0, false, cmix_plan, cmix_forward, cmix_backward},
+};
+
+template <size_t n> static const Mixer *find_mixer(const Mixer (&table)[n], const char *name) {     // NULL if there is none
+    for (const Mixer &mixer : table)
+        if (strcmp(mixer.name, name) == 0) return &mixer;
+    return nullptr;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 6. Model: sizes, memory, initial weights; forward, backward, update
+
+// ---- plan: the table of tensors and the size of every block; nothing is allocated on the device ----
+
+static void add_tensor(Model *m, int layer, Param *field, const char *name, int64_t s0, int64_t s1, int64_t s2, Init init, int group) {
+    Tensor *t = &m->tensors[m->n_tensors];
+    if (layer < 0) snprintf(t->name, sizeof t->name, "%s", name);
+    else snprintf(t->name, sizeof t->name, "blocks.%d.%s", layer, name);
+    t->layer = layer;
+    t->ndim = s1 == 0 ? 1 : s2 == 1 ? 2 : 3;
+    t->shape[0] = s0, t->shape[1] = s1, t->shape[2] = s2;
+    t->size = s0;
+    for (int i = 1; i < t->ndim; i++) t->size *= t->shape[i];
+    t->init = init;
+    const bool vector = t->ndim == 1 || (t->ndim == 2 && (s0 == 1 || s1 == 1));
+    t->decay = group == MATRIX && !vector;
+    t->lr_scale = m->s.layerwise_lr ? GROUP_LR[group][m->s.train_stage == 2] : 1;
+    t->offset = m->n_block;
+    field->ld = t->shape[t->ndim - 1];
+    m->fields[m->n_tensors++] = field;
+    m->n_parameters += t->size;
+    m->n_block += t->size;
+#ifdef CUDA_ON_CPU
+    m->n_block += cuda_on_cpu::guard_bytes / sizeof(float);
+#endif
+}
+
+static void add_tensors(Model *m, int layer, Params *params, int where, int mixes) {
+    const int64_t V = m->d.V, C = m->d.C, A = m->d.A, F = m->d.F, R = m->d.R, H = m->d.H, rank = gold_rank(m->d);
+#define ROW(field, name, s0, s1, s2, init, group, places) \
+    if ((places) & where) add_tensor(m, layer, &params->field, name, s0, s1, s2, init, group);
+    TENSORS(ROW)
+#undef ROW
+}
+
+static bool has_cache(const Model *m) { return m->layers[m->d.L - 1].tmix->needs_cache; }
+
+// Hands out the activation block; without a base it only measures it. The pieces at the front stay for the whole pass,
+// then what each layer keeps (with grad_cp 1 only its input: the rest is one layer's, made again), then scratch.
+static void model_layout(Model *m, char *base) {
+    const Dims &d = m->d;
+    const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
+    Arena arena = {base, 0};
+    take(&arena, &m->x0, E);
+    for (floatX **p : {&m->x_out, &m->xf, &m->branch, &m->dx, &m->dln1, &m->dln2}) take(&arena, p, E);
+    if (has_cache(m)) {
+        take(&arena, &m->xo, E);
+        for (floatX **p : {&m->cache, &m->dcache}) take(&arena, p, (int64_t)d.BT * d.R);
+        for (floatX **p : {&m->k0_sum, &m->k0, &m->dk0_sum}) take(&arena, p, EA);
+        for (float **p : {&m->dxo, &m->dx0}) take(&arena, p, E);
+        take(&arena, &m->dk0, EA);
+    }
+    m->slice = (int)ceil_div(d.BT, ceil_div((int64_t)d.BT * d.V, 1 << 28));         // rows of logits at a time: half a GiB in bf16
+    take(&arena, &m->logits, (int64_t)m->slice * d.V);
+    take(&arena, &m->losses, d.BT);
+    take(&arena, &m->right, d.BT);
+    take(&arena, &m->partial, (int64_t)row_blocks(d.BT) * 5 * (d.C > d.A ? d.C : d.A));
+    for (int l = 0; l < d.L; l++) {
+        m->layers[l].x = m->x0;                                                     // block 0 reads the embedding itself
+        if (l > 0) take(&arena, &m->layers[l].x, E);
+    }
+    const int64_t layers_begin = arena.used;
+    int64_t layers_end = arena.used;
+    for (int pass = 0; pass < 2; pass++) {                                          // scratch comes after the last layer's
+        for (int l = 0; l < d.L; l++) {
+            Layer *layer = &m->layers[l];
+            if (l == 0 || m->s.grad_cp) arena.used = layers_begin;
+            Arena scratch = {pass ? base : nullptr, layers_end};
+            for (floatX **p : {&layer->x_mid, &layer->ln1, &layer->ln2}) take(&arena, p, E);
+            layer->tmix->plan(m, layer, &arena, &scratch);
+            if (pass && scratch.used > m->activation_bytes) m->activation_bytes = scratch.used;
+            scratch.used = layers_end;
+            layer->cmix->plan(m, layer, &arena, &scratch);
+            if (pass && scratch.used > m->activation_bytes) m->activation_bytes = scratch.used;
+            if (!pass && arena.used > layers_end) layers_end = arena.used;
+        }
+    }
+}
+
+static void set_batch(Model *m, int B, int T) {                                     // sizes of the micro-batch at hand
+    if (B > m->B || T > m->T) die(2, "a batch of %d x %d tokens, expected at most %d x %d", B, T, m->B, m->T);
+    m->d.B = B, m->d.T = T, m->d.BT = B * T;
+}
+
+static void model_plan(Model *m, const Settings *s, int B, int T) {
+    memset(m, 0, sizeof *m);
+    m->s = *s;
+    m->B = B, m->T = T;
+    Dims &d = m->d;
+    d.L = (int)s->n_layer, d.C = (int)s->n_embd, d.A = (int)s->dim_att, d.F = (int)s->dim_ffn, d.V = (int)s->vocab_size;
+    d.H = d.A / N, d.R = (int)(d.C / s->kv_cache_compression_ratio);
+    d.G0 = s->tmix2[0] || s->cmix2[0] ? (int)(d.L * (s->inv_other_layer_ratio - 1) / s->inv_other_layer_ratio) : d.L;
+    if ((int64_t)B * T > INT_MAX / 8) die(2, "micro_bsz x ctx_len is %lld tokens, expected at most %d", (long long)B * T, INT_MAX / 8);
+    set_batch(m, B, T);
+    m->layers = (Layer *)calloc(d.L, sizeof(Layer));
+    for (int l = 0; l < d.L; l++) {
+        const char *tmix = l >= d.G0 && s->tmix2[0] ? s->tmix2 : s->tmix, *cmix = l >= d.G0 && s->cmix2[0] ? s->cmix2 : s->cmix;
+        Layer *layer = &m->layers[l];
+        layer->l = l;
+        layer->tmix = find_mixer(TIME_MIXERS, tmix);
+        layer->cmix = find_mixer(CHANNEL_MIXERS, cmix);
+        if (!layer->tmix) die(2, "unknown time mixer '%s', expected x060c2 or gold", tmix);
+        if (!layer->cmix) die(2, "unknown channel mixer '%s', expected x060", cmix);
+        if (layer->tmix->needs_cache && d.A != d.C)
+            die(2, "dim_att is %d: with gold layers it must be n_embd, %d", d.A, d.C);
+        if (layer->tmix->needs_cache && (l == 0 || d.G0 == 0))
+            die(2, "layer %d would be '%s', which needs a layer before it: n_layer %d is too small for inv_other_layer_ratio %g",
+                l, tmix, d.L, s->inv_other_layer_ratio);
+        if (layer->tmix->needs_cache && d.R < 1)
+            die(2, "kv_cache_compression_ratio is %g, expected at most n_embd, %d", s->kv_cache_compression_ratio, d.C);
+    }
+    if (d.C > MAX_C || d.A > MAX_C) die(2, "n_embd and dim_att are %d and %d, expected at most %d", d.C, d.A, MAX_C);
+    if (d.V >= 1 << 24) die(2, "vocab_size is %d, expected less than %d", d.V, 1 << 24);
+    const int most = 64 * (d.L + 1);                                                // tensors: fewer than 64 a layer
+    m->tensors = (Tensor *)calloc(most, sizeof(Tensor));
+    m->fields = (Param **)calloc(most, sizeof(Param *));
+    add_tensors(m, -1, &m->top, TOP | (has_cache(m) ? KV : 0), 0);
+    for (int l = 0; l < d.L; l++) {
+        Layer *layer = &m->layers[l];
+        add_tensors(m, l, &layer->p, BLOCK | (l == 0 ? FIRST : 0) | layer->tmix->tensors | layer->cmix->tensors, layer->tmix->mixes);
+    }
+    model_layout(m, nullptr);
+}
+
+static void model_free_plan(Model *m) {
+    free(m->layers);
+    free(m->tensors);
+    free(m->fields);
+}
+
+// Bytes of the four blocks: weights; gradients; masters and moments; activations.
+static void model_bytes(const Model *m, int64_t bytes[4]) {
+    bytes[0] = m->n_block * (int64_t)sizeof(floatX);
+    bytes[1] = m->n_block * 4;
+    bytes[2] = m->n_block * (PRECISION_BF16 ? 12 : 8);                              // FP32: the weights are their own masters
+    bytes[3] = m->activation_bytes;
+}
+
+static int64_t model_total_bytes(const Model *m) {
+    int64_t bytes[4];
+    model_bytes(m, bytes);
+    return bytes[0] + bytes[1] + bytes[2] + bytes[3] + (int64_t)CUBLAS_WORKSPACE + (64 << 20);     // and what is small
+}
+
+void model_print_memory(const Model *m) {
+    int64_t bytes[4];
+    model_bytes(m, bytes);
+    printf("%-28s %lld\n", "parameters", (long long)m->n_parameters);
+    const char *names[4] = {"weights", "gradients", "masters and moments", "activations"};
+    if (!PRECISION_BF16) names[2] = "moments";
+    for (int i = 0; i < 4; i++) printf("%-28s %.1f MiB\n", names[i], bytes[i] / 1048576.0);
+}
+
+// ---- memory ----
+
+static void device_alloc(void **p, int64_t bytes) {
+    CUDA_CHECK(cudaMalloc(p, bytes));
+    CUDA_CHECK(cudaMemset(*p, 0, bytes));
+}
+
+static void model_too_large(const Model *m, int64_t available) {                    // says what would fit
+    const int64_t missing = model_total_bytes(m) - available;
+    char advice[200] = "not even micro_bsz 1 with grad_cp 1 would fit";
+    for (int cp = (int)m->s.grad_cp; cp < 2; cp++) {
+        Settings s = m->s;
+        s.grad_cp = cp;
+        int fits = 0;
+        for (int B = m->B; B >= 1 && !fits; B = B > 1 ? B / 2 : 0) {
+            Model smaller;
+            model_plan(&smaller, &s, B, m->T);
+            if (model_total_bytes(&smaller) <= available) fits = B;
+            model_free_plan(&smaller);
+        }
+        if (!fits) continue;
+        snprintf(advice, sizeof advice, "micro_bsz %d%s would fit", fits, cp > m->s.grad_cp ? " with grad_cp 1" : "");
+        if (fits == m->B) break;
+    }
+    die(2, "%s has %.2f GiB free, %.2f GiB less than needed: %s", machine_name(), available / 1073741824.0, missing / 1073741824.0, advice);
+}
+
+static void model_allocate(Model *m) {
+    machine_start();
+    size_t available, total;
+    CUDA_CHECK(cudaMemGetInfo(&available, &total));
+    if (model_total_bytes(m) > (int64_t)available) model_too_large(m, (int64_t)available);
+    device_alloc((void **)&m->master, m->n_block * 4);
+    m->params = (floatX *)m->master;
+    if (PRECISION_BF16) device_alloc((void **)&m->params, m->n_block * sizeof(floatX));
+    device_alloc((void **)&m->grads, m->n_block * 4);
+    device_alloc((void **)&m->m, m->n_block * 4);
+    device_alloc((void **)&m->v, m->n_block * 4);
+    device_alloc((void **)&m->activations, m->activation_bytes);
+    for (int i = 0; i < m->n_tensors; i++) {
+        m->fields[i]->w = m->params + m->tensors[i].offset;
+        m->fields[i]->g = m->grads + m->tensors[i].offset;
+        m->n_pieces += (int)ceil_div(m->tensors[i].size, PIECE);
+    }
+    model_layout(m, m->activations);
+
+    Piece *pieces = (Piece *)malloc(m->n_pieces * sizeof(Piece)), *piece = pieces;
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor *t = &m->tensors[i];
+        for (int64_t at = 0; at < t->size; at += PIECE)
+            *piece++ = {t->offset + at, (int)(t->size - at < PIECE ? t->size - at : PIECE), (float)t->lr_scale, (float)t->decay};
+#ifdef CUDA_ON_CPU
+        for (float *block : {m->master, m->grads, m->m, m->v}) cuda_on_cpu::guard_gap(block + t->offset + t->size, cuda_on_cpu::guard_bytes);
+        if (PRECISION_BF16) cuda_on_cpu::guard_gap(m->params + t->offset + t->size, cuda_on_cpu::guard_bytes / 2);
+#endif
+    }
+    device_alloc((void **)&m->pieces, m->n_pieces * sizeof(Piece));
+    CUDA_CHECK(cudaMemcpy(m->pieces, pieces, m->n_pieces * sizeof(Piece), cudaMemcpyHostToDevice));
+    free(pieces);
+    const int64_t staged = ((int64_t)m->B * m->T * 5 + 1) * sizeof(int);            // inputs, targets, ids, starts + 1, order
+    device_alloc((void **)&m->tokens, staged);
+    device_alloc((void **)&m->squares, m->n_pieces * sizeof(double));
+    device_alloc((void **)&m->totals, 2 * sizeof(double));
+    device_alloc((void **)&m->state, sizeof(UpdateState));
+    for (int i = 0; i < 4; i++) {
+        CUDA_CHECK(cudaMallocHost((void **)&m->staged[i], staged));
+        CUDA_CHECK(cudaEventCreate(&m->staged_done[i]));
+    }
+    CUDA_CHECK(cudaMallocHost((void **)&m->results, 2 * sizeof(UpdateState)));
+    for (int i = 0; i < 2; i++) CUDA_CHECK(cudaEventCreate(&m->result_done[i]));
+}
+
+// ---- initial weights (spec section 7) ----
+
+// Random numbers from a hash of (key, i), so that they depend neither on the order of work nor on the number of threads.
+__host__ __device__ static inline double hash_uniform(uint64_t key, uint64_t i) {  // in (0, 1): splitmix64
+    uint64_t z = key + (i + 1) * 0x9E3779B97F4A7C15ull;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    z = z ^ (z >> 31);
+    return ((double)(z >> 12) + 0.5) / 4503599627370496.0;                          // 52 bits
+}
+
+__global__ void fill_normal(float *x, int64_t n, uint64_t key) {                    // Box-Muller
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    const float radius = sqrtf(-2 * logf((float)hash_uniform(key, 2 * i)));
+    x[i] = radius * cosf(6.2831853071795865f * (float)hash_uniform(key, 2 * i + 1));
+}
+
+static const int PANEL = 16;
+
+// Makes the `count` <= 16 rows of a panel (length n) orthonormal by Gram-Schmidt, each row twice. One block.
+__global__ void orthonormalize_panel(float *panel, int count, int64_t n) {
+    __shared__ float2 shared[32];
+    for (int row = 0; row < count; row++) {
+        float *x = panel + row * n;
+        for (int pass = 0; pass < 2; pass++) {
+            float dots[PANEL] = {};
+            for (int64_t i = threadIdx.x; i < n; i += blockDim.x)
+                for (int j = 0; j < PANEL; j++)
+                    if (j < row) dots[j] += x[i] * panel[j * n + i];
+            for (int j = 0; j < PANEL; j++)
+                if (j < row) dots[j] = block_sum(dots[j], shared);
+            for (int64_t i = threadIdx.x; i < n; i += blockDim.x)
+                for (int j = 0; j < PANEL; j++)
+                    if (j < row) x[i] -= dots[j] * panel[j * n + i];
+        }
+        float squares = 0;
+        for (int64_t i = threadIdx.x; i < n; i += blockDim.x) squares += x[i] * x[i];
+        const float scale = rsqrtf(block_sum(squares, shared));
+        for (int64_t i = threadIdx.x; i < n; i += blockDim.x) x[i] *= scale;
+    }
+}
+
+// count random orthonormal rows of n >= count numbers into work (count, n) on the device; 16 count more numbers follow it.
+static void orthonormal_rows(float *work, int count, int n, uint64_t key) {
+    const int threads = n < 32 * 32 ? 32 : n < 32 * 1024 ? (int)ceil_div(n, 1024) * 32 : 1024;
+    float *dots = work + (int64_t)count * n;
+    fill_normal<<<(int)ceil_div((int64_t)count * n, 256), 256, 0, stream>>>(work, (int64_t)count * n, key);
+    for (int done = 0; done < count; done += PANEL) {
+        const int here = count - done < PANEL ? count - done : PANEL;
+        float *panel = work + (int64_t)done * n;
+        for (int pass = 0; pass < 2 && done > 0; pass++) {                          // panel -= (panel doneᵀ) done, twice
+            matmul(dots, done, rows(panel, n), columns(work, n), here, done, n);
+            matmul(panel, n, rows(dots, done), rows(work, n), here, n, done, 1, 1, 0, -1);
+        }
+        orthonormalize_panel<<<1, threads, 0, stream>>>(panel, here, n);
+    }
+}
+
+static uint64_t tensor_key(const char *name, uint64_t seed) {                       // FNV-1a of the name, and the seed
+    uint64_t hash = 0xcbf29ce484222325ull;
+    for (; *name; name++) hash = (hash ^ (unsigned char)*name) * 0x100000001b3ull;
+    return hash ^ (seed * 0xD6E8FEB86659FD93ull);
+}
+
+static void tensor_init(const Model *m, const Tensor *t, float *x, uint64_t key) {  // x: host, t->size
+    const double L = m->d.L, l = t->layer, C = m->d.C, p = m->d.L > 1 ? l / (L - 1) : 0, q = 1 - l / L;
+    const int64_t n = t->size, out = t->shape[0], in = t->shape[1];
+    switch (t->init.kind) {
+    case CONSTANT:
+        for (int64_t i = 0; i < n; i++) x[i] = (float)t->init.a;
+        return;
+    case CURVE:
+        for (int64_t i = 0; i < n; i++) x[i] = (float)(1 - (pow(i / C, t->init.a * q) + t->init.b * p));
+        return;
+    case UNIFORM:
+#pragma omp parallel for
+        for (int64_t i = 0; i < n; i++) x[i] = (float)(t->init.a * (2 * hash_uniform(key, i) - 1));
+        return;
+    case TIME_DECAY:
+        for (int64_t i = 0; i < n; i++) x[i] = (float)(-6 + 5 * pow((double)i / (n - 1), 0.7 + 1.3 * p));
+        return;
+    case TIME_FAAAA:
+        for (int64_t i = 0; i < n; i++) x[i] = (float)(p * (1 - (double)i / (n - 1)) + 0.1 * ((i + 1) % 3 - 1));
+        return;
+    case LN_X_GAIN:
+        for (int64_t i = 0; i < n; i++) x[i] = (float)pow((1 + l) / L, 0.7);
+        return;
+    case ORTHOGONAL:
+    case HEAD_ORTHOGONAL: {                                                         // orthonormal along the shorter side
+        const double gain = t->init.kind == ORTHOGONAL ? t->init.a : out > in ? 0.5 * sqrt((double)out / in) : 0.5;
+        const int64_t count = out < in ? out : in, length = out < in ? in : out;
+        float *q = (float *)malloc(n * sizeof(float));
+        orthonormal_rows(m->grads, (int)count, (int)length, key);                   // gradients are free at this time
+        CUDA_CHECK(cudaStreamSynchronize(stream));
+        CUDA_CHECK(cudaMemcpy(q, m->grads, n * sizeof(float), cudaMemcpyDeviceToHost));
+#pragma omp parallel for
+        for (int64_t o = 0; o < out; o++)
+            for (int64_t i = 0; i < in; i++) x[o * in + i] = (float)(gain * (out < in ? q[o * length + i] : q[i * length + o]));
+        free(q);
+        return;
+    }
+    }
+}
+
+static void model_params_changed(Model *m) {                                        // masters were written: round them again
+    if (!PRECISION_BF16) return;
+    round_params<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->pieces);
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+}
+
+static void model_init_weights(Model *m, uint64_t seed) {
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor *t = &m->tensors[i];
+        float *x = (float *)malloc(t->size * sizeof(float));
+        tensor_init(m, t, x, tensor_key(t->name, seed));
+        CUDA_CHECK(cudaMemcpy(m->master + t->offset, x, t->size * sizeof(float), cudaMemcpyHostToDevice));
+        CUDA_CHECK(cudaMemset(m->m + t->offset, 0, t->size * sizeof(float)));
+        CUDA_CHECK(cudaMemset(m->v + t->offset, 0, t->size * sizeof(float)));
+        free(x);
+    }
+    model_params_changed(m);
+}
+
+// ---- forward ----
+
+// From the layer's input x: ln1, time mixer, ln2, channel mixer. Leaves x_mid, and in m->branch what is still to be added.
+static void layer_forward(Model *m, Layer *layer) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    const int64_t E = (int64_t)d.BT * d.C;
+    layer->tmix->forward(m, layer, m->branch, layer->ln1);
+    if (m->s.parallel) {                                                            // both mixers see the same x
+        add_forward<<<pack_blocks(E), 256, 0, stream>>>(layer->x_mid, layer->x, m->branch, E);
+        layernorm_forward(layer->ln2, nullptr, layer->x, nullptr, nullptr, p.ln2_weight, p.ln2_bias, d.BT, d.C);
+    } else {
+        layernorm_forward(layer->ln2, layer->x_mid, layer->x, nullptr, m->branch, p.ln2_weight, p.ln2_bias, d.BT, d.C);
+    }
+    layer->cmix->forward(m, layer, m->branch, layer->ln2);
+}
+
+// Stack of spec section 1 for the staged tokens, up to xf = LayerNorm_ln_out(x). Every residual sum is made by the norm
+// that reads it first.
+static void model_forward(Model *m) {
+    const Dims &d = m->d;
+    const Params &top = m->top;
+    Layer *layers = m->layers;
+    layernorm_forward(m->x0, nullptr, top.emb.w, m->tokens, nullptr, layers[0].p.ln0_weight, layers[0].p.ln0_bias, d.BT, d.C);
+    if (has_cache(m)) rms_norm_forward<<<d.BT, row_threads(d.C), 0, stream>>>(m->xo, m->x0, d.C);
+    for (int l = 0; l < d.L; l++) {
+        Layer *layer = &layers[l];
+        const Params &p = layer->p;
+        if (l == 0) layernorm_forward(layer->ln1, nullptr, m->x0, nullptr, nullptr, p.ln1_weight, p.ln1_bias, d.BT, d.C);
+        else layernorm_forward(layer->ln1, layer->x, layers[l - 1].x_mid, nullptr, m->branch, p.ln1_weight, p.ln1_bias, d.BT, d.C);
+        if (l == d.G0 && has_cache(m)) token_cat_forward(m, layer->x);
+        layer_forward(m, layer);
+    }
+    layernorm_forward(m->xf, m->x_out, layers[d.L - 1].x_mid, nullptr, m->branch, top.ln_out_weight, top.ln_out_bias, d.BT, d.C);
+}
+
+// Logits, loss and, with scale > 0, their gradients, in slices of rows: dxf goes to m->dln1, the head's gradient is added.
+static void model_classifier(Model *m, float scale) {
+    const Dims &d = m->d;
+    const Param head = m->top.head;
+    for (int64_t row = 0; row < d.BT; row += m->slice) {
+        const int here = (int)(d.BT - row < m->slice ? d.BT - row : m->slice);
+        const int *targets = m->tokens + d.BT + row;
+        linear_forward(m->logits, m->xf + row * d.C, head, here, d.V, d.C);
+        classifier_kernel<<<here, d.V < 4096 ? 64 : 512, 0, stream>>>(m->logits, m->losses + row, m->right + row, targets, scale, d.V);
+        if (scale > 0) linear_backward(m->dln1 + row * d.C, m->logits, m->xf + row * d.C, head, here, d.V, d.C);
+    }
+    sum_losses<<<1, 256, 0, stream>>>(m->totals, m->losses, m->right, d.BT);
+}
+
+// ---- backward ----
+
+static void layer_backward(Model *m, Layer *layer) {                                // m->dx: of the layer's output, then of its input
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    if (m->s.grad_cp) {
+        layernorm_forward(layer->ln1, nullptr, layer->x, nullptr, nullptr, p.ln1_weight, p.ln1_bias, d.BT, d.C);
+        layer_forward(m, layer);
+    }
+    const floatX *ln2_input = m->s.parallel ? layer->x : layer->x_mid;
+    layer->cmix->backward(m, layer, m->dln2, m->dx, layer->ln2);
+    if (!m->s.parallel) layernorm_backward<true>(m->dx, m->partial, m->dln2, ln2_input, nullptr, p.ln2_weight, p.ln2_bias, d.BT, d.C);
+    layer->tmix->backward(m, layer, m->dln1, m->dx, layer->ln1);
+    if (m->s.parallel) layernorm_backward<true>(m->dx, m->partial, m->dln2, ln2_input, nullptr, p.ln2_weight, p.ln2_bias, d.BT, d.C);
+    layernorm_backward<true>(m->dx, m->partial, m->dln1, layer->x, nullptr, p.ln1_weight, p.ln1_bias, d.BT, d.C);
+}
+
+static void model_backward(Model *m) {                                              // after model_classifier with a scale
+    const Dims &d = m->d;
+    const Params &top = m->top, &first = m->layers[0].p;
+    const int64_t E = (int64_t)d.BT * d.C;
+    if (has_cache(m))
+        for (float *sum : {m->dxo, m->dk0}) CUDA_CHECK(cudaMemsetAsync(sum, 0, E * sizeof(float), stream));     // A = C here
+    layernorm_backward<false>(m->dx, m->partial, m->dln1, m->x_out, nullptr, top.ln_out_weight, top.ln_out_bias, d.BT, d.C);
+    for (int l = d.L - 1; l >= 0; l--) {
+        layer_backward(m, &m->layers[l]);
+        if (l == d.G0 && has_cache(m)) token_cat_backward(m, m->dx, m->layers[l].x);
+    }
+    if (has_cache(m))
+        rms_norm_backward<true><<<d.BT, row_threads(d.C), 0, stream>>>(m->dx, m->dxo, (const float *)m->dx0, m->x0, d.C);
+    layernorm_backward<false>(m->dln1, m->partial, m->dx, top.emb.w, m->tokens, first.ln0_weight, first.ln0_bias, d.BT, d.C);
+    const int *ids = m->tokens + 2 * d.BT, *starts = ids + m->distinct, *order = starts + m->distinct + 1;
+    embedding_backward<<<m->distinct, row_threads(d.C), 0, stream>>>(top.emb.g, m->dln1, ids, starts, order, d.C);
+}
+
+// ---- a step ----
+
+// Host tokens (B, T + 1) to the device: inputs, targets, and the positions sorted by input id for embedding_backward.
+static void stage_tokens(Model *m, const int *tokens, int B, int T) {
+    set_batch(m, B, T);
+    const int slot = (int)(m->micro_steps++ % 4), BT = m->d.BT, V = m->d.V;
+    CUDA_CHECK(cudaEventSynchronize(m->staged_done[slot]));                         // its copy of four micro-steps ago
+    int *inputs = m->staged[slot], *targets = inputs + BT, *ids = targets + BT;
+    for (int b = 0; b < B; b++) {
+        memcpy(inputs + (int64_t)b * T, tokens + (int64_t)b * (T + 1), T * sizeof(int));
+        memcpy(targets + (int64_t)b * T, tokens + (int64_t)b * (T + 1) + 1, T * sizeof(int));
+    }
+    int *count = (int *)calloc((size_t)V + 1, sizeof(int));                         // counting sort, stable
+    for (int i = 0; i < BT; i++) count[inputs[i] + 1]++;
+    m->distinct = 0;
+    for (int id = 0; id < V; id++)
+        if (count[id + 1]) ids[m->distinct++] = id;
+    for (int id = 0; id < V; id++) count[id + 1] += count[id];
+    int *starts = ids + m->distinct, *order = starts + m->distinct + 1;
+    for (int i = 0; i < m->distinct; i++) starts[i] = count[ids[i]];
+    starts[m->distinct] = BT;
+    for (int i = 0; i < BT; i++) order[count[inputs[i]]++] = i;
+    free(count);
+    const size_t bytes = (3 * (size_t)BT + 2 * m->distinct + 1) * sizeof(int);
+    CUDA_CHECK(cudaMemcpyAsync(m->tokens, inputs, bytes, cudaMemcpyHostToDevice, stream));
+    CUDA_CHECK(cudaEventRecord(m->staged_done[slot], stream));
+}
+
+static void model_step_begin(Model *m) {
+    for (int i = 0; i < m->n_tensors; i++)
+        CUDA_CHECK(cudaMemsetAsync(m->grads + m->tensors[i].offset, 0, m->tensors[i].size * sizeof(float), stream));
+    CUDA_CHECK(cudaMemsetAsync(m->totals, 0, 2 * sizeof(double), stream));
+    m->targets_in_step = 0;
+}
+
+static void model_micro_step(Model *m, const int *tokens, int B, int T, int accumulate) {
+    stage_tokens(m, tokens, B, T);
+    model_forward(m);
+    model_classifier(m, 1.f / ((float)B * T * accumulate));
+    model_backward(m);
+    m->targets_in_step += (int64_t)B * T;
+}
+
+static void model_update(Model *m, int64_t step, double lr, double weight_decay) {
+    const Settings &s = m->s;
+    squares_of_pieces<<<m->n_pieces, 256, 0, stream>>>(m->squares, m->grads, m->pieces);
+    const float per_target = (float)(1.0 / m->targets_in_step), limit = (float)s.gradient_clip_val;
+    norm_and_clip<<<1, 256, 0, stream>>>(m->state, m->squares, m->n_pieces, m->totals, per_target, limit);
+    const AdamW a = {(float)lr, (float)s.beta1, (float)s.beta2, (float)s.adam_eps, (float)weight_decay,
+                     (float)(1 - pow(s.beta1, step + 1.0)), (float)(1 - pow(s.beta2, step + 1.0))};
+    adamw_kernel<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->m, m->v, m->grads, m->pieces, m->state, a);
+    CUDA_CHECK(cudaMemcpyAsync(&m->results[step % 2], m->state, sizeof(UpdateState), cudaMemcpyDeviceToHost, stream));
+    CUDA_CHECK(cudaEventRecord(m->result_done[step % 2], stream));
+}
+
+typedef struct StepResult { float loss, norm; } StepResult;
+
+static StepResult model_result(Model *m, int64_t step) {
+    CUDA_CHECK(cudaEventSynchronize(m->result_done[step % 2]));
+    return {m->results[step % 2].loss, m->results[step % 2].norm};
+}
+
+static bool model_step_done(Model *m, int64_t step) { return cudaEventQuery(m->result_done[step % 2]) == cudaSuccess; }
+
+static void model_evaluate(Model *m, const int *tokens, int B, int T, double *loss_sum, int64_t *correct) {
+    double totals[2];
+    CUDA_CHECK(cudaMemsetAsync(m->totals, 0, sizeof totals, stream));
+    stage_tokens(m, tokens, B, T);
+    model_forward(m);
+    model_classifier(m, 0);
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaMemcpy(totals, m->totals, sizeof totals, cudaMemcpyDeviceToHost));
+    *loss_sum = totals[0];
+    *correct = (int64_t)totals[1];
+}
+
+// rows (n) of device floats in floatX to host floats
+static void copy_to_host(float *to, const floatX *from, int64_t n) {
+    floatX *raw = (floatX *)malloc(n * sizeof(floatX));
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaMemcpy(raw, from, n * sizeof(floatX), cudaMemcpyDeviceToHost));
+    for (int64_t i = 0; i < n; i++) to[i] = (float)raw[i];
+    free(raw);
+}
+
+static void model_logits_last(Model *m, const int *tokens, int n, float *logits) {  // tokens (n), logits (V)
+    int *padded = (int *)calloc(n + 1, sizeof(int));                                // the last target does not matter
+    memcpy(padded, tokens, n * sizeof(int));
+    stage_tokens(m, padded, 1, n);
+    free(padded);
+    model_forward(m);
+    linear_forward(m->logits, m->xf + (int64_t)(n - 1) * m->d.C, m->top.head, 1, m->d.V, m->d.C);
+    copy_to_host(logits, m->logits, m->d.V);
+}
+
+// Forward and backward flops per token: 6 for every weight in a product (the embedding is none), and the attention's.
+static double model_flops_per_token(const Model *m) {
+    double flops = 6.0 * (m->n_parameters - (double)m->d.V * m->d.C);
+    for (int l = 0; l < m->d.L; l++)
+        if (m->layers[l].tmix->needs_cache) flops += 6.0 * m->d.A * m->T;           // 2 products of A T / 2, three times
+    return flops;
+}
+
+// The activation called `name` in the golden tables, to host floats; false if there is none. After a pass with grad_cp 0.
+static bool model_activation(Model *m, const char *name, float *out) {
+    const Dims &d = m->d;
+    const int64_t E = (int64_t)d.BT * d.C;
+    char part[64];
+    int l;
+    if (strcmp(name, "k_cache") == 0 && has_cache(m)) {
+        copy_to_host(out, m->k0, (int64_t)d.BT * d.A);
+    } else if (strcmp(name, "logits") == 0) {
+        for (int64_t row = 0; row < d.BT; row += m->slice) {
+            const int here = (int)(d.BT - row < m->slice ? d.BT - row : m->slice);
+            linear_forward(m->logits, m->xf + row * d.C, m->top.head, here, d.V, d.C);
+            copy_to_host(out + row * d.V, m->logits, (int64_t)here * d.V);
+        }
+    } else if (sscanf(name, "blocks.%d.%63s", &l, part) == 2 && l >= 0 && l < d.L) {
+        const floatX *after = l + 1 < d.L ? m->layers[l + 1].x : m->x_out, *x_mid = m->layers[l].x_mid;
+        const bool att = strcmp(part, "att.out") == 0, ffn = strcmp(part, "ffn.out") == 0;
+        if (!att && !ffn && strcmp(part, "out") != 0) return false;
+        copy_to_host(out, att ? x_mid : after, E);
+        if (!att && !ffn) return true;
+        float *before = (float *)malloc(E * sizeof(float));                         // a mixer's output: what it added
+        copy_to_host(before, att ? m->layers[l].x : x_mid, E);
+        for (int64_t i = 0; i < E; i++) out[i] -= before[i];
+        free(before);
+    } else {
+        return false;
+    }
+    return true;
+}
+
+// Runs one micro-batch and names the first tensor, in the order of computation, that is not finite; NULL if all are.
+static const char *model_find_nonfinite(Model *m, const int *tokens, int B, int T) {
+    static char found[128];
+    const int64_t most = (int64_t)m->B * m->T * (m->d.V > m->d.C ? m->d.V : m->d.C);
+    float *values = (float *)malloc((most > m->n_parameters ? most : m->n_parameters) * sizeof(float));
+    auto bad = [&](int64_t n) {
+        for (int64_t i = 0; i < n; i++)
+            if (!isfinite(values[i])) return true;
+        return false;
+    };
+    auto gradient_bad = [&](int i) {
+        const Tensor *t = &m->tensors[i];
+        CUDA_CHECK(cudaMemcpy(values, m->grads + t->offset, t->size * sizeof(float), cudaMemcpyDeviceToHost));
+        snprintf(found, sizeof found, "gradient of %s", t->name);
+        return bad(t->size);
+    };
+    const int64_t grad_cp = m->s.grad_cp;
+    model_step_begin(m);
+    model_micro_step(m, tokens, B, T, 1);
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    bool yes = false;
+    for (int i = 0; i < m->n_tensors && !yes; i++) {                                // a weight itself?
+        snprintf(found, sizeof found, "%s", m->tensors[i].name);
+        CUDA_CHECK(cudaMemcpy(values, m->master + m->tensors[i].offset, m->tensors[i].size * sizeof(float), cudaMemcpyDeviceToHost));
+        yes = bad(m->tensors[i].size);
+    }
+    for (int l = 0; l < m->d.L && !yes; l++)
+        for (const char *part : {"att.out", "ffn.out", "out"}) {
+            if (yes || (grad_cp && strcmp(part, "out") != 0)) continue;             // grad_cp 1 keeps the layers' outputs only
+            snprintf(found, sizeof found, "blocks.%d.%s", l, part);
+            model_activation(m, found, values);
+            yes = bad((int64_t)m->d.BT * m->d.C);
+        }
+    if (!yes) {
+        model_activation(m, "logits", values);
+        snprintf(found, sizeof found, "logits");
+        yes = bad((int64_t)m->d.BT * m->d.V);
+    }
+    for (int layer = m->d.L; layer >= -1 && !yes; layer--)                          // gradients: head first, then from the last block down
+        for (int i = 0; i < m->n_tensors && !yes; i++) {
+            const bool head = strncmp(m->tensors[i].name, "head", 4) == 0 || strncmp(m->tensors[i].name, "ln_out", 6) == 0;
+            if (layer == m->d.L ? head : m->tensors[i].layer == layer) yes = gradient_bad(i);
+        }
+    free(values);
+    return yes ? found : nullptr;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 7. Data: a stream of tokens in a mapped file (binidx, or the bytes of a text), the sampler that draws sequences from
+//    it, the validation walk, and the embedded default: the project's own source text.
+
+typedef struct Dataset {
+    LONG_PATH name;                                             // of the file, for messages
+    const uint8_t *bytes;                                       // tokens back to back, little-endian
+    int64_t n_tokens, n_documents;
+    int code;                                                   // data type as in .idx; 0: text, an id is a byte + 1
+} Dataset;
+
+// Bytes of a token by .idx's data type code (1 u8, 2 i8, 3 i16, 4 i32, 5 i64, 8 u16); 0: can't hold tokens.
+const int dataset_token_size[9] = {1, 1, 1, 2, 4, 8, 0, 0, 2};
+
+// The whole file, read-only.
+const uint8_t *map_file(const char *path, int64_t *size) {
+    int fd = open(path, O_RDONLY);
+    struct stat status;
+    if (fd < 0 || fstat(fd, &status) != 0) { die(2, "%s: %s", path, strerror(errno)); }
+    if (!S_ISREG(status.st_mode)) { die(2, "%s: expected a file, found a folder or a device", path); }
+    *size = status.st_size;
+    if (*size == 0) { die(2, "%s: the file is empty", path); }
+    void *bytes = mmap(NULL, (size_t)*size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (bytes == MAP_FAILED) { die(1, "%s: %s", path, strerror(errno)); }
+    close(fd);
+    return (const uint8_t *)bytes;
+}
+
+uint64_t read_u64(const uint8_t *p) { uint64_t x; memcpy(&x, p, 8); return x; }
+
+// PREFIX.idx: "MMIDIDX\0\0", u64 version, u8 data type, u64 n, u64 n + 1, i32 sizes[n] in tokens, i64 offsets[n] in
+// bytes, i64 documents[n + 1]. All of it is checked against itself and against the size of PREFIX.bin.
+void dataset_open_binidx(Dataset *d, const char *prefix) {
+    LONG_PATH path;
+    int64_t size, bin_size;
+    snprintf(path, sizeof(path), "%s.idx", prefix);
+    const uint8_t *idx = map_file(path, &size);
+    expect(path, "size", -1, 34, INT64_MAX, size);
+    if (memcmp(idx, "MMIDIDX\0\0", 9) != 0) { die(2, "%s: magic: expected \"MMIDIDX\", found other bytes", path); }
+    expect(path, "version", -1, 1, 1, (int64_t)read_u64(idx + 9));
+    d->code = idx[17];
+    if (d->code < 1 || d->code > 8 || dataset_token_size[d->code] == 0) {
+        die(2, "%s: data type: expected 1, 2, 3, 4, 5 or 8 (whole numbers), found %d", path, d->code);
+    }
+    const int64_t n = (int64_t)read_u64(idx + 18), width = dataset_token_size[d->code];
+    expect(path, "sequences", -1, 0, size / 20, n);
+    expect(path, "document marks", -1, n + 1, n + 1, (int64_t)read_u64(idx + 26));
+    expect(path, "size", -1, 42 + 20 * n, 42 + 20 * n, size);
+    const uint8_t *sizes = idx + 34, *offsets = sizes + 4 * n, *marks = offsets + 8 * n;
+    int64_t tokens = 0, mark = 0;
+    for (int64_t i = 0; i < n; i++) {
+        int32_t length;
+        memcpy(&length, sizes + 4 * i, 4);
+        expect(path, "sizes", i, 0, INT32_MAX, length);
+        expect(path, "offsets", i, tokens * width, tokens * width, (int64_t)read_u64(offsets + 8 * i));
+        tokens += length;
+    }
+    for (int64_t i = 0; i <= n; i++) {
+        expect(path, "documents", i, mark, i ? n : 0, (int64_t)read_u64(marks + 8 * i));
+        mark = (int64_t)read_u64(marks + 8 * i);
+    }
+    munmap((void *)idx, (size_t)size);
+    snprintf(path, sizeof(path), "%s.bin", prefix);
+    d->bytes = map_file(path, &bin_size);
+    expect(path, "size", -1, tokens * width, tokens * width, bin_size);
+    snprintf(d->name, sizeof(d->name), "%s", path);
+    d->n_tokens = tokens;
+    d->n_documents = n;
+}
+
+// count tokens from position start. Ids are checked here, as they are used: reading 3 GB at the start would take long.
+void dataset_read(const Dataset *d, int64_t start, int64_t count, int64_t vocab_size, int *out) {
+    const int width = dataset_token_size[d->code];
+    for (int64_t i = 0; i < count; i++) {
+        const uint8_t *p = d->bytes + (start + i) * width;
+        int64_t id = 0;
+        if (d->code == 0) { id = p[0] + 1; }
+        else if (d->code == 1) { id = p[0]; }
+        else if (d->code == 2) { id = (int8_t)p[0]; }
+        else if (d->code == 8) { uint16_t x; memcpy(&x, p, 2); id = x; }
+        else if (d->code == 3) { int16_t x; memcpy(&x, p, 2); id = x; }
+        else if (d->code == 4) { int32_t x; memcpy(&x, p, 4); id = x; }
+        else { memcpy(&id, p, 8); }
+        expect(d->name, "token", start + i, 0, vocab_size - 1, id);
+        out[i] = (int)id;
+    }
+}
+
+// The largest prime P <= slots with P mod 3 = 2: i -> i^3 mod P then visits every slot once in P samples.
+int64_t magic_prime(int64_t n_tokens, int64_t ctx_len) {
+    for (int64_t p = (n_tokens - 1) / ctx_len; p >= 2; p--) {
+        bool prime = p % 3 == 2;
+        for (int64_t q = 2; prime && q * q <= p; q++) { prime = p % q != 0; }
+        if (prime) { return p; }
+    }
+    return 0;
+}
+
+// First token of sample i = 1, 2, .. of the whole run: ((floor(P (sqrt 5 - 1) / 2) i^3) mod P) ctx_len, in 128 bits.
+int64_t sample_start(int64_t prime, int64_t ctx_len, int64_t i) {
+    unsigned __int128 P = (unsigned __int128)prime, x = (unsigned __int128)i % P;
+    unsigned __int128 factor = (unsigned __int128)(int64_t)((double)prime * ((sqrt(5.0) - 1) / 2));
+    return (int64_t)(x * x % P * x % P * factor % P) * ctx_len;
+}
+
+// ---------------------------------------- the embedded default and other texts
+
+// The project's source text beside the executable, in a fixed order.
+uint8_t *demo_text(int64_t *size) {
+    const char *patterns[] = {
+        "{train_goldfinch.cu,infer_goldfinch.cu,test_goldfinch.c,prepro_minipile.py,Makefile,README.md}",
+        "dev/{,cpu/}{Makefile,*.md,*.cu,*.h,*.c,*.cpp,*.py,*.sh}"};
+    PATH folder;
+    ssize_t n = readlink("/proc/self/exe", folder, sizeof(folder) - 1);
+    folder[n > 0 ? n : 0] = '\0';
+    char *slash = strrchr(folder, '/');
+    if (slash) { *slash = '\0'; } else { strcpy(folder, "."); }
+    uint8_t *text = NULL;
+    *size = 0;
+    for (size_t i = 0; i < sizeof(patterns) / sizeof(patterns[0]); i++) {
+        char pattern[sizeof(PATH) + 64];
+        snprintf(pattern, sizeof(pattern), "%s/%s", folder, patterns[i]);
+        glob_t found;
+        if (glob(pattern, GLOB_BRACE, NULL, &found) != 0) { continue; }
+        for (size_t j = 0; j < found.gl_pathc; j++) {
+            int64_t length;
+            const uint8_t *bytes = map_file(found.gl_pathv[j], &length);
+            text = (uint8_t *)realloc(text, (size_t)(*size + length));
+            memcpy(text + *size, bytes, (size_t)length);
+            *size += length;
+            munmap((void *)bytes, (size_t)length);
+        }
+        globfree(&found);
+    }
+    if (!text) { die(2, "--train.data_file: expected one, as %s holds no source text of the project", folder); }
+    return text;
+}
+
+// Holds back a tenth of the text for validation: the middles of 10 equal stretches.
+void text_split(const Dataset *text, Dataset *train, Dataset *valid) {
+    const int64_t n = text->n_tokens, pieces = 10;
+    uint8_t *train_bytes = (uint8_t *)malloc((size_t)n + 1), *valid_bytes = (uint8_t *)malloc((size_t)n + 1);
+    *train = *valid = *text;
+    train->n_tokens = valid->n_tokens = 0;
+    for (int64_t i = 0; i < n; i++) {
+        int64_t in_stretch = i * pieces % n;                    // 0 .. n - 1 within each stretch
+        bool held_back = in_stretch >= n * 9 / 20 && in_stretch < n * 11 / 20;
+        if (held_back) { valid_bytes[valid->n_tokens++] = text->bytes[i]; }
+        else { train_bytes[train->n_tokens++] = text->bytes[i]; }
+    }
+    train->bytes = train_bytes;
+    valid->bytes = valid_bytes;
+}
+
+// What counting gets: nats per byte of text under the counts of up to two bytes of context in the training text, each
+// order mixed with the one below by Witten and Bell's rule: p_k = (count + kinds p_(k-1)) / (total + kinds), kinds the
+// number of different bytes seen after the context.
+double order2_loss(const Dataset *train, const Dataset *text) {
+    const size_t contexts[3] = {1, 256, 65536};
+    uint32_t *count[3], *total[3], *kinds[3];
+    for (int k = 0; k < 3; k++) {
+        count[k] = (uint32_t *)calloc(contexts[k] * 256, sizeof(uint32_t));
+        total[k] = (uint32_t *)calloc(contexts[k], sizeof(uint32_t));
+        kinds[k] = (uint32_t *)calloc(contexts[k], sizeof(uint32_t));
+    }
+    for (int64_t i = 2; i < train->n_tokens; i++) {
+        const uint8_t *b = train->bytes + i;
+        const size_t context[3] = {0, b[-1], b[-2] * (size_t)256 + b[-1]};
+        for (int k = 0; k < 3; k++) {
+            if (count[k][context[k] * 256 + b[0]]++ == 0) { kinds[k][context[k]]++; }
+            total[k][context[k]]++;
+        }
+    }
+    double sum = 0;
+    for (int64_t i = 2; i < text->n_tokens; i++) {
+        const uint8_t *b = text->bytes + i;
+        const size_t context[3] = {0, b[-1], b[-2] * (size_t)256 + b[-1]};
+        double p = 1.0 / 256;
+        for (int k = 0; k < 3; k++) {
+            const uint32_t n = total[k][context[k]], different = kinds[k][context[k]];
+            if (n > 0) { p = (count[k][context[k] * 256 + b[0]] + different * p) / (n + different); }
+        }
+        sum -= log(p);
+    }
+    for (int k = 0; k < 3; k++) { free(count[k]); free(total[k]); free(kinds[k]); }
+    return sum / (double)(text->n_tokens - 2);
+}
+
+// ---------------------------------------- what a run trains and validates on
+
+typedef struct Data {
+    Dataset train, valid;                                       // valid.n_tokens is 0 where there is none
+    int64_t file_tokens, ctx_len, vocab_size, prime;            // file_tokens: data_file's, what is held back included
+    bool text, held_back;                                       // held_back: valid was cut out of data_file
+} Data;
+
+void dataset_open(Dataset *d, const Settings *s, const char *name) {
+    memset(d, 0, sizeof(*d));
+    if (strcmp(s->data_type, "binidx") == 0) {
+        dataset_open_binidx(d, name);
+    } else {
+        snprintf(d->name, sizeof(d->name), "%s", name);
+        d->bytes = map_file(name, &d->n_tokens);
+    }
+}
+
+void data_open(Data *data, const Settings *s) {
+    memset(data, 0, sizeof(*data));
+    data->ctx_len = s->ctx_len;
+    data->vocab_size = s->vocab_size;
+    data->text = strcmp(s->data_type, "utf-8") == 0;
+    if (s->data_file[0]) {
+        dataset_open(&data->train, s, s->data_file);
+    } else if (data->text) {
+        data->train.bytes = demo_text(&data->train.n_tokens);
+        snprintf(data->train.name, sizeof(data->train.name), "the project's own source text");
+    } else {
+        die(2, "--train.data_file: expected the PREFIX of a binidx pair, found nothing");
+    }
+    data->file_tokens = data->train.n_tokens;
+    if (s->validation_data_file[0]) {
+        dataset_open(&data->valid, s, s->validation_data_file);
+    } else if (data->text) {
+        Dataset text = data->train;
+        text_split(&text, &data->train, &data->valid);
+        data->held_back = true;
+    }
+    expect(data->train.name, "tokens, at least 2 ctx_len + 1", -1, 2 * s->ctx_len + 1, INT64_MAX, data->train.n_tokens);
+    if (s->validation_data_file[0]) {
+        expect(data->valid.name, "tokens, at least ctx_len + 1", -1, s->ctx_len + 1, INT64_MAX, data->valid.n_tokens);
+    }
+    data->prime = magic_prime(data->train.n_tokens, s->ctx_len);
+}
+
+void data_print(const Data *data) {
+    printf("data       %s: %ld tokens", data->train.name, data->train.n_tokens);
+    if (data->train.n_documents) { printf(" in %ld documents", data->train.n_documents); }
+    printf(", magic prime %ld; validation: ", data->prime);
+    if (data->held_back) { printf("%ld tokens held back\n", data->valid.n_tokens); }
+    else if (data->valid.n_tokens) { printf("%s, %ld tokens\n", data->valid.name, data->valid.n_tokens); }
+    else { printf("none\n"); }
+}
+
+// B training samples, number first, first + 1, .. (from 1, over the whole run): tokens (B, ctx_len + 1).
+void data_batch(const Data *data, int64_t first, int B, int *tokens) {
+    for (int b = 0; b < B; b++) {
+        dataset_read(&data->train, sample_start(data->prime, data->ctx_len, first + b), data->ctx_len + 1,
+                     data->vocab_size, tokens + b * (data->ctx_len + 1));
+    }
+}
+
+// The validation set is walked in steps of ctx_len + 1; a rest at the end is left out.
+int64_t data_validation_samples(const Data *data) { return data->valid.n_tokens / (data->ctx_len + 1); }
+
+void data_validation_batch(const Data *data, int64_t first, int B, int *tokens) {       // tokens (B, ctx_len + 1)
+    dataset_read(&data->valid, first * (data->ctx_len + 1), B * (data->ctx_len + 1), data->vocab_size, tokens);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 8. Checkpoints: safetensors files, that is u64 length of a header, the header in JSON ({"NAME": {"dtype": "F32",
+//    "shape": [..], "data_offsets": [begin, end]}, .., "__metadata__": {KEY: TEXT}}), the tensors' bytes.
+//
+//    A checkpoint after step 123 is a pair in the run's folder: model_000123.safetensors holds the weights under the
+//    reference's names, state_000123.safetensors all else that the run goes on from: the fp32 masters and AdamW's
+//    moments as master.NAME, m.NAME, v.NAME. Both carry the settings, the step and the hash of their bytes, and the
+//    state carries its model's hash too. Both are written and synced under temporary names, then the state is renamed,
+//    then the model, and only then the pair before is removed: where a model file stands, its state stands beside it.
+
+typedef struct FileTensor {
+    char *name, *dtype;
+    int ndim;
+    int64_t shape[8], begin, end;                               // begin, end: bytes within data
+} FileTensor;
+
+typedef struct SafeTensors {
+    LONG_PATH path;
+    char *header;                                               // its copy; names and texts point into it
+    FileTensor *tensors;
+    int n_tensors, n_metadata;
+    char **metadata;                                            // key, value, key, value, ..
+    const uint8_t *file, *data;
+    int64_t file_size, data_size;
+} SafeTensors;
+
+// FNV-1a over 8-byte words, its high bits folded back. It tells damaged files and mixed up pairs, not forged ones.
+const uint64_t hash_start = 0xCBF29CE484222325ull;
+uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n) {
+    for (size_t i = 0; i < n; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, (const uint8_t *)bytes + i, n - i < 8 ? n - i : 8);
+        hash = (hash ^ word) * 0x100000001B3ull;
+        hash ^= hash >> 29;
+    }
+    return hash;
+}
+
+// ---------------------------------------- the header's JSON: objects of strings, numbers and lists of numbers
+
+typedef struct Json { char *at, *start; const char *path; } Json;               // the text ends with '\0'
+
+[[noreturn]] void json_fail(const Json *j, const char *expected) {
+    char found[8] = "the end";
+    if (*j->at) { snprintf(found, sizeof(found), "'%c'", isprint((unsigned char)*j->at) ? *j->at : '?'); }
+    die(2, "%s: header, byte %ld: expected %s, found %s", j->path, (j->at - j->start), expected, found);
+}
+
+char json_peek(Json *j) {
+    while (*j->at == ' ' || *j->at == '\n' || *j->at == '\t' || *j->at == '\r') { j->at++; }
+    return *j->at;
+}
+
+void json_expect(Json *j, char c) {
+    char expected[4] = {'\'', c, '\'', '\0'};
+    if (json_peek(j) != c) { json_fail(j, expected); }
+    j->at++;
+}
+
+// After an item: true if a comma announces another one, false if the list or object is closed.
+bool json_more(Json *j, char close) {
+    if (json_peek(j) == ',') { j->at++; return true; }
+    json_expect(j, close);
+    return false;
+}
+
+int64_t json_integer(Json *j) {
+    if (!isdigit((unsigned char)json_peek(j))) { json_fail(j, "a number"); }
+    char *end;
+    errno = 0;
+    int64_t value = strtoll(j->at, &end, 10);
+    if (errno || strchr(".eE", *end)) { json_fail(j, "a whole number below 2^63"); }
+    j->at = end;
+    return value;
+}
+
+char *json_string(Json *j) {                                    // unescaped in place
+    json_expect(j, '"');
+    char *text = j->at, *out = text;
+    while (*j->at != '"') {
+        unsigned char c = (unsigned char)*j->at;
+        if (c < ' ') { json_fail(j, "the end of a text"); }
+        j->at++;
+        if (c != '\\') { *out++ = (char)c; continue; }
+        const char *escapes = "\"\"\\\\//b\bf\fn\nr\rt\t", *e = escapes;
+        while (*e && *e != *j->at) { e += 2; }
+        if (*e && *j->at) { *out++ = e[1]; j->at++; continue; }
+        unsigned code;
+        if (sscanf(j->at, "u%4x", &code) != 1 || strspn(j->at + 1, "0123456789abcdefABCDEF") < 4 || code == 0) {
+            json_fail(j, "an escape");
+        }
+        if (code >= 0x800) { *out++ = (char)(0xE0 | code >> 12); *out++ = (char)(0x80 | (code >> 6 & 0x3F)); }
+        else if (code >= 0x80) { *out++ = (char)(0xC0 | code >> 6); }
+        *out++ = (char)(code < 0x80 ? code : 0x80 | (code & 0x3F));
+        j->at += 5;
+    }
+    j->at++;
+    *out = '\0';
+    return text;
+}
+
+int64_t dtype_size(const char *dtype) {                         // bytes; 0 if unknown
+    const char *names[] = {"F64", "I64", "U64", "F32", "I32", "U32", "F16", "BF16", "I16", "U16", "I8", "U8", "BOOL"};
+    const int sizes[] = {8, 8, 8, 4, 4, 4, 2, 2, 2, 2, 1, 1, 1};
+    for (int i = 0; i < 13; i++) { if (strcmp(dtype, names[i]) == 0) { return sizes[i]; } }
+    return 0;
+}
+
+void json_tensor(Json *j, FileTensor *t) {
+    t->ndim = -1;
+    t->begin = -1;
+    json_expect(j, '{');
+    do {
+        const char *field = json_string(j);
+        json_expect(j, ':');
+        if (strcmp(field, "dtype") == 0) {
+            t->dtype = json_string(j);
+        } else if (strcmp(field, "shape") == 0) {
+            t->ndim = 0;
+            json_expect(j, '[');
+            if (json_peek(j) == ']') { j->at++; continue; }
+            do {
+                if (t->ndim == 8) { die(2, "%s: tensor %s: shape: expected at most 8 dimensions", j->path, t->name); }
+                t->shape[t->ndim++] = json_integer(j);
+            } while (json_more(j, ']'));
+        } else if (strcmp(field, "data_offsets") == 0) {
+            json_expect(j, '[');
+            t->begin = json_integer(j);
+            json_expect(j, ',');
+            t->end = json_integer(j);
+            json_expect(j, ']');
+        } else {
+            die(2, "%s: tensor %s: expected dtype, shape and data_offsets, found %s", j->path, t->name, field);
+        }
+    } while (json_more(j, '}'));
+    const char *missing = !t->dtype ? "dtype" : t->ndim < 0 ? "shape" : t->begin < 0 ? "data_offsets" : NULL;
+    if (missing) { die(2, "%s: tensor %s: expected a field %s, found none", j->path, t->name, missing); }
+}
+
+int compare_begins(const void *a, const void *b) {
+    const FileTensor *x = (const FileTensor *)a, *y = (const FileTensor *)b;
+    return x->begin != y->begin ? (x->begin < y->begin ? -1 : 1) : x->end < y->end ? -1 : x->end > y->end;
+}
+
+const FileTensor *safetensors_find(const SafeTensors *f, const char *name) {
+    for (int i = 0; i < f->n_tensors; i++) { if (strcmp(f->tensors[i].name, name) == 0) { return &f->tensors[i]; } }
+    return NULL;
+}
+
+const char *safetensors_metadata(const SafeTensors *f, const char *key) {
+    for (char **pair = f->metadata; pair < f->metadata + 2 * f->n_metadata; pair += 2) {
+        if (strcmp(pair[0], key) == 0) { return pair[1]; }
+    }
+    return NULL;
+}
+
+int64_t safetensors_number(const SafeTensors *f, const char *key) {
+    const char *text = safetensors_metadata(f, key);
+    char *end = NULL;
+    int64_t value = text ? strtoll(text, &end, 10) : 0;
+    if (!text || end == text || *end || value < 0) {
+        die(2, "%s: metadata, field %s: expected a number, found %s", f->path, key, text ? text : "nothing");
+    }
+    return value;
+}
+
+// Opens and checks all of the header: sizes, every field, and that the tensors cover the data without gap or overlap.
+void safetensors_open(SafeTensors *f, const char *path) {
+    memset(f, 0, sizeof(*f));
+    snprintf(f->path, sizeof(f->path), "%s", path);
+    f->file = map_file(path, &f->file_size);
+    expect(path, "size", -1, 10, INT64_MAX, f->file_size);
+    const int64_t length = (int64_t)read_u64(f->file);
+    expect(path, "header length", -1, 2, f->file_size - 8, length);
+    f->header = strndup((const char *)f->file + 8, (size_t)length);
+    expect(path, "header, bytes before a zero", -1, length, length, (int64_t)strlen(f->header));
+    f->data = f->file + 8 + length;
+    f->data_size = f->file_size - 8 - length;
+    Json json = {f->header, f->header, path}, *j = &json;
+    json_expect(j, '{');
+    if (json_peek(j) == '}') { j->at++; }
+    else do {
+        char *name = json_string(j);
+        json_expect(j, ':');
+        if (strcmp(name, "__metadata__") != 0) {
+            if (safetensors_find(f, name)) { die(2, "%s: tensor %s: expected once, found twice", path, name); }
+            f->tensors = (FileTensor *)realloc(f->tensors, (size_t)(f->n_tensors + 1) * sizeof(FileTensor));
+            memset(&f->tensors[f->n_tensors], 0, sizeof(FileTensor));
+            f->tensors[f->n_tensors].name = name;
+            json_tensor(j, &f->tensors[f->n_tensors++]);
+            continue;
+        }
+        json_expect(j, '{');
+        if (json_peek(j) == '}') { j->at++; continue; }
+        do {
+            f->metadata = (char **)realloc(f->metadata, (size_t)(f->n_metadata + 1) * 2 * sizeof(char *));
+            f->metadata[2 * f->n_metadata] = json_string(j);
+            json_expect(j, ':');
+            f->metadata[2 * f->n_metadata++ + 1] = json_string(j);
+        } while (json_more(j, '}'));
+    } while (json_more(j, '}'));
+    if (json_peek(j) != '\0') { json_fail(j, "the end"); }
+
+    if (f->n_tensors) { qsort(f->tensors, (size_t)f->n_tensors, sizeof(FileTensor), compare_begins); }
+    int64_t position = 0;
+    for (int i = 0; i < f->n_tensors; i++) {
+        const FileTensor *t = &f->tensors[i];
+        int64_t bytes = dtype_size(t->dtype);
+        if (bytes == 0) {
+            die(2, "%s: tensor %s: dtype: expected F32, BF16 or the like, found %s", path, t->name, t->dtype);
+        }
+        for (int k = 0; k < t->ndim; k++) {
+            if (__builtin_mul_overflow(bytes, t->shape[k], &bytes)) {
+                die(2, "%s: tensor %s: shape: expected fewer than 2^63 bytes", path, t->name);
+            }
+        }
+        if (t->begin != position || t->end < t->begin || t->end - t->begin != bytes || t->end > f->data_size) {
+            die(2, "%s: tensor %s: data_offsets: expected [%ld, %ld] within %ld bytes of data, found [%ld, %ld]", path,
+                t->name, position, position + bytes, f->data_size, t->begin, t->end);
+        }
+        position = t->end;
+    }
+    expect(path, "bytes of data", -1, position, position, f->data_size);
+    const char *hash = safetensors_metadata(f, "hash");        // files written by others have none
+    char found[17];
+    if (hash) {
+        uint64_t h = hash_start;
+        for (int i = 0; i < f->n_tensors; i++) {
+            h = hash_bytes(h, f->data + f->tensors[i].begin, (size_t)(f->tensors[i].end - f->tensors[i].begin));
+        }
+        snprintf(found, sizeof(found), "%016lx", h);
+        if (strcmp(hash, found) != 0) { die(2, "%s: hash of the data: expected %s, found %s", path, hash, found); }
+    }
+}
+
+void safetensors_close(SafeTensors *f) {
+    munmap((void *)f->file, (size_t)f->file_size);
+    free(f->header);
+    free(f->tensors);
+    free(f->metadata);
+}
+
+// ---------------------------------------- writing
+
+typedef struct FileBlock {                                      // one of the model's blocks
+    const char *prefix, *dtype;
+    const void *device;
+    int64_t width;                                              // bytes of an element
+} FileBlock;
+
+void json_print(FILE *out, const char *text) {
+    fputc('"', out);
+    for (const char *c = text; *c; c++) {
+        if ((unsigned char)*c < ' ') { fprintf(out, "\\u%04x", *c); }
+        else { fprintf(out, *c == '"' || *c == '\\' ? "\\%c" : "%c", *c); }
+    }
+    fputc('"', out);
+}
+
+typedef struct Progress {
+    int64_t step, samples, tokens;                              // done so far
+    int64_t data_tokens;                                        // of data_file: it must be the same one
+} Progress;
+
+// Writes and syncs a file of blocks; returns the hash of their bytes, which is also the last field of the metadata.
+uint64_t safetensors_write(const char *path, const Model *m, const Settings *s, const Progress *p, uint64_t model_hash,
+                           const FileBlock *blocks, int n_blocks) {
+    char *header = NULL;
+    size_t length = 0;
+    int64_t offset = 0, largest = 0;
+    FILE *text = open_memstream(&header, &length);
+    fprintf(text, "{");
+    for (int b = 0; b < n_blocks; b++) {
+        for (int i = 0; i < m->n_tensors; i++) {
+            const Tensor *t = &m->tensors[i];
+            int64_t bytes = t->size * blocks[b].width;
+            fprintf(text, "\"%s%s\":{\"dtype\":\"%s\",\"shape\":[", blocks[b].prefix, t->name, blocks[b].dtype);
+            for (int k = 0; k < t->ndim; k++) { fprintf(text, "%s%ld", k ? "," : "", t->shape[k]); }
+            fprintf(text, "],\"data_offsets\":[%ld,%ld]},", offset, offset + bytes);
+            offset += bytes;
+            largest = bytes > largest ? bytes : largest;
+        }
+    }
+    fprintf(text, "\"__metadata__\":{");
+    for (int i = 0; i < n_settings; i++) {
+        PATH key, value;
+        if (!setting_in_checkpoint(&settings_table[i])) { continue; }
+        setting_key(&settings_table[i], key);
+        setting_get(s, &settings_table[i], value);
+        json_print(text, key);
+        fprintf(text, ":");
+        json_print(text, value);
+        fprintf(text, ",");
+    }
+    fprintf(text, "\"step\":\"%ld\",\"samples\":\"%ld\",\"tokens\":\"%ld\",\"data_tokens\":\"%ld\",", p->step,
+            p->samples, p->tokens, p->data_tokens);
+    fprintf(text, "\"model_hash\":\"%016lx\",\"hash\":\"", model_hash);
+    fflush(text);
+    const long hash_at = 8 + (long)length;
+    fprintf(text, "0000000000000000\"}}");
+    fflush(text);
+    while (length % 8 != 0) { fputc(' ', text); fflush(text); }
+    fclose(text);
+
+    FILE *out = fopen(path, "wb");
+    if (!out) { die(1, "%s: %s", path, strerror(errno)); }
+    uint64_t header_length = length, hash = hash_start;
+    fwrite(&header_length, 8, 1, out);
+    fwrite(header, 1, length, out);
+    void *host = malloc((size_t)largest);
+    for (int b = 0; b < n_blocks; b++) {
+        for (int i = 0; i < m->n_tensors; i++) {
+            const Tensor *t = &m->tensors[i];
+            const size_t bytes = (size_t)(t->size * blocks[b].width);
+            CUDA_CHECK(cudaMemcpy(host, (const char *)blocks[b].device + t->offset * blocks[b].width, bytes,
+                                  cudaMemcpyDeviceToHost));
+            hash = hash_bytes(hash, host, bytes);
+            fwrite(host, 1, bytes, out);
+        }
+    }
+    fseek(out, hash_at, SEEK_SET);
+    fprintf(out, "%016lx", hash);
+    if (fflush(out) != 0 || ferror(out) || fsync(fileno(out)) != 0 || fclose(out) != 0) {
+        die(1, "%s: could not be written: %s", path, strerror(errno));
+    }
+    free(host);
+    free(header);
+    return hash;
+}
+
+// ---------------------------------------- a run's folder
+
+void checkpoint_path(char *path, const char *folder, const char *kind, int64_t step, const char *suffix) {
+    snprintf(path, sizeof(LONG_PATH), "%s/%s_%06ld.safetensors%s", folder, kind, step, suffix);
+}
+
+// The step of a checkpoint's file name, -1 for another file.
+int64_t checkpoint_step(const char *name, const char *kind) {
+    LONG_PATH expected;
+    long step = -1;
+    size_t n = strlen(kind);
+    if (strncmp(name, kind, n) != 0 || sscanf(name + n, "_%ld", &step) != 1) { return -1; }
+    snprintf(expected, sizeof(expected), "%s_%06ld.safetensors", kind, step);
+    return strcmp(name, expected) == 0 ? step : -1;
+}
+
+// Filters for scandir, which sorts the names: models, both halves of checkpoints, all of a run's files, its *.old ones.
+int is_model(const struct dirent *e) { return checkpoint_step(e->d_name, "model") >= 0; }
+int is_checkpoint(const struct dirent *e) { return is_model(e) || checkpoint_step(e->d_name, "state") >= 0; }
+int is_run_file(const struct dirent *e) {
+    return is_checkpoint(e) || strcmp(e->d_name, "log.csv") == 0 || strcmp(e->d_name, "val.txt") == 0;
+}
+int is_old_file(const struct dirent *e) {
+    struct dirent without = {};
+    const size_t n = strlen(e->d_name);
+    if (n <= 4 || strcmp(e->d_name + n - 4, ".old") != 0) { return 0; }
+    memcpy(without.d_name, e->d_name, n - 4);
+    return is_run_file(&without);
+}
+
+void names_free(struct dirent **names, int n) {
+    for (int i = 0; i < n; i++) { free(names[i]); }
+    if (n >= 0) { free(names); }
+}
+
+// The step of the newest checkpoint in the folder, -1 if there is none.
+int64_t checkpoint_newest(const char *folder) {
+    struct dirent **names;
+    int64_t newest = -1;
+    int n = scandir(folder, &names, is_model, alphasort);
+    for (int i = 0; i < n; i++) {
+        int64_t step = checkpoint_step(names[i]->d_name, "model");
+        newest = step > newest ? step : newest;
+    }
+    names_free(names, n);
+    return newest;
+}
+
+// A new run keeps the files of the one before as *.old, for one generation.
+void folder_begin(const char *folder) {
+    struct dirent **old, **names;
+    LONG_PATH from, to;
+    const int n = scandir(folder, &names, is_run_file, alphasort);
+    const int n_old = n > 0 ? scandir(folder, &old, is_old_file, alphasort) : -1;
+    for (int i = 0; i < n_old; i++) {
+        snprintf(from, sizeof(from), "%s/%s", folder, old[i]->d_name);
+        unlink(from);
+    }
+    for (int i = 0; i < n; i++) {
+        snprintf(from, sizeof(from), "%s/%s", folder, names[i]->d_name);
+        snprintf(to, sizeof(to), "%s/%s.old", folder, names[i]->d_name);
+        if (rename(from, to) != 0) { die(1, "%s: could not be renamed to *.old: %s", from, strerror(errno)); }
+    }
+    if (n > 0) { printf("%s/ held a run: its %d files are now *.old (resume 1 would go on with it)\n", folder, n); }
+    names_free(names, n);
+    names_free(old, n_old);
+}
+
+void folder_create(const char *folder) {                        // with its parents
+    PATH path;
+    snprintf(path, sizeof(path), "%s", folder);
+    for (char *c = path + 1; ; c++) {
+        if (*c != '/' && *c != '\0') { continue; }
+        char end = *c;
+        *c = '\0';
+        if (mkdir(path, 0777) != 0 && errno != EEXIST) { die(2, "--train.out %s: %s", folder, strerror(errno)); }
+        if (end == '\0') { break; }
+        *c = end;
+    }
+    struct stat status;
+    if (stat(folder, &status) != 0 || !S_ISDIR(status.st_mode)) { die(2, "--train.out %s: expected a folder", folder); }
+    if (access(folder, W_OK | X_OK) != 0) { die(2, "--train.out %s: %s", folder, strerror(errno)); }
+}
+
+void checkpoint_save(const Model *m, const Settings *s, const Progress *p) {
+    LONG_PATH model, model_tmp, state, state_tmp;
+    checkpoint_path(model, s->out, "model", p->step, "");
+    checkpoint_path(model_tmp, s->out, "model", 0, ".tmp");
+    checkpoint_path(state, s->out, "state", p->step, "");
+    checkpoint_path(state_tmp, s->out, "state", 0, ".tmp");
+    const FileBlock weights = {"", sizeof(floatX) == 2 ? "BF16" : "F32", m->params, sizeof(floatX)};
+    const FileBlock others[] = {{"master.", "F32", m->master, 4}, {"m.", "F32", m->m, 4}, {"v.", "F32", m->v, 4}};
+    uint64_t hash = safetensors_write(model_tmp, m, s, p, 0, &weights, 1);
+    safetensors_write(state_tmp, m, s, p, hash, others, 3);
+    if (rename(state_tmp, state) != 0 || rename(model_tmp, model) != 0) {
+        die(1, "%s: could not be renamed: %s", model, strerror(errno));
+    }
+    int folder = open(s->out, O_RDONLY);
+    if (folder < 0 || fsync(folder) != 0) { die(1, "%s: could not be synced: %s", s->out, strerror(errno)); }
+    close(folder);
+    struct dirent **names;
+    int n = scandir(s->out, &names, is_checkpoint, alphasort);  // a model goes before its state
+    for (int i = 0; i < n; i++) {
+        LONG_PATH other;
+        snprintf(other, sizeof(other), "%s/%s", s->out, names[i]->d_name);
+        if (strcmp(other, model) != 0 && strcmp(other, state) != 0) { unlink(other); }
+    }
+    names_free(names, n);
+}
+
+// ---------------------------------------- reading
+
+int shape_text(char *text, int ndim, const int64_t *shape) {    // "(320, 64)"; returns its length
+    int n = sprintf(text, "(");
+    for (int k = 0; k < ndim; k++) { n += sprintf(text + n, "%s%ld", k ? ", " : "", shape[k]); }
+    return n + sprintf(text + n, ")");
+}
+
+// The file's tensor NAME if it fits t, else NULL and why not.
+const FileTensor *tensor_fitting(const SafeTensors *f, const char *name, const Tensor *t, PATH problem) {
+    const FileTensor *found = safetensors_find(f, name);
+    int n = snprintf(problem, sizeof(PATH) - 500, "tensor %s: ", name);
+    if (!found) {
+        sprintf(problem + n, "expected in the file, found none");
+    } else if (found->ndim != t->ndim || memcmp(found->shape, t->shape, (size_t)t->ndim * sizeof(int64_t)) != 0) {
+        n += sprintf(problem + n, "shape: expected ");
+        n += shape_text(problem + n, t->ndim, t->shape);
+        n += sprintf(problem + n, ", found ");
+        shape_text(problem + n, found->ndim, found->shape);
+    } else if (strcmp(found->dtype, "F32") != 0 && strcmp(found->dtype, "BF16") != 0) {
+        sprintf(problem + n, "dtype: expected F32 or BF16, found %s", found->dtype);
+    } else {
+        return found;
+    }
+    return NULL;
+}
+
+// All tensors of one of the model's blocks, under their names after the prefix. partial: those that fit, listing the
+// others. Returns how many were taken.
+int block_load(const Model *m, const SafeTensors *f, const char *prefix, float *block, bool partial) {
+    int taken = 0;
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor *t = &m->tensors[i];
+        PATH name, problem;
+        snprintf(name, sizeof(name), "%s%s", prefix, t->name);
+        const FileTensor *from = tensor_fitting(f, name, t, problem);
+        if (!from && !partial) { die(2, "%s: %s", f->path, problem); }
+        if (!from) { printf("%s: %s: keeps its initial values\n", f->path, problem); continue; }
+        const uint8_t *bytes = f->data + from->begin;
+        float *host = (float *)malloc((size_t)t->size * sizeof(float));
+        if (strcmp(from->dtype, "F32") == 0) { memcpy(host, bytes, (size_t)t->size * sizeof(float)); }
+        else for (int64_t k = 0; k < t->size; k++) {            // bf16 is the upper half of an fp32 number
+            uint32_t bits = (uint32_t)bytes[2 * k] << 16 | (uint32_t)bytes[2 * k + 1] << 24;
+            memcpy(host + k, &bits, 4);
+        }
+        CUDA_CHECK(cudaMemcpy(block + t->offset, host, (size_t)t->size * sizeof(float), cudaMemcpyHostToDevice));
+        free(host);
+        taken++;
+    }
+    return taken;
+}
+
+// Weights by the reference's names; partial takes those that fit and lists the others of both sides.
+void load_weights(Model *m, const char *path, bool partial) {
+    SafeTensors f;
+    safetensors_open(&f, path);
+    const int taken = block_load(m, &f, "", m->master, partial);
+    for (int i = 0; i < f.n_tensors; i++) {
+        const char *name = f.tensors[i].name;
+        bool known = false;
+        for (int k = 0; k < m->n_tensors && !known; k++) { known = strcmp(m->tensors[k].name, name) == 0; }
+        if (!known && !partial) { die(2, "%s: tensor %s: the model has none of this name", path, name); }
+        if (!known) { printf("%s: tensor %s: not taken, the model has none of this name\n", path, name); }
+    }
+    model_params_changed(m);
+    printf("%s: %d of the model's %d tensors loaded\n", path, taken, m->n_tensors);
+    safetensors_close(&f);
+}
+
+// The settings a file of ours carries replace those in s.
+void settings_load(Settings *s, const SafeTensors *f) {
+    for (int i = 0; i < n_settings; i++) {
+        PATH key;
+        if (!setting_in_checkpoint(&settings_table[i])) { continue; }
+        setting_key(&settings_table[i], key);
+        const char *value = safetensors_metadata(f, key);
+        const char *expected = value ? setting_set(s, &settings_table[i], value) : "a value";
+        if (!expected) { continue; }
+        die(2, "%s: metadata, field %s: expected %s, found %s", f->path, key, expected, value ? value : "none");
+    }
+}
+
+// Opens the pair of a step and checks that its halves belong together.
+void checkpoint_open(SafeTensors *state, const char *folder, int64_t step, Progress *p) {
+    LONG_PATH path;
+    SafeTensors model;
+    checkpoint_path(path, folder, "model", step, "");
+    safetensors_open(&model, path);
+    checkpoint_path(path, folder, "state", step, "");
+    safetensors_open(state, path);
+    const char *hash = safetensors_metadata(&model, "hash"), *bound_to = safetensors_metadata(state, "model_hash");
+    if (!hash || !bound_to || strcmp(hash, bound_to) != 0) {
+        die(2, "%s: metadata, field model_hash: expected %s as in %s, found %s", path, hash ? hash : "a hash",
+            model.path, bound_to ? bound_to : "none");
+    }
+    safetensors_close(&model);
+    p->step = safetensors_number(state, "step");
+    p->samples = safetensors_number(state, "samples");
+    p->tokens = safetensors_number(state, "tokens");
+    p->data_tokens = safetensors_number(state, "data_tokens");
+    expect(path, "metadata, field step", -1, step, step, p->step);
+}
+
+void checkpoint_load(Model *m, SafeTensors *state) {
+    block_load(m, state, "master.", m->master, false);
+    block_load(m, state, "m.", m->m, false);
+    block_load(m, state, "v.", m->v, false);
+    expect(state->path, "tensors", -1, 3 * m->n_tensors, 3 * m->n_tensors, state->n_tensors);
+    model_params_changed(m);
+    safetensors_close(state);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 9. main: schedules, validation, samples, the log, and the loop over steps.
+
+// 0 at the start of the decay, 1 at its end.
+double schedule_progress(const Settings *s, int64_t step) {
+    const double step_tokens = (double)(s->ctx_len * s->micro_bsz * s->accumulate_grad_batches);
+    const double wait = (double)s->warmup_steps * step_tokens + s->lr_wait * (double)s->my_exit_tokens;
+    const double left = (double)s->my_exit_tokens - wait, done = (double)step * step_tokens - wait;
+    if (done <= 0) { return 0; }
+    return done >= left ? 1 : done / left;
+}
+
+double learning_rate(const Settings *s, int64_t step) {         // step counts from 0
+    const double progress = schedule_progress(s, step), range = s->lr_init - s->lr_final;
+    double lr;
+    if (strcmp(s->lr_decay_type, "cos") == 0) { lr = s->lr_final + range * cos(M_PI / 2 * progress); }
+    else if (strcmp(s->lr_decay_type, "linear") == 0) { lr = s->lr_final + range * (1 - progress); }
+    else if (strcmp(s->lr_decay_type, "exp") == 0) { lr = s->lr_init * pow(s->lr_final / s->lr_init, progress); }
+    else { lr = s->lr_final + range * (1 - sqrt(progress)); }
+    return step < s->warmup_steps ? lr * (0.2 + 0.8 * (double)step / (double)s->warmup_steps) : lr;
+}
+
+double weight_decay(const Settings *s, int64_t step) {          // falls by equal factors
+    if (s->weight_decay_final <= 0) { return s->weight_decay; }
+    return s->weight_decay * pow(s->weight_decay_final / s->weight_decay, schedule_progress(s, step));
+}
+
+double seconds_now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+typedef struct Run {
+    Settings s;
+    Model m;
+    Data data;
+    Progress p;
+    FILE *log;
+    int64_t n_steps;                                            // of the whole run
+    int *tokens;                                                // (micro_bsz, ctx_len + 1)
+    double last_result, step_seconds;                           // when the last result came; a step's running mean
+    double val_loss;                                            // the last validation's
+} Run;
+
+typedef struct Step {                                           // a step that was queued
+    int64_t step, samples, tokens;                              // done before it
+    double lr, begin;
+} Step;
+
+// Opens log.csv; a run that goes on after some steps keeps their lines and drops what came after its checkpoint.
+FILE *log_open(const char *folder, int64_t steps) {
+    LONG_PATH path, tmp;
+    snprintf(path, sizeof(path), "%s/log.csv", folder);
+    snprintf(tmp, sizeof(tmp), "%s/log.csv.tmp", folder);
+    FILE *out = fopen(tmp, "w"), *in = steps > 0 ? fopen(path, "r") : NULL;
+    if (!out) { die(1, "%s: %s", tmp, strerror(errno)); }
+    fprintf(out, "step,tokens,loss,val_loss,norm,lr,ms,tok_s,peak\n");
+    char *line = NULL;
+    size_t room = 0;
+    ssize_t n;
+    while (in && (n = getline(&line, &room, in)) > 0) {
+        char *end;
+        long step = strtol(line, &end, 10);
+        if (line[n - 1] == '\n' && *end == ',' && step > 0 && step <= steps) { fputs(line, out); }
+    }
+    free(line);
+    if (in) { fclose(in); }
+    if (fflush(out) != 0 || rename(tmp, path) != 0) { die(1, "%s: could not be written: %s", path, strerror(errno)); }
+    return out;
+}
+
+// Mean loss and accuracy over the validation set, or the first val_batches of it.
+void validate(Run *r) {
+    const double begin = seconds_now();
+    const int64_t all = data_validation_samples(&r->data), some = r->s.val_batches * r->s.micro_bsz;
+    const int64_t samples = some > 0 && some < all ? some : all;
+    int64_t correct = 0;
+    double loss = 0;
+    for (int64_t i = 0; i < samples; i += r->s.micro_bsz) {
+        int B = (int)(samples - i < r->s.micro_bsz ? samples - i : r->s.micro_bsz);
+        double batch_loss = 0;
+        int64_t batch_correct = 0;
+        data_validation_batch(&r->data, i, B, r->tokens);
+        model_evaluate(&r->m, r->tokens, B, (int)r->s.ctx_len, &batch_loss, &batch_correct);
+        loss += batch_loss;
+        correct += batch_correct;
+    }
+    const double targets = (double)(samples * r->s.ctx_len);
+    r->val_loss = loss / targets;
+    printf("validation: loss %.4f, accuracy %.1f %%, %.0f tokens, %.1f s\n", r->val_loss,
+           100 * (double)correct / targets, targets, seconds_now() - begin);
+}
+
+// Draws bytes from the model and prints them, the same ones for the same weights and seed.
+void print_sample(Run *r, int64_t step) {
+    const int T = (int)r->s.ctx_len;
+    int n = 0, *context = (int *)malloc((size_t)T * sizeof(int));
+    float *logits = (float *)malloc((size_t)r->s.vocab_size * sizeof(float));
+    uint64_t random = hash_bytes(hash_start, &step, sizeof(step)) ^ (uint64_t)r->s.seed_everything;
+    for (const char *c = demo_sample_prompt; *c && n < T; c++) { context[n++] = (uint8_t)*c + 1; }
+    printf("sample, at temperature %g:\n", demo_sample_temperature);
+    for (int i = 0; i < demo_sample_bytes; i++) {
+        double p[257], total = 0, largest = -INFINITY;
+        model_logits_last(&r->m, context, n, logits);
+        for (int id = 1; id <= 256; id++) { largest = fmax(largest, logits[id]); }
+        for (int id = 1; id <= 256; id++) { total += p[id] = exp((logits[id] - largest) / demo_sample_temperature); }
+        uint64_t z = random += 0x9E3779B97F4A7C15ull;           // splitmix64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+        double rest = (double)((z ^ (z >> 31)) >> 11) / 9007199254740992.0 * total;     // 2^53
+        int id = 1;
+        while (id < 256 && rest >= p[id]) { rest -= p[id++]; }
+        if (n == T) { memmove(context, context + 1, (size_t)(--n) * sizeof(int)); }
+        context[n++] = id;
+        putchar(id - 1 < ' ' && !isspace(id - 1) ? '?' : id - 1);
+    }
+    printf("\n");
+    free(context);
+    free(logits);
+}
+
+// Takes a batch whose gradient norm is not finite through the model once more, with checks, and ends the run.
+[[noreturn]] void stop_nonfinite(Run *r, const Step *step, double norm) {
+    const int B = (int)r->s.micro_bsz;
+    const char *where = NULL;
+    int64_t micro = 0;
+    for (; !where && micro < r->s.accumulate_grad_batches; micro++) {
+        data_batch(&r->data, step->samples + micro * B + 1, B, r->tokens);
+        where = model_find_nonfinite(&r->m, r->tokens, B, (int)r->s.ctx_len);
+    }
+    char found[256] = "every tensor is finite, the norm itself overflows";
+    if (where) { snprintf(found, sizeof(found), "first in %s, micro-batch %ld", where, micro); }
+    LONG_PATH kept = "none";
+    int64_t newest = checkpoint_newest(r->s.out);
+    if (newest >= 0) { checkpoint_path(kept, r->s.out, "model", newest, ""); }
+    die(3, "step %ld: not finite (gradient norm %g): %s; the update was skipped; last good checkpoint: %s",
+        step->step + 1, norm, found, kept);
+}
+
+// Queues a step on the device; nothing is waited for.
+Step begin_step(Run *r) {
+    const int B = (int)r->s.micro_bsz, accumulate = (int)r->s.accumulate_grad_batches;
+    const Step step = {r->p.step, r->p.samples, r->p.tokens, learning_rate(&r->s, r->p.step), seconds_now()};
+    model_step_begin(&r->m);
+    for (int micro = 0; micro < accumulate; micro++) {
+        data_batch(&r->data, r->p.samples + 1, B, r->tokens);
+        model_micro_step(&r->m, r->tokens, B, (int)r->s.ctx_len, accumulate);
+        r->p.samples += B;
+    }
+    model_update(&r->m, step.step, step.lr, weight_decay(&r->s, step.step));
+    r->p.step++;
+    r->p.tokens += r->s.ctx_len * B * accumulate;
+    return step;
+}
+
+// Waits for a step's numbers; prints and logs them, after a validation if one is due.
+void end_step(Run *r, const Step *step, bool validation) {
+    const StepResult result = model_result(&r->m, step->step);
+    const double now = seconds_now(), seconds = now - fmax(step->begin, r->last_result);
+    const int64_t tokens = r->s.micro_bsz * r->s.accumulate_grad_batches * r->s.ctx_len;
+    const double speed = (double)tokens / seconds;              // tokens per second
+    const double peak = 100 * speed * model_flops_per_token(&r->m) / machine_peak_flops();
+    r->last_result = now;
+    r->step_seconds = r->step_seconds > 0 ? 0.95 * r->step_seconds + 0.05 * seconds : seconds;
+    const long left = lround((double)(r->n_steps - step->step - 1) * r->step_seconds);
+    char peak_text[32] = "", val_text[32] = "", peak_column[64] = "";
+    if (machine_peak_flops() > 0) {
+        snprintf(peak_text, sizeof(peak_text), "%.1f", peak);
+        snprintf(peak_column, sizeof(peak_column), " | %s %% of peak", peak_text);
+    }
+    printf("step %5ld of %ld | loss %.4f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s%s | %ldh%02ldm%02lds left\n",
+           step->step + 1, r->n_steps, result.loss, result.norm, step->lr, 1e3 * seconds, speed,
+           peak_column, left / 3600, left / 60 % 60, left % 60);
+    if (validation && isfinite(result.norm)) {
+        validate(r);
+        snprintf(val_text, sizeof(val_text), "%.9g", r->val_loss);
+    }
+    fprintf(r->log, "%ld,%ld,%.9g,%s,%.9g,%.9g,%.2f,%.0f,%s\n", step->step + 1, step->tokens + tokens, result.loss,
+            val_text, result.norm, step->lr, 1e3 * seconds, speed, peak_text);
+    if (fflush(r->log) != 0) { die(1, "%s/log.csv: could not be written: %s", r->s.out, strerror(errno)); }
+    if (!isfinite(result.norm) || !isfinite(result.loss)) { stop_nonfinite(r, step, result.norm); }
+}
+
+volatile sig_atomic_t stop_requested = 0;
+void request_stop(int) { stop_requested = 1; }
+
+bool due(int64_t steps, int64_t every) { return every > 0 && steps % every == 0; }
+
+// Trains until the run ends or a signal asks to stop; true if it came to its end.
+bool train(Run *r) {
+    const bool validates = r->s.val_every > 0 && data_validation_samples(&r->data) > 0;
+    bool first = true, waiting = false, stop = false;
+    Step late;                                                  // if waiting: the step whose result is still to be read
+    while (r->p.step < r->n_steps && !stop) {
+        const Step step = begin_step(r);
+        if (waiting) { end_step(r, &late, false); }
+        stop = stop_requested;
+        const bool last = r->p.step == r->n_steps, saves = last || stop || due(r->p.step, r->s.save_every);
+        const bool validation = validates && (last || due(r->p.step, r->s.val_every));
+        const bool samples = r->data.text && !last && due(r->p.step, r->s.sample_every);
+        waiting = !(first || saves || validation || samples || model_step_done(&r->m, step.step));
+        late = step;
+        first = false;
+        if (!waiting) { end_step(r, &step, validation); }
+        if (saves) { checkpoint_save(&r->m, &r->s, &r->p); }
+        if (samples) { print_sample(r, r->p.step); }
+    }
+    return r->p.step == r->n_steps;
+}
+
+#if !defined(GOLDFINCH_TEST) && !defined(GOLDFINCH_NO_MAIN)
+int main(int argc, char **argv) {
+    static Run run;                                             // zeros
+    Run *r = &run;
+    Settings *s = &r->s, flags;
+    const char **arguments = (const char **)argv + 1;
+    setvbuf(stdout, NULL, _IOLBF, 0);
+
+    // Settings: the table's defaults, what holds without a data_file, the checkpoint's, the command line's.
+    settings_default(&flags);
+    settings_parse(&flags, argc - 1, arguments);
+    settings_default(s);
+    if (!flags.data_file[0]) { settings_preset(s); }
+    SafeTensors state;
+    const int64_t resumed = flags.resume ? checkpoint_newest(flags.out) : -1;
+    if (resumed >= 0) {
+        checkpoint_open(&state, flags.out, resumed, &r->p);
+        settings_load(s, &state);
+        s->train_stage = s->train_stage == 1 ? 3 : s->train_stage;      // it was initialized; now train
+    }
+    settings_parse(s, argc - 1, arguments);
+    settings_check(s);
+    const bool trains = s->train_stage != 1;
+    if (trains) {
+        data_open(&r->data, s);
+        const int64_t before = r->p.data_tokens, n = r->data.file_tokens;
+        if (before) { expect(r->data.train.name, "tokens, as before in this run", -1, before, before, n); }
+        r->p.data_tokens = n;
+        if (s->my_exit_tokens == 0) { s->my_exit_tokens = n; }
+        const int64_t step_tokens = s->micro_bsz * s->accumulate_grad_batches * s->ctx_len;
+        r->n_steps = (s->my_exit_tokens + step_tokens - 1) / step_tokens;
+        if (s->max_steps && s->max_steps < r->n_steps) { r->n_steps = s->max_steps; }
+    }
+    model_plan(&r->m, s, (int)s->micro_bsz, (int)s->ctx_len);
+    settings_print(s);
+    if (trains) { data_print(&r->data); }
+    printf("machine    %s\n", machine_name());
+    model_print_memory(&r->m);
+
+    folder_create(s->out);
+    model_allocate(&r->m);
+    if (resumed >= 0) {
+        checkpoint_load(&r->m, &state);
+        printf("goes on after step %ld of %s/\n", resumed, s->out);
+        if (trains && r->p.step >= r->n_steps) {
+            printf("nothing to do: the run ends at step %ld\n", r->n_steps);
+            return 0;
+        }
+    } else {
+        if (s->resume) { printf("no checkpoint in %s/, starting at the first step\n", s->out); }
+        if (!s->load_model[0] || s->load_partial) { model_init_weights(&r->m, (uint64_t)s->seed_everything); }
+        if (s->load_model[0]) { load_weights(&r->m, s->load_model, s->load_partial); }
+        folder_begin(s->out);
+    }
+    LONG_PATH path;
+    if (trains) {
+        if (r->data.held_back) {
+            snprintf(path, sizeof(path), "%s/val.txt", s->out);
+            FILE *file = fopen(path, "wb");
+            size_t n = (size_t)r->data.valid.n_tokens;
+            if (!file || fwrite(r->data.valid.bytes, 1, n, file) != n || fclose(file) != 0) {
+                die(1, "%s: could not be written: %s", path, strerror(errno));
+            }
+        }
+        r->log = log_open(s->out, r->p.step);
+        r->tokens = (int *)malloc((size_t)(s->micro_bsz * (s->ctx_len + 1)) * sizeof(int));
+        struct sigaction action;
+        memset(&action, 0, sizeof(action));
+        action.sa_handler = request_stop;
+        action.sa_flags = SA_RESTART;
+        sigaction(SIGPIPE, &action, NULL);                      // Ctrl-C may end the reader of our output before us
+        action.sa_flags |= (int)SA_RESETHAND;                   // a second Ctrl-C ends the program at once
+        sigaction(SIGINT, &action, NULL);
+        sigaction(SIGTERM, &action, NULL);
+        if (!train(r)) { printf("stopped by a signal; --train.resume 1 goes on\n"); }
+    } else {
+        checkpoint_save(&r->m, s, &r->p);
+    }
+    checkpoint_path(path, s->out, "model", r->p.step, "");
+    printf("checkpoint %s\n", path);
+    if (!trains || !r->data.text || r->p.step < r->n_steps) { return 0; }
+
+    if (s->sample_every >= 0) { print_sample(r, r->p.step); }
+    if (r->val_loss > 0) {
+        printf("validation loss: %.4f nats per byte; what an order-2 byte count gets on the same text: %.4f\n",
+               r->val_loss, order2_loss(&r->data.train, &r->data.valid));
+    }
+    return 0;
+}
+#endif
+
+#ifdef GOLDFINCH_TEST
+// The interface of test_goldfinch.c to this file's data and schedules.
+extern "C" {
+
+double gf_learning_rate(int argc, const char **argv, int64_t step) {
+    Settings s;
+    settings_default(&s);
+    settings_parse(&s, argc, argv);
+    settings_check(&s);
+    return learning_rate(&s, step);
+}
+
+void gf_sampler(int64_t n_tokens, int64_t ctx_len, int64_t *prime, int n, int64_t *offsets) {
+    *prime = magic_prime(n_tokens, ctx_len);
+    for (int i = 0; i < n; i++) { offsets[i] = sample_start(*prime, ctx_len, i + 1); }
+}
+
+int64_t gf_binidx(const char *prefix, int64_t *n_docs, int32_t *tokens, int64_t max) {
+    Dataset d;
+    memset(&d, 0, sizeof(d));
+    dataset_open_binidx(&d, prefix);
+    *n_docs = d.n_documents;
+    dataset_read(&d, 0, d.n_tokens < max ? d.n_tokens : max, INT32_MAX, tokens);
+    munmap((void *)d.bytes, (size_t)(d.n_tokens * dataset_token_size[d.code]));
+    return d.n_tokens;
+}
+
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The interface through which test_goldfinch.c reaches the model and the kernels; host arrays of floats throughout
+
+#ifdef GOLDFINCH_TEST
+
+static void model_free(Model *m) {
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    if (PRECISION_BF16) cudaFree(m->params);
+    for (void *p : {(void *)m->master, (void *)m->grads, (void *)m->m, (void *)m->v, (void *)m->activations, (void *)m->pieces,
+                    (void *)m->tokens, (void *)m->squares, (void *)m->totals, (void *)m->state}) cudaFree(p);
+    for (int i = 0; i < 4; i++) {
+        cudaFreeHost(m->staged[i]);
+        cudaEventDestroy(m->staged_done[i]);
+    }
+    for (int i = 0; i < 2; i++) cudaEventDestroy(m->result_done[i]);
+    cudaFreeHost(m->results);
+    model_free_plan(m);
+}
+
+extern "C" {
+
+int gf_precision(void) { return PRECISION_BF16 ? 16 : 32; }
+
+const char *gf_device(void) {
+    machine_start();
+    return machine_name();
+}
+
+int gf_supported(const char *tmix, const char *tmix2, const char *cmix, const char *cmix2) {
+    return find_mixer(TIME_MIXERS, tmix) && (!tmix2[0] || find_mixer(TIME_MIXERS, tmix2)) &&
+           find_mixer(CHANNEL_MIXERS, cmix) && (!cmix2[0] || find_mixer(CHANNEL_MIXERS, cmix2));
+}
+
+Model *gf_create(int argc, const char **argv, int B, int T) {
+    Settings s;
+    settings_default(&s);
+    settings_parse(&s, argc, argv);
+    settings_check(&s);
+    Model *m = (Model *)malloc(sizeof *m);
+    model_plan(m, &s, B, T);
+    model_allocate(m);
+    return m;
+}
+
+void gf_free(Model *m) {
+    model_free(m);
+    free(m);
+}
+
+int gf_num_tensors(Model *m) { return m->n_tensors; }
+const char *gf_tensor_name(Model *m, int i) { return m->tensors[i].name; }
+
+int gf_tensor_shape(Model *m, int i, int64_t shape[4]) {
+    for (int j = 0; j < m->tensors[i].ndim; j++) shape[j] = m->tensors[i].shape[j];
+    return m->tensors[i].ndim;
+}
+
+void gf_tensor_group(Model *m, int i, double *lr_scale, double *weight_decay) {
+    *lr_scale = m->tensors[i].lr_scale;
+    *weight_decay = m->tensors[i].decay;
+}
+
+void gf_set_param(Model *m, int i, const float *values) {
+    CUDA_CHECK(cudaMemcpy(m->master + m->tensors[i].offset, values, m->tensors[i].size * sizeof(float), cudaMemcpyHostToDevice));
+    model_params_changed(m);
+}
+
+void gf_get_param(Model *m, int i, float *values) {
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaMemcpy(values, m->master + m->tensors[i].offset, m->tensors[i].size * sizeof(float), cudaMemcpyDeviceToHost));
+}
+
+void gf_get_grad(Model *m, int i, float *values) {
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaMemcpy(values, m->grads + m->tensors[i].offset, m->tensors[i].size * sizeof(float), cudaMemcpyDeviceToHost));
+}
+
+void gf_init_weights(Model *m, uint64_t seed) { model_init_weights(m, seed); }
+void gf_zero_grad(Model *m) { model_step_begin(m); }
+
+double gf_loss_backward(Model *m, const int *tokens, const int *targets, int B, int T, int accumulate) {
+    int *both = (int *)malloc((size_t)B * (T + 1) * sizeof(int));                   // the model takes T + 1 tokens in a row;
+    double before[2], after[2];
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaMemcpy(before, m->totals, sizeof before, cudaMemcpyDeviceToHost));
+    for (int b = 0; b < B; b++) {                                                   // targets are the inputs one later
+        for (int t = 0; t < T; t++) {
+            both[b * (T + 1) + t] = tokens[b * T + t];
+            if (t + 1 < T && tokens[b * T + t + 1] != targets[b * T + t]) die(1, "gf_loss_backward: targets are not the next tokens");
+        }
+        both[b * (T + 1) + T] = targets[b * T + T - 1];
+    }
+    model_micro_step(m, both, B, T, accumulate);
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaGetLastError());
+    CUDA_CHECK(cudaMemcpy(after, m->totals, sizeof after, cudaMemcpyDeviceToHost));
+    free(both);
+    return (after[0] - before[0]) / ((double)B * T);
+}
+
+int gf_activation(Model *m, const char *name, float *out) { return model_activation(m, name, out) ? 0 : -1; }
+
+double gf_update(Model *m, int step, double lr) {
+    model_update(m, step, lr, m->s.weight_decay);
+    return model_result(m, step).norm;
+}
+
+void gf_wkv(int B, int T, int H, const float *r, const float *k, const float *v, const float *w, const float *u, int one_minus_w,
+            float *y, const float *dy, float *dr, float *dk, float *dv, float *dw, float *du) {
+    machine_start();
+    const int64_t A = H * N, n = (int64_t)B * T * A;
+    const float *inputs[6] = {r, k, v, w, dy, u};
+    float *outputs[5] = {y, dr, dk, dv, dw};
+    floatX *device[11];                     // r k v w dy u, y dr dk dv dw
+    floatX *host = (floatX *)malloc(n * sizeof(floatX));
+    for (int i = 0; i < 11; i++) {
+        const int64_t count = i == 5 ? A : n;
+        device_alloc((void **)&device[i], n * sizeof(floatX));
+        if (i >= 6) CUDA_CHECK(cudaMemset(device[i], 0xff, n * sizeof(floatX)));    // NaN: every element must be written
+        if (i >= 6 || !inputs[i]) continue;
+        for (int64_t j = 0; j < count; j++) host[j] = (floatX)inputs[i][j];
+        CUDA_CHECK(cudaMemcpy(device[i], host, count * sizeof(floatX), cudaMemcpyHostToDevice));
+    }
+    float *states, *sums;
+    device_alloc((void **)&states, B * H * ceil_div(T, CHUNK) * N * N * sizeof(float));
+    device_alloc((void **)&sums, 2 * B * A * sizeof(float));
+    const Wkv p = {device[0], device[1], device[2], device[3], nullptr, u ? device[5] : nullptr, nullptr, one_minus_w != 0, states, T, H};
+    wkv_forward(device[6], p, B);
+    wkv_backward({device[4], device[7], device[8], device[9], device[10], sums, sums + B * A}, p, B);
+    for (int i = 0; i < 5; i++) copy_to_host(outputs[i], device[6 + i], n);
+    float *du_of = (float *)malloc(B * A * sizeof(float));
+    CUDA_CHECK(cudaMemcpy(du_of, sums + B * A, B * A * sizeof(float), cudaMemcpyDeviceToHost));
+    for (int64_t i = 0; i < A && du; i++) {
+        du[i] = 0;
+        for (int b = 0; b < B; b++) du[i] += du_of[b * A + i];
+    }
+    CUDA_CHECK(cudaGetLastError());
+    for (floatX *array : device) cudaFree(array);
+    cudaFree(states);
+    cudaFree(sums);
+    free(host);
+    free(du_of);
+}
+
+}
+#endif
