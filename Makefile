@@ -6,7 +6,7 @@ MAKEFLAGS += --no-builtin-rules
 .PHONY: help train train_goldfinch test_goldfinch test clean
 
 define HELP
-make [train]           build ./train_goldfinch, for the GPU if nvcc and a GPU (sm_80 or newer) are here, else for the CPU
+make [train]           build ./train_goldfinch: for the GPU if nvcc and a GPU (sm_80 or newer) are here, else the CPU
 make test_goldfinch    build ./test_goldfinch, the checks; run it alone or with golden tables: ./test_goldfinch FILE...
 make test              build both, run ./test_goldfinch and dev/test.sh
 make clean             remove what was built (not out/ and data/)
@@ -43,7 +43,8 @@ endif
 
 ifneq ($(GPU),0)
 # "90" for every kind of GPU here, the oldest first; empty without one
-FOUND := $(shell nvidia-smi -L >/dev/null 2>&1 && nvidia-smi --query-gpu=compute_cap --format=csv,noheader | tr -d '. ' | sort -nu)
+FOUND := $(shell nvidia-smi -L >/dev/null 2>&1 && \
+    nvidia-smi --query-gpu=compute_cap --format=csv,noheader | tr -d '. ' | sort -nu)
 endif
 ifeq ($(GPU),)
   ifeq ($(NVCC),)
@@ -96,7 +97,8 @@ ifeq ($(GPU),1)
   LINK = $(NVCC) -Xcompiler -fopenmp $^ -o $@ -lcublas -lcublasLt -lm
   SUMMARY := GPU build, $(PRECISION), sm $(GPU_ARCH)
 else
-  VARIANT := cpu-$(PRECISION)$(if $(SANITIZE),-$(subst $(comma),-,$(SANITIZE)))$(if $(DEBUG),-debug)$(if $(BLAS),-$(BLAS))
+  VARIANT := cpu-$(PRECISION)$(addprefix -,$(subst $(comma),-,$(SANITIZE)) $(if $(DEBUG),debug) $(BLAS))
+  VARIANT := $(subst $(space),,$(VARIANT))
   OPTIMIZE := -O3 -march=native
   ifneq ($(DEBUG),)
     OPTIMIZE := -Og -march=native
@@ -108,7 +110,8 @@ else
   ifneq ($(BLAS),)
     DEFINES += -DCUDA_ON_CPU_OPENBLAS
   endif
-  CUFLAGS := $(OPTIMIZE) -g -std=c++17 -fno-strict-aliasing -fopenmp $(WARN) -Wno-unknown-pragmas -DCUDA_ON_CPU -Idev/cpu $(DEFINES)
+  CUFLAGS := $(OPTIMIZE) -g -std=c++17 -fno-strict-aliasing -fopenmp $(WARN) -Wno-unknown-pragmas \
+             -iquote . -Idev/cpu -DCUDA_ON_CPU $(DEFINES)
   CFLAGS := $(if $(DEBUG)$(SANITIZE),$(OPTIMIZE),-O2) -g -std=gnu11 $(WARN) $(DEFINES)
   LINK = $(CXX) $(OPTIMIZE) -fopenmp $^ -o $@ $(if $(BLAS),-l$(BLAS)) -lm
   SUMMARY := CPU build, $(PRECISION)$(if $(SANITIZE), with -fsanitize=$(SANITIZE))
@@ -142,12 +145,14 @@ $(DIR)/%.o: %.cu Makefile | $(DIR)
 $(DIR)/kernels_for_test.o: train_goldfinch.cu Makefile | $(DIR)
 	$(NVCC) $(CUFLAGS) -DGOLDFINCH_TEST -MMD -c $< -o $@
 else
-# g++ does not know `kernel<<<shape>>>(arguments);`. One sed expression makes a call of it (dev/cpu/launch.h), another one
-# announces shared arrays (one in a line), a third makes included .cu files the rewritten ones. Lines stay where they are.
+# g++ does not know `kernel<<<shape>>>(arguments);`. One sed expression makes a call of it (dev/cpu/launch.h), another
+# announces shared arrays (one in a line), a third turns to the rewritten files where one includes another. Lines stay.
 NAME := [A-Za-z_][A-Za-z0-9_:]*
-TEMPLATE := (<([^<>]|<[^<>]*>)*>)?
+KERNEL := ($(NAME)(<([^<>]|<[^<>]*>)*>)?)
+SHAPE := (([^>]|>{1,2}[^>])*)
+CALL := [\&](const auto \&...arguments) { \1(arguments...); }
 CU_TO_CPP := sed -E \
-  -e 's/($(NAME)$(TEMPLATE))<<<(([^>]|>{1,2}[^>])*)>>>/cuda_on_cpu::launch("\1", cuda_on_cpu::Shape(\4), [\&](const auto \&...arguments) { \1(arguments...); })/g' \
+  -e 's/$(KERNEL)<<<$(SHAPE)>>>/cuda_on_cpu::launch("\1", cuda_on_cpu::Shape(\4), $(CALL))/g' \
   -e 's/__shared__[^;()]*( |__align__\([^)]*\) [^;]* )($(NAME))(\[[^;]*)?;/& CUDA_ON_CPU_SHARED(\2)/' \
   -e 's/^(\#include "[^"]*)\.cu"/\1.cu.cpp"/'
 

@@ -318,7 +318,9 @@ static cublasHandle_t cublas;
 static const size_t CUBLAS_WORKSPACE = 32 << 20;
 
 static void machine_start(void) {           // once, before the first allocation
-    if (cublas) return;
+    static bool started = false;
+    if (started) return;
+    started = true;
     int devices = 0;
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0)
         die(2, "this build is for an NVIDIA GPU and finds none; `make train GPU=0` builds the same kernels for the CPU");
@@ -409,11 +411,14 @@ __device__ inline Pack zero_pack(void) { return Pack{{0, 0, 0, 0, 0, 0, 0, 0}}; 
 // Wrappers with a twin for the CPU (dev/cpu/): the only places that know which machine they run on.
 #ifdef CUDA_ON_CPU
 template <typename T> __device__ inline T *dynamic_smem(void) { return cuda_on_cpu::dynamic_smem<T>(); }
-__device__ inline float warp_sum(float x, int width = 32) { return cuda_on_cpu::warp_sum(x, width); }
-__device__ inline float warp_max(float x, int width = 32) { return cuda_on_cpu::warp_max(x, width); }
+using cuda_on_cpu::Site;                    // where a call stands, for messages
+__device__ inline float warp_sum(float x, int width = 32, Site site = Site::here()) { return cuda_on_cpu::warp_sum(x, width, site); }
+__device__ inline float warp_max(float x, int width = 32, Site site = Site::here()) { return cuda_on_cpu::warp_max(x, width, site); }
 __device__ inline void async_copy16(void *to, const void *from, bool valid) { cuda_on_cpu::async_copy16(to, from, valid); }
 __device__ inline void async_commit(void) { cuda_on_cpu::async_commit(); }
 template <int N> __device__ inline void async_wait(void) { cuda_on_cpu::async_wait<N>(); }
+static const int64_t GUARD_BYTES = cuda_on_cpu::guard_bytes;               // 0 but under the sanitizers
+static void guard_gap(void *p, size_t bytes) { cuda_on_cpu::guard_gap(p, bytes); }
 #else
 // the block's shared memory whose size is given at launch
 template <typename T> __device__ inline T *dynamic_smem(void) {
@@ -438,6 +443,9 @@ __device__ inline void async_copy16(void *to, const void *from, bool valid) {
 }
 __device__ inline void async_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ inline void async_wait(void) { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+static const int64_t GUARD_BYTES = 0;       // between tensors, where the CPU's sanitizers watch
+static void guard_gap(void *, size_t) {}
 #endif
 
 // Sum of a pair over the block, to all threads, in fixed order. shared: 32 pairs.
@@ -479,6 +487,7 @@ __device__ inline int tile_col(int i) { return 2 * (threadIdx.x % 4) + i % 2; }
 #if PRECISION_BF16 && !defined(CUDA_ON_CPU)
 struct TileA { unsigned x[4]; };
 struct TileB { unsigned x[2]; };
+struct TileB2 { TileB high, low; };         // an operand of twice the precision, for two products instead of one
 
 __device__ inline unsigned bf16_pair(float low, float high) {
     __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -521,6 +530,21 @@ __device__ inline TileA to_a(const TileC &left, const TileC &right) {
     return {{bf16_pair(left.x[0], left.x[1]), bf16_pair(left.x[2], left.x[3]),
              bf16_pair(right.x[0], right.x[1]), bf16_pair(right.x[2], right.x[3])}};
 }
+// fp32 numbers as right operand: the bf16 nearest to each, and the bf16 nearest to what that leaves
+__device__ inline TileB2 split_b(float x0, float x1, float x2, float x3) {
+    const TileB high = {{bf16_pair(x0, x1), bf16_pair(x2, x3)}};
+    const float2 h0 = __bfloat1622float2(*(const __nv_bfloat162 *)&high.x[0]), h1 = __bfloat1622float2(*(const __nv_bfloat162 *)&high.x[1]);
+    return {high, {{bf16_pair(x0 - h0.x, x1 - h0.y), bf16_pair(x2 - h1.x, x3 - h1.y)}}};
+}
+__device__ inline TileB2 load_b2(const float *p, int ld) {                      // B[k][n] = p[n * ld + k]
+    p += threadIdx.x % 32 / 4 * ld + threadIdx.x % 4 * 2;
+    return split_b(p[0], p[1], p[8], p[9]);
+}
+__device__ inline TileB2 load_b2_t(const float *p, int ld) {                    // B[k][n] = p[k * ld + n]
+    p += threadIdx.x % 4 * 2 * ld + threadIdx.x % 32 / 4;
+    return split_b(p[0], p[ld], p[8 * ld], p[9 * ld]);
+}
+__device__ inline TileB load_b(const float *p, int ld) { return load_b2(p, ld).high; }
 template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n]) {   // c[i] += a b[i]
 #pragma unroll
     for (int i = 0; i < n; i++)
@@ -531,6 +555,7 @@ template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const
 #else
 struct TileA { float x[8]; };
 struct TileB { float x[4]; };
+struct TileB2 { TileB high; };              // a float holds it all
 
 __device__ inline int a_row(int i) { return threadIdx.x % 32 / 4 + i / 2 % 2 * 8; }     // A's element i of this lane: row,
 __device__ inline int a_col(int i) { return threadIdx.x % 4 * 2 + i % 2 + i / 4 * 8; }  // column;
@@ -547,14 +572,19 @@ __device__ inline TileA load_a_t(const floatX *p, int ld) {
     for (int i = 0; i < 8; i++) a.x[i] = (float)p[a_col(i) * ld + a_row(i)];
     return a;
 }
-__device__ inline TileB load_b(const floatX *p, int ld) {
+template <typename T> __device__ inline TileB load_b(const T *p, int ld) {
     TileB b;
-    for (int i = 0; i < 4; i++) b.x[i] = (float)p[b_col() * ld + b_row(i)];
+    for (int i = 0; i < 4; i++) b.x[i] = (float)(floatX)p[b_col() * ld + b_row(i)];
     return b;
 }
 __device__ inline TileB load_b_t(const floatX *p, int ld) {
     TileB b;
     for (int i = 0; i < 4; i++) b.x[i] = (float)p[b_row(i) * ld + b_col()];
+    return b;
+}
+__device__ inline TileB2 load_b2_t(const float *p, int ld) {
+    TileB2 b;
+    for (int i = 0; i < 4; i++) b.high.x[i] = p[b_row(i) * ld + b_col()];
     return b;
 }
 __device__ inline TileA to_a(const TileC &left, const TileC &right) {
@@ -566,8 +596,8 @@ __device__ inline TileA to_a(const TileC &left, const TileC &right) {
     return a;
 }
 #ifdef CUDA_ON_CPU
-template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n]) {
-    cuda_on_cpu::mma(n, c[0].x, a.x, b[0].x);
+template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n], Site site = Site::here()) {
+    cuda_on_cpu::mma(n, c[0].x, a.x, b[0].x, site);
 }
 #else
 template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n]) {   // true fp32, by shuffles
@@ -589,6 +619,17 @@ template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const
 }
 #endif
 #endif
+
+// c[i] += a b[i] with b in twice the precision
+template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB2 (&b)[n]) {
+    TileB part[n];
+#if PRECISION_BF16 && !defined(CUDA_ON_CPU)
+    for (int i = 0; i < n; i++) part[i] = b[i].low;
+    mma(c, a, part);
+#endif
+    for (int i = 0; i < n; i++) part[i] = b[i].high;
+    mma(c, a, part);
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 3. Tensors: every parameter of the model, named once
@@ -1000,7 +1041,8 @@ static int pack_blocks(int64_t n) { return (int)ceil_div(n, 8 * 256); }         
 static const int N = 64;                    // head size
 static const int TILE = 16;                 // tokens of a tile
 static const int CHUNK = 64;                // tokens from one state kept for the backward pass to the next
-static const int LD = N + 8;                // row of an operand in shared memory: 8 more, so that rows fall into different banks
+static const int PAD = 16 / sizeof(floatX), LD = N + PAD, LDF = N + 4;  // rows of operands in shared memory, floatX and fp32:
+                                            // 16 bytes longer than N, so that rows fall into different banks
 static const int WKV_THREADS = 128;
 
 struct Wkv {                                // (B, T, A) each, head h at channels h N .. h N + N - 1
@@ -1015,8 +1057,9 @@ struct Wkv {                                // (B, T, A) each, head h at channel
 
 struct WkvTile {                            // shared memory of one tile
     float r[TILE][N], k[TILE][N], d[TILE][N], e[TILE][N];
-    alignas(16) floatX v[TILE][LD], r_tilde[TILE][LD], k_tilde[TILE][LD];
-    alignas(16) floatX a[TILE][TILE + 8];
+    float r_tilde[TILE][LDF], k_tilde[TILE][LDF];
+    alignas(16) floatX v[TILE][LD];
+    alignas(16) floatX a[TILE][TILE + PAD];
     float partial[8][TILE][TILE];           // scores, summed over eight channels each
     float D_minus_1[N];
 };
@@ -1086,29 +1129,40 @@ __device__ inline void wkv_sum_scores(WkvTile &s) {
     }
 }
 
-// S^T <- D S^T + left^T right: left (16 t x 16 values) as operand, right (16 t x N keys) in shared memory
-__device__ inline void wkv_update(TileC (&S)[8], const TileA &left, const floatX (*right)[LD], const float *D_minus_1) {
-    TileB b[8];
+// S^T <- D S^T + left^T right: left (16 t x 16 values) as operand, right (16 t x N keys) in shared memory; in twice the
+// precision of bf16, because the state is a sum over the whole sequence
+__device__ inline void wkv_update(TileC (&S)[8], const TileA &left, const float (*right)[LDF], const float *D_minus_1) {
+    TileB2 b[8];
     for (int n = 0; n < 8; n++) {
-        b[n] = load_b_t(&right[0][8 * n], LD);
+        b[n] = load_b2_t(&right[0][8 * n], LDF);
         for (int i = 0; i < 4; i++) S[n].x[i] += S[n].x[i] * D_minus_1[8 * n + tile_col(i)];
     }
     mma(S, left, b);
 }
 
 // to (16 values x 16 t) = S^T rows^T + left^T scores (or its transpose): two tiles of 8 t
-__device__ inline void wkv_out(TileC (&to)[2], const TileC (&S)[8], const floatX (*rows)[LD]) {
+__device__ inline void wkv_out(TileC (&to)[2], const TileC (&S)[8], const float (*rows)[LDF]) {
     for (int i = 0; i < 4; i++) {
         const TileA a = to_a(S[2 * i], S[2 * i + 1]);
-        const TileB b[2] = {load_b(&rows[0][16 * i], LD), load_b(&rows[8][16 * i], LD)};
+        const TileB b[2] = {load_b(&rows[0][16 * i], LDF), load_b(&rows[8][16 * i], LDF)};
         mma(to, a, b);
     }
+}
+
+__device__ inline void wkv_store_state(float *to, int ld, const TileC (&S)[8]) {            // [j][i]
+    for (int n = 0; n < 8; n++)
+        for (int i = 0; i < 4; i++) to[(threadIdx.x / 32 * 16 + tile_row(i)) * ld + 8 * n + tile_col(i)] = S[n].x[i];
+}
+
+__device__ inline void wkv_load_state(TileC (&S)[8], const float *from, int ld) {
+    for (int n = 0; n < 8; n++)
+        for (int i = 0; i < 4; i++) S[n].x[i] = from[(threadIdx.x / 32 * 16 + tile_row(i)) * ld + 8 * n + tile_col(i)];
 }
 
 // Grid (H, B), blocks of 128 threads, dynamic shared memory sizeof(WkvForward).
 struct WkvForward {
     WkvTile tile;
-    float y[TILE][N + 4];
+    float y[TILE][LDF];
     float u[N];
 };
 
@@ -1121,11 +1175,8 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
     TileC S[8] = {};
     for (int t0 = 0; t0 < p.T; t0 += TILE) {
         const int64_t base = ((int64_t)b * p.T + t0) * A + h * N;
-        if (p.states && t0 % CHUNK == 0) {
-            float *to = p.states + (((int64_t)b * p.H + h) * chunks + t0 / CHUNK) * N * N;
-            for (int n = 0; n < 8; n++)
-                for (int i = 0; i < 4; i++) to[(16 * warp + tile_row(i)) * N + 8 * n + tile_col(i)] = S[n].x[i];
-        }
+        if (p.states && t0 % CHUNK == 0)
+            wkv_store_state(p.states + (((int64_t)b * p.H + h) * chunks + t0 / CHUNK) * N * N, N, S);
         wkv_load(tile, p, base, t0);
         __syncthreads();
         wkv_pairs(tile, p.u ? s.u : nullptr);
@@ -1136,7 +1187,7 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
         TileC out[2] = {};
         wkv_out(out, S, tile.r_tilde);
         const TileA v = load_a_t(&tile.v[0][16 * warp], LD);
-        const TileB a[2] = {load_b(&tile.a[0][0], TILE + 8), load_b(&tile.a[8][0], TILE + 8)};
+        const TileB a[2] = {load_b(&tile.a[0][0], TILE + PAD), load_b(&tile.a[8][0], TILE + PAD)};
         mma(out, v, a);
         wkv_update(S, v, tile.k_tilde, tile.D_minus_1);
         for (int n = 0; n < 2; n++)
@@ -1169,20 +1220,22 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
 //     dw_t = -e_t d_t dd_t
 //
 // and the u terms. Only sums of products: no difference of running sums, which would lose small dw behind large ones.
-// S0 of a chunk's later tiles is made again from the chunk's state. Two threads share a channel: odd and even t'.
-struct WkvBackward {                                        // in bf16 under 99 KB, what the smaller GPUs give a block
+// S0 of a chunk's second tile is made again from the chunk's state. Two threads share a channel: odd and even t'. S0 and
+// dS stand in shared memory in fp32 and are multiplied in twice the precision of bf16: dw is a sum in which much cancels.
+struct WkvBackward {                                        // 99 KB at most, what the smaller GPUs give a block
     WkvTile tile;
     alignas(16) floatX dy[TILE][LD];
-    alignas(16) floatX S0[CHUNK / TILE - 1][N][LD];         // [j][i], before tiles 1, 2, 3; at last tile 0's in place of tile 1's
-    alignas(16) floatX dS[N][LD];                           // [j][i]
+    float S0[N][LDF], dS[N][LDF];                           // [j][i]
     float da[TILE][TILE];
-    union { float X[TILE][N + 4], dr[TILE][N + 4]; };       // each read by the thread that writes the other there
-    union { float Y[TILE][N + 4], dk_even[TILE][N + 4]; };
-    float dk_odd[TILE][N + 4], dd[2][TILE][N];
+    union { float X[TILE][LDF], dr[TILE][LDF]; };           // each read by the thread that writes the other there
+    union { float Y[TILE][LDF], dk_even[TILE][LDF]; };
+    float dk_odd[TILE][LDF], dd[2][TILE][N];
     float S0_dS[2][N];                                      // sum over j, in two halves
     float u[N];
     __device__ float (*dv())[N] { return (float (*)[N])tile.partial; }      // the scores are summed by then
 };
+
+static_assert(sizeof(WkvBackward) <= 99 * 1024, "shared memory");
 
 struct WkvGradients {
     const floatX *dy;
@@ -1190,45 +1243,38 @@ struct WkvGradients {
     float *dw_sum, *du;                     // (B, A): summed over T, for time_decay and u
 };
 
-__device__ inline void wkv_store_state(floatX (*to)[LD], const TileC (&S)[8]) {
-    for (int n = 0; n < 8; n++)
-        for (int i = 0; i < 4; i++) to[threadIdx.x / 32 * 16 + tile_row(i)][8 * n + tile_col(i)] = (floatX)S[n].x[i];
-}
-
-// The states at the start of a chunk's tiles 1, 2, 3, made from the one before tile 0.
-__device__ inline void wkv_states_of_chunk(WkvBackward &s, const Wkv &p, const float *from, int64_t base, int t0, int tiles) {
+// The state before a tile of the chunk that starts at t0, made from the state before the chunk, into S0.
+__device__ inline void wkv_state_before(WkvBackward &s, const Wkv &p, const float *from, int64_t base, int t0, int q) {
     WkvTile &tile = s.tile;
-    const int warp = threadIdx.x / 32;
     TileC S[8];
-    for (int n = 0; n < 8; n++)
-        for (int i = 0; i < 4; i++) S[n].x[i] = from[(16 * warp + tile_row(i)) * N + 8 * n + tile_col(i)];
-    for (int q = 0; q + 1 < tiles; q++) {
-        wkv_load(tile, p, base + (int64_t)q * TILE * p.H * N, t0 + q * TILE);
+    wkv_load_state(S, from, N);
+    for (int i = 0; i < q; i++) {
+        wkv_load(tile, p, base + (int64_t)i * TILE * p.H * N, t0 + i * TILE);
         __syncthreads();
         if (threadIdx.x < N) {
             wkv_decay_of_tile(tile);
         } else {
-            const int i = threadIdx.x - N;
+            const int channel = threadIdx.x - N;
             float product = 1;
             for (int t = TILE - 1; t >= 0; t--) {
-                tile.k_tilde[t][i] = (floatX)(tile.k[t][i] * product);
-                product *= tile.d[t][i];
+                tile.k_tilde[t][channel] = tile.k[t][channel] * product;
+                product *= tile.d[t][channel];
             }
         }
         __syncthreads();
-        wkv_update(S, load_a_t(&tile.v[0][16 * warp], LD), tile.k_tilde, tile.D_minus_1);
-        wkv_store_state(s.S0[q], S);
+        wkv_update(S, load_a_t(&tile.v[0][threadIdx.x / 32 * 16], LD), tile.k_tilde, tile.D_minus_1);
         __syncthreads();
     }
+    wkv_store_state(&s.S0[0][0], LDF, S);
 }
 
 // to (16 t x N channels, this warp's 16) = rows (16 x N values) state[j][i]
-__device__ inline void wkv_through_state(float (*to)[N + 4], const floatX (*rows)[LD], const floatX (*state)[LD]) {
+__device__ inline void wkv_through_state(float (*to)[LDF], const floatX (*rows)[LD], const float (*state)[LDF]) {
     const int warp = threadIdx.x / 32;
     TileC out[2] = {};
     for (int i = 0; i < 4; i++) {
         const TileA a = load_a(&rows[0][16 * i], LD);
-        const TileB b[2] = {load_b_t(&state[16 * i][16 * warp], LD), load_b_t(&state[16 * i][16 * warp + 8], LD)};
+        const TileB2 b[2] = {load_b2_t(&state[16 * i][16 * warp], LDF), load_b2_t(&state[16 * i][16 * warp + 8], LDF)};
         mma(out, a, b);
     }
     for (int n = 0; n < 2; n++)
@@ -1286,20 +1332,17 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_backward_kernel(WkvGradients 
         const int tiles = min(CHUNK / TILE, (p.T - chunk * CHUNK + TILE - 1) / TILE);
         const int64_t chunk_base = ((int64_t)b * p.T + chunk * CHUNK) * A + h * N;
         const float *state = p.states + (((int64_t)b * p.H + h) * ((p.T + CHUNK - 1) / CHUNK) + chunk) * N * N;
-        __syncthreads();
-        wkv_states_of_chunk(s, p, state, chunk_base, chunk * CHUNK, tiles);
         for (int q = tiles - 1; q >= 0; q--) {
             const int t0 = chunk * CHUNK + q * TILE;
             const int64_t base = chunk_base + (int64_t)q * TILE * A, at = base + (int64_t)t * A + c;
-            floatX (*S0)[LD] = s.S0[q > 0 ? q - 1 : 0];
             __syncthreads();
-            for (int i = threadIdx.x * 8; q == 0 && i < N * N; i += WKV_THREADS * 8) store(&S0[i / N][i % N], load(state + i));
+            wkv_state_before(s, p, state, chunk_base, chunk * CHUNK, q);
             wkv_load(tile, p, base, t0);
             store(&s.dy[t][c], t0 + t < p.T ? load(g.dy + at) : zero_pack());
-            wkv_store_state(s.dS, dS);
+            wkv_store_state(&s.dS[0][0], LDF, dS);
             __syncthreads();
             wkv_pairs(tile, p.u ? s.u : nullptr);
-            wkv_through_state(s.X, s.dy, S0);
+            wkv_through_state(s.X, s.dy, s.S0);
             wkv_through_state(s.Y, tile.v, s.dS);
             if (warp < 2) {                                                 // da: warp 0 its columns 0..7, warp 1 8..15
                 TileC out[1] = {};
@@ -1311,7 +1354,7 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_backward_kernel(WkvGradients 
             }
             float sum = 0;
             const int channel = threadIdx.x % N, half = threadIdx.x / N;
-            for (int j = half * N / 2; j < (half + 1) * N / 2; j++) sum += (float)S0[j][channel] * (float)s.dS[j][channel];
+            for (int j = half * N / 2; j < (half + 1) * N / 2; j++) sum += s.S0[j][channel] * s.dS[j][channel];
             s.S0_dS[half][channel] = sum;
             if (threadIdx.x < N) wkv_decay_of_tile(tile);
             __syncthreads();
@@ -1321,7 +1364,7 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_backward_kernel(WkvGradients 
             TileC out[2] = {};                                              // dv, then dS
             wkv_out(out, dS, tile.k_tilde);
             const TileA dy = load_a_t(&s.dy[0][16 * warp], LD);
-            const TileB a[2] = {load_b_t(&tile.a[0][0], TILE + 8), load_b_t(&tile.a[0][8], TILE + 8)};
+            const TileB a[2] = {load_b_t(&tile.a[0][0], TILE + PAD), load_b_t(&tile.a[0][8], TILE + PAD)};
             mma(out, dy, a);
             wkv_update(dS, dy, tile.r_tilde, tile.D_minus_1);
             for (int n = 0; n < 2; n++)
@@ -1671,7 +1714,8 @@ __global__ void gate_backward(floatX *dr, floatX *dv, const floatX *dout, const 
 // A block takes a row of V logits: reads it once from memory, once more from L2, writes it once. losses[row]: loss;
 // right[row]: 1 if the largest logit is the target's. scale 0 leaves the logits as they are (validation).
 __global__ void classifier_kernel(floatX *logits, float *losses, int *right, const int *targets, float scale, int V) {
-    __shared__ float tops[32], sums[32];
+    __shared__ float tops[32];
+    __shared__ float sums[32];
     __shared__ int where[32];
     floatX *z = logits + (int64_t)blockIdx.x * V;
     float top = -INFINITY, sum = 0;
@@ -1827,17 +1871,15 @@ __global__ void round_params(floatX *params, const float *master, const Piece *p
 
 typedef struct Dims { int B, T, BT, C, A, F, H, V, R, L, G0; } Dims;
 
-// A block of memory handed out piece by piece; without a base it only counts.
-typedef struct Arena { char *base; int64_t used; } Arena;
+// A block of memory handed out piece by piece; without a base it only counts. Under the sanitizers a guarded gap follows
+// each piece of memory that is handed out once.
+typedef struct Arena { char *base; int64_t used; bool once; } Arena;
 
 template <typename T> static void take(Arena *arena, T **p, int64_t count) {
+    char *end = arena->base + arena->used + count * sizeof(T);
     *p = arena->base ? (T *)(arena->base + arena->used) : nullptr;
-    const int64_t bytes = ceil_div(count * (int64_t)sizeof(T), 256) * 256;
-#ifdef CUDA_ON_CPU
-    if (arena->base) cuda_on_cpu::guard_gap(arena->base + arena->used + count * sizeof(T), bytes - count * sizeof(T) + cuda_on_cpu::guard_bytes);
-    arena->used += cuda_on_cpu::guard_bytes;
-#endif
-    arena->used += bytes;
+    arena->used = ceil_div(arena->used + count * (int64_t)sizeof(T) + GUARD_BYTES, 256) * 256;
+    if (arena->base && arena->once) guard_gap(end, arena->base + arena->used - end);
 }
 
 typedef struct FinchC2 {
@@ -2261,10 +2303,7 @@ static void add_tensor(Model *m, int layer, Param *field, const char *name, int6
     field->ld = t->shape[t->ndim - 1];
     m->fields[m->n_tensors++] = field;
     m->n_parameters += t->size;
-    m->n_block += t->size;
-#ifdef CUDA_ON_CPU
-    m->n_block += cuda_on_cpu::guard_bytes / sizeof(float);
-#endif
+    m->n_block += t->size + GUARD_BYTES / (int64_t)sizeof(floatX);
 }
 
 static void add_tensors(Model *m, int layer, Params *params, int where, int mixes) {
@@ -2282,7 +2321,7 @@ static bool has_cache(const Model *m) { return m->layers[m->d.L - 1].tmix->needs
 static void model_layout(Model *m, char *base) {
     const Dims &d = m->d;
     const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
-    Arena arena = {base, 0};
+    Arena arena = {base, 0, true};
     take(&arena, &m->x0, E);
     for (floatX **p : {&m->x_out, &m->xf, &m->branch, &m->dx, &m->dln1, &m->dln2}) take(&arena, p, E);
     if (has_cache(m)) {
@@ -2302,12 +2341,13 @@ static void model_layout(Model *m, char *base) {
         if (l > 0) take(&arena, &m->layers[l].x, E);
     }
     const int64_t layers_begin = arena.used;
+    arena.once = !m->s.grad_cp;
     int64_t layers_end = arena.used;
     for (int pass = 0; pass < 2; pass++) {                                          // scratch comes after the last layer's
         for (int l = 0; l < d.L; l++) {
             Layer *layer = &m->layers[l];
             if (l == 0 || m->s.grad_cp) arena.used = layers_begin;
-            Arena scratch = {pass ? base : nullptr, layers_end};
+            Arena scratch = {pass ? base : nullptr, layers_end, false};
             for (floatX **p : {&layer->x_mid, &layer->ln1, &layer->ln2}) take(&arena, p, E);
             layer->tmix->plan(m, layer, &arena, &scratch);
             if (pass && scratch.used > m->activation_bytes) m->activation_bytes = scratch.used;
@@ -2444,10 +2484,8 @@ static void model_allocate(Model *m) {
         const Tensor *t = &m->tensors[i];
         for (int64_t at = 0; at < t->size; at += PIECE)
             *piece++ = {t->offset + at, (int)(t->size - at < PIECE ? t->size - at : PIECE), (float)t->lr_scale, (float)t->decay};
-#ifdef CUDA_ON_CPU
-        for (float *block : {m->master, m->grads, m->m, m->v}) cuda_on_cpu::guard_gap(block + t->offset + t->size, cuda_on_cpu::guard_bytes);
-        if (PRECISION_BF16) cuda_on_cpu::guard_gap(m->params + t->offset + t->size, cuda_on_cpu::guard_bytes / 2);
-#endif
+        for (float *block : {m->master, m->grads, m->m, m->v}) guard_gap(block + t->offset + t->size, GUARD_BYTES);
+        if (PRECISION_BF16) guard_gap(m->params + t->offset + t->size, GUARD_BYTES);
     }
     device_alloc((void **)&m->pieces, m->n_pieces * sizeof(Piece));
     CUDA_CHECK(cudaMemcpy(m->pieces, pieces, m->n_pieces * sizeof(Piece), cudaMemcpyHostToDevice));

@@ -148,7 +148,7 @@ template <typename Call> struct Launch {
 
 template <typename Call> Launch<Call> launch(const char *name, Shape shape, Call call) { return {name, shape, call}; }
 
-// The Makefile's sed writes CUDA_ON_CPU_SHARED(x) behind each `__shared__ T x[..];`: the block's first thread to come by
+// The Makefile's sed writes CUDA_ON_CPU_SHARED(x) behind a `__shared__ T x[..];`: the block's first thread to come
 // fills the array with 0xFF when we look for errors.
 inline void poison_once_per_block(uint64_t *last, void *p, size_t bytes) {
     if (*last == blocks_run) return;

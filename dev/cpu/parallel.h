@@ -1,6 +1,6 @@
 // Loops over several OS threads: as many as OpenMP would use (OMP_NUM_THREADS, or the CPUs we may run on), but not its
 // own. OpenMP's threads all wait for each other at the end of a loop and spin for milliseconds meanwhile; where other
-// programs wanted the same cores, a training step took up to eight times as long. Here the caller waits only for threads
+// programs wanted the same cores, a training step took several times as long. Here the caller waits only for threads
 // that took part, and the others soon go to sleep.
 #pragma once
 

@@ -89,9 +89,9 @@ inline float warp_max(float x, int width, Site site = Site::here()) {
 //     c[4j + i] row g + 8 (i / 2), column 2t + i % 2 of the j-th D
 // Each number of D sums its 16 products in ascending order.
 //
-// The four numbers of D in a lane are a 2 x 2 square: rows g and g + 8, columns 2t and 2t + 1. Put one behind the other,
-// the squares of 4 lanes g are a vector, which is never taken apart: it grows by a vector of A's column k, each number
-// twice, times a pair of numbers of B's row k over and over.
+// The four numbers of D in a lane are a 2 x 2 square: rows g and g + 8, columns 2t and 2t + 1. The squares of several
+// lanes g, one behind the other, fill a vector and are never taken apart: to it we add, for each k, a vector of A's
+// column k, each number twice, times a pair of numbers of B's row k, over and over.
 
 #if defined(__AVX512F__)
 constexpr int VL = 16;                              // floats in a vector register

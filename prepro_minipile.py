@@ -1,0 +1,960 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["pyrwkv-tokenizer", "datasets", "pyarrow", "zstandard"]
+# ///
+"""Makes training data: tokens in binidx files, PREFIX.bin and PREFIX.idx.
+
+  prepro_minipile.py                             the paper's corpus: data/minipile and data/minipile_validation
+  prepro_minipile.py FILE... -o data/mine        your own text: data/mine, and data/mine_validation from 1 % of it
+  prepro_minipile.py FILE... -o data/mine --bytes        the same with an id for each byte; needs nothing but Python
+  prepro_minipile.py --check data/mine           verifies a pair and shows what is in it
+
+FILE: .txt, .jsonl or .parquet, also .gz or .zst of the first two, a folder of them, or - for standard input. Other
+endings are read as text. A text is one document (but see --split), a line of .jsonl and a row of .parquet is one.
+Every document ends with token 0. Without FILE the training set is fetched as the paper's authors used it, already
+tokenized (3 GB; a broken download goes on where it stopped); the validation set is tokenized here.
+"""
+# Parts, in the order the data flows: 1. reading documents, 2. tokenizing, 3. writing, 4. fetching, 5. checking, 6. main.
+# A document travels as pieces (bytes, ends): UTF-8 text, and whether it ends the document. So one of any size passes
+# through little memory; where it is cut, no token is.
+
+import argparse
+import array
+import ast
+import collections
+import concurrent.futures
+import fcntl
+import gzip
+import hashlib
+import http.client
+import importlib.util
+import io
+import itertools
+import json
+import math
+import mmap
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import struct
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import zlib
+
+TOKENIZED = "datasets/BlinkDL/minipile-tokenized/resolve/main/rwkv_vocab_v20230424/minipile"     # .bin and .idx
+RAW = "JeanKaddour/minipile"                    # as load_dataset knows it
+HOST = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+VOCABULARY = "rwkv_vocab_v20230424.txt"
+END_OF_TEXT = b"<|endoftext|>"                  # encodes to 0
+LAST_ID = 65529                                 # ids above are unused; a model's vocabulary is 65536
+BLOCK = 1 << 20                                 # bytes read at once
+LONGEST_LINE = 1 << 24                          # of a text that is kept whole while its UTF-8 is looked at
+UNIT = 1 << 18                                  # bytes of text that a process tokenizes at once
+
+
+class Fail(Exception):
+    """What went wrong, in a line. Exit code 1: the system failed us (disk, network); 2: an argument or a file."""
+
+    def __init__(self, message, code=2):
+        super().__init__(message)
+        self.code = code
+
+
+def require(package, pip_name):
+    if importlib.util.find_spec(package) is None:
+        raise Fail(f"the Python package {pip_name} is missing: python3 -m pip install {pip_name}")
+
+
+def comma(n):
+    return f"{n:,}"
+
+
+def size_text(n):
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n < 1000:
+            break
+        n, unit = n / 1000, "TB"
+    return f"{n:.0f} bytes" if unit == "bytes" else f"{n:.1f} {unit}"
+
+
+def disk_needs(path, n_bytes):
+    free = shutil.disk_usage(os.path.dirname(path) or ".").free
+    if n_bytes > free:
+        raise Fail(f"{path}: needs {size_text(n_bytes)} of disk, {size_text(free)} are free", 1)
+
+
+class Progress:
+    """One line on the terminal, rewritten; where there is none, a line every ten seconds."""
+
+    def __init__(self, what, total=0):
+        self.what, self.total = what, total     # total: how much there is to read, in the unit of .where(); 0: unknown
+        self.where = lambda: 0                  # how much of it has been read
+        self.begin = self.last = time.monotonic()
+        self.bytes = self.tokens = self.skipped = self.empty = 0
+        self.begin_at = 0                       # what was there before we began, as after a broken download
+        self.terminal = sys.stderr.isatty()
+
+    def add(self, n_bytes, n_tokens=0):
+        self.bytes += n_bytes
+        self.tokens += n_tokens
+        now = time.monotonic()
+        if now - self.last >= (0.2 if self.terminal else 10):
+            self.last = now
+            self.show(now - self.begin)
+
+    def show(self, seconds):
+        at, text = self.where(), f"{self.what}: "
+        if self.total:
+            text += f"{100 * min(at / self.total, 1):.1f} %, "
+        text += f"{size_text(self.bytes)}, {self.bytes / 1e6 / seconds:.1f} MB/s"
+        if self.tokens:
+            text += f", {self.tokens / 1e6:.1f} M tokens"
+        if self.total and at > self.begin_at:
+            left = int(seconds * (self.total - at) / (at - self.begin_at))
+            text += f", {left // 3600}h{left // 60 % 60:02d}m{left % 60:02d}s left"
+        sys.stderr.write(f"\r{text}\x1b[K" if self.terminal else text + "\n")
+        sys.stderr.flush()
+
+    def done(self):
+        if self.terminal:
+            sys.stderr.write("\r\x1b[K")
+        return max(time.monotonic() - self.begin, 1e-9)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Reading documents
+
+class Source:
+    """The documents of files, folders or a data set: iterating gives pieces."""
+
+    def __init__(self, args, progress):
+        self.args, self.progress = args, progress
+        self.separator = ast.literal_eval('b"""' + re.sub(r'(?<!\\)"', r'\\"', args.split) + '"""') if args.split else b""
+
+    def bad(self, where, why):
+        if not self.args.skip_bad:
+            raise Fail(f"{where}: {why} (--skip-bad leaves such out and counts them)")
+        self.progress.skipped += 1
+
+    def files(self, paths):
+        before = 0
+        for path in paths:
+            if path == "-":
+                yield from self.stream(sys.stdin.buffer, "standard input", self.args.format or "txt")
+                continue
+            with open(path, "rb") as raw:
+                self.progress.where = lambda: before + raw.tell()
+                kind = file_kind(path)
+                if kind == "parquet":
+                    self.progress.where = lambda: before + size * self.parquet_part
+                    size = os.path.getsize(path)
+                    yield from self.parquet(path)
+                else:
+                    try:
+                        yield from self.stream(decompressed(path, raw), path, self.args.format or kind)
+                    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                        raise Fail(f"{path}: broken compressed data: {error}")
+                before += os.path.getsize(path)
+                self.progress.where = lambda: before
+
+    def stream(self, stream, name, kind):
+        return self.jsonl(stream, name) if kind == "jsonl" else self.documents_of_text(self.text(stream, name))
+
+    def text(self, stream, name):
+        """Blocks of valid UTF-8: whole lines, or parts of very long ones. Byte-level ids take any bytes."""
+        line, rest = 1, b""
+        while block := rest + stream.read(BLOCK):
+            if block[-1:] != b"\n":
+                block += stream.readline(LONGEST_LINE)
+            tail = 0 if block == rest else incomplete_tail(block)       # block == rest: nothing follows
+            block, rest = block[:len(block) - tail], block[len(block) - tail:]
+            lines = block.count(b"\n")
+            if not self.args.bytes:
+                try:
+                    block.decode()
+                except UnicodeDecodeError:
+                    block = self.good_lines(block, name, line)
+            line += lines
+            yield block
+
+    def good_lines(self, block, name, line):
+        good = []
+        for i, text in enumerate(re.findall(rb"[^\n]*\n|[^\n]+", block)):
+            try:
+                text.decode()
+                good.append(text)
+            except UnicodeDecodeError as error:
+                self.bad(f"{name}, line {line + i}", f"broken UTF-8: byte 0x{text[error.start]:02x}, {error.reason}")
+        return b"".join(good)
+
+    def documents_of_text(self, blocks):
+        rest = b""
+        for block in blocks:
+            if self.separator:
+                *whole, block = (rest + block).split(self.separator)
+                yield from ((document, True) for document in whole)
+                keep = len(block) - min(len(block), len(self.separator) - 1)    # may be a separator's beginning
+                block, rest = block[:keep], block[keep:]
+            yield block, False
+        yield rest, True
+
+    def jsonl(self, stream, name):
+        for number, line in enumerate(stream, 1):
+            if line.isspace():
+                continue
+            try:
+                text = json.loads(line)[self.args.field]
+                yield text.encode(), True
+            except UnicodeDecodeError as error:
+                self.bad(f"{name}, line {number}", f"broken UTF-8: {error.reason}")
+            except UnicodeEncodeError:
+                self.bad(f"{name}, line {number}", "half of a surrogate pair, which is no text")
+            except (json.JSONDecodeError, RecursionError) as error:
+                self.bad(f"{name}, line {number}", f"broken JSON: {error}")
+            except (KeyError, TypeError, IndexError, AttributeError):
+                self.bad(f"{name}, line {number}", f'expected an object with a text in the field "{self.args.field}"')
+
+    def parquet(self, path):
+        import pyarrow
+        import pyarrow.parquet
+        self.parquet_part, row, field = 0, 0, self.args.field
+        try:
+            table = pyarrow.parquet.ParquetFile(path, memory_map=True)
+            if field not in table.schema_arrow.names:
+                raise Fail(f'{path}: no field "{field}" (--field), only {", ".join(table.schema_arrow.names)}')
+            for batch in table.iter_batches(batch_size=256, columns=[field]):
+                for value in batch.column(0):
+                    row += 1
+                    try:
+                        yield value.as_py().encode(), True
+                    except (AttributeError, UnicodeError):
+                        self.bad(f"{path}, row {row}", f'expected a text in the field "{field}"')
+                self.parquet_part = row / table.metadata.num_rows
+        except (pyarrow.ArrowException, OSError) as error:
+            raise Fail(f"{path}: {str(error).splitlines()[0]}")
+
+    def data_set(self, split):
+        """The raw minipile; what is fetched of a large split is kept, and not fetched again, by the datasets package."""
+        import datasets
+        try:
+            rows = datasets.load_dataset(RAW, split=split, streaming=split == "validation")
+            self.progress.total = 0 if split == "validation" else len(rows)
+            for i, row in enumerate(rows):
+                self.progress.where = lambda: i
+                yield row["text"].encode(), True
+        except Exception as error:
+            raise Fail(f"{RAW}, {split}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", 1)
+
+
+def file_kind(path):
+    """txt, jsonl or parquet, without regard to compression; None: an ending that only counts if the file is named."""
+    stem = re.sub(r"\.(gz|zst)$", "", path)
+    return next((kind for kind in ("txt", "jsonl", "parquet") if stem.endswith("." + kind)), None)
+
+
+def decompressed(path, raw):
+    if path.endswith(".gz"):
+        return gzip.open(raw)
+    if path.endswith(".zst"):
+        import zstandard
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), BLOCK)
+    return raw
+
+
+def incomplete_tail(block):
+    """How many bytes at the end begin a UTF-8 character that does not end there."""
+    for n in range(1, min(len(block), 3) + 1):
+        lead = block[-n]
+        if lead < 0x80:
+            return 0
+        if lead >= 0xC0:
+            return n if n < 2 + (lead >= 0xE0) + (lead >= 0xF0) else 0
+    return 0
+
+
+def find_inputs(names):
+    found = []
+    for name in names:
+        if os.path.isdir(name):
+            inside = sorted(os.path.join(folder, f) for folder, _, files in os.walk(name) for f in files)
+            inside = [path for path in inside if file_kind(path)]
+            if not inside:
+                raise Fail(f"{name}: the folder holds no .txt, .jsonl or .parquet")
+            found += inside
+        elif name == "-" or os.path.exists(name):
+            found.append(name)
+        else:
+            raise Fail(f"{name}: No such file or folder")
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Tokenizing: the RWKV World tokenizer takes the longest token that fits, from the left. Its ids 1 to 256 are the
+#    single bytes, so byte-level ids (byte + 1) are a part of it.
+
+def vocabulary_text():
+    """The vocabulary file as the tokenizer's package brings it, or as it was written here before."""
+    folders = ["data"]
+    for package in ("rwkv", "pyrwkv_tokenizer"):
+        spec = importlib.util.find_spec(package)
+        folders[:0] = list(spec.submodule_search_locations or []) if spec else []
+    for folder in folders:
+        path = os.path.join(folder, VOCABULARY)
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                return path, f.read()
+    return None, ""
+
+
+def load_vocabulary():
+    """{id: bytes} from lines ID LITERAL LENGTH, LITERAL as in Python; None if there is no file."""
+    path, text = vocabulary_text()
+    if path is None:
+        return None
+    vocabulary = {0: END_OF_TEXT}
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        try:
+            token, literal, length = re.fullmatch(r"(\d+) (.+) (\d+)", line).groups()
+            value = ast.literal_eval(literal)
+            vocabulary[int(token)] = value = value.encode() if isinstance(value, str) else value
+            if len(value) != int(length):
+                raise ValueError
+        except (AttributeError, ValueError, SyntaxError):
+            raise Fail(f"{path}, line {number}: expected ID LITERAL LENGTH, found {line[:40]!r}")
+    return vocabulary
+
+
+def write_vocabulary():
+    """data/rwkv_vocab_v20230424.txt, which infer_goldfinch reads."""
+    target = os.path.join("data", VOCABULARY)
+    path, text = vocabulary_text()
+    if path == target or path is None:
+        return
+    os.makedirs("data", exist_ok=True)
+    with open(target + ".tmp", "w", encoding="utf-8", newline="\n") as f:
+        f.write(text)
+    os.replace(target + ".tmp", target)
+
+
+class Cutter:
+    """Finds where a long document can be cut so that its parts encode to what the whole encodes to."""
+
+    def __init__(self):
+        self.vocabulary = load_vocabulary()
+        self.longest = max(map(len, self.vocabulary.values()))
+        self.inside = bytearray(65536)                          # 1 for two bytes that are neighbours in some token
+        for token in self.vocabulary.values():
+            for a, b in zip(token, token[1:]):
+                self.inside[a << 8 | b] = 1
+
+    def cut(self, text):
+        """About UNIT bytes from the beginning. Between bytes that are neighbours in no token, a token ends: nearly
+        every text has such a place nearby. Else (a megabyte of spaces, say) a part is encoded to see where its tokens
+        end; the last ones, which more text could change, do not count."""
+        for i in range(UNIT, UNIT // 2, -1):
+            if not self.inside[text[i - 1] << 8 | text[i]] and not is_continuation(text[i]):
+                return i
+        end = UNIT
+        while is_continuation(text[end]):
+            end -= 1
+        at = end
+        for token in reversed(encode(bytes(text[:end]))):
+            if at <= end - self.longest and not is_continuation(text[at]):
+                return at
+            at -= len(self.vocabulary[token])
+        raise AssertionError("a token of the vocabulary is as long as a unit")
+
+
+def is_continuation(byte):                                      # not the first of a UTF-8 character
+    return byte & 0xC0 == 0x80
+
+
+def units(pieces, cut, progress):
+    """Lists of pieces, about UNIT bytes each. Documents without text are left out."""
+    unit, size, rest, begun = [], 0, bytearray(), False
+    for text, ends in pieces:
+        rest += text
+        while len(rest) >= 2 * UNIT:
+            at = cut(rest)
+            yield unit + [(bytes(rest[:at]), False)]
+            unit, size, begun = [], 0, True
+            del rest[:at]
+        if ends:
+            if rest or begun:
+                unit.append((bytes(rest), True))
+                size += len(rest)
+            else:
+                progress.empty += 1
+            rest, begun = bytearray(), False
+            if size >= UNIT or len(unit) >= 4096:
+                yield unit
+                unit, size = [], 0
+    if unit:
+        yield unit
+
+
+tokenizer = None                                                # one per process, made when first needed
+
+
+def encode(text):
+    global tokenizer
+    if tokenizer is None:
+        import pyrwkv_tokenizer
+        tokenizer = pyrwkv_tokenizer.RWKVTokenizer()
+    first, *others = text.split(END_OF_TEXT)                    # the package would spell it out
+    ids = tokenizer.encode(first.decode())
+    for part in others:
+        ids.append(0)
+        ids += tokenizer.encode(part.decode())
+    return ids
+
+
+def encode_unit(unit):
+    """The ids of all pieces as u16, [(number of ids, ends)], bytes of text."""
+    pieces = [(encode(text), ends) for text, ends in unit]
+    ids = b"".join(struct.pack(f"<{len(ids)}H", *ids) for ids, _ in pieces)
+    return ids, [(len(ids), ends) for ids, ends in pieces], sum(len(text) for text, _ in unit)
+
+
+LOW_BYTE = bytes((b + 1) & 255 for b in range(256))             # of byte + 1
+HIGH_BYTE = bytes((b + 1) >> 8 for b in range(256))
+
+
+def encode_unit_bytes(unit):
+    text = b"".join(text for text, _ in unit)
+    ids = bytearray(2 * len(text))
+    ids[0::2], ids[1::2] = text.translate(LOW_BYTE), text.translate(HIGH_BYTE)
+    return ids, [(len(text), ends) for text, ends in unit], len(text)
+
+
+def in_order(function, items, processes):
+    """function of every item, in the items' order, by several processes (by this one if there is but one item).
+    No more than three items a process wait or are worked on, so memory stays bounded."""
+    items = iter(items)
+    first = list(itertools.islice(items, 2))
+    items = itertools.chain(first, items)
+    if processes == 1 or len(first) < 2:
+        yield from map(function, items)
+        return
+    pool = concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), end_with_parent)
+    waiting = collections.deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= 3 * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except concurrent.futures.process.BrokenProcessPool:
+        raise Fail("a process of ours was killed (out of memory?)", 1)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def end_with_parent():                                          # in each process: kill -9 of the first leaves none
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Writing. PREFIX.bin: the tokens back to back. PREFIX.idx: "MMIDIDX\0\0", u64 version 1, u8 data type, u64 n
+#    documents, u64 n + 1, i32 sizes[n] in tokens, i64 offsets[n] in bytes, i64 marks[n + 1]: the numbers 0 to n.
+#    Little-endian. Data types: 1 u8, 2 i8, 3 i16, 4 i32, 5 i64, 8 u16.
+
+MAGIC = b"MMIDIDX\0\0"
+TYPE_LETTER = {1: "B", 2: "b", 3: "h", 4: "i", 5: "q", 8: "H"}  # as array and memoryview name them
+U16 = 8
+
+
+def open_locked(path):
+    """Opens for appending; fails if another run of ours has it open."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    f = open(path, "a+b")
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Fail(f"{path}: another run is writing it", 1)
+    return f
+
+
+class Writer:
+    """PREFIX.bin.tmp and PREFIX.idx.tmp. Memory does not grow with the number of documents."""
+
+    def __init__(self, prefix):
+        self.prefix = prefix
+        self.bin = open_locked(prefix + ".bin.tmp")
+        self.bin.truncate(0)
+        self.idx = open(prefix + ".idx.tmp", "w+b")
+        self.idx.seek(34)
+        self.tokens = self.documents = self.size = 0            # size: of the document being written
+
+    def add(self, ids):
+        self.bin.write(ids)
+        self.size += len(ids) // 2
+
+    def end(self):
+        self.add(b"\0\0")
+        if self.size >= 1 << 31:
+            raise Fail(f"a document of {comma(self.size)} tokens, binidx holds up to 2,147,483,647: see --split")
+        self.idx.write(struct.pack("<i", self.size))
+        self.tokens += self.size
+        self.documents += 1
+        self.size = 0
+
+    def take_last(self):
+        """Removes the last document and returns its ids, the closing 0 left out."""
+        self.idx.seek(-4, os.SEEK_END)
+        size = struct.unpack("<i", self.idx.read(4))[0]
+        self.idx.seek(-4, os.SEEK_END)
+        self.idx.truncate()
+        self.tokens -= size
+        self.documents -= 1
+        self.bin.seek(2 * self.tokens)
+        ids = self.bin.read(2 * size - 2)
+        self.bin.truncate(2 * self.tokens)
+        return ids
+
+    def finish(self):
+        n, at, offset = self.documents, 34, 0
+        while at < 34 + 4 * n:                                  # a stretch of sizes, and its offsets
+            self.idx.seek(at)
+            sizes = array.array("i", self.idx.read(min(BLOCK, 34 + 4 * n - at)))
+            *offsets, offset = itertools.accumulate((2 * size for size in sizes), initial=offset)
+            self.idx.seek(34 + 4 * n + 2 * (at - 34))
+            self.idx.write(array.array("q", offsets))
+            at += 4 * len(sizes)
+        for begin in range(0, n + 1, BLOCK):
+            self.idx.write(array.array("q", range(begin, min(begin + BLOCK, n + 1))))
+        self.idx.seek(0)
+        self.idx.write(MAGIC + struct.pack("<QBQQ", 1, U16, n, n + 1))
+        for f in (self.bin, self.idx):
+            f.flush()
+            os.fsync(f.fileno())
+            f.close()
+
+    def discard(self):
+        for f in (self.idx, self.bin):
+            f.close()
+            remove(f.name)
+
+
+def remove(path):
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def publish(prefix, suffix):
+    """Gives a whole pair its final names, all or nothing: when both are named .new, it is a pair, and settle finishes
+    the work even if we are killed meanwhile."""
+    os.replace(f"{prefix}.idx.{suffix}", prefix + ".idx.new")
+    os.replace(f"{prefix}.bin.{suffix}", prefix + ".bin.new")
+    settle(prefix)
+
+
+def settle(prefix):
+    """Finishes what publish began. Nothing that reads pairs ever sees a .bin beside an .idx that is not its own."""
+    if os.path.exists(prefix + ".bin.new"):
+        if os.path.exists(prefix + ".idx.new"):
+            remove(prefix + ".bin")
+            os.replace(prefix + ".idx.new", prefix + ".idx")
+        os.replace(prefix + ".bin.new", prefix + ".bin")
+
+
+def there(prefix):
+    """Whether a valid pair is there, as a text; None if nothing is."""
+    settle(prefix)
+    names = [prefix + ending for ending in (".bin", ".idx") if os.path.exists(prefix + ending)]
+    if not names:
+        return None
+    try:
+        index = Index(prefix + ".bin", prefix + ".idx")
+    except (Fail, OSError) as error:
+        raise Fail(f"{' and '.join(names)}: there, but no valid pair: {error} (--force replaces it)")
+    return f"{prefix}.bin and .idx are there and whole: {comma(index.tokens)} tokens in {comma(index.documents)} documents"
+
+
+def write_pairs(args, pieces, progress, prefix, val):
+    """Tokenizes pieces into the pair PREFIX and, if val > 0, PREFIX_validation: each document but the first falls there
+    with probability val, and if none did, the last one."""
+    writers = [Writer(prefix)]
+    try:
+        writers += [Writer(prefix + "_validation")]
+        train, valid = writers
+        draw, document, into = random.Random(args.seed), 0, None
+        function, cut = (encode_unit_bytes, lambda text: UNIT) if args.bytes else (encode_unit, None)
+        if cut is None:
+            cutter = []                                         # takes half a second: only for long documents
+
+            def cut(text):
+                cutter[:] = cutter or [Cutter()]
+                return cutter[0].cut(text)
+        processes = 1 if args.bytes else args.processes
+        for ids, counts, n_bytes in in_order(function, units(pieces, cut, progress), processes):
+            view, at = memoryview(ids), 0
+            for count, ends in counts:
+                into = into or (valid if draw.random() < val and document > 0 else train)
+                into.add(view[at:at + 2 * count])
+                at += 2 * count
+                if ends:
+                    into.end()
+                    into, document = None, document + 1
+            progress.add(n_bytes, at // 2)
+        if document == 0:
+            raise Fail("no document has any text in it: nothing to write")
+        if val > 0 and document > 1 and valid.documents == 0:
+            valid.add(train.take_last())
+            valid.end()
+        if valid.documents == 0:
+            writers.pop().discard()
+            if val > 0 or args.force:
+                for ending in (".bin", ".idx"):                 # an older run's: it has no part in this one
+                    remove(prefix + "_validation" + ending)
+        for writer in writers:
+            writer.finish()
+        seconds = progress.done()
+        for writer in reversed(writers):
+            publish(writer.prefix, "tmp")
+    except BaseException:
+        for writer in writers:
+            writer.discard()
+        raise
+    for writer in writers:
+        print(f"{writer.prefix}.bin and .idx: {comma(writer.tokens)} tokens in {comma(writer.documents)} documents")
+    left_out = [f"{comma(n)} {what}" for n, what in ((progress.skipped, "broken lines or rows"),
+                                                      (progress.empty, "documents without text")) if n]
+    print(f"{size_text(progress.bytes)} of text in {seconds:.1f} s: {progress.bytes / 1e6 / seconds:.1f} MB/s"
+          + (f"; left out: {', '.join(left_out)}" if left_out else ""))
+    return writers
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Fetching
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Remembers the file's SHA-256, which the host tells as it sends us on to where the file lies."""
+    sha256 = None
+
+    def redirect_request(self, request, fp, code, message, headers, url):
+        self.sha256 = sha256_of(headers) or self.sha256
+        return super().redirect_request(request, fp, code, message, headers, url)
+
+
+def sha256_of(headers):
+    tag = (headers.get("X-Linked-ETag") or headers.get("ETag") or "").strip('W/"')
+    return tag if re.fullmatch("[0-9a-f]{64}", tag) else None
+
+
+def fetch(url, path, expected=None):
+    """Fetches url into path, going on from what is there. expected: the size it must have."""
+    out, progress, failures, wait = open_locked(path), Progress(f"fetching {os.path.basename(url)}"), 0, 0.5
+    progress.where = lambda: out.seek(0, os.SEEK_END)
+    progress.begin_at = progress.where()
+    while True:
+        have, total = out.seek(0, os.SEEK_END), None
+        redirects = Redirects()
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        try:
+            with urllib.request.build_opener(redirects).open(request, timeout=30) as reply:
+                sha256 = redirects.sha256 or sha256_of(reply.headers)
+                begin, total = reply_range(reply)
+                if total is None or (expected is not None and total != expected):
+                    raise Fail(f"{url}: expected {comma(expected or 0)} bytes as the .idx says, the host has "
+                               f"{'an unknown number' if total is None else comma(total)}", 1)
+                if begin != have:                               # the host sends all of it, or ours is another file's
+                    out.truncate(0)
+                    have = 0
+                    if begin != 0:
+                        raise ConnectionError(f"asked for bytes from {have}, got them from {begin}")
+                progress.total = total
+                disk_needs(path, total - have)
+                while block := reply.read(BLOCK):
+                    try:
+                        out.write(block)
+                        out.flush()
+                    except OSError as error:
+                        raise Fail(f"{path}: {error.strerror}", 1)
+                    have, failures, wait = have + len(block), 0, 0.5
+                    progress.add(len(block))
+            if have < total:
+                raise ConnectionError(f"the connection broke after {comma(have)} of {comma(total)} bytes")
+        except urllib.error.HTTPError as error:
+            total = int(error.headers.get("Content-Range", "*/-1").rpartition("/")[2]) if error.code == 416 else -1
+            if error.code == 416 and total != have:             # ours is longer: another file's
+                out.truncate(0)
+                have = -1
+            elif error.code not in (408, 416, 429) and error.code < 500:
+                raise Fail(f"{url}: {error.code} {error.reason}", 1)
+            reason, sha256 = f"{error.code} {error.reason}", sha256_of(error.headers)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = getattr(error, "reason", None) or error
+            total = -1
+        if have == total:
+            break
+        failures += 1
+        if failures == 5:
+            raise Fail(f"{url}: no connection: {reason} (what has arrived stays: run it again to go on)", 1)
+        time.sleep(wait)
+        wait *= 2
+    progress.done()
+    if expected is not None and have != expected:
+        out.truncate(0)
+        raise Fail(f"{url}: expected {comma(expected)} bytes as the .idx says, the host has {comma(have)}", 1)
+    if sha256:
+        out.seek(0)
+        digest = hashlib.sha256()
+        while block := out.read(BLOCK):
+            digest.update(block)
+        if digest.hexdigest() != sha256:
+            out.truncate(0)
+            raise Fail(f"{url}: expected SHA-256 {sha256}, found {digest.hexdigest()}: run it again to fetch it anew", 1)
+    out.close()
+
+
+def reply_range(reply):
+    """First byte and the file's size, as a reply announces them."""
+    if reply.status == 206:
+        begin, total = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", reply.headers.get("Content-Range", "")).groups()
+        return int(begin), int(total)
+    length = reply.headers.get("Content-Length")
+    return 0, int(length) if length else None
+
+
+def fetch_pair(prefix):
+    """The tokenized corpus. The index comes first: it knows the size of the rest."""
+    idx, tokens = prefix + ".idx.part", prefix + ".bin.part"
+    for part in (idx, tokens):                                  # if we were killed while both were being published
+        if os.path.exists(part[:-4] + "new") and not os.path.exists(part):
+            os.replace(part[:-4] + "new", part)
+    fetch(f"{HOST}/{TOKENIZED}.idx", idx)
+    try:
+        index = Index(None, idx)
+        fetch(f"{HOST}/{TOKENIZED}.bin", tokens, index.tokens * index.width)
+        stats = verify(tokens, idx, os.cpu_count())
+    except Fail as error:
+        if error.code == 2:                                     # what arrived is whole, yet no pair: keep none of it
+            remove(idx)
+            remove(tokens)
+            raise Fail(f"{HOST}/{TOKENIZED}: not the pair expected: {error}", 1)
+        raise
+    publish(prefix, "part")
+    print(f"{prefix}.bin and .idx: {comma(stats.index.tokens)} tokens in {comma(stats.index.documents)} documents")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Checking
+
+class Index:
+    """PREFIX.idx, checked against itself and, if given, the size of PREFIX.bin."""
+
+    def __init__(self, bin_path, idx_path):
+        with open(idx_path, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            self.expect(idx_path, "size", size >= 42, "42 or more", size)
+            idx = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
+        self.expect(idx_path, "magic", idx[:9] == MAGIC, "MMIDIDX", bytes(idx[:9]))
+        version, self.code, n, marks = struct.unpack("<QBQQ", idx[9:34])
+        self.expect(idx_path, "version", version == 1, 1, version)
+        self.expect(idx_path, "data type", self.code in TYPE_LETTER, "1, 2, 3, 4, 5 or 8", self.code)
+        self.expect(idx_path, "document marks", marks == n + 1, n + 1, marks)
+        self.expect(idx_path, "size", size == 42 + 20 * n, 42 + 20 * n, size)
+        self.letter, self.documents = TYPE_LETTER[self.code], n
+        self.width = array.array(self.letter).itemsize
+        self.sizes, self.offsets, self.marks = (idx[34:34 + 4 * n].cast("i"), idx[34 + 4 * n:34 + 12 * n].cast("q"),
+                                                idx[34 + 12 * n:].cast("q"))
+        offset = mark = 0
+        for i, (length, found) in enumerate(zip(self.sizes, self.offsets)):
+            if length < 0 or found != offset:
+                self.expect(idx_path, f"sizes[{i}]", length >= 0, "0 or more", length)
+                self.expect(idx_path, f"offsets[{i}]", False, offset, found)
+            offset += length * self.width
+        for i, found in enumerate(self.marks):
+            if not mark <= found <= (n if i else 0):
+                self.expect(idx_path, f"documents[{i}]", False, f"{mark} to {n if i else 0}", found)
+            mark = found
+        self.expect(idx_path, f"documents[{n}]", mark == n, n, mark)
+        self.tokens = offset // self.width
+        if bin_path:
+            found = os.path.getsize(bin_path)
+            self.expect(bin_path, "size", found == offset, offset, found)
+
+    @staticmethod
+    def expect(path, field, right, expected, found):
+        if not right:
+            raise Fail(f"{path}: {field}: expected {expected}, found {found}")
+
+    def documents_of(self, tokens):
+        """(first, end) in tokens of every document."""
+        for begin, end in zip(self.marks, self.marks[1:]):
+            if begin < end:
+                yield (self.offsets[begin] // self.width, self.offsets[end - 1] // self.width + self.sizes[end - 1])
+
+
+Stats = collections.namedtuple("Stats", "index tokens counts")
+
+
+def count_ids(stretch):
+    path, letter, offset, n_bytes = stretch
+    with open(path, "rb") as f:
+        f.seek(offset)
+        return collections.Counter(memoryview(f.read(n_bytes)).cast(letter))
+
+
+def verify(bin_path, idx_path, processes):
+    """Looks at all of a pair: its index, its tokens (.tokens is the mapped file) and how often each id is in it."""
+    index = Index(bin_path, idx_path)
+    if index.tokens == 0:
+        raise Fail(f"{bin_path}: no tokens")
+    n_bytes, stretch, counts = index.tokens * index.width, 1 << 23, collections.Counter()
+    stretches = ((bin_path, index.letter, at, min(stretch, n_bytes - at)) for at in range(0, n_bytes, stretch))
+    progress = Progress(f"checking {os.path.basename(bin_path)}", n_bytes)
+    progress.where = lambda: progress.bytes
+    for found in in_order(count_ids, stretches, processes):
+        counts.update(found)
+        progress.add(sum(found.values()) * index.width)
+    progress.done()
+    with open(bin_path, "rb") as f:
+        tokens = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)).cast(index.letter)
+    if min(counts) < 0 or max(counts) > LAST_ID:
+        wrong = next(i for i, token in enumerate(tokens) if not 0 <= token <= LAST_ID)
+        raise Fail(f"{bin_path}: token[{wrong}]: expected 0 to {LAST_ID}, found {tokens[wrong]}")
+    for i, (begin, end) in enumerate(index.documents_of(tokens)):
+        if end == begin or tokens[end - 1] != 0:
+            found = "nothing" if end == begin else f"{tokens[end - 1]} (token {end - 1})"
+            raise Fail(f"{bin_path}: document {i}: expected a 0 at its end, found {found}")
+    return Stats(index, tokens, counts)
+
+
+def magic_prime(tokens, ctx_len):
+    """The largest prime P = 2 (mod 3) with P samples of ctx_len + 1 tokens: the trainer's sampler runs modulo P."""
+    for p in range((tokens - 1) // ctx_len, 1, -1):
+        if p % 3 == 2 and all(p % q for q in range(2, math.isqrt(p) + 1)):
+            return p
+    return None
+
+
+def check(prefix, args):
+    settle(prefix)
+    index, tokens, counts = verify(prefix + ".bin", prefix + ".idx", args.processes)
+    bytes_only = max(counts) <= 256
+    if bytes_only:
+        vocabulary = {0: END_OF_TEXT, **{b + 1: bytes([b]) for b in range(256)}}
+    else:
+        vocabulary = load_vocabulary()
+    print(f"{prefix}.bin and .idx: {comma(index.tokens)} tokens of {8 * index.width} bits in "
+          f"{comma(index.documents)} documents, ids {min(counts)} to {max(counts)}" + (" (bytes)" if bytes_only else ""))
+    closing = sum(1 for _ in index.documents_of(tokens))
+    text = index.tokens - closing
+    if vocabulary and text:
+        n_bytes = sum(n * len(vocabulary[token]) for token, n in counts.items()) - closing * len(END_OF_TEXT)
+        print(f"{comma(n_bytes)} bytes of text, {n_bytes / text:.3f} per token; the documents' closing 0 not counted")
+    prime = magic_prime(index.tokens, args.ctx_len)
+    print(f"magic prime for --model.ctx_len {args.ctx_len}: {prime or 'none, that is too little text'}")
+    documents = list(itertools.islice(index.documents_of(tokens), 1)) if index.documents == 1 else None
+    for i in sorted({0, index.documents // 2, index.documents - 1}):
+        begin, end = documents[0] if documents else next(itertools.islice(index.documents_of(tokens), i, None), (0, 0))
+        ids = tokens[begin:min(end - 1, begin + 40)].tolist()
+        shown = ids if not vocabulary else repr(b"".join(map(vocabulary.get, ids)).decode(errors="replace")[:80])
+        print(f"document {i}, {comma(end - begin)} tokens: {shown}")
+    print(f"{prefix}: valid")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. main
+
+def from_files(args):
+    inputs = find_inputs(args.files)
+    for ending, package in ((".parquet", "pyarrow"), (".zst", "zstandard")):
+        if any(path.endswith(ending) for path in inputs):
+            require(package, package)
+    for prefix in (args.output, args.output + "_validation"):
+        found = None if args.force else there(prefix)
+        if found:
+            raise Fail(f"{found}; --force replaces it")
+    total = sum(os.path.getsize(path) for path in inputs if path != "-")
+    os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
+    if args.bytes and all(path != "-" and file_kind(path) in ("txt", None) for path in inputs):
+        disk_needs(args.output + ".bin", 2 * total)
+    if not args.bytes:
+        write_vocabulary()
+    progress = Progress("tokenizing", total if "-" not in inputs else 0)
+    writers = write_pairs(args, Source(args, progress).files(inputs), progress, args.output, args.val)
+    flags = f"--train.data_file {args.output}" + (" --model.vocab_size 320" if args.bytes else "")
+    if len(writers) == 2:
+        flags += f" --train.validation_data_file {args.output}_validation"
+    print(f"./train_goldfinch {flags}")
+
+
+def minipile(args):
+    require("datasets", "datasets")
+    write_vocabulary()
+    for prefix, split in ((args.output + "_validation", "validation"), (args.output, "train")):
+        found = None if args.force else there(prefix)
+        if found:
+            print(found)
+        elif split == "train" and not args.retokenize:
+            fetch_pair(prefix)
+        else:
+            progress = Progress(f"tokenizing {RAW}, {split}")
+            write_pairs(args, Source(args, progress).data_set(split), progress, prefix, 0)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage=argparse.SUPPRESS)
+    option = parser.add_argument
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    option("files", nargs="*", metavar="FILE", help="what to tokenize (none: minipile)")
+    option("-o", "--output", metavar="PREFIX", help="where to: PREFIX.bin and PREFIX.idx")
+    option("--val", type=float, default=0.01, metavar="PART", help="part of the documents for PREFIX_validation (0.01)")
+    option("--seed", type=int, default=1, help="of the choice of these (1)")
+    option("--field", default="text", help='the field of .jsonl and .parquet to take ("text")')
+    option("--split", metavar="STRING", help=r'ends documents in a text, as in --split "\n\n"')
+    option("--format", choices=("txt", "jsonl"), help="of standard input or of files with other endings (txt)")
+    option("--bytes", action="store_true", help="byte-level ids, byte + 1, in place of the RWKV World vocabulary")
+    option("--skip-bad", action="store_true", help="leave out and count lines that are broken UTF-8 or JSON")
+    option("--force", action="store_true", help="replace an output that exists")
+    option("--retokenize", action="store_true", help="make minipile's training set from the raw data set too")
+    option("--processes", type=int, default=cores, help=f"that tokenize (default: one a core, {cores})")
+    option("--check", metavar="PREFIX", help="verify PREFIX.bin and PREFIX.idx")
+    option("--ctx-len", type=int, default=512, help="for which --check prints the magic prime (512)")
+    args = parser.parse_intermixed_args()
+    try:
+        if args.processes < 1 or args.ctx_len < 1 or not 0 <= args.val < 1:
+            raise Fail("--processes and --ctx-len are at least 1, --val is from 0 to below 1")
+        if args.check:
+            if args.files:
+                raise Fail("--check takes one PREFIX and no FILE")
+            check(args.check, args)
+            return
+        if args.files and not args.output:
+            raise Fail("FILE needs -o PREFIX, as in -o data/mine")
+        if args.bytes and not args.files:
+            raise Fail("--bytes needs a FILE: minipile comes tokenized with the RWKV World vocabulary")
+        if not args.bytes:
+            require("pyrwkv_tokenizer", "pyrwkv-tokenizer")
+        args.output = args.output or "data/minipile"
+        (from_files if args.files else minipile)(args)
+    except Fail as error:
+        code, message = error.code, error
+    except OSError as error:
+        code, message = 1, f"{error.filename or args.output or args.check}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        code, message = 130, "stopped"
+    else:
+        return
+    sys.stderr.write(("\r\x1b[K" if sys.stderr.isatty() else "") + f"prepro_minipile.py: {message}\n")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
