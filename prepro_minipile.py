@@ -25,6 +25,7 @@ import ast
 import collections
 import concurrent.futures
 import fcntl
+import functools
 import gzip
 import hashlib
 import http.client
@@ -39,6 +40,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import struct
 import sys
 import threading
@@ -54,7 +56,7 @@ VOCABULARY = "rwkv_vocab_v20230424.txt"
 END_OF_TEXT = b"<|endoftext|>"                  # encodes to 0
 LAST_ID = 65529                                 # ids above are unused; a model's vocabulary is 65536
 BLOCK = 1 << 20                                 # bytes read at once
-LONGEST_LINE = 1 << 24                          # of a text that is kept whole while its UTF-8 is looked at
+LONGEST_LINE = 1 << 22                          # of a text that is kept whole while its UTF-8 is looked at
 UNIT = 1 << 18                                  # bytes of text that a process tokenizes at once
 
 
@@ -71,8 +73,8 @@ def require(package, pip_name):
         raise Fail(f"the Python package {pip_name} is missing: python3 -m pip install {pip_name}")
 
 
-def comma(n):
-    return f"{n:,}"
+def many(n, what):
+    return f"{n:,} {what}" + ("s" if n != 1 else "")
 
 
 def size_text(n):
@@ -135,7 +137,8 @@ class Source:
 
     def __init__(self, args, progress):
         self.args, self.progress = args, progress
-        self.separator = ast.literal_eval('b"""' + re.sub(r'(?<!\\)"', r'\\"', args.split) + '"""') if args.split else b""
+        escapes = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
+        self.separator = re.sub(r"\\[nrt\\]", lambda m: escapes[m[0]], args.split or "").encode()
 
     def bad(self, where, why):
         if not self.args.skip_bad:
@@ -146,7 +149,7 @@ class Source:
         before = 0
         for path in paths:
             if path == "-":
-                yield from self.stream(sys.stdin.buffer, "standard input", self.args.format or "txt")
+                yield from self.documents(sys.stdin.buffer, "standard input", None)
                 continue
             with open(path, "rb") as raw:
                 self.progress.where = lambda: before + raw.tell()
@@ -157,14 +160,11 @@ class Source:
                     yield from self.parquet(path)
                 else:
                     try:
-                        yield from self.stream(decompressed(path, raw), path, self.args.format or kind)
+                        yield from self.documents(decompressed(path, raw), path, kind)
                     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                         raise Fail(f"{path}: broken compressed data: {error}")
                 before += os.path.getsize(path)
                 self.progress.where = lambda: before
-
-    def stream(self, stream, name, kind):
-        return self.jsonl(stream, name) if kind == "jsonl" else self.documents_of_text(self.text(stream, name))
 
     def text(self, stream, name):
         """Blocks of valid UTF-8: whole lines, or parts of very long ones. Byte-level ids take any bytes."""
@@ -193,9 +193,12 @@ class Source:
                 self.bad(f"{name}, line {line + i}", f"broken UTF-8: byte 0x{text[error.start]:02x}, {error.reason}")
         return b"".join(good)
 
-    def documents_of_text(self, blocks):
+    def documents(self, stream, name, kind):
+        if (kind or self.args.format) == "jsonl":
+            yield from self.jsonl(stream, name)
+            return
         rest = b""
-        for block in blocks:
+        for block in self.text(stream, name):
             if self.separator:
                 *whole, block = (rest + block).split(self.separator)
                 yield from ((document, True) for document in whole)
@@ -262,9 +265,37 @@ def decompressed(path, raw):
     if path.endswith(".gz"):
         return gzip.open(raw)
     if path.endswith(".zst"):
-        import zstandard
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), BLOCK)
+        return io.BufferedReader(ZstdReader(raw), BLOCK)
     return raw
+
+
+class ZstdReader(io.RawIOBase):
+    """Unlike the package's own reader, it does not take a file that was cut off for a whole one."""
+
+    def __init__(self, raw):
+        self.raw, self.frame, self.text = raw, None, b""
+
+    def readable(self):
+        return True
+
+    def readinto(self, out):
+        import zstandard
+        while not self.text:
+            ended = self.frame is None or self.frame.eof
+            block = self.frame.unused_data if self.frame and ended else b""
+            block = block or self.raw.read(1 << 14)
+            if not block and not ended:
+                raise EOFError("it ends in the middle")
+            if not block:
+                return 0
+            try:
+                self.frame = zstandard.ZstdDecompressor().decompressobj() if ended else self.frame
+                self.text = memoryview(self.frame.decompress(block))
+            except zstandard.ZstdError as error:
+                raise EOFError(error)
+        n = min(len(out), len(self.text))
+        out[:n], self.text = self.text[:n], self.text[n:]
+        return n
 
 
 def incomplete_tail(block):
@@ -286,7 +317,7 @@ def find_inputs(names):
             inside = [path for path in inside if file_kind(path)]
             if not inside:
                 raise Fail(f"{name}: the folder holds no .txt, .jsonl or .parquet")
-            found += inside
+            found.extend(inside)
         elif name == "-" or os.path.exists(name):
             found.append(name)
         else:
@@ -342,46 +373,46 @@ def write_vocabulary():
     os.replace(target + ".tmp", target)
 
 
-class Cutter:
-    """Finds where a long document can be cut so that its parts encode to what the whole encodes to."""
+@functools.lru_cache(None)
+def inner_pairs():
+    """The vocabulary, and for two bytes a, b, at a * 256 + b, whether they are neighbours in some token."""
+    vocabulary, inside = load_vocabulary(), bytearray(65536)
+    for token in vocabulary.values():
+        for a, b in zip(token, token[1:]):
+            inside[a << 8 | b] = 1
+    return vocabulary, inside
 
-    def __init__(self):
-        self.vocabulary = load_vocabulary()
-        self.longest = max(map(len, self.vocabulary.values()))
-        self.inside = bytearray(65536)                          # 1 for two bytes that are neighbours in some token
-        for token in self.vocabulary.values():
-            for a, b in zip(token, token[1:]):
-                self.inside[a << 8 | b] = 1
 
-    def cut(self, text):
-        """About UNIT bytes from the beginning. Between bytes that are neighbours in no token, a token ends: nearly
-        every text has such a place nearby. Else (a megabyte of spaces, say) a part is encoded to see where its tokens
-        end; the last ones, which more text could change, do not count."""
-        for i in range(UNIT, UNIT // 2, -1):
-            if not self.inside[text[i - 1] << 8 | text[i]] and not is_continuation(text[i]):
-                return i
-        end = UNIT
-        while is_continuation(text[end]):
-            end -= 1
-        at = end
-        for token in reversed(encode(bytes(text[:end]))):
-            if at <= end - self.longest and not is_continuation(text[at]):
-                return at
-            at -= len(self.vocabulary[token])
-        raise AssertionError("a token of the vocabulary is as long as a unit")
+def safe_cut(text):
+    """Where a long text can be cut so that its parts encode to what the whole encodes to, UNIT bytes from its beginning
+    or less. Between bytes that are neighbours in no token a token ends: nearly every text has such a place nearby. Else
+    (a megabyte of spaces, say) a part is encoded to see where its tokens end; the last ones, which more text could
+    change, do not count."""
+    vocabulary, inside = inner_pairs()
+    for i in range(UNIT, UNIT // 2, -1):
+        if not inside[text[i - 1] << 8 | text[i]] and not is_continuation(text[i]):
+            return i
+    at = end = next(i for i in range(UNIT, 0, -1) if not is_continuation(text[i]))
+    longest = max(map(len, vocabulary.values()))
+    for token in reversed(encode(bytes(text[:end]))):
+        if at <= end - longest and not is_continuation(text[at]):
+            break
+        at -= len(vocabulary[token])
+    return at
 
 
 def is_continuation(byte):                                      # not the first of a UTF-8 character
     return byte & 0xC0 == 0x80
 
 
-def units(pieces, cut, progress):
-    """Lists of pieces, about UNIT bytes each. Documents without text are left out."""
+def units(pieces, anywhere, progress):
+    """Lists of pieces, about UNIT bytes each, long texts cut (anywhere, or where no token is). Documents without text
+    are left out."""
     unit, size, rest, begun = [], 0, bytearray(), False
     for text, ends in pieces:
         rest += text
         while len(rest) >= 2 * UNIT:
-            at = cut(rest)
+            at = UNIT if anywhere else safe_cut(rest)
             yield unit + [(bytes(rest[:at]), False)]
             unit, size, begun = [], 0, True
             del rest[:at]
@@ -458,6 +489,8 @@ def in_order(function, items, processes):
 
 
 def end_with_parent():                                          # in each process: kill -9 of the first leaves none
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                # Ctrl-C: the first one stops us
+
     def wait():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -503,7 +536,7 @@ class Writer:
     def end(self):
         self.add(b"\0\0")
         if self.size >= 1 << 31:
-            raise Fail(f"a document of {comma(self.size)} tokens, binidx holds up to 2,147,483,647: see --split")
+            raise Fail(f"a document of {self.size:,} tokens, binidx holds up to 2,147,483,647: see --split")
         self.idx.write(struct.pack("<i", self.size))
         self.tokens += self.size
         self.documents += 1
@@ -538,12 +571,15 @@ class Writer:
         for f in (self.bin, self.idx):
             f.flush()
             os.fsync(f.fileno())
-            f.close()
+
+    def close(self):
+        self.idx.close()
+        self.bin.close()
 
     def discard(self):
-        for f in (self.idx, self.bin):
-            f.close()
-            remove(f.name)
+        remove(self.idx.name)
+        remove(self.bin.name)
+        self.close()
 
 
 def remove(path):
@@ -580,7 +616,7 @@ def there(prefix):
         index = Index(prefix + ".bin", prefix + ".idx")
     except (Fail, OSError) as error:
         raise Fail(f"{' and '.join(names)}: there, but no valid pair: {error} (--force replaces it)")
-    return f"{prefix}.bin and .idx are there and whole: {comma(index.tokens)} tokens in {comma(index.documents)} documents"
+    return f"{index}: there already, and whole"
 
 
 def write_pairs(args, pieces, progress, prefix, val):
@@ -588,21 +624,15 @@ def write_pairs(args, pieces, progress, prefix, val):
     with probability val, and if none did, the last one."""
     writers = [Writer(prefix)]
     try:
-        writers += [Writer(prefix + "_validation")]
-        train, valid = writers
+        if val > 0:
+            writers.append(Writer(prefix + "_validation"))
+        train, valid = writers[0], writers[-1]
         draw, document, into = random.Random(args.seed), 0, None
-        function, cut = (encode_unit_bytes, lambda text: UNIT) if args.bytes else (encode_unit, None)
-        if cut is None:
-            cutter = []                                         # takes half a second: only for long documents
-
-            def cut(text):
-                cutter[:] = cutter or [Cutter()]
-                return cutter[0].cut(text)
-        processes = 1 if args.bytes else args.processes
-        for ids, counts, n_bytes in in_order(function, units(pieces, cut, progress), processes):
+        function, processes = (encode_unit_bytes, 1) if args.bytes else (encode_unit, args.processes)
+        for ids, counts, n_bytes in in_order(function, units(pieces, args.bytes, progress), processes):
             view, at = memoryview(ids), 0
             for count, ends in counts:
-                into = into or (valid if draw.random() < val and document > 0 else train)
+                into = into or (valid if document > 0 and draw.random() < val else train)
                 into.add(view[at:at + 2 * count])
                 at += 2 * count
                 if ends:
@@ -614,11 +644,10 @@ def write_pairs(args, pieces, progress, prefix, val):
         if val > 0 and document > 1 and valid.documents == 0:
             valid.add(train.take_last())
             valid.end()
-        if valid.documents == 0:
+        if valid.documents == 0:                                # one document: an older run's set has no part in this
             writers.pop().discard()
-            if val > 0 or args.force:
-                for ending in (".bin", ".idx"):                 # an older run's: it has no part in this one
-                    remove(prefix + "_validation" + ending)
+            remove(valid.prefix + ".bin")
+            remove(valid.prefix + ".idx")
         for writer in writers:
             writer.finish()
         seconds = progress.done()
@@ -629,9 +658,10 @@ def write_pairs(args, pieces, progress, prefix, val):
             writer.discard()
         raise
     for writer in writers:
-        print(f"{writer.prefix}.bin and .idx: {comma(writer.tokens)} tokens in {comma(writer.documents)} documents")
-    left_out = [f"{comma(n)} {what}" for n, what in ((progress.skipped, "broken lines or rows"),
-                                                      (progress.empty, "documents without text")) if n]
+        writer.close()
+        print(f"{writer.prefix}: {many(writer.tokens, 'token')} in {many(writer.documents, 'document')}")
+    left_out = [many(n, what) for n, what in ((progress.skipped, "broken line or row"),
+                                              (progress.empty, "document without text")) if n]
     print(f"{size_text(progress.bytes)} of text in {seconds:.1f} s: {progress.bytes / 1e6 / seconds:.1f} MB/s"
           + (f"; left out: {', '.join(left_out)}" if left_out else ""))
     return writers
@@ -654,100 +684,87 @@ def sha256_of(headers):
     return tag if re.fullmatch("[0-9a-f]{64}", tag) else None
 
 
+def size_of(reply):
+    """The whole file's size, as a reply announces it; None if it does not."""
+    size = (reply.headers.get("Content-Range", "").rpartition("/")[2] if reply.status in (206, 416)
+            else reply.headers.get("Content-Length", ""))
+    return int(size) if size.isdigit() else None
+
+
 def fetch(url, path, expected=None):
     """Fetches url into path, going on from what is there. expected: the size it must have."""
-    out, progress, failures, wait = open_locked(path), Progress(f"fetching {os.path.basename(url)}"), 0, 0.5
+    out, progress, failures = open_locked(path), Progress(f"fetching {os.path.basename(url)}"), 0
     progress.where = lambda: out.seek(0, os.SEEK_END)
     progress.begin_at = progress.where()
     while True:
-        have, total = out.seek(0, os.SEEK_END), None
-        redirects = Redirects()
+        have, redirects = progress.where(), Redirects()
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         try:
-            with urllib.request.build_opener(redirects).open(request, timeout=30) as reply:
-                sha256 = redirects.sha256 or sha256_of(reply.headers)
-                begin, total = reply_range(reply)
-                if total is None or (expected is not None and total != expected):
-                    raise Fail(f"{url}: expected {comma(expected or 0)} bytes as the .idx says, the host has "
-                               f"{'an unknown number' if total is None else comma(total)}", 1)
-                if begin != have:                               # the host sends all of it, or ours is another file's
+            try:
+                reply = urllib.request.build_opener(redirects).open(request, timeout=30)
+            except urllib.error.HTTPError as error:
+                if error.code < 500 and error.code not in (408, 416, 429):
+                    raise Fail(f"{url}: {error.code} {error.reason}", 1)
+                if error.code != 416:
+                    raise
+                reply = error                                   # 416: it has nothing from there on
+            with reply:
+                sha256, progress.total = redirects.sha256 or sha256_of(reply.headers), size_of(reply)
+                if progress.total is None or expected not in (None, progress.total):
+                    raise Fail(f"{url}: size: expected {expected or 'to be told'}, found {progress.total}")
+                if reply.status == 200 or have > progress.total:        # it sends all, or ours is another file's
                     out.truncate(0)
-                    have = 0
-                    if begin != 0:
-                        raise ConnectionError(f"asked for bytes from {have}, got them from {begin}")
-                progress.total = total
-                disk_needs(path, total - have)
-                while block := reply.read(BLOCK):
-                    try:
-                        out.write(block)
-                        out.flush()
-                    except OSError as error:
-                        raise Fail(f"{path}: {error.strerror}", 1)
-                    have, failures, wait = have + len(block), 0, 0.5
+                disk_needs(path, progress.total - progress.where())
+                while reply.status != 416 and (block := reply.read(BLOCK)):
+                    append(out, block)
                     progress.add(len(block))
-            if have < total:
-                raise ConnectionError(f"the connection broke after {comma(have)} of {comma(total)} bytes")
-        except urllib.error.HTTPError as error:
-            total = int(error.headers.get("Content-Range", "*/-1").rpartition("/")[2]) if error.code == 416 else -1
-            if error.code == 416 and total != have:             # ours is longer: another file's
-                out.truncate(0)
-                have = -1
-            elif error.code not in (408, 416, 429) and error.code < 500:
-                raise Fail(f"{url}: {error.code} {error.reason}", 1)
-            reason, sha256 = f"{error.code} {error.reason}", sha256_of(error.headers)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = getattr(error, "reason", None) or error
-            total = -1
-        if have == total:
-            break
-        failures += 1
-        if failures == 5:
-            raise Fail(f"{url}: no connection: {reason} (what has arrived stays: run it again to go on)", 1)
-        time.sleep(wait)
-        wait *= 2
+                    failures = 0
+            if progress.where() == progress.total:
+                break
+            raise ConnectionError(f"broke off at byte {progress.where():,} of {progress.total:,}")
+        except (OSError, http.client.HTTPException) as error:
+            failures += 1
+            if failures == 5:
+                raise Fail(f"{url}: {getattr(error, 'reason', error)} (run it again to go on from there)", 1)
+            time.sleep(0.25 * 2 ** failures)
     progress.done()
-    if expected is not None and have != expected:
+    digest = hashlib.sha256()
+    out.seek(0)
+    while sha256 and (block := out.read(BLOCK)):
+        digest.update(block)
+    if sha256 and digest.hexdigest() != sha256:
         out.truncate(0)
-        raise Fail(f"{url}: expected {comma(expected)} bytes as the .idx says, the host has {comma(have)}", 1)
-    if sha256:
-        out.seek(0)
-        digest = hashlib.sha256()
-        while block := out.read(BLOCK):
-            digest.update(block)
-        if digest.hexdigest() != sha256:
-            out.truncate(0)
-            raise Fail(f"{url}: expected SHA-256 {sha256}, found {digest.hexdigest()}: run it again to fetch it anew", 1)
+        raise Fail(f"{url}: SHA-256: expected {sha256}, found {digest.hexdigest()}")
     out.close()
 
 
-def reply_range(reply):
-    """First byte and the file's size, as a reply announces them."""
-    if reply.status == 206:
-        begin, total = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", reply.headers.get("Content-Range", "")).groups()
-        return int(begin), int(total)
-    length = reply.headers.get("Content-Length")
-    return 0, int(length) if length else None
+def append(out, block):
+    try:
+        out.write(block)
+        out.flush()
+    except OSError as error:                                    # no trouble of the network, so not tried again
+        raise Fail(f"{out.name}: {error.strerror}", 1)
 
 
-def fetch_pair(prefix):
+def fetch_pair(prefix, processes):
     """The tokenized corpus. The index comes first: it knows the size of the rest."""
     idx, tokens = prefix + ".idx.part", prefix + ".bin.part"
-    for part in (idx, tokens):                                  # if we were killed while both were being published
-        if os.path.exists(part[:-4] + "new") and not os.path.exists(part):
-            os.replace(part[:-4] + "new", part)
-    fetch(f"{HOST}/{TOKENIZED}.idx", idx)
+    if os.path.exists(prefix + ".idx.new") and not os.path.exists(idx):
+        os.replace(prefix + ".idx.new", idx)                    # we were killed as we began to publish
+    url = f"{HOST}/{TOKENIZED}"
     try:
+        fetch(url + ".idx", idx)
         index = Index(None, idx)
-        fetch(f"{HOST}/{TOKENIZED}.bin", tokens, index.tokens * index.width)
-        stats = verify(tokens, idx, os.cpu_count())
+        fetch(url + ".bin", tokens, index.tokens * index.width)
+        verify(tokens, idx, processes)
     except Fail as error:
-        if error.code == 2:                                     # what arrived is whole, yet no pair: keep none of it
+        if error.code == 2:                                     # the two don't fit: fetch them anew, next time
             remove(idx)
-            remove(tokens)
-            raise Fail(f"{HOST}/{TOKENIZED}: not the pair expected: {error}", 1)
-        raise
+            if os.path.exists(tokens) and os.path.getsize(tokens) == index.tokens * index.width:
+                remove(tokens)
+        raise Fail(str(error), 1)
     publish(prefix, "part")
-    print(f"{prefix}.bin and .idx: {comma(stats.index.tokens)} tokens in {comma(stats.index.documents)} documents")
+    print(f"{Index(prefix + '.bin', prefix + '.idx')}: fetched")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -757,6 +774,7 @@ class Index:
     """PREFIX.idx, checked against itself and, if given, the size of PREFIX.bin."""
 
     def __init__(self, bin_path, idx_path):
+        self.path = idx_path
         with open(idx_path, "rb") as f:
             size = os.fstat(f.fileno()).st_size
             self.expect(idx_path, "size", size >= 42, "42 or more", size)
@@ -778,8 +796,9 @@ class Index:
                 self.expect(idx_path, f"offsets[{i}]", False, offset, found)
             offset += length * self.width
         for i, found in enumerate(self.marks):
-            if not mark <= found <= (n if i else 0):
-                self.expect(idx_path, f"documents[{i}]", False, f"{mark} to {n if i else 0}", found)
+            low, high = (mark + 1, n) if i else (0, 0)
+            if not low <= found <= high:
+                self.expect(idx_path, f"documents[{i}]", False, f"{low} to {high}", found)
             mark = found
         self.expect(idx_path, f"documents[{n}]", mark == n, n, mark)
         self.tokens = offset // self.width
@@ -792,14 +811,14 @@ class Index:
         if not right:
             raise Fail(f"{path}: {field}: expected {expected}, found {found}")
 
-    def documents_of(self, tokens):
-        """(first, end) in tokens of every document."""
-        for begin, end in zip(self.marks, self.marks[1:]):
-            if begin < end:
-                yield (self.offsets[begin] // self.width, self.offsets[end - 1] // self.width + self.sizes[end - 1])
+    def __str__(self):
+        name = self.path.rpartition(".idx")[0]
+        return f"{name}: {many(self.tokens, 'token')} in {many(self.documents, 'document')}"
 
-
-Stats = collections.namedtuple("Stats", "index tokens counts")
+    def document(self, i):
+        """Its first token and the one after its last."""
+        begin, last = self.marks[i], self.marks[i + 1] - 1
+        return self.offsets[begin] // self.width, self.offsets[last] // self.width + self.sizes[last]
 
 
 def count_ids(stretch):
@@ -810,7 +829,7 @@ def count_ids(stretch):
 
 
 def verify(bin_path, idx_path, processes):
-    """Looks at all of a pair: its index, its tokens (.tokens is the mapped file) and how often each id is in it."""
+    """Looks at all of a pair. Returns its index, its tokens (the mapped file), how often each id is in it."""
     index = Index(bin_path, idx_path)
     if index.tokens == 0:
         raise Fail(f"{bin_path}: no tokens")
@@ -827,11 +846,12 @@ def verify(bin_path, idx_path, processes):
     if min(counts) < 0 or max(counts) > LAST_ID:
         wrong = next(i for i, token in enumerate(tokens) if not 0 <= token <= LAST_ID)
         raise Fail(f"{bin_path}: token[{wrong}]: expected 0 to {LAST_ID}, found {tokens[wrong]}")
-    for i, (begin, end) in enumerate(index.documents_of(tokens)):
-        if end == begin or tokens[end - 1] != 0:
-            found = "nothing" if end == begin else f"{tokens[end - 1]} (token {end - 1})"
-            raise Fail(f"{bin_path}: document {i}: expected a 0 at its end, found {found}")
-    return Stats(index, tokens, counts)
+    for i in range(index.documents):
+        begin, end = index.document(i)
+        if begin == end or tokens[end - 1] != 0:
+            raise Fail(f"{bin_path}: document {i}: expected a 0 at its end, found "
+                       + ("no tokens" if begin == end else f"{tokens[end - 1]} (token {end - 1})"))
+    return index, tokens, counts
 
 
 def magic_prime(tokens, ctx_len):
@@ -845,26 +865,21 @@ def magic_prime(tokens, ctx_len):
 def check(prefix, args):
     settle(prefix)
     index, tokens, counts = verify(prefix + ".bin", prefix + ".idx", args.processes)
-    bytes_only = max(counts) <= 256
-    if bytes_only:
-        vocabulary = {0: END_OF_TEXT, **{b + 1: bytes([b]) for b in range(256)}}
-    else:
+    vocabulary = {0: END_OF_TEXT, **{b + 1: bytes([b]) for b in range(256)}}
+    if max(counts) > 256:
         vocabulary = load_vocabulary()
-    print(f"{prefix}.bin and .idx: {comma(index.tokens)} tokens of {8 * index.width} bits in "
-          f"{comma(index.documents)} documents, ids {min(counts)} to {max(counts)}" + (" (bytes)" if bytes_only else ""))
-    closing = sum(1 for _ in index.documents_of(tokens))
-    text = index.tokens - closing
-    if vocabulary and text:
+    print(f"{index}; u{8 * index.width}, ids {min(counts)} to {max(counts)}")
+    if vocabulary:
+        closing, text = index.documents, index.tokens - index.documents
         n_bytes = sum(n * len(vocabulary[token]) for token, n in counts.items()) - closing * len(END_OF_TEXT)
-        print(f"{comma(n_bytes)} bytes of text, {n_bytes / text:.3f} per token; the documents' closing 0 not counted")
+        print(f"{many(n_bytes, 'byte')} of text, {n_bytes / max(text, 1):.3f} per token, closing 0s not counted")
     prime = magic_prime(index.tokens, args.ctx_len)
     print(f"magic prime for --model.ctx_len {args.ctx_len}: {prime or 'none, that is too little text'}")
-    documents = list(itertools.islice(index.documents_of(tokens), 1)) if index.documents == 1 else None
     for i in sorted({0, index.documents // 2, index.documents - 1}):
-        begin, end = documents[0] if documents else next(itertools.islice(index.documents_of(tokens), i, None), (0, 0))
-        ids = tokens[begin:min(end - 1, begin + 40)].tolist()
-        shown = ids if not vocabulary else repr(b"".join(map(vocabulary.get, ids)).decode(errors="replace")[:80])
-        print(f"document {i}, {comma(end - begin)} tokens: {shown}")
+        begin, end = index.document(i)
+        ids = tokens[begin:min(end - 1, begin + 64)].tolist()
+        shown = b"".join(map(vocabulary.get, ids)).decode(errors="replace")[:80] if vocabulary else ids
+        print(f"document {i}, {many(end - begin, 'token')}: {shown!r}")
     print(f"{prefix}: valid")
 
 
@@ -876,7 +891,7 @@ def from_files(args):
     for ending, package in ((".parquet", "pyarrow"), (".zst", "zstandard")):
         if any(path.endswith(ending) for path in inputs):
             require(package, package)
-    for prefix in (args.output, args.output + "_validation"):
+    for prefix in (args.output, args.output + "_validation")[:2 if args.val > 0 else 1]:
         found = None if args.force else there(prefix)
         if found:
             raise Fail(f"{found}; --force replaces it")
@@ -902,7 +917,7 @@ def minipile(args):
         if found:
             print(found)
         elif split == "train" and not args.retokenize:
-            fetch_pair(prefix)
+            fetch_pair(prefix, args.processes)
         else:
             progress = Progress(f"tokenizing {RAW}, {split}")
             write_pairs(args, Source(args, progress).data_set(split), progress, prefix, 0)
@@ -947,7 +962,7 @@ def main():
     except Fail as error:
         code, message = error.code, error
     except OSError as error:
-        code, message = 1, f"{error.filename or args.output or args.check}: {error.strerror or error}"
+        code, message = 2 if isinstance(error, FileNotFoundError) else 1, f"{error.filename or args.output or args.check}: {error.strerror or error}"
     except KeyboardInterrupt:
         code, message = 130, "stopped"
     else:

@@ -1052,6 +1052,7 @@ struct Wkv {                                // (B, T, A) each, head h at channel
     const floatX *v2;                       // added to y; or null
     bool one_minus_w;                       // k <- k (1 - exp(-e)) first
     float *states;                          // (B, H, chunks, N values, N keys): S^T at the start of every chunk; or null
+    float *carry;                           // (B, H, N values, N keys): S^T to begin with, then to go on from; null: begin with 0
     int T, H;
 };
 
@@ -1173,6 +1174,8 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
     const int chunks = (p.T + CHUNK - 1) / CHUNK;
     if (threadIdx.x < N) s.u[threadIdx.x] = p.u ? (float)p.u[h * N + threadIdx.x] : 0;
     TileC S[8] = {};
+    float *carry = p.carry ? p.carry + ((int64_t)b * p.H + h) * N * N : nullptr;
+    if (carry) wkv_load_state(S, carry, N);
     for (int t0 = 0; t0 < p.T; t0 += TILE) {
         const int64_t base = ((int64_t)b * p.T + t0) * A + h * N;
         if (p.states && t0 % CHUNK == 0)
@@ -1202,6 +1205,7 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
             store(y + at, sum);
         }
     }
+    if (carry) wkv_store_state(carry, N, S);
 }
 
 // Backward. dS is the gradient of the state after a tile; it decays backwards as S does forwards. In a tile, with
@@ -1868,8 +1872,11 @@ __global__ void round_params(floatX *params, const float *master, const Piece *p
 // function takes dout, adds to the gradients of the layer's parameters and writes dx. Beside its parameters a layer has
 // what it keeps from forward to backward, and `tmp`, scratch that all layers share. Letters: BT = B T tokens, C = n_embd,
 // A = dim_att, F = dim_ffn, H heads of N = 64.
+//
+// Inference goes on from what came before. There, row 0 stands for the token before the first (lead = 1, otherwise 0):
+// its normed input is all that a shift needs of it, and what the row gives after the shift is not used.
 
-typedef struct Dims { int B, T, BT, C, A, F, H, V, R, L, G0; } Dims;
+typedef struct Dims { int B, T, BT, C, A, F, H, V, R, L, G0, lead; } Dims;
 
 // A block of memory handed out piece by piece; without a base it only counts. Under the sanitizers a guarded gap follows
 // each piece of memory that is handed out once.
@@ -1926,6 +1933,8 @@ typedef struct Layer {
     const struct Mixer *tmix, *cmix;
     Params p;
     floatX *x, *ln1, *x_mid, *ln2;          // (BT, C): residual stream before the layer, normed; after its time mixer, normed
+    floatX *tmix_shift, *cmix_shift;        // (C), inference: ln1 and ln2 of the last token; null in training
+    float *wkv_state;                       // (H, N, N), inference: WKV's state; null in training
     FinchC2 finch_c2;
     Gold gold;
     Cmix ffn;
@@ -2040,8 +2049,10 @@ static void finch_c2_adjacent(const Dims &d, FinchC2 &a) {
 static Wkv finch_c2_wkv(const Model *m, const Layer *layer) {
     const FinchC2 &a = layer->finch_c2;
     const bool v2 = m->s.use_v2;
-    return {a.r, a.k, a.v, a.w, layer->p.time_decay.w, v2 ? nullptr : layer->p.time_faaaa.w, v2 ? a.v2 : nullptr,
-            m->s.use_one_minus_w != 0, a.states, m->d.T, m->d.H};
+    const int64_t lead = m->d.lead * (int64_t)m->d.A;
+    return {a.r + lead, a.k + lead, a.v + lead, a.w + lead, layer->p.time_decay.w, v2 ? nullptr : layer->p.time_faaaa.w,
+            v2 ? a.v2 + lead : nullptr, m->s.use_one_minus_w != 0, layer->wkv_state ? nullptr : a.states, layer->wkv_state,
+            m->d.T - m->d.lead, m->d.H};
 }
 
 static void finch_c2_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
@@ -2063,7 +2074,7 @@ static void finch_c2_forward(Model *m, Layer *layer, floatX *out, const floatX *
     linear_forward(a.v, a.xv, p.value, v2 ? 2 * d.BT : d.BT, d.A, d.C);             // x_v and x_v2 in one product
     if (v2) low_rank_forward(a.v2, a.hv2, a.xv2, p.time_value2_w1, p.time_value2_w2, d.BT, d.C, 64, d.A, 1, 1);
     low_rank_forward(a.w, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
-    wkv_forward(a.y, finch_c2_wkv(m, layer), d.B);
+    wkv_forward(a.y + d.lead * (int64_t)d.A, finch_c2_wkv(m, layer), d.B);
     layernorm_forward(a.yn, nullptr, a.y, nullptr, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
     linear_forward(out, a.yn, p.output, d.BT, d.C, d.A);
 }
@@ -2158,31 +2169,49 @@ static void gold_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
     take(scratch, &t.delta, (int64_t)d.BT * d.H);
 }
 
-static void gold_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
+static void gold_queries(Model *m, Layer *layer, const floatX *x) {                  // a.q
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Gold &a = layer->gold;
+    mix_forward<1>({{p.time_maa_x.w}, nullptr, {a.xx}}, x, d.BT, d.T, d.C);
+    low_rank_forward(a.tmp.m, a.hq, a.xx, p.time_maa_q_w1, p.time_maa_q_w2, d.BT, d.C, 32, d.C);
+    mix_forward<1>({{p.time_maa_q.w}, a.tmp.m, {a.xq}}, x, d.BT, d.T, d.C);
+    linear_forward(a.q0, a.xq, p.query, d.BT, d.A, d.C);
+    layernorm_forward(a.q, nullptr, a.q0, nullptr, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
+}
+
+static void gold_keys_values(Model *m, Layer *layer) {                              // a.k, a.v from m->k0 and m->xo
     const Dims &d = m->d;
     const Params &p = layer->p;
     Gold &a = layer->gold;
     const int64_t E = (int64_t)d.BT * d.C;
     const int rank = gold_rank(d);
-    floatX *mixes = a.tmp.m, *low_rank = a.tmp.dm;                                  // scratch (2, BT, C)
-    mix_forward<1>({{p.time_maa_x.w}, nullptr, {a.xx}}, x, d.BT, d.T, d.C);
-    low_rank_forward(mixes, a.hq, a.xx, p.time_maa_q_w1, p.time_maa_q_w2, d.BT, d.C, 32, d.C);
-    mix_forward<1>({{p.time_maa_q.w}, mixes, {a.xq}}, x, d.BT, d.T, d.C);
-    linear_forward(a.q0, a.xq, p.query, d.BT, d.A, d.C);
-    layernorm_forward(a.q, nullptr, a.q0, nullptr, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
-
+    floatX *low_rank = a.tmp.dm;                                                    // scratch (BT, C)
     mix_forward<1>({{p.time_maa_v_cache.w}, nullptr, {a.xc}}, m->xo, d.BT, d.T, d.C);
-    low_rank_forward(mixes, a.hkv, a.xc, p.time_maa_kv_w1, p.time_maa_kv_w2, d.BT, d.C, 32, d.C, 2);
-    mix_forward<1>({{p.time_maa_k.w}, mixes, {a.k1}}, m->k0, d.BT, d.T, d.C);
-    mix_forward<1>({{p.time_maa_v.w}, mixes + E, {a.v1}}, m->xo, d.BT, d.T, d.C);
+    low_rank_forward(a.tmp.m, a.hkv, a.xc, p.time_maa_kv_w1, p.time_maa_kv_w2, d.BT, d.C, 32, d.C, 2);
+    mix_forward<1>({{p.time_maa_k.w}, a.tmp.m, {a.k1}}, m->k0, d.BT, d.T, d.C);
+    mix_forward<1>({{p.time_maa_v.w}, a.tmp.m + E, {a.v1}}, m->xo, d.BT, d.T, d.C);
     low_rank_forward(low_rank, a.hk, a.k1, p.time_key_w1, p.time_key_w2, d.BT, d.C, rank, d.C);
     layernorm_forward(a.k, a.k2, a.k1, nullptr, low_rank, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
     low_rank_forward(low_rank, a.hv, a.v1, p.time_value_w1, p.time_value_w2, d.BT, d.C, rank, d.C);
     layernorm_forward(a.v, a.v2, a.v1, nullptr, low_rank, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
+}
 
-    attention_forward(a.y, a.l, a.q, a.k, a.v, d.B, d.T, d.H);
+static void gold_output(Model *m, Layer *layer, floatX *out) {                      // from a.y
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Gold &a = layer->gold;
     layernorm_forward(a.yn, nullptr, a.y, nullptr, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
     linear_forward(out, a.yn, p.output, d.BT, d.C, d.A);
+}
+
+static void gold_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
+    const Dims &d = m->d;
+    Gold &a = layer->gold;
+    gold_queries(m, layer, x);
+    gold_keys_values(m, layer);
+    attention_forward(a.y, a.l, a.q, a.k, a.v, d.B, d.T, d.H);
+    gold_output(m, layer, out);
 }
 
 static void gold_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
@@ -2460,45 +2489,53 @@ static void model_too_large(const Model *m, int64_t available) {                
     die(2, "%s has %.2f GiB free, %.2f GiB less than needed: %s", machine_name(), available / 1073741824.0, missing / 1073741824.0, advice);
 }
 
-static void model_allocate(Model *m) {
-    machine_start();
-    size_t available, total;
-    CUDA_CHECK(cudaMemGetInfo(&available, &total));
-    if (model_total_bytes(m) > (int64_t)available) model_too_large(m, (int64_t)available);
+static void model_allocate_weights(Model *m) {                                      // masters, weights, pieces
     device_alloc((void **)&m->master, m->n_block * 4);
     m->params = (floatX *)m->master;
     if (PRECISION_BF16) device_alloc((void **)&m->params, m->n_block * sizeof(floatX));
-    device_alloc((void **)&m->grads, m->n_block * 4);
-    device_alloc((void **)&m->m, m->n_block * 4);
-    device_alloc((void **)&m->v, m->n_block * 4);
-    device_alloc((void **)&m->activations, m->activation_bytes);
     for (int i = 0; i < m->n_tensors; i++) {
         m->fields[i]->w = m->params + m->tensors[i].offset;
-        m->fields[i]->g = m->grads + m->tensors[i].offset;
         m->n_pieces += (int)ceil_div(m->tensors[i].size, PIECE);
     }
-    model_layout(m, m->activations);
-
     Piece *pieces = (Piece *)malloc(m->n_pieces * sizeof(Piece)), *piece = pieces;
     for (int i = 0; i < m->n_tensors; i++) {
         const Tensor *t = &m->tensors[i];
         for (int64_t at = 0; at < t->size; at += PIECE)
             *piece++ = {t->offset + at, (int)(t->size - at < PIECE ? t->size - at : PIECE), (float)t->lr_scale, (float)t->decay};
-        for (float *block : {m->master, m->grads, m->m, m->v}) guard_gap(block + t->offset + t->size, GUARD_BYTES);
+        guard_gap(m->master + t->offset + t->size, GUARD_BYTES);
         if (PRECISION_BF16) guard_gap(m->params + t->offset + t->size, GUARD_BYTES);
     }
     device_alloc((void **)&m->pieces, m->n_pieces * sizeof(Piece));
     CUDA_CHECK(cudaMemcpy(m->pieces, pieces, m->n_pieces * sizeof(Piece), cudaMemcpyHostToDevice));
     free(pieces);
+}
+
+static void model_allocate_activations(Model *m) {                                  // and what carries tokens and losses
+    device_alloc((void **)&m->activations, m->activation_bytes);
+    model_layout(m, m->activations);
     const int64_t staged = ((int64_t)m->B * m->T * 5 + 1) * sizeof(int);            // inputs, targets, ids, starts + 1, order
     device_alloc((void **)&m->tokens, staged);
-    device_alloc((void **)&m->squares, m->n_pieces * sizeof(double));
     device_alloc((void **)&m->totals, 2 * sizeof(double));
-    device_alloc((void **)&m->state, sizeof(UpdateState));
     for (int i = 0; i < 4; i++) {
         CUDA_CHECK(cudaMallocHost((void **)&m->staged[i], staged));
         CUDA_CHECK(cudaEventCreate(&m->staged_done[i]));
     }
+}
+
+static void model_allocate(Model *m) {                                              // all that training needs
+    machine_start();
+    size_t available, total;
+    CUDA_CHECK(cudaMemGetInfo(&available, &total));
+    if (model_total_bytes(m) > (int64_t)available) model_too_large(m, (int64_t)available);
+    model_allocate_weights(m);
+    model_allocate_activations(m);
+    for (float **block : {&m->grads, &m->m, &m->v}) {
+        device_alloc((void **)block, m->n_block * 4);
+        for (int i = 0; i < m->n_tensors; i++) guard_gap(*block + m->tensors[i].offset + m->tensors[i].size, GUARD_BYTES);
+    }
+    for (int i = 0; i < m->n_tensors; i++) m->fields[i]->g = m->grads + m->tensors[i].offset;
+    device_alloc((void **)&m->squares, m->n_pieces * sizeof(double));
+    device_alloc((void **)&m->state, sizeof(UpdateState));
     CUDA_CHECK(cudaMallocHost((void **)&m->results, 2 * sizeof(UpdateState)));
     for (int i = 0; i < 2; i++) CUDA_CHECK(cudaEventCreate(&m->result_done[i]));
 }
@@ -2629,11 +2666,20 @@ static void model_init_weights(Model *m, uint64_t seed) {
 
 // ---- forward ----
 
-// From the layer's input x: ln1, time mixer, ln2, channel mixer. Leaves x_mid, and in m->branch what is still to be added.
+// Inference: what a shift sees of the token before comes from `last` into row 0, and the last row goes there in turn.
+static void carry_shift(const Model *m, floatX *x, floatX *last) {
+    if (!last) return;
+    const size_t row = m->d.C * sizeof(floatX);
+    CUDA_CHECK(cudaMemcpyAsync(x, last, row, cudaMemcpyDeviceToDevice, stream));
+    CUDA_CHECK(cudaMemcpyAsync(last, x + (int64_t)(m->d.BT - 1) * m->d.C, row, cudaMemcpyDeviceToDevice, stream));
+}
+
+// From x and ln1: time mixer, ln2, channel mixer. Leaves x_mid, and in m->branch what is still to be added to it.
 static void layer_forward(Model *m, Layer *layer) {
     const Dims &d = m->d;
     const Params &p = layer->p;
     const int64_t E = (int64_t)d.BT * d.C;
+    carry_shift(m, layer->ln1, layer->tmix_shift);
     layer->tmix->forward(m, layer, m->branch, layer->ln1);
     if (m->s.parallel) {                                                            // both mixers see the same x
         add_forward<<<pack_blocks(E), 256, 0, stream>>>(layer->x_mid, layer->x, m->branch, E);
@@ -2641,26 +2687,39 @@ static void layer_forward(Model *m, Layer *layer) {
     } else {
         layernorm_forward(layer->ln2, layer->x_mid, layer->x, nullptr, m->branch, p.ln2_weight, p.ln2_bias, d.BT, d.C);
     }
+    carry_shift(m, layer->ln2, layer->cmix_shift);
     layer->cmix->forward(m, layer, m->branch, layer->ln2);
 }
 
-// Stack of spec section 1 for the staged tokens, up to xf = LayerNorm_ln_out(x). Every residual sum is made by the norm
-// that reads it first.
-static void model_forward(Model *m) {
+static void model_embed(Model *m) {                                                 // x0 = LayerNorm_ln0(emb[token]), xo
     const Dims &d = m->d;
-    const Params &top = m->top;
-    Layer *layers = m->layers;
-    layernorm_forward(m->x0, nullptr, top.emb.w, m->tokens, nullptr, layers[0].p.ln0_weight, layers[0].p.ln0_bias, d.BT, d.C);
+    const Params &first = m->layers[0].p;
+    layernorm_forward(m->x0, nullptr, m->top.emb.w, m->tokens, nullptr, first.ln0_weight, first.ln0_bias, d.BT, d.C);
     if (has_cache(m)) rms_norm_forward<<<d.BT, row_threads(d.C), 0, stream>>>(m->xo, m->x0, d.C);
-    for (int l = 0; l < d.L; l++) {
-        Layer *layer = &layers[l];
+}
+
+// Layers begin..end-1; the first one's x is in place. Every residual sum is made by the norm that reads it first.
+static void model_layers(Model *m, int begin, int end) {
+    const Dims &d = m->d;
+    for (int l = begin; l < end; l++) {
+        Layer *layer = &m->layers[l];
         const Params &p = layer->p;
-        if (l == 0) layernorm_forward(layer->ln1, nullptr, m->x0, nullptr, nullptr, p.ln1_weight, p.ln1_bias, d.BT, d.C);
-        else layernorm_forward(layer->ln1, layer->x, layers[l - 1].x_mid, nullptr, m->branch, p.ln1_weight, p.ln1_bias, d.BT, d.C);
-        if (l == d.G0 && has_cache(m)) token_cat_forward(m, layer->x);
+        if (l == begin) layernorm_forward(layer->ln1, nullptr, layer->x, nullptr, nullptr, p.ln1_weight, p.ln1_bias, d.BT, d.C);
+        else layernorm_forward(layer->ln1, layer->x, m->layers[l - 1].x_mid, nullptr, m->branch, p.ln1_weight, p.ln1_bias, d.BT, d.C);
+        if (l == d.G0 && has_cache(m) && d.lead == 0) token_cat_forward(m, layer->x);
         layer_forward(m, layer);
     }
-    layernorm_forward(m->xf, m->x_out, layers[d.L - 1].x_mid, nullptr, m->branch, top.ln_out_weight, top.ln_out_bias, d.BT, d.C);
+}
+
+static void model_final_norm(Model *m) {                                            // xf = LayerNorm_ln_out(x)
+    const Dims &d = m->d;
+    layernorm_forward(m->xf, m->x_out, m->layers[d.L - 1].x_mid, nullptr, m->branch, m->top.ln_out_weight, m->top.ln_out_bias, d.BT, d.C);
+}
+
+static void model_forward(Model *m) {                                               // the stack of spec section 1
+    model_embed(m);
+    model_layers(m, 0, m->d.L);
+    model_final_norm(m);
 }
 
 // Logits, loss and, with scale > 0, their gradients, in slices of rows: dxf goes to m->dln1, the head's gradient is added.
@@ -4160,7 +4219,7 @@ void gf_wkv(int B, int T, int H, const float *r, const float *k, const float *v,
     float *states, *sums;
     device_alloc((void **)&states, B * H * ceil_div(T, CHUNK) * N * N * sizeof(float));
     device_alloc((void **)&sums, 2 * B * A * sizeof(float));
-    const Wkv p = {device[0], device[1], device[2], device[3], nullptr, u ? device[5] : nullptr, nullptr, one_minus_w != 0, states, T, H};
+    const Wkv p = {device[0], device[1], device[2], device[3], nullptr, u ? device[5] : nullptr, nullptr, one_minus_w != 0, states, nullptr, T, H};
     wkv_forward(device[6], p, B);
     wkv_backward({device[4], device[7], device[8], device[9], device[10], sums, sums + B * A}, p, B);
     for (int i = 0; i < 5; i++) copy_to_host(outputs[i], device[6 + i], n);
