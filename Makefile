@@ -3,12 +3,13 @@
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := train
 .DELETE_ON_ERROR:
-.PHONY: help train train_goldfinch test_goldfinch test clean
+.PHONY: help train infer train_goldfinch infer_goldfinch test_goldfinch test clean
 
 define HELP
 make [train]           build ./train_goldfinch: for the GPU if nvcc and a GPU (sm_80 or newer) are here, else the CPU
+make infer             build ./infer_goldfinch
 make test_goldfinch    build ./test_goldfinch, the checks; run it alone or with golden tables: ./test_goldfinch FILE...
-make test              build both, run ./test_goldfinch and dev/test.sh
+make test              build all, run ./test_goldfinch and dev/test.sh
 make clean             remove what was built (not out/ and data/)
 
 GPU=0                  the same kernels on the CPU; needs g++ only, no CUDA toolkit (dev/cpu/README.md)
@@ -25,7 +26,7 @@ endef
 
 ifneq ($(filter clean help,$(MAKECMDGOALS)),)
 clean:
-	rm -rf build train_goldfinch test_goldfinch
+	rm -rf build train_goldfinch infer_goldfinch test_goldfinch
 help:
 	$(info $(HELP))
 	@:
@@ -123,14 +124,15 @@ $(info $(SUMMARY): $(WHY))
 # What to build
 
 train: train_goldfinch
-train_goldfinch test_goldfinch: %: $(DIR)/%
+infer: infer_goldfinch
+train_goldfinch infer_goldfinch test_goldfinch: %: $(DIR)/%
 	@ln -f $< $@
 
 test: train_goldfinch test_goldfinch
 	./test_goldfinch
 	dev/test.sh
 
-$(DIR)/train_goldfinch: $(DIR)/train_goldfinch.o
+$(DIR)/train_goldfinch $(DIR)/infer_goldfinch: %: %.o
 	$(LINK)
 $(DIR)/test_goldfinch: $(DIR)/test_goldfinch.o $(DIR)/kernels_for_test.o
 	$(LINK)
@@ -142,7 +144,7 @@ $(DIR):
 ifeq ($(GPU),1)
 $(DIR)/%.o: %.cu Makefile | $(DIR)
 	$(NVCC) $(CUFLAGS) -MMD -c $< -o $@
-$(DIR)/kernels_for_test.o: train_goldfinch.cu Makefile | $(DIR)
+$(DIR)/kernels_for_test.o: infer_goldfinch.cu Makefile | $(DIR)
 	$(NVCC) $(CUFLAGS) -DGOLDFINCH_TEST -MMD -c $< -o $@
 else
 # g++ does not know `kernel<<<shape>>>(arguments);`. One sed expression makes a call of it (dev/cpu/launch.h), another
@@ -161,7 +163,7 @@ build/cpp/%.cu.cpp: %.cu Makefile
 	@(echo '#line 1 "$<"'; $(CU_TO_CPP) $<) > $@
 $(DIR)/%.o: build/cpp/%.cu.cpp | $(DIR) $(patsubst %,build/cpp/%.cpp,$(wildcard *.cu))
 	$(CXX) $(CUFLAGS) -MMD -c $< -o $@
-$(DIR)/kernels_for_test.o: build/cpp/train_goldfinch.cu.cpp | $(DIR)
+$(DIR)/kernels_for_test.o: build/cpp/infer_goldfinch.cu.cpp build/cpp/train_goldfinch.cu.cpp | $(DIR)
 	$(CXX) $(CUFLAGS) -DGOLDFINCH_TEST -MMD -c $< -o $@
 endif
 

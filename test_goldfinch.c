@@ -1188,6 +1188,13 @@ void gf_wkv(int B, int T, int H, const float *r, const float *k, const float *v,
             int one_minus_w, float *y, const float *dy, float *dr, float *dk, float *dv, float *dw, float *du);
 void gf_sampler(int64_t n_tokens, int64_t ctx_len, int64_t *prime, int n, int64_t *offsets);
 int64_t gf_binidx(const char *prefix, int64_t *n_docs, int32_t *tokens, int64_t max);
+// inference (infer_goldfinch.cu) with the weights of a model; kv 0: c in the storage type, 1: in 8 bits, 2: keys and values
+typedef struct Infer Infer;
+Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk);
+void gf_infer_free(Infer *f);
+void gf_infer_reset(Infer *f);
+void gf_infer_feed(Infer *f, const int *ids, int64_t n, int all, float *logits);  // logits (V) of the last, all: (n, V)
+double gf_infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int chunk);  // mean loss of a text's tokens
 
 static int n_passed, n_failed, n_skipped;
 
@@ -1766,6 +1773,63 @@ static void compare_to_table(Comparison *c, const Table *t, Ref *m, Model *k, do
     }
 }
 
+// Largest |got - want| / |want| of any of the rows.
+static double rows_error(const float *got, const float *want, int rows, int V) {
+    double worst = 0;
+    for (int i = 0; i < rows; i++) {
+        double error = distance(got + (int64_t)i * V, want + (int64_t)i * V, V) / norm_of(want + (int64_t)i * V, V);
+        if (!(error <= worst)) worst = isnan(error) ? INFINITY : error;
+    }
+    return worst;
+}
+
+// Inference against the logits of the kernels' last pass over the parallel model: tokens fed in chunks of 1, 7, 16 and
+// all at once, with the logits of every token and with those of each chunk's last (where the last layers see only a few
+// tokens), from all three caches.
+static void check_inference(const Table *t, Ref *m, Model *k) {
+    static const char *const kinds[3] = {"compressed cache", "8-bit cache", "full keys and values"};
+    const int T = t->T, V = m->V, chunks[4] = {1, 7, 16, T};
+    double limit = gf_precision() == 16 ? 5e-2 : 1e-4, compressed = 0;
+    float *want = kernels_activation(k, "logits", (int64_t)t->B * T * V), *got = zeros((int64_t)T * V, sizeof(float));
+    float *first = zeros((int64_t)T * V, sizeof(float));
+    for (int kv = 0; kv < 3; kv++) {
+        double every = 0, last = 0;
+        for (int c = 0; c < 4; c++) {
+            Infer *f = gf_infer_create(k, kv, T, chunks[c]);
+            for (int b = 0; b < t->B; b++) {
+                const int *ids = inputs + b * T;
+                const float *row = want + (int64_t)b * T * V;
+                gf_infer_reset(f);
+                for (int i = 0, n; i < T; i += n) {
+                    n = T - i < chunks[c] ? T - i : chunks[c];
+                    gf_infer_feed(f, ids + i, n, 1, got + (int64_t)i * V);
+                }
+                every = fmax(every, rows_error(got, row, T, V));
+                if (kv == 0 && b == 0 && c == 1) memcpy(first, got, (size_t)T * V * sizeof(float));
+                if (kv == 2 && b == 0 && c == 1) compressed = rows_error(got, first, T, V);
+                gf_infer_reset(f);
+                for (int i = 0, n; i < T; i += n) {
+                    n = T - i < chunks[c] ? T - i : chunks[c];
+                    gf_infer_feed(f, ids + i, n, 0, got);
+                    last = fmax(last, rows_error(got, row + (int64_t)(i + n - 1) * V, 1, V));
+                }
+            }
+            gf_infer_free(f);
+        }
+        double allowed = kv == 1 ? fmax(limit, 1e-2) : limit;
+        check(every <= allowed && last <= allowed, "%s: inference, %s: every token's logits %.1e, each chunk's last %.1e, allowed %.0e",
+              t->name, kinds[kv], every, last, allowed);
+    }
+    check(compressed <= limit, "%s: inference, full keys against the compressed cache: %.1e, allowed %.0e", t->name, compressed, limit);
+    double loss[3];
+    Infer *f = gf_infer_create(k, 0, T, T);
+    for (int i = 0; i < 3; i++) loss[i] = gf_infer_score(f, inputs, T, 0, i == 0 ? 1 : i == 1 ? 64 : 0);
+    gf_infer_free(f);
+    double spread = fmax(relative(loss[0], loss[2]), relative(loss[1], loss[2])), allowed = gf_precision() == 16 ? 2e-3 : 1e-5;
+    check(spread <= allowed, "%s: scores in chunks of 1, 64 and all at once: %.1e apart, allowed %.0e", t->name, spread, allowed);
+    free(want), free(got), free(first);
+}
+
 static void check_table(const Table *t, Ref *m) {
     Comparison *c = zeros(1, sizeof(Comparison));
     hash_tokens(t->name, t->B, t->T, m->V);
@@ -1788,6 +1852,7 @@ static void check_table(const Table *t, Ref *m) {
         Bits bits = kernels_bits(m, k, loss, t->B * t->T);
         note("bits of the kernels' loss, gradients and logits: %016llx", (unsigned long long)digest(&bits));
         free(bits.data);
+        if (strcmp(t->s.tmix2, "gold") == 0) check_inference(t, m, k);
         gf_free(k);
     }
     free(c);

@@ -525,6 +525,10 @@ __device__ inline TileB load_b_t(const floatX *p, int ld) {                     
                  : "=r"(b.x[0]), "=r"(b.x[1]) : "r"(smem_address(p + l * ld)) : "memory");
     return b;
 }
+__device__ inline TileB load_b_global(const floatX *p, int ld) {                // as load_b, from global memory; ld even
+    p += threadIdx.x % 32 / 4 * ld + threadIdx.x % 4 * 2;
+    return {{*(const unsigned *)p, *(const unsigned *)(p + 8)}};
+}
 // Two results side by side, (16x8 | 16x8), as the left operand of the next product.
 __device__ inline TileA to_a(const TileC &left, const TileC &right) {
     return {{bf16_pair(left.x[0], left.x[1]), bf16_pair(left.x[2], left.x[3]),
@@ -577,6 +581,7 @@ template <typename T> __device__ inline TileB load_b(const T *p, int ld) {
     for (int i = 0; i < 4; i++) b.x[i] = (float)(floatX)p[b_col() * ld + b_row(i)];
     return b;
 }
+__device__ inline TileB load_b_global(const floatX *p, int ld) { return load_b(p, ld); }
 __device__ inline TileB load_b_t(const floatX *p, int ld) {
     TileB b;
     for (int i = 0; i < 4; i++) b.x[i] = (float)p[b_row(i) * ld + b_col()];
