@@ -95,7 +95,10 @@ void expect(const char *file, const char *field, int64_t index, int64_t low, int
     X(data, INT,  sample_every, "0", -1, 1e15, 1, "steps between samples, utf-8 only (0: one at the end; -1: none)") \
     X(start, INT,  max_steps, "0", 0, 1e15, 1, "stop after so many steps; the schedule stays (0: at my_exit_tokens)") \
     X(start, INT,  save_every, "1000", 0, 1e15, 1, "steps between checkpoints (0: only at the end)") \
-    X(start, PATH, out, "out", 0, 0, 0, "folder for checkpoints and log.csv; an earlier run's files become *.old") \
+    X(start, PATH, out, "", 0, 0, 0, "folder for checkpoints and log.csv (empty: proj_dir/proj_name-proj_suffix, or out)") \
+    X(start, PATH, proj_dir, "", 0, 0, 0, "folder of runs (empty: out); with one of these three set and no out,") \
+    X(start, PATH, proj_name, "", 0, 0, 0, "a run's name (empty: as L12-D768-x060c2_gold)") \
+    X(start, PATH, proj_suffix, "", 0, 0, 0, "and what follows it (empty: 0), the run's folder is named by them") \
     X(start, INT,  resume, "0", 0, 1, 1, "go on from the newest checkpoint in out, with its settings") \
     X(start, PATH, load_model, "", 0, 0, 0, "safetensors file to take the first weights from") \
     X(start, INT,  load_partial, "0", 0, 1, 1, "load_model may lack or have other tensors: take those that fit")
@@ -207,8 +210,45 @@ void settings_preset(Settings *s) {
     for (int i = 0; i < n_demo_preset; i++) { setting_set(s, setting_find(demo_preset[i].key), demo_preset[i].value); }
 }
 
+// Built-in configs: models, then trainings, under the names of the reference's files.
+const struct { const char *name, *yaml; } built_in_configs[] = {
+    {"goldfinch", "model:\n  tmix: x060c2\n  tmix2: gold\n  inv_other_layer_ratio: 3\n"},
+    {"goldfinch_ablation_gold_invratio_2", "model:\n  tmix: x060c2\n  tmix2: gold\n  inv_other_layer_ratio: 2\n"},
+    {"goldfinch_ablation_gold_invratio_6", "model:\n  tmix: x060c2\n  tmix2: gold\n  inv_other_layer_ratio: 6\n"},
+    {"goldfinch_ablation_gptalpha", "model:\n  tmix: x060c2\n  tmix2: gptalpha\n  inv_other_layer_ratio: 3\n"},
+    {"goldfinch_ablation_rope10k", "model:\n  tmix: x060c2\n  tmix2: gold\n  inv_other_layer_ratio: 3\n  rope:\n    base: 10000\n"},
+    {"goldfinch_upgrade", "model:\n  tmix: x060\n  tmix2: gold\n  inv_other_layer_ratio: 6\n"
+                          "train:\n  load_partial: 1\n  lr_final: 1e-5\n"},
+    {"finch", "model:\n  tmix: x060\n"},
+    {"finchc2", "model:\n  tmix: x060c2\n"},
+    {"finchc2_ablation_no_one_minus_w", "model:\n  tmix: x060c2\n  use_one_minus_w: 0\n"},
+    {"finchc2_ablation_no_v2", "model:\n  tmix: x060c2\n  use_v2: 0\n"},
+    {"gptalpha", "model:\n  tmix: gptalpha\n  rope:\n    base: 10000\n"},
+    {"llama", "model:\n  tmix: llama\n  cmix: llama\n  rope:\n    base: 10000\n"},
+#define MINIPILE(layers, width, context, first, last, micro, accumulate) \
+    "model:\n  n_layer: " #layers "\n  n_embd: " #width "\n  ctx_len: " #context "\n  vocab_size: 65536\n" \
+    "train:\n  data_type: binidx\n  data_file: data/minipile\n  validation_data_file: data/minipile_validation\n" \
+    "  val_check_interval: 100\n  my_exit_tokens: 1498226207\n  lr_init: " #first "\n  lr_final: " #last "\n" \
+    "  warmup_steps: 10\n  beta1: 0.9\n  beta2: 0.99\n  adam_eps: 1e-8\n  weight_decay: 0.001\n" \
+    "  micro_bsz: " #micro "\n  accumulate_grad_batches: " #accumulate "\n  grad_cp: 1\n  proj_dir: out\n"
+    {"L6D768minipile", MINIPILE(6, 768, 512, 6e-4, 2e-4, 64, 1)},
+    {"L12D768ctx1024minipile", MINIPILE(12, 768, 1024, 6e-4, 2e-4, 32, 1)},
+    {"L24D2048ctx2048minipile", MINIPILE(24, 2048, 2048, 3e-4, 1e-4, 8, 4)},
+    {"L24D2048ctx4096minipile", MINIPILE(24, 2048, 4096, 3e-4, 1e-4, 4, 8)},
+#undef MINIPILE
+};
+
 void settings_help(void) {
-    printf("usage: %s [--model.KEY VALUE | --train.KEY VALUE] ...\n\n"
+    printf("usage: %s [-c CONFIG] .. [--model.KEY VALUE | --train.KEY VALUE] .. [--print-config]\n\n"
+           "A config is a file (YAML or JSON, in the layout of the reference) or a built-in one, later ones win:\n",
+           program_name);
+    int column = 0;
+    for (const auto &known : built_in_configs) {
+        if (column + strlen(known.name) > 108) { column = 0; printf("\n"); }
+        column += printf("  %s", known.name);
+    }
+    printf("\n--print-config prints what they and the flags add up to, as a config. A few to start with:\n"
+           "  %s -c goldfinch -c L12D768ctx1024minipile --train.max_steps 10\n\n"
            "Without a data_file: trains on data/minipile if data/minipile.bin is there, else the embedded default, a\n"
            "small byte-level model of the project's own source text (its values: demo).\n", program_name);
     for (int i = 0; i < n_settings; i++) {
@@ -225,19 +265,297 @@ void settings_help(void) {
     }
 }
 
-// The flags of a command line, without the program's name, on top of what s holds.
-void settings_parse(Settings *s, int argc, const char **argv) {
-    for (int i = 0; i < argc; i += 2) {
-        if (strcmp(argv[i], "-h") == 0 || strcmp(argv[i], "--help") == 0) {
-            settings_help();
-            exit(0);
+// ---------------------------------------- JSON, for config files and the headers of safetensors
+
+typedef struct Json { char *at, *start; const char *path, *part; } Json;       // the text ends with '\0'; part: of the file
+
+[[noreturn]] void json_fail(const Json *j, const char *expected) {
+    char found[8] = "the end";
+    if (*j->at) { snprintf(found, sizeof(found), "'%c'", isprint((unsigned char)*j->at) ? *j->at : '?'); }
+    die(2, "%s: %sbyte %ld: expected %s, found %s", j->path, j->part, (j->at - j->start), expected, found);
+}
+
+char json_peek(Json *j) {
+    while (*j->at == ' ' || *j->at == '\n' || *j->at == '\t' || *j->at == '\r') { j->at++; }
+    return *j->at;
+}
+
+void json_expect(Json *j, char c) {
+    char expected[4] = {'\'', c, '\'', '\0'};
+    if (json_peek(j) != c) { json_fail(j, expected); }
+    j->at++;
+}
+
+// After an item: true if a comma announces another one, false if the list or object is closed.
+bool json_more(Json *j, char close) {
+    if (json_peek(j) == ',') { j->at++; return true; }
+    json_expect(j, close);
+    return false;
+}
+
+int64_t json_integer(Json *j) {
+    if (!isdigit((unsigned char)json_peek(j))) { json_fail(j, "a number"); }
+    char *end;
+    errno = 0;
+    int64_t value = strtoll(j->at, &end, 10);
+    if (errno || strchr(".eE", *end)) { json_fail(j, "a whole number below 2^63"); }
+    j->at = end;
+    return value;
+}
+
+char *json_string(Json *j) {                                    // unescaped in place
+    json_expect(j, '"');
+    char *text = j->at, *out = text;
+    while (*j->at != '"') {
+        unsigned char c = (unsigned char)*j->at;
+        if (c < ' ') { json_fail(j, "the end of a text"); }
+        j->at++;
+        if (c != '\\') { *out++ = (char)c; continue; }
+        const char *escapes = "\"\"\\\\//b\bf\fn\nr\rt\t", *e = escapes;
+        while (*e && *e != *j->at) { e += 2; }
+        if (*e && *j->at) { *out++ = e[1]; j->at++; continue; }
+        unsigned code;
+        if (sscanf(j->at, "u%4x", &code) != 1 || strspn(j->at + 1, "0123456789abcdefABCDEF") < 4 || code == 0) {
+            json_fail(j, "an escape");
         }
-        const Setting *row = strncmp(argv[i], "--", 2) == 0 ? setting_find(argv[i] + 2) : NULL;
-        if (!row) { die(2, "unknown setting \"%s\" (-h lists them all)", argv[i]); }
-        if (i + 1 == argc) { die(2, "%s: a value is missing", argv[i]); }
-        const char *expected = setting_set(s, row, argv[i + 1]);
-        if (expected) { die(2, "%s: expected %s, found \"%s\"", argv[i], expected, argv[i + 1]); }
+        if (code >= 0x800) { *out++ = (char)(0xE0 | code >> 12); *out++ = (char)(0x80 | (code >> 6 & 0x3F)); }
+        else if (code >= 0x80) { *out++ = (char)(0xC0 | code >> 6); }
+        *out++ = (char)(code < 0x80 ? code : 0x80 | (code & 0x3F));
+        j->at += 5;
     }
+    j->at++;
+    *out = '\0';
+    return text;
+}
+
+// ---------------------------------------- config files, in the reference's layout
+
+// Keys of the reference that have no meaning here; they are accepted and reported.
+const char *unused_keys[] = {
+    "train.wandb", "train.strategy", "train.epoch_begin", "train.epoch_save", "train.devices", "train.num_nodes",
+    "train.ds_bucket_mb", "train.accelerator", "train.precision", "train.magic_prime", "train.log_every_n_steps",
+    "train.check_val_every_n_epoch",
+};
+
+typedef struct Config {                                         // a file that is being read
+    Settings *s;
+    const char *path;
+    int line;
+    bool read_before, tmix, tmix2;                              // the command line was read before; it says something of these
+    bool seen[sizeof(settings_table) / sizeof(settings_table[0])];
+} Config;
+
+[[noreturn]] void config_fail(const Config *c, const char *key, const char *expected, const char *found) {
+    die(2, "%s: line %d: %s%sexpected %s, found %s%s%s", c->path, c->line, key, *key ? ": " : "", expected,
+        *found ? "\"" : "", *found ? found : "nothing", *found ? "\"" : "");
+}
+
+// A value of the file; key with its path, "model.rope.base". An empty value stands for null: the default.
+void config_set(Config *c, const char *key, const char *value) {
+    const size_t n = strlen(key), type = strlen(".__type__");
+    if (n > type && strcmp(key + n - type, ".__type__") == 0) {             // a section of the reference's classes
+        const bool rope = strcmp(key, "model.rope.__type__") == 0, brope = strcmp(key, "model.brope.__type__") == 0;
+        const Setting *row = rope ? setting_find("model.rope.base") : brope ? setting_find("model.brope.rescale") : NULL;
+        if (row && !c->seen[row - settings_table]) { setting_set(c->s, row, rope ? "10000" : "1"); }   // these classes' defaults
+        return;
+    }
+    if (strcmp(key, "train.val_check_interval") == 0) { key = "train.val_every"; }
+    bool unused = strncmp(key, "runtime.", 8) == 0;
+    for (const char *name : unused_keys) { unused = unused || strcmp(name, key) == 0; }
+    if (unused) {
+        if (!c->read_before) { fprintf(stderr, "%s: line %d: %s is not used here\n", c->path, c->line, key); }
+        return;
+    }
+    const Setting *row = setting_find(key);
+    if (!row) { config_fail(c, "", "a setting (-h lists them all)", key); }
+    if (c->seen[row - settings_table]) { config_fail(c, key, "once", "twice"); }
+    c->seen[row - settings_table] = true;
+    c->tmix = c->tmix || strcmp(key, "model.tmix") == 0;
+    c->tmix2 = c->tmix2 || strcmp(key, "model.tmix2") == 0;
+    const bool text = strcmp(row->kind, "WORD") == 0 || strcmp(row->kind, "PATH") == 0;
+    if (!*value && !text) { return; }
+    const char *expected = setting_set(c->s, row, value);
+    if (expected) { config_fail(c, key, expected, value); }
+}
+
+// A YAML scalar that begins at text, unquoted in place; what follows it may be a comment.
+char *yaml_scalar(Config *c, const char *key, char *text) {
+    char *in = text, *out = text;
+    const char quote = *in == '"' || *in == '\'' ? *in : 0;
+    if (quote) {
+        for (in++;; in++) {
+            if (!*in) { config_fail(c, key, "a closing quote", ""); }
+            if (*in == quote && quote == '\'' && in[1] == '\'') { in++; }
+            else if (*in == quote) { break; }
+            else if (*in == '\\' && quote == '"') {
+                in++;
+                if (!strchr("\"\\/", *in) || !*in) { config_fail(c, key, "the escape \\\" or \\\\", "another one"); }
+            }
+            *out++ = *in;
+        }
+        in++;
+        while (*in == ' ') { in++; }
+        if (*in && *in != '#') { config_fail(c, key, "the end of the line", in); }
+        *out = '\0';
+        return text;
+    }
+    if (*in && strchr("|>&*!%@`[]{},-?", *in) && !(*in == '-' && (isdigit((unsigned char)in[1]) || in[1] == '.'))) {
+        if (strcmp(in, "{}") != 0) { config_fail(c, key, "a plain or quoted value", in); }
+        *in = '\0';
+    }
+    for (; *in && !(*in == '#' && (in == text || in[-1] == ' ')); in++) { *out++ = *in; }
+    while (out > text && out[-1] == ' ') { out--; }
+    *out = '\0';
+    if (strcmp(text, "null") == 0 || strcmp(text, "~") == 0) { *text = '\0'; }
+    if (strcmp(text, "true") == 0) { strcpy(text, "1"); }
+    if (strcmp(text, "false") == 0) { strcpy(text, "0"); }
+    return text;
+}
+
+// The YAML that these configs need: nested maps by indentation, scalars, comments.
+void config_yaml(Config *c, char *text) {
+    struct { int indent; size_t length; } level[8] = {};                    // open maps: where they stand, how long their path is
+    int depth = 0;
+    bool opened = true;                                                     // the last line opened a map, or may have
+    PATH path = "";
+    for (char *line = text, *next; line; line = next) {
+        next = strchr(line, '\n');
+        if (next) { *next++ = '\0'; }
+        c->line++;
+        int indent = 0, end = (int)strlen(line);
+        while (end > 0 && strchr(" \r\t", line[end - 1])) { line[--end] = '\0'; }
+        while (line[indent] == ' ') { indent++; }
+        char *key = line + indent;
+        if (!*key || *key == '#' || strcmp(line, "---") == 0) { continue; }
+        if (strchr(line, '\t')) { config_fail(c, "", "spaces", "a tab"); }
+        if (indent > level[depth].indent) {
+            if (!opened) { config_fail(c, "", "the indentation of the line above", key); }
+            if (depth == 7) { config_fail(c, "", "at most 7 levels", key); }
+            level[++depth] = {indent, strlen(path)};
+        }
+        while (indent < level[depth].indent) { depth--; }
+        if (indent != level[depth].indent || (depth == 0 && indent != 0)) { config_fail(c, "", "the indentation of a map above", key); }
+        char *colon = key;
+        while (isalnum((unsigned char)*colon) || *colon == '_') { colon++; }
+        if (colon == key || *colon != ':' || (colon[1] && colon[1] != ' ')) { config_fail(c, "", "\"key: value\"", key); }
+        *colon++ = '\0';
+        while (*colon == ' ') { colon++; }
+        path[level[depth].length] = '\0';
+        size_t n = strlen(path);
+        if (snprintf(path + n, sizeof(path) - n, "%s%s", n ? "." : "", key) >= (int)(sizeof(path) - n)) { config_fail(c, "", "a shorter key", key); }
+        opened = !*colon || *colon == '#';
+        if (!opened) { config_set(c, path, yaml_scalar(c, path, colon)); }
+    }
+}
+
+void config_json(Config *c, Json *j, PATH path) {                           // a map; path: where it stands
+    const size_t n = strlen(path);
+    json_expect(j, '{');
+    if (json_peek(j) == '}') { j->at++; return; }
+    do {
+        const char *key = json_string(j);
+        json_expect(j, ':');
+        if (snprintf(path + n, sizeof(PATH) - n, "%s%s", n ? "." : "", key) >= (int)(sizeof(PATH) - n)) { json_fail(j, "a shorter key"); }
+        c->line = 1;
+        for (const char *at = j->start; at < j->at; at++) { c->line += *at == '\n'; }
+        const char kind = json_peek(j);
+        if (kind == '{') { config_json(c, j, path); continue; }
+        PATH value = "";
+        if (kind == '"') {
+            snprintf(value, sizeof(value), "%s", json_string(j));
+        } else {
+            const size_t length = strspn(j->at, "+-.0123456789eEaflnrstu");
+            if (length == 0 || length >= sizeof(value)) { json_fail(j, "a value"); }
+            memcpy(value, j->at, length);
+            j->at += length;
+            if (strcmp(value, "null") == 0) { value[0] = '\0'; }
+            else if (strcmp(value, "true") == 0) { strcpy(value, "1"); }
+            else if (strcmp(value, "false") == 0) { strcpy(value, "0"); }
+        }
+        config_set(c, path, value);
+    } while (path[n] = '\0', json_more(j, '}'));
+    path[n] = '\0';
+}
+
+// A built-in config, or a file in YAML or JSON, on top of what s holds.
+void config_read(Settings *s, const char *name, bool read_before) {
+    Config config = {s, name, 0, read_before, false, false, {}}, *c = &config;
+    char *text = NULL;
+    for (const auto &known : built_in_configs) {
+        if (strcmp(known.name, name) == 0) { text = strdup(known.yaml); }
+    }
+    if (!text) {
+        FILE *file = fopen(name, "rb");
+        if (!file) { die(2, "-c %s: no built-in config, and no file: %s", name, strerror(errno)); }
+        size_t room = 1 << 20, n;
+        text = (char *)malloc(room + 1);
+        n = fread(text, 1, room, file);
+        text[n] = '\0';
+        if (ferror(file) || !feof(file)) { die(2, "%s: expected a file of less than 1 MiB", name); }
+        if (strlen(text) != n) { die(2, "%s: expected text, found a zero byte", name); }
+        fclose(file);
+    }
+    if (text[strspn(text, " \t\r\n")] == '{') {
+        Json json = {text, text, name, ""};
+        PATH path = "";
+        config_json(c, &json, path);
+        if (json_peek(&json) != '\0') { json_fail(&json, "the end"); }
+    } else {
+        config_yaml(c, text);
+    }
+    if (c->tmix && !c->tmix2) { s->tmix2[0] = '\0'; }                       // the reference's default: one mixer everywhere
+    free(text);
+}
+
+// All settings in a form that -c reads back.
+void settings_print_config(const Settings *s) {
+    PATH section = "", group = "";
+    for (int i = 0; i < n_settings; i++) {
+        const Setting *row = &settings_table[i];
+        PATH key, value;
+        setting_key(row, key);
+        setting_get(s, row, value);
+        char *name = strchr(key, '.') + 1, *dot = strchr(name, '.');
+        name[-1] = '\0';
+        if (strcmp(key, section) != 0) { printf("%s:\n", key); }
+        snprintf(section, sizeof(section), "%s", key);
+        if (dot) {
+            *dot = '\0';
+            if (strcmp(name, group) != 0) { printf("  %s:\n", name); }
+            snprintf(group, sizeof(group), "%s", name);
+            name = dot + 1;
+        }
+        const bool text = strcmp(row->kind, "WORD") == 0 || strcmp(row->kind, "PATH") == 0;
+        printf("  %s%s: ", dot ? "  " : "", name);
+        if (text) { putchar('"'); }
+        for (const char *t = value; *t; t++) { printf(text && (*t == '"' || *t == '\\') ? "\\%c" : "%c", *t); }
+        printf(text ? "\"\n" : "\n");
+    }
+}
+
+bool print_config = false;                                      // --print-config: print all settings and stop
+
+// A command line without the program's name, on top of what s holds: first its configs in their order, then its flags.
+void settings_parse(Settings *s, int argc, const char **argv) {
+    static bool read_before = false;
+    for (int pass = 0; pass < 2; pass++) {
+        for (int i = 0; i < argc; i += 2) {
+            if (strcmp(argv[i], "-h") == 0 || strcmp(argv[i], "--help") == 0) {
+                settings_help();
+                exit(0);
+            }
+            if (strcmp(argv[i], "--print-config") == 0) { print_config = true; i--; continue; }
+            const bool config = strcmp(argv[i], "-c") == 0;
+            const Setting *row = strncmp(argv[i], "--", 2) == 0 ? setting_find(argv[i] + 2) : NULL;
+            if (!row && !config) { die(2, "unknown setting \"%s\" (-h lists them all)", argv[i]); }
+            if (i + 1 == argc) { die(2, "%s: a value is missing", argv[i]); }
+            if (config && pass == 0) { config_read(s, argv[i + 1], read_before); }
+            if (config || pass == 0) { continue; }
+            const char *expected = setting_set(s, row, argv[i + 1]);
+            if (expected) { die(2, "%s: expected %s, found \"%s\"", argv[i], expected, argv[i + 1]); }
+        }
+    }
+    read_before = true;
 }
 
 // Derives what is 0 by default and turns away what can't work together, before anything is allocated.
@@ -264,7 +582,18 @@ void settings_check(Settings *s) {
     if (strcmp(s->data_type, "utf-8") == 0 && s->vocab_size < 257) {
         die(2, "--model.vocab_size: expected 264 or more for utf-8 (an id is a byte + 1), found %ld", s->vocab_size);
     }
-    if (!s->out[0]) { die(2, "--train.out: expected a folder, found nothing"); }
+}
+
+// Where the run's files go: out, or as the reference names it once a config or a flag says anything of proj_*.
+void settings_folder(Settings *s) {
+    if (s->out[0]) { return; }
+    PATH name;
+    snprintf(name, sizeof(name), "L%ld-D%ld-%s%s%s", s->n_layer, s->n_embd, s->tmix, s->tmix2[0] ? "_" : "", s->tmix2);
+    const char *dir = s->proj_dir[0] ? s->proj_dir : "out", *suffix = s->proj_suffix[0] ? s->proj_suffix : "0";
+    int n = snprintf(s->out, sizeof(s->out), "%s", dir);
+    if (!s->proj_dir[0] && !s->proj_name[0] && !s->proj_suffix[0]) { return; }
+    n += snprintf(s->out + n, sizeof(s->out) - n, "/%s-%s", s->proj_name[0] ? s->proj_name : name, suffix);
+    if (n >= (int)sizeof(s->out)) { die(2, "--train.proj_name: expected a shorter one"); }
 }
 
 void settings_print(const Settings *s) {
@@ -341,6 +670,7 @@ static void machine_start(void) {           // once, before the first allocation
 static const char *machine_name(void) {
     static char name[300];
     cudaDeviceProp device;
+    machine_start();
     CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
     snprintf(name, sizeof name, "%s", device.name);
     return name;
@@ -2405,7 +2735,7 @@ static void model_plan(Model *m, const Settings *s, int B, int T) {
     Dims &d = m->d;
     d.L = (int)s->n_layer, d.C = (int)s->n_embd, d.A = (int)s->dim_att, d.F = (int)s->dim_ffn, d.V = (int)s->vocab_size;
     d.H = d.A / N, d.R = (int)(d.C / s->kv_cache_compression_ratio);
-    d.G0 = s->tmix2[0] || s->cmix2[0] ? (int)(d.L * (s->inv_other_layer_ratio - 1) / s->inv_other_layer_ratio) : d.L;
+    d.G0 = s->tmix2[0] ? (int)(d.L * (s->inv_other_layer_ratio - 1) / s->inv_other_layer_ratio) : d.L;
     if ((int64_t)B * T > INT_MAX / 8) die(2, "micro_bsz x ctx_len is %lld tokens, expected at most %d", (long long)B * T, INT_MAX / 8);
     set_batch(m, B, T);
     m->layers = (Layer *)calloc(d.L, sizeof(Layer));
@@ -3252,69 +3582,6 @@ uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n) {
     return hash;
 }
 
-// ---------------------------------------- the header's JSON: objects of strings, numbers and lists of numbers
-
-typedef struct Json { char *at, *start; const char *path; } Json;               // the text ends with '\0'
-
-[[noreturn]] void json_fail(const Json *j, const char *expected) {
-    char found[8] = "the end";
-    if (*j->at) { snprintf(found, sizeof(found), "'%c'", isprint((unsigned char)*j->at) ? *j->at : '?'); }
-    die(2, "%s: header, byte %ld: expected %s, found %s", j->path, (j->at - j->start), expected, found);
-}
-
-char json_peek(Json *j) {
-    while (*j->at == ' ' || *j->at == '\n' || *j->at == '\t' || *j->at == '\r') { j->at++; }
-    return *j->at;
-}
-
-void json_expect(Json *j, char c) {
-    char expected[4] = {'\'', c, '\'', '\0'};
-    if (json_peek(j) != c) { json_fail(j, expected); }
-    j->at++;
-}
-
-// After an item: true if a comma announces another one, false if the list or object is closed.
-bool json_more(Json *j, char close) {
-    if (json_peek(j) == ',') { j->at++; return true; }
-    json_expect(j, close);
-    return false;
-}
-
-int64_t json_integer(Json *j) {
-    if (!isdigit((unsigned char)json_peek(j))) { json_fail(j, "a number"); }
-    char *end;
-    errno = 0;
-    int64_t value = strtoll(j->at, &end, 10);
-    if (errno || strchr(".eE", *end)) { json_fail(j, "a whole number below 2^63"); }
-    j->at = end;
-    return value;
-}
-
-char *json_string(Json *j) {                                    // unescaped in place
-    json_expect(j, '"');
-    char *text = j->at, *out = text;
-    while (*j->at != '"') {
-        unsigned char c = (unsigned char)*j->at;
-        if (c < ' ') { json_fail(j, "the end of a text"); }
-        j->at++;
-        if (c != '\\') { *out++ = (char)c; continue; }
-        const char *escapes = "\"\"\\\\//b\bf\fn\nr\rt\t", *e = escapes;
-        while (*e && *e != *j->at) { e += 2; }
-        if (*e && *j->at) { *out++ = e[1]; j->at++; continue; }
-        unsigned code;
-        if (sscanf(j->at, "u%4x", &code) != 1 || strspn(j->at + 1, "0123456789abcdefABCDEF") < 4 || code == 0) {
-            json_fail(j, "an escape");
-        }
-        if (code >= 0x800) { *out++ = (char)(0xE0 | code >> 12); *out++ = (char)(0x80 | (code >> 6 & 0x3F)); }
-        else if (code >= 0x80) { *out++ = (char)(0xC0 | code >> 6); }
-        *out++ = (char)(code < 0x80 ? code : 0x80 | (code & 0x3F));
-        j->at += 5;
-    }
-    j->at++;
-    *out = '\0';
-    return text;
-}
-
 int64_t dtype_size(const char *dtype) {                         // bytes; 0 if unknown
     const char *names[] = {"F64", "I64", "U64", "F32", "I32", "U32", "F16", "BF16", "I16", "U16", "I8", "U8", "BOOL"};
     const int sizes[] = {8, 8, 8, 4, 4, 4, 2, 2, 2, 2, 1, 1, 1};
@@ -3392,7 +3659,7 @@ void safetensors_open(SafeTensors *f, const char *path) {
     expect(path, "header, bytes before a zero", -1, length, length, (int64_t)strlen(f->header));
     f->data = f->file + 8 + length;
     f->data_size = f->file_size - 8 - length;
-    Json json = {f->header, f->header, path}, *j = &json;
+    Json json = {f->header, f->header, path, "header, "}, *j = &json;
     json_expect(j, '{');
     if (json_peek(j) == '}') { j->at++; }
     else do {
@@ -3981,24 +4248,36 @@ bool train(Run *r) {
 int main(int argc, char **argv) {
     static Run run;                                             // zeros
     Run *r = &run;
-    Settings *s = &r->s, flags;
+    Settings *s = &r->s;
     const char **arguments = (const char **)argv + 1;
     setvbuf(stdout, NULL, _IOLBF, 0);
 
     // Settings: the table's defaults, what holds without a data_file, the checkpoint's, the command line's.
-    settings_default(&flags);
-    settings_parse(&flags, argc - 1, arguments);
     settings_default(s);
-    if (!flags.data_file[0]) { settings_preset(s); }
+    settings_parse(s, argc - 1, arguments);
+    if (!s->data_file[0]) {
+        settings_default(s);
+        settings_preset(s);
+        settings_parse(s, argc - 1, arguments);
+    }
+    settings_folder(s);
     SafeTensors state;
-    const int64_t resumed = flags.resume ? checkpoint_newest(flags.out) : -1;
+    const int64_t resumed = s->resume ? checkpoint_newest(s->out) : -1;
     if (resumed >= 0) {
-        checkpoint_open(&state, flags.out, resumed, &r->p);
+        PATH folder;
+        snprintf(folder, sizeof(folder), "%s", s->out);
+        settings_default(s);
+        checkpoint_open(&state, folder, resumed, &r->p);
         settings_load(s, &state);
         s->train_stage = s->train_stage == 1 ? 3 : s->train_stage;      // it was initialized; now train
+        settings_parse(s, argc - 1, arguments);
+        snprintf(s->out, sizeof(s->out), "%s", folder);
     }
-    settings_parse(s, argc - 1, arguments);
     settings_check(s);
+    if (print_config) {
+        settings_print_config(s);
+        return 0;
+    }
     const bool trains = s->train_stage != 1;
     if (trains) {
         data_open(&r->data, s);
