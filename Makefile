@@ -125,14 +125,14 @@ $(info $(SUMMARY): $(WHY))
 
 train: train_goldfinch
 infer: infer_goldfinch
-train_goldfinch infer_goldfinch test_goldfinch: %: $(DIR)/%
+train_goldfinch infer_goldfinch test_goldfinch fuzz_config: %: $(DIR)/%
 	@ln -f $< $@
 
-test: train_goldfinch test_goldfinch
+test: train_goldfinch infer_goldfinch test_goldfinch
 	./test_goldfinch
 	dev/test.sh
 
-$(DIR)/train_goldfinch $(DIR)/infer_goldfinch: %: %.o
+$(DIR)/train_goldfinch $(DIR)/infer_goldfinch $(DIR)/fuzz_config: %: %.o
 	$(LINK)
 $(DIR)/test_goldfinch: $(DIR)/test_goldfinch.o $(DIR)/kernels_for_test.o
 	$(LINK)
@@ -158,6 +158,7 @@ CU_TO_CPP := sed -E \
   -e 's/__shared__[^;()]*( |__align__\([^)]*\) [^;]* )($(NAME))(\[[^;]*)?;/& CUDA_ON_CPU_SHARED(\2)/' \
   -e 's/^(\#include "[^"]*)\.cu"/\1.cu.cpp"/'
 
+vpath %.cu dev
 build/cpp/%.cu.cpp: %.cu Makefile
 	@mkdir -p $(@D)
 	@(echo '#line 1 "$<"'; $(CU_TO_CPP) $<) > $@

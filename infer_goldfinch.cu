@@ -880,13 +880,14 @@ static void score_context(Infer *f, const int *ids, int64_t n, int chunk, double
     *correct += (int64_t)totals[1];
 }
 
-// n tokens; window 0: one context; otherwise a fresh one for every `window` predictions, as the trainer's validation.
+// n tokens; window 0: one context; otherwise a fresh one for every `window` predictions, as the trainer's validation, which
+// leaves out what is left at the end (but not all of it: a text shorter than a window is one context).
 // chunk: tokens at a time, at most the engine's own (0: that).
 void infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int chunk, double *loss_sum, int64_t *correct, int64_t *targets) {
     *loss_sum = 0, *correct = *targets = 0;
     if (chunk <= 0 || chunk > f->chunk) chunk = f->chunk;
-    for (int64_t at = 0; at + 1 < n; at += window ? window + 1 : n) {
-        const int64_t predictions = window && n - at - 1 > window ? window : n - at - 1;
+    const int64_t predictions = window && window < n - 1 ? window : n - 1;
+    for (int64_t at = 0; at + predictions < n; at += predictions + 1) {
         if (f->G && predictions > f->capacity) die(2, "a context of %ld tokens, expected at most %ld", predictions, f->capacity);
         score_context(f, ids + at, predictions, chunk, loss_sum, correct);
         *targets += predictions;
@@ -951,5 +952,1048 @@ double gf_infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int c
     return loss / targets;
 }
 
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 4. Tokenizer (spec section 9): text to ids and back. Byte-level models need no vocabulary: an id is a byte + 1. Others
+//    take RWKV World's, a text file of lines `ID LITERAL LENGTH`, LITERAL a Python string or bytes literal.
+
+// A trie's node: which bytes may follow, the node of the first of these (the others come after it, in order), and the
+// id of the token that ends here (0: none does).
+typedef struct TrieNode {
+    uint64_t follow[4];
+    int first, id;
+} TrieNode;
+
+typedef struct Tokenizer {
+    LONG_PATH path;                                             // of the vocabulary; empty for bytes
+    int n_ids;                                                  // ids 0 .. n_ids - 1 have a text
+    uint8_t *texts;                                             // back to back
+    int *starts;                                                // (n_ids + 1): where in texts an id's begins
+    TrieNode *trie;                                             // NULL for bytes
+} Tokenizer;
+
+const char *end_of_text = "<|endoftext|>";                      // id 0
+const char *default_vocabulary = "data/rwkv_vocab_v20230424.txt";
+
+int text_length(const Tokenizer *t, int id) { return t->starts[id + 1] - t->starts[id]; }
+
+// ---------------------------------------- Python literals
+
+typedef struct Literal {                                        // where the parser stands
+    const char *path;
+    int64_t line;
+    const char *at, *end;                                       // end: of the line
+} Literal;
+
+[[noreturn]] void literal_fail(const Literal *l, const char *expected) {
+    const int left = (int)(l->end - l->at < 24 ? l->end - l->at : 24);
+    die(2, "%s: line %ld: expected %s, found \"%.*s\"", l->path, l->line, expected, left, l->at);
+}
+
+int utf8_encode(uint32_t code, uint8_t *out) {                  // returns the number of bytes
+    if (code < 0x80) { out[0] = (uint8_t)code; return 1; }
+    const int n = code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+    for (int i = n - 1; i > 0; i--, code >>= 6) { out[i] = (uint8_t)(0x80 | (code & 0x3F)); }
+    out[0] = (uint8_t)((n == 2 ? 0xC0 : n == 3 ? 0xE0 : 0xF0) | code);
+    return n;
+}
+
+uint32_t literal_digits(Literal *l, int least, int most, int base) {
+    uint32_t value = 0;
+    int n = 0;
+    for (; n < most && l->at < l->end; n++, l->at++) {
+        const int c = tolower((unsigned char)*l->at), digit = isdigit(c) ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : 99;
+        if (digit >= base) { break; }
+        value = value * (uint32_t)base + (uint32_t)digit;
+    }
+    if (n < least) { literal_fail(l, base == 16 ? "the hexadecimal digits of an escape" : "digits"); }
+    return value;
+}
+
+// What follows a backslash, in a string (a code point, as UTF-8) or in bytes (one byte). Returns its length.
+int literal_escape(Literal *l, bool bytes, uint8_t *out) {
+    if (l->at == l->end) { literal_fail(l, "an escape"); }
+    const char *single = "\\\\''\"\"a\ab\bf\fn\nr\rt\tv\v", c = *l->at;
+    for (const char *s = single; *s; s += 2) {
+        if (*s == c) { out[0] = (uint8_t)s[1]; l->at++; return 1; }
+    }
+    uint32_t code;
+    if (c >= '0' && c <= '7') { code = literal_digits(l, 1, 3, 8); }
+    else if (c == 'x') { l->at++; code = literal_digits(l, 2, 2, 16); }
+    else if (c == 'u' && !bytes) { l->at++; code = literal_digits(l, 4, 4, 16); }
+    else if (c == 'U' && !bytes) { l->at++; code = literal_digits(l, 8, 8, 16); }
+    else if (c == 'N' && !bytes) { literal_fail(l, "no escape by a character's name"); }
+    else { out[0] = '\\'; return 1; }                           // Python leaves unknown escapes as they stand
+    if (bytes) { out[0] = (uint8_t)code; return 1; }
+    if (code > 0x10FFFF || (code >= 0xD800 && code < 0xE000)) { literal_fail(l, "a code point that UTF-8 can hold"); }
+    return utf8_encode(code, out);
+}
+
+// The literal at l->at; out has room for the line. Returns the number of its bytes.
+int literal_parse(Literal *l, uint8_t *out) {
+    const bool bytes = l->at < l->end && (*l->at == 'b' || *l->at == 'B');
+    if (bytes) { l->at++; }
+    const char quote = l->at < l->end ? *l->at : '\0';
+    if (quote != '\'' && quote != '"') { literal_fail(l, "a Python string or bytes literal"); }
+    int n = 0;
+    for (l->at++; l->at < l->end && *l->at != quote; ) {
+        if (*l->at == '\\') { l->at++; n += literal_escape(l, bytes, out + n); continue; }
+        if (bytes && (uint8_t)*l->at >= 0x80) { literal_fail(l, "only ASCII in a bytes literal"); }
+        out[n++] = (uint8_t)*l->at++;
+    }
+    if (l->at == l->end) { literal_fail(l, quote == '"' ? "a closing \"" : "a closing '"); }
+    l->at++;
+    return n;
+}
+
+// ---------------------------------------- the vocabulary
+
+int64_t literal_number(Literal *l, const char *what) {
+    char *end;
+    const int64_t value = strtol(l->at, &end, 10);              // stops at the newline at the latest: the file ends with one
+    if (!isdigit((unsigned char)*l->at) || end > l->end) { literal_fail(l, what); }
+    l->at = end;
+    return value;
+}
+
+void literal_space(Literal *l) {
+    if (l->at == l->end || *l->at != ' ') { literal_fail(l, "a space"); }
+    l->at++;
+}
+
+// Lines hold the ids 1, 2, 3, .. in order.
+void vocabulary_read(Tokenizer *t, const char *path) {
+    int64_t size;
+    char field[64];
+    const char *file = (const char *)map_file(path, &size), *end = file + size;
+    if (end[-1] != '\n') { die(2, "%s: expected a newline at the end, found byte 0x%02x", path, (uint8_t)end[-1]); }
+    if (size > INT_MAX / 2) { die(2, "%s: size: expected less than 1 GB, found %ld bytes", path, size); }
+    int n_lines = 0, at = 0;
+    for (const char *c = file; c < end; c++) { n_lines += *c == '\n'; }
+    t->texts = (uint8_t *)malloc((size_t)size + sizeof(PATH));  // a literal is at least as long as its bytes
+    t->starts = (int *)calloc((size_t)n_lines + 2, sizeof(int));
+    at += sprintf((char *)t->texts, "%s", end_of_text);
+    t->n_ids = 1;
+    Literal l = {path, 0, file, NULL};
+    for (const char *next = file; next < end; next = l.end + 1) {
+        l.at = next;
+        l.end = (const char *)memchr(next, '\n', (size_t)(end - next));
+        l.line++;
+        t->starts[t->n_ids] = at;
+        snprintf(field, sizeof(field), "line %ld: id", l.line);
+        expect(path, field, -1, t->n_ids, t->n_ids, literal_number(&l, "an id"));
+        literal_space(&l);
+        const int length = literal_parse(&l, t->texts + at);
+        if (length == 0) { die(2, "%s: line %ld: expected a text, found an empty one", path, l.line); }
+        literal_space(&l);
+        snprintf(field, sizeof(field), "line %ld: length", l.line);
+        expect(path, field, -1, length, length, literal_number(&l, "a length"));
+        if (l.at < l.end && *l.at == '\r') { l.at++; }
+        if (l.at != l.end) { literal_fail(&l, "the line's end"); }
+        at += length;
+        t->n_ids++;
+    }
+    t->starts[t->n_ids] = at;
+    munmap((void *)file, (size_t)size);
+}
+
+int compare_texts(const void *a, const void *b, void *tokenizer) {
+    const Tokenizer *t = (const Tokenizer *)tokenizer;
+    const int x = *(const int *)a, y = *(const int *)b, nx = text_length(t, x), ny = text_length(t, y);
+    const int order = memcmp(t->texts + t->starts[x], t->texts + t->starts[y], (size_t)(nx < ny ? nx : ny));
+    return order ? order : nx != ny ? nx - ny : x - y;
+}
+
+// In sorted order the tokens that begin alike lie side by side: a node is a range of them. Level by level, each range
+// falls into one range per byte that comes next.
+void trie_build(Tokenizer *t) {
+    typedef struct Range { int low, high, depth; } Range;
+    const int n = t->n_ids - 1;
+    int *order = (int *)malloc((size_t)n * sizeof(int)), n_nodes = 1;
+    for (int i = 0; i < n; i++) { order[i] = i + 1; }
+    qsort_r(order, (size_t)n, sizeof(int), compare_texts, t);
+    for (int i = 1; i < n; i++) {
+        const int x = order[i - 1], y = order[i], length = text_length(t, x);
+        if (length != text_length(t, y) || memcmp(t->texts + t->starts[x], t->texts + t->starts[y], (size_t)length)) { continue; }
+        die(2, "%s: line %d: expected a text of its own, found that of line %d", t->path, y, x);
+    }
+    const size_t most = (size_t)t->starts[t->n_ids] + 1;        // one node per byte, and the root
+    t->trie = (TrieNode *)calloc(most, sizeof(TrieNode));
+    Range *ranges = (Range *)malloc(most * sizeof(Range));
+    ranges[0] = {0, n, 0};
+    for (int node = 0; node < n_nodes; node++) {
+        Range r = ranges[node];
+        if (text_length(t, order[r.low]) == r.depth) { t->trie[node].id = order[r.low++]; }
+        t->trie[node].first = n_nodes;
+        for (int i = r.low; i < r.high; i++) {
+            const uint8_t byte = t->texts[t->starts[order[i]] + r.depth];
+            uint64_t *word = &t->trie[node].follow[byte / 64];
+            if (*word >> byte % 64 & 1) { ranges[n_nodes - 1].high++; continue; }
+            *word |= 1ull << byte % 64;
+            ranges[n_nodes++] = {i, i + 1, r.depth + 1};
+        }
+    }
+    free(order);
+    free(ranges);
+}
+
+int trie_child(const TrieNode *node, uint8_t byte) {            // 0 (the root) if there is none
+    const uint64_t word = node->follow[byte / 64], below = word & ((1ull << byte % 64) - 1);
+    if (!(word >> byte % 64 & 1)) { return 0; }
+    int child = node->first + __builtin_popcountll(below);
+    for (int i = 0; i < byte / 64; i++) { child += __builtin_popcountll(node->follow[i]); }
+    return child;
+}
+
+// path NULL: bytes.
+void tokenizer_open(Tokenizer *t, const char *path) {
+    memset(t, 0, sizeof(*t));
+    if (!path) {
+        t->n_ids = 257;
+        t->texts = (uint8_t *)malloc(256);
+        t->starts = (int *)calloc(258, sizeof(int));            // the text of id 0 is empty
+        for (int i = 0; i < 256; i++) { t->texts[i] = (uint8_t)i; t->starts[i + 2] = i + 1; }
+        return;
+    }
+    snprintf(t->path, sizeof(t->path), "%s", path);
+    vocabulary_read(t, path);
+    trie_build(t);
+    for (int byte = 0; byte < 256; byte++) {
+        const int child = trie_child(&t->trie[0], (uint8_t)byte);
+        if (!child || !t->trie[child].id) { die(2, "%s: expected a token for byte 0x%02x, found none", path, byte); }
+    }
+}
+
+void tokenizer_close(Tokenizer *t) {
+    free(t->texts);
+    free(t->starts);
+    free(t->trie);
+}
+
+// ---------------------------------------- text to ids
+
+// Longest matches from the left; every byte is a token, so there always is one. ids has room for n; returns their number.
+int64_t encode_stretch(const Tokenizer *t, const uint8_t *text, int64_t n, int *ids) {
+    int64_t count = 0;
+    for (int64_t at = 0, next = 0; at < n; at = next) {
+        const TrieNode *node = t->trie;
+        for (int64_t i = at; i < n; ) {
+            const int child = trie_child(node, text[i++]);
+            if (!child) { break; }
+            node = &t->trie[child];
+            if (node->id) { ids[count] = node->id; next = i; }
+        }
+        count++;
+    }
+    return count;
+}
+
+int64_t encode(const Tokenizer *t, const uint8_t *text, int64_t n, int *ids) {
+    int64_t count = 0;
+    if (!t->trie) {
+        for (int64_t i = 0; i < n; i++) { ids[i] = text[i] + 1; }
+        return n;
+    }
+    for (const uint8_t *at = text, *end = text + n; at < end; ) {
+        const uint8_t *mark = (const uint8_t *)memmem(at, (size_t)(end - at), end_of_text, strlen(end_of_text));
+        count += encode_stretch(t, at, (mark ? mark : end) - at, ids + count);
+        if (mark) { ids[count++] = 0; }
+        at = mark ? mark + strlen(end_of_text) : end;
+    }
+    return count;
+}
+
+// ---------------------------------------- ids to text
+
+// A stream of bytes, given out as valid UTF-8 only: bytes wait until their character is complete; U+FFFD takes the place
+// of those that can't become one.
+typedef struct Utf8 { uint8_t held[4]; int n, length; } Utf8;   // n bytes of a character of so many
+
+const char *replacement = "\xEF\xBF\xBD";                       // U+FFFD
+
+int utf8_end(Utf8 *u, uint8_t *out) {                           // what was held will not be completed
+    if (u->n == 0) { return 0; }
+    u->n = 0;
+    memcpy(out, replacement, 3);
+    return 3;
+}
+
+int utf8_push(Utf8 *u, uint8_t byte, uint8_t *out) {            // out has room for 6 bytes; returns how many were written
+    int n = 0;
+    if (u->n > 0) {
+        const uint8_t lead = u->held[0];                        // some leads narrow what may come second: no overlong
+        const bool second = u->n == 1;                          // forms, no surrogates, nothing above U+10FFFF
+        const uint8_t low = second && lead == 0xE0 ? 0xA0 : second && lead == 0xF0 ? 0x90 : 0x80;
+        const uint8_t high = second && lead == 0xED ? 0x9F : second && lead == 0xF4 ? 0x8F : 0xBF;
+        if (byte >= low && byte <= high) {
+            u->held[u->n++] = byte;
+            if (u->n < u->length) { return 0; }
+            u->n = 0;
+            memcpy(out, u->held, (size_t)u->length);
+            return u->length;
+        }
+        n = utf8_end(u, out);
+    }
+    if (byte < 0x80) { out[n] = byte; return n + 1; }
+    u->length = byte < 0xC2 || byte > 0xF4 ? 0 : byte < 0xE0 ? 2 : byte < 0xF0 ? 3 : 4;
+    u->n = 1;                                                   // held, or to be replaced at once
+    u->held[0] = byte;
+    return u->length ? n : n + utf8_end(u, out + n);
+}
+
+#ifdef GOLDFINCH_TEST
+// The interface of test_goldfinch.c to the tokenizer; vocab NULL: bytes
+static const Tokenizer *tokenizer_for_test(const char *vocab) {
+    static Tokenizer t;
+    if (t.n_ids && strcmp(t.path, vocab ? vocab : "") == 0) { return &t; }
+    tokenizer_close(&t);
+    tokenizer_open(&t, vocab);
+    return &t;
+}
+
+extern "C" {
+
+int64_t gf_tokenize(const char *vocab, const unsigned char *text, int64_t n, int *ids) {
+    return encode(tokenizer_for_test(vocab), text, n, ids);
+}
+
+int64_t gf_detokenize(const char *vocab, const int *ids, int64_t n, unsigned char *text, int64_t max) {
+    const Tokenizer *t = tokenizer_for_test(vocab);
+    int64_t at = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const int length = text_length(t, ids[i]);
+        if (at + length <= max) { memcpy(text + at, t->texts + t->starts[ids[i]], (size_t)length); }
+        at += length;
+    }
+    return at;
+}
+
+int64_t gf_printable(const unsigned char *bytes, int64_t n, unsigned char *text) {      // text has room for 3 n
+    Utf8 u = {};
+    int64_t at = 0;
+    for (int64_t i = 0; i < n; i++) { at += utf8_push(&u, bytes[i], text + at); }
+    return at + utf8_end(&u, text + at);
+}
+
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 5. Sampler (spec section 10), on the device: only the id that was drawn comes to the host.
+//
+// No sorting. Logits become whole numbers with the same order (keys), probabilities whole numbers too (masses, in units
+// of 2^-39 of the likeliest token's): sums of these are the same in any order, so that results are the same bits in
+// every run. A token stays if what is likelier than it is lighter than top_p of all and fewer than top_k tokens; ids
+// break ties for top_k. So the filters are one number, the smallest key that stays (the cut), and it is found digit by
+// digit: per step, every block of threads weighs and counts its tokens by their key's next 4 bits, and the next step adds
+// that up and walks down from the largest until too much is above. Eleven small launches, about V exponentials each.
+
+static const int SAMPLE_THREADS = 256, SAMPLE_BLOCKS = 64, SAMPLE_TILE = 1024;
+static const int SAMPLE_BINS = 16, SAMPLE_STEPS = 8;            // 8 digits of 4 bits
+
+typedef struct Sampling {                                       // how to sample
+    double temperature, top_p, presence, frequency, decay;
+    int64_t top_k;                                              // 0: no limit
+    uint64_t seed;
+} Sampling;
+
+typedef unsigned long long Mass;
+
+struct SampleBin { Mass mass, count; };                         // of tokens with one digit
+
+struct SampleCut {                                              // the cut's digits so far
+    unsigned base;                                              // the cut is base or above it by less than the digits left
+    float top;                                                  // the largest logit
+    Mass mass, count, target;                                   // of the tokens above that; the mass that ends top_p
+};
+
+struct SampleState { int64_t position; double uniform; int drawn; };    // uniform: of the draw; below 0: from the seed
+
+enum { TOKEN_BANNED = 1, TOKEN_UNCOUNTED = 2 };
+
+struct Sampler {
+    int V, blocks, tokens_of_block;
+    float presence, frequency, decay, inverse_temperature;
+    double top_p;
+    Mass top_k;
+    uint64_t seed;
+    float *logits;                          // (V): with penalties, -infinity where banned
+    float *counts;                          // (V): how often a token was drawn, decayed; NaN (bits 0xff..) if never
+    uint8_t *kinds;                         // (V): TOKEN_..
+    float *tops;                            // (blocks)
+    SampleBin *bins;                        // (SAMPLE_STEPS, blocks, SAMPLE_BINS)
+    SampleCut *cuts;                        // (SAMPLE_STEPS)
+    Mass *weights, *sums;                   // (V), (blocks): what is drawn from
+    SampleState *state;
+    int *drawn;                             // on the host
+};
+
+__device__ inline unsigned sample_key(float z) {                // orders as z does
+    const unsigned bits = __float_as_uint(z + 0.f);             // -0 becomes +0
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+__device__ inline Mass sample_mass(float below_top) {           // e^below_top, at most 1
+    const float e = expf(below_top);
+    return e > 0 ? (Mass)(e * 549755813888.f) : 0;              // 2^39; NaN: 0
+}
+
+// logits with penalties and bans, and the largest of each block's. Before that, the last drawn token is counted.
+__global__ void sample_adjust(Sampler s, const float *logits) {
+    __shared__ float tops[SAMPLE_THREADS / 32];
+    const int begin = blockIdx.x * s.tokens_of_block, end = min(begin + s.tokens_of_block, s.V), drawn = s.state->drawn;
+    float top = -INFINITY;
+    for (int i = begin + threadIdx.x; i < end; i += SAMPLE_THREADS) {
+        const int kind = s.kinds[i];
+        float count = s.counts[i] * s.decay, z = logits[i];
+        if (i == drawn) count = (count >= 0 ? count : 0) + (kind & TOKEN_UNCOUNTED ? 0 : 1);
+        s.counts[i] = count;
+        if (count >= 0) z -= s.presence + count * s.frequency;
+        z = kind & TOKEN_BANNED ? -INFINITY : z < INFINITY ? z : INFINITY;      // NaN: infinity, with which nothing is drawn
+        s.logits[i] = z;
+        top = fmaxf(top, z);
+    }
+    top = warp_max(top);
+    if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    for (int i = 1; i < SAMPLE_THREADS / 32; i++) top = fmaxf(top, tops[i]);
+    s.tops[blockIdx.x] = top;
+}
+
+// Adds up what the blocks found in the step before and chooses that digit of the cut; the same in every block.
+__device__ inline SampleCut sample_cut(const Sampler &s, int step) {
+    __shared__ SampleBin parts[SAMPLE_THREADS];
+    __shared__ SampleCut chosen;
+    const int bin = threadIdx.x / 16, lane = threadIdx.x % 16;
+    const SampleBin *bins = s.bins + (int64_t)(step - 1) * s.blocks * SAMPLE_BINS;
+    SampleBin sum = {0, 0};
+    for (int b = lane; step > 0 && b < s.blocks; b += 16) {
+        sum.mass += bins[b * SAMPLE_BINS + bin].mass;
+        sum.count += bins[b * SAMPLE_BINS + bin].count;
+    }
+    parts[threadIdx.x] = sum;
+    __syncthreads();
+    if (lane == 0) {                                            // its own is there already
+        for (int i = 1; i < 16; i++) {
+            parts[threadIdx.x].mass += parts[threadIdx.x + i].mass;
+            parts[threadIdx.x].count += parts[threadIdx.x + i].count;
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        SampleCut cut = {0, s.tops[0], 0, 0, ~0ull};
+        if (step == 0) {
+            for (int b = 1; b < s.blocks; b++) cut.top = fmaxf(cut.top, s.tops[b]);
+        } else {
+            cut = s.cuts[step - 1];
+            if (step == 1 && s.top_p < 1) {                     // all tokens have one of these first digits
+                Mass all = 0;
+                for (int i = 0; i < SAMPLE_BINS; i++) all += parts[i * 16].mass;
+                cut.target = (Mass)ceil(s.top_p * (double)all);
+                cut.target = cut.target > 1 ? cut.target : 1;   // the likeliest token always stays
+            }
+            int digit = SAMPLE_BINS - 1;
+            for (; digit > 0; digit--) {
+                const SampleBin here = parts[digit * 16];
+                if (cut.mass + here.mass >= cut.target || cut.count + here.count >= s.top_k) break;
+                cut.mass += here.mass;
+                cut.count += here.count;
+            }
+            cut.base += (unsigned)digit << (32 - 4 * step);
+        }
+        chosen = cut;
+        if (blockIdx.x == 0 && step < SAMPLE_STEPS) s.cuts[step] = cut;
+    }
+    __syncthreads();
+    return chosen;
+}
+
+// Weighs and counts the block's tokens that may be the cut, by the next digit of their keys.
+__global__ void sample_narrow(Sampler s, int step) {
+    __shared__ Mass masses[SAMPLE_TILE];
+    __shared__ int digits[SAMPLE_TILE];                         // SAMPLE_BINS: not among them
+    __shared__ SampleBin parts[SAMPLE_THREADS];
+    const SampleCut cut = sample_cut(s, step);
+    const int begin = blockIdx.x * s.tokens_of_block, end = min(begin + s.tokens_of_block, s.V), shift = 28 - 4 * step;
+    const int bin = threadIdx.x / 16, lane = threadIdx.x % 16;
+    SampleBin sum = {0, 0};
+    for (int tile = begin; tile < end; tile += SAMPLE_TILE) {
+        const int n = min(end - tile, SAMPLE_TILE);
+        for (int i = threadIdx.x; i < n; i += SAMPLE_THREADS) {
+            const float z = s.logits[tile + i];
+            const unsigned digit = (sample_key(z) - cut.base) >> shift;         // huge for a key below base
+            digits[i] = digit < (unsigned)SAMPLE_BINS ? (int)digit : SAMPLE_BINS;
+            masses[i] = digit < (unsigned)SAMPLE_BINS ? sample_mass(z - cut.top) : 0;
+        }
+        __syncthreads();
+        for (int i = lane; i < n; i += 16) {
+            if (digits[i] != bin) continue;
+            sum.mass += masses[i];
+            sum.count++;
+        }
+        __syncthreads();
+    }
+    parts[threadIdx.x] = sum;
+    __syncthreads();
+    if (lane > 0) return;
+    for (int i = 1; i < 16; i++) {
+        sum.mass += parts[threadIdx.x + i].mass;
+        sum.count += parts[threadIdx.x + i].count;
+    }
+    s.bins[((int64_t)step * s.blocks + blockIdx.x) * SAMPLE_BINS + bin] = sum;
+}
+
+// The part of the block's tokens that the thread has; in a row, so that order by thread is order by id.
+__device__ inline int2 sample_part(const Sampler &s, int block) {
+    const int begin = block * s.tokens_of_block, end = min(begin + s.tokens_of_block, s.V);
+    const int each = (end - begin + SAMPLE_THREADS - 1) / SAMPLE_THREADS, first = begin + (int)threadIdx.x * each;
+    return make_int2(min(first, end), min(first + each, end));
+}
+
+// weights = p^(1/temperature) of the tokens that stay, 0 for others
+__global__ void sample_weigh(Sampler s) {
+    __shared__ int ties_of_thread[SAMPLE_THREADS];
+    __shared__ Mass sums[SAMPLE_THREADS];
+    const SampleCut cut = sample_cut(s, SAMPLE_STEPS);
+    const SampleBin *ties = s.bins + (int64_t)(SAMPLE_STEPS - 1) * s.blocks * SAMPLE_BINS + cut.base % SAMPLE_BINS;
+    const int2 part = sample_part(s, blockIdx.x);
+    Mass room = s.top_k - cut.count;                            // for tokens whose key is the cut: those of the lowest ids
+    for (int b = 0; b < (int)blockIdx.x; b++) room -= min(room, ties[b * SAMPLE_BINS].count);
+    if (ties[blockIdx.x * SAMPLE_BINS].count > room) {          // the same for all threads
+        int own = 0;
+        for (int i = part.x; i < part.y; i++) own += sample_key(s.logits[i]) == cut.base;
+        ties_of_thread[threadIdx.x] = own;
+        __syncthreads();
+        for (int i = 0; i < (int)threadIdx.x; i++) room -= min(room, (Mass)ties_of_thread[i]);
+    }
+    Mass sum = 0;
+    for (int i = part.x; i < part.y; i++) {
+        const float z = s.logits[i];
+        const unsigned key = sample_key(z);
+        const bool stays = key > cut.base || (key == cut.base && room > 0);
+        if (key == cut.base && room > 0) room--;
+        const Mass weight = stays ? sample_mass((z - cut.top) * s.inverse_temperature) : 0;
+        s.weights[i] = weight;
+        sum += weight;
+    }
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x % 16 == 0) {
+        for (int i = 1; i < 16; i++) sums[threadIdx.x] += sums[threadIdx.x + i];
+    }
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    for (int i = 16; i < SAMPLE_THREADS; i += 16) sums[0] += sums[i];
+    s.sums[blockIdx.x] = sums[0];
+}
+
+__device__ inline uint64_t sample_mix(uint64_t z) {             // splitmix64
+    z += 0x9E3779B97F4A7C15ull;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    return z ^ (z >> 31);
+}
+
+// Walks up the weights in the order of the ids to a number drawn below their sum: first by blocks, then by threads' parts,
+// then by tokens. One block. A random number depends on the seed and the position in the context alone.
+__global__ void sample_draw(Sampler s) {
+    __shared__ Mass sums[SAMPLE_THREADS];
+    __shared__ Mass rest;                                       // of the number, within the block that was hit
+    __shared__ int block;
+    const int t = threadIdx.x;
+    SampleState *state = s.state;
+    if (t < s.blocks) sums[t] = s.sums[t];
+    __syncthreads();
+    if (t == 0) {
+        Mass total = 0;
+        for (int b = 0; b < s.blocks; b++) total += sums[b];
+        const uint64_t bits = sample_mix(sample_mix(s.seed) + (uint64_t)state->position) >> 11;
+        const double uniform = state->uniform >= 0 ? state->uniform : (double)bits / 9007199254740992.0;   // 2^53
+        rest = (Mass)(uniform * (double)total);
+        if (total > 0) rest = min(rest, total - 1);
+        for (block = 0; block < s.blocks && rest >= sums[block]; block++) rest -= sums[block];
+        state->position++;
+        if (total == 0) state->drawn = -1;
+    }
+    __syncthreads();
+    if (block == s.blocks) return;                              // nothing to draw from
+    const int2 part = sample_part(s, block);
+    Mass sum = 0, before = 0;
+    for (int i = part.x; i < part.y; i++) sum += s.weights[i];
+    sums[t] = sum;
+    __syncthreads();
+    for (int i = 0; i < t; i++) before += sums[i];
+    if (rest < before || rest - before >= sum) return;
+    Mass left = rest - before;
+    int id = part.x;
+    while (left >= s.weights[id]) left -= s.weights[id++];
+    state->drawn = id;
+}
+
+// ---------------------------------------- the host's part
+
+// " 12" and the like are never counted: repeating them is no fault.
+static bool text_uncounted(const uint8_t *text, int n) {
+    const char *plain = " \t0123456789";
+    return n > 0 && memmem(plain, strlen(plain), text, (size_t)n) != NULL;
+}
+
+void sampler_allocate(Sampler *s, int V, const Sampling *how, const uint8_t *kinds) {      // kinds (V)
+    memset(s, 0, sizeof(*s));
+    s->V = V;
+    s->blocks = (int)(ceil_div(V, SAMPLE_TILE) < SAMPLE_BLOCKS ? ceil_div(V, SAMPLE_TILE) : SAMPLE_BLOCKS);
+    s->tokens_of_block = (int)ceil_div(V, s->blocks);
+    s->presence = (float)how->presence;
+    s->frequency = (float)how->frequency;
+    s->decay = (float)how->decay;
+    s->inverse_temperature = how->temperature > 0 ? (float)(1 / how->temperature) : 1;
+    s->top_p = how->top_p;
+    s->top_k = how->temperature == 0 ? 1 : how->top_k == 0 ? ~0ull : (Mass)how->top_k;
+    s->seed = how->seed;
+    device_alloc((void **)&s->logits, V * sizeof(float));
+    device_alloc((void **)&s->counts, V * sizeof(float));
+    device_alloc((void **)&s->kinds, V);
+    device_alloc((void **)&s->tops, s->blocks * sizeof(float));
+    device_alloc((void **)&s->bins, SAMPLE_STEPS * s->blocks * SAMPLE_BINS * sizeof(SampleBin));
+    device_alloc((void **)&s->cuts, SAMPLE_STEPS * sizeof(SampleCut));
+    device_alloc((void **)&s->weights, V * sizeof(Mass));
+    device_alloc((void **)&s->sums, s->blocks * sizeof(Mass));
+    device_alloc((void **)&s->state, sizeof(SampleState));
+    CUDA_CHECK(cudaMallocHost((void **)&s->drawn, sizeof(int)));
+    CUDA_CHECK(cudaMemcpy(s->kinds, kinds, (size_t)V, cudaMemcpyHostToDevice));
+}
+
+// Token 0 stops, or is banned if ends_are_ignored; ids without a text are banned.
+void sampler_open(Sampler *s, int V, const Sampling *how, const Tokenizer *t, bool ends_are_ignored) {
+    uint8_t *kinds = (uint8_t *)calloc((size_t)V, 1);
+    for (int id = 0; id < V; id++) {
+        if (id >= t->n_ids || (id == 0 && ends_are_ignored)) { kinds[id] = TOKEN_BANNED; continue; }
+        if (text_uncounted(t->texts + t->starts[id], text_length(t, id))) { kinds[id] = TOKEN_UNCOUNTED; }
+    }
+    sampler_allocate(s, V, how, kinds);
+    free(kinds);
+}
+
+// Forgets what was drawn. position: of the next token in the context. uniform: the number to draw with, -1: from the seed.
+void sampler_begin(Sampler *s, int64_t position, double uniform) {
+    const SampleState state = {position, uniform, -1};
+    CUDA_CHECK(cudaMemsetAsync(s->counts, 0xff, s->V * sizeof(float), stream));
+    CUDA_CHECK(cudaMemcpyAsync(s->state, &state, sizeof(state), cudaMemcpyHostToDevice, stream));
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+}
+
+// Queues a draw from logits (V); its id comes to *s->drawn. The arguments are the same every time: fit for a CUDA graph.
+void sampler_queue(const Sampler *s, const float *logits) {
+    sample_adjust<<<s->blocks, SAMPLE_THREADS, 0, stream>>>(*s, logits);
+    for (int step = 0; step < SAMPLE_STEPS; step++) sample_narrow<<<s->blocks, SAMPLE_THREADS, 0, stream>>>(*s, step);
+    sample_weigh<<<s->blocks, SAMPLE_THREADS, 0, stream>>>(*s);
+    sample_draw<<<1, SAMPLE_THREADS, 0, stream>>>(*s);
+    CUDA_CHECK(cudaMemcpyAsync(s->drawn, &s->state->drawn, sizeof(int), cudaMemcpyDeviceToHost, stream));
+}
+
+int sampler_result(const Sampler *s) {
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaGetLastError());
+    if (*s->drawn < 0) { die(3, "the logits are not finite: there is nothing to draw from"); }
+    return *s->drawn;
+}
+
+#ifdef GOLDFINCH_TEST
+// The interface of test_goldfinch.c to the sampler
+extern "C" {
+
+// history: ids drawn before, oldest first. probabilities (V): of the next token, drawn with the number uniform.
+void gf_sample_probabilities(const float *logits, int V, const int *history, int n_history, const int *uncounted, int n_uncounted,
+                             const int *banned, int n_banned, double temperature, double top_p, int top_k, double presence,
+                             double frequency, double decay, float *probabilities, double uniform, int *drawn) {
+    const Sampling how = {temperature, top_p, presence, frequency, decay, top_k, 0};
+    Sampler s;
+    uint8_t *kinds = (uint8_t *)calloc((size_t)V, 1);
+    float *device_logits;
+    double total = 0;
+    machine_start();
+    for (int i = 0; i < n_uncounted; i++) { kinds[uncounted[i]] |= TOKEN_UNCOUNTED; }
+    for (int i = 0; i < n_banned; i++) { kinds[banned[i]] |= TOKEN_BANNED; }
+    sampler_allocate(&s, V, &how, kinds);
+    device_alloc((void **)&device_logits, V * sizeof(float));
+    CUDA_CHECK(cudaMemcpy(device_logits, logits, V * sizeof(float), cudaMemcpyHostToDevice));
+    sampler_begin(&s, 0, uniform);
+    for (int i = 0; i < n_history; i++) {                       // as if each of these had been drawn
+        CUDA_CHECK(cudaMemcpy(&s.state->drawn, &history[i], sizeof(int), cudaMemcpyHostToDevice));
+        if (i + 1 < n_history) { sample_adjust<<<s.blocks, SAMPLE_THREADS, 0, stream>>>(s, device_logits); }
+        CUDA_CHECK(cudaStreamSynchronize(stream));
+    }
+    sampler_queue(&s, device_logits);
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    *drawn = *s.drawn;
+    Mass *weights = (Mass *)malloc((size_t)V * sizeof(Mass));
+    CUDA_CHECK(cudaMemcpy(weights, s.weights, V * sizeof(Mass), cudaMemcpyDeviceToHost));
+    for (int i = 0; i < V; i++) { total += (double)weights[i]; }
+    for (int i = 0; i < V; i++) { probabilities[i] = (float)((double)weights[i] / total); }
+    for (void *p : {(void *)s.logits, (void *)s.counts, (void *)s.kinds, (void *)s.tops, (void *)s.bins, (void *)s.cuts,
+                    (void *)s.weights, (void *)s.sums, (void *)s.state, (void *)device_logits}) { cudaFree(p); }
+    cudaFreeHost(s.drawn);
+    free(kinds);
+    free(weights);
+}
+
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 6. Command line: flags, prompt, continuation, score
+
+typedef const char *TEXT;
+typedef bool SWITCH;
+
+// As SETTINGS in section 1 of the trainer. The values of sampling are those of the reference's demo.
+#define OPTIONS(X) \
+    X("-p", TEXT, prompt, NULL, 0, 0, "TEXT", "the prompt") \
+    X("-f", TEXT, prompt_file, NULL, 0, 0, "FILE", "the prompt from a file, - for stdin") \
+    X("-i", SWITCH, interactive, NULL, 0, 0, "", "then read lines from stdin; each goes on in the same context") \
+    X("-n", INT, n, "256", 0, 1e12, "N", "tokens to go on for, at most") \
+    X("-t", REAL, temperature, "1", 0, 100, "X", "temperature (0: always the likeliest token)") \
+    X("--top-p", REAL, top_p, "0.7", 0, 1, "X", "draw among the likeliest tokens that make up so much probability") \
+    X("--top-k", INT, top_k, "100", 0, 1e9, "N", "and among so many at most (0: no limit)") \
+    X("--presence", REAL, presence, "0.25", -100, 100, "X", "taken off the logit of a token that was drawn before") \
+    X("--frequency", REAL, frequency, "0.25", -100, 100, "X", "and once more for each time") \
+    X("--penalty-decay", REAL, decay, "0.996", 0, 1, "X", "what is left of such a count after a token") \
+    X("-s", INT, seed, "1", 0, 1e18, "N", "seed: the same one draws the same tokens") \
+    X("--ignore-eos", SWITCH, ignore_eos, NULL, 0, 0, "", "never draw token 0 (otherwise it ends the text)") \
+    X("--score", TEXT, score, NULL, 0, 0, "FILE", "loss, perplexity and accuracy of a text, in place of a continuation") \
+    X("--window", INT, window, "0", 0, 1e12, "N", "score: start afresh every N tokens, as the trainer's validation (0: one context)") \
+    X("--save-state", TEXT, save_state, NULL, 0, 0, "FILE", "write the state after the prompt") \
+    X("--load-state", TEXT, load_state, NULL, 0, 0, "FILE", "go on from such a state") \
+    X("--kv", TEXT, kv, "bf16", 0, 0, "KIND", "the cache: bf16, int8 (half of it), full (all keys and values)") \
+    X("--vocab", TEXT, vocab, NULL, 0, 0, "FILE", "RWKV World vocabulary; byte-level models need none")
+
+typedef struct Options {
+#define FIELD(flag, kind, name, ...) kind name;
+    OPTIONS(FIELD)
+#undef FIELD
+    const char *model;
+} Options;
+
+typedef struct Option {
+    const char *flag, *kind, *initial;
+    double low, high;
+    const char *value, *help;
+    size_t offset;                                              // of the field in Options
+} Option;
+
+const Option options_table[] = {
+#define ROW(flag, kind, name, initial, low, high, value, help) \
+    {flag, #kind, initial, low, high, value, help, offsetof(Options, name)},
+    OPTIONS(ROW)
+#undef ROW
+};
+const int n_options = sizeof(options_table) / sizeof(options_table[0]);
+
+void options_help(void) {
+    printf("usage: %s [MODEL.safetensors] [-p TEXT | -f FILE] [FLAG ...]\n\n"
+           "Goes on with a text. Without a MODEL: the newest checkpoint in out/.\n\n", program_name);
+    for (int i = 0; i < n_options; i++) {
+        const Option *row = &options_table[i];
+        printf("  %-15s %-5s %s", row->flag, row->value, row->help);
+        printf(row->initial ? "; default %s\n" : "\n", row->initial);
+    }
+}
+
+void option_set(Options *o, const Option *row, const char *text) {
+    char *field = (char *)o + row->offset, *end = NULL;
+    if (strcmp(row->kind, "TEXT") == 0) { memcpy(field, &text, sizeof(text)); return; }
+    const bool whole = strcmp(row->kind, "INT") == 0;
+    const int64_t integer = whole ? strtoll(text, &end, 10) : 0;
+    const double value = whole ? (double)integer : strtod(text, &end);
+    if (end == text || *end || !(value >= row->low && value <= row->high)) {
+        die(2, "%s: expected a %snumber from %.10g to %.10g, found \"%s\"", row->flag, whole ? "whole " : "", row->low, row->high, text);
+    }
+    memcpy(field, whole ? (const void *)&integer : (const void *)&value, 8);
+}
+
+void options_parse(Options *o, int argc, char **argv) {         // argv without the program's name
+    memset(o, 0, sizeof(*o));
+    for (int i = 0; i < n_options; i++) {
+        if (options_table[i].initial) { option_set(o, &options_table[i], options_table[i].initial); }
+    }
+    for (int i = 0; i < argc; i++) {
+        if (strcmp(argv[i], "-h") == 0 || strcmp(argv[i], "--help") == 0) { options_help(); exit(0); }
+        const Option *row = NULL;
+        for (int k = 0; k < n_options; k++) {
+            if (strcmp(argv[i], options_table[k].flag) == 0) { row = &options_table[k]; }
+        }
+        if (!row && argv[i][0] == '-') { die(2, "unknown flag \"%s\" (-h lists them all)", argv[i]); }
+        if (!row && o->model) { die(2, "expected one MODEL, found \"%s\" and \"%s\"", o->model, argv[i]); }
+        if (!row) { o->model = argv[i]; continue; }
+        if (strcmp(row->kind, "SWITCH") == 0) { *((bool *)o + row->offset) = true; continue; }
+        if (++i == argc) { die(2, "%s: a value is missing", row->flag); }
+        option_set(o, row, argv[i]);
+    }
+    const bool prompt = o->prompt || o->prompt_file;
+    if (o->prompt && o->prompt_file) { die(2, "-p and -f: expected one prompt, found two"); }
+    if (o->prompt_file && strcmp(o->prompt_file, "-") == 0 && o->interactive) { die(2, "-f - and -i: both read stdin"); }
+    if (o->score && (prompt || o->interactive || o->save_state || o->load_state)) {
+        die(2, "--score: expected no prompt and no state beside it");
+    }
+    if (o->window && !o->score) { die(2, "--window: expected only with --score"); }
+    if (o->save_state && !prompt && !o->load_state) { die(2, "--save-state: expected a prompt to read before"); }
+    if (!prompt && !o->interactive && !o->load_state && !o->score) {
+        die(2, "a prompt is missing: -p TEXT, -f FILE or -i (-h lists all flags)");
+    }
+}
+
+// ---------------------------------------- what is read
+
+// The newest checkpoint in out/.
+void default_model(char *path) {
+    const int64_t step = checkpoint_newest("out");
+    if (step < 0) { die(2, "no MODEL is named and out/ holds no checkpoint; ./train_goldfinch makes one"); }
+    checkpoint_path(path, "out", "model", step, "");
+}
+
+// The World vocabulary in the working directory or beside the program.
+const char *find_vocabulary(void) {
+    static LONG_PATH path;
+    if (access(default_vocabulary, R_OK) == 0) { return default_vocabulary; }
+    const ssize_t n = readlink("/proc/self/exe", path, sizeof(PATH) - 1);
+    char *slash = n > 0 ? (char *)memrchr(path, '/', (size_t)n) : NULL;
+    if (!slash) { slash = path; }
+    snprintf(slash, sizeof(path) - (size_t)(slash - path), "%s%s", slash > path ? "/" : "", default_vocabulary);
+    if (access(path, R_OK) == 0) { return path; }
+    die(2, "%s: expected here or beside the program, found in neither place; --vocab FILE names it", default_vocabulary);
+}
+
+// A vocabulary of the model's size, which is a multiple of 8; World has 65530 ids.
+void model_tokenizer(Tokenizer *t, const char *model, const char *vocab, int64_t *vocab_size) {
+    SafeTensors f;
+    safetensors_open(&f, model);
+    const FileTensor *embedding = safetensors_find(&f, "emb.weight");
+    const char *type = safetensors_metadata(&f, "train.data_type");
+    if (!embedding || embedding->ndim != 2) { die(2, "%s: tensor emb.weight: expected two dimensions, found no such tensor", model); }
+    *vocab_size = embedding->shape[0];
+    const bool bytes = *vocab_size <= 320 || (type && strcmp(type, "utf-8") == 0);
+    safetensors_close(&f);
+    tokenizer_open(t, vocab ? vocab : bytes ? NULL : find_vocabulary());
+    const int64_t needed = *vocab_size < 65530 ? *vocab_size - 7 : 65530;
+    expect(t->trie ? t->path : model, t->trie ? "ids" : "vocab_size, for bytes", -1, t->trie ? needed : 257, INT64_MAX,
+           t->trie ? t->n_ids : *vocab_size);
+}
+
+// All of a file, a pipe, or stdin ("-").
+uint8_t *read_text(const char *path, int64_t *size) {
+    FILE *file = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
+    if (!file) { die(2, "%s: %s", path, strerror(errno)); }
+    size_t room = 1 << 16, n = 0, got;
+    uint8_t *text = (uint8_t *)malloc(room);
+    while ((got = fread(text + n, 1, room - n, file)) > 0) {
+        n += got;
+        if (n == room) { text = (uint8_t *)realloc(text, room *= 2); }
+    }
+    if (ferror(file)) { die(2, "%s: %s", path, strerror(errno)); }
+    if (file != stdin) { fclose(file); }
+    *size = (int64_t)n;
+    return text;
+}
+
+// Tokens that the model has; ids has room for n.
+int64_t encode_for_model(const Tokenizer *t, const char *name, const uint8_t *text, int64_t n, int64_t vocab_size, int *ids) {
+    const int64_t count = encode(t, text, n, ids);
+    for (int64_t i = 0; i < count; i++) { expect(name, "token", i, 0, vocab_size - 1, ids[i]); }
+    return count;
+}
+
+// ---------------------------------------- what is written
+
+typedef struct Output { Utf8 utf8; uint8_t last; } Output;      // last: byte that was written
+
+// To stdout at once. Whoever reads it may have had enough: no error.
+void output_bytes(Output *out, const uint8_t *bytes, int n) {
+    for (int done = 0; done < n; ) {
+        const ssize_t wrote = write(STDOUT_FILENO, bytes + done, (size_t)(n - done));
+        if (wrote < 0 && errno == EINTR) { continue; }
+        if (wrote < 0 && errno == EPIPE) { exit(0); }
+        if (wrote < 0) { die(1, "stdout: %s", strerror(errno)); }
+        done += (int)wrote;
+    }
+    if (n > 0) { out->last = bytes[n - 1]; }
+}
+
+void output_token(Output *out, const Tokenizer *t, int id) {
+    static uint8_t text[1 << 16];
+    const uint8_t *bytes = t->texts + t->starts[id];
+    int n = 0;
+    for (int i = 0; i < text_length(t, id); i++) {
+        n += utf8_push(&out->utf8, bytes[i], text + n);
+        if (n > (int)sizeof(text) - 6) { output_bytes(out, text, n); n = 0; }
+    }
+    output_bytes(out, text, n);
+}
+
+void output_end(Output *out) {                                  // of a continuation: what is held, and a newline
+    uint8_t text[4];
+    int n = utf8_end(&out->utf8, text);
+    if (n > 0 || (out->last && out->last != '\n')) { text[n++] = '\n'; }
+    output_bytes(out, text, n);
+    out->last = '\0';
+}
+
+const char *bytes_text(char *text, double bytes) {              // "1.23 GB"; text has room for 32
+    const char *units[] = {"B", "KB", "MB", "GB", "TB", "PB"};
+    int unit = 0;
+    for (; unit < 5 && bytes >= 999.5; unit++) { bytes /= 1000; }
+    snprintf(text, 32, "%.*f %s", unit == 0 || bytes >= 99.95 ? 0 : bytes >= 9.995 ? 1 : 2, bytes, units[unit]);
+    return text;
+}
+
+// ---------------------------------------- a session
+
+typedef struct Session {
+    const Options *o;
+    Infer *m;
+    Tokenizer tokenizer;
+    Sampler sampler;
+    Output out;
+    int64_t vocab_size, prompt_tokens, decoded;                 // decoded: tokens drawn but for the first ones
+    double prompt_seconds, decode_seconds;
+    int pending;                                                // drawn, but not fed yet; -1: none
+} Session;
+
+void session_read(Session *s, const int *ids, int64_t n) {      // reads a prompt, n > 0
+    const double begin = seconds_now();
+    infer_feed(s->m, ids, n);
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    s->prompt_seconds += seconds_now() - begin;
+    s->prompt_tokens += n;
+}
+
+// Draws and prints up to o->n tokens, each fed before the next is drawn.
+void session_write(Session *s) {
+    double begin = 0;
+    sampler_begin(&s->sampler, infer_position(s->m), -1);
+    for (int64_t i = 0; i < s->o->n && !stop_requested; i++) {
+        if (s->pending >= 0) { infer_feed(s->m, &s->pending, 1); }
+        s->pending = -1;
+        sampler_queue(&s->sampler, infer_logits(s->m));
+        const int id = sampler_result(&s->sampler);
+        const double now = seconds_now();
+        if (i > 0) { s->decode_seconds += now - begin; s->decoded++; }         // the first comes with the prompt
+        begin = now;
+        if (id == 0) { break; }
+        output_token(&s->out, &s->tokenizer, id);
+        s->pending = id;
+    }
+    output_end(&s->out);
+}
+
+// Each line goes on where the text ended, on a line of its own.
+void session_interact(Session *s) {
+    char *line = NULL;
+    size_t room = 0;
+    ssize_t n;
+    while (!stop_requested) {
+        if (isatty(STDIN_FILENO)) { fprintf(stderr, "> "); }
+        if ((n = getline(&line, &room, stdin)) <= 0) { break; }
+        if (line[n - 1] == '\n') { n--; }
+        if (n == 0) { continue; }
+        int *ids = (int *)malloc((size_t)(n + 2) * sizeof(int));
+        int64_t count = 0;
+        if (s->pending >= 0) { ids[count++] = s->pending; }
+        s->pending = -1;
+        if (infer_position(s->m) + count > 0) {
+            const uint8_t newline = '\n';
+            count += encode_for_model(&s->tokenizer, "stdin", &newline, 1, s->vocab_size, ids + count);
+        }
+        count += encode_for_model(&s->tokenizer, "stdin", (const uint8_t *)line, n, s->vocab_size, ids + count);
+        session_read(s, ids, count);
+        free(ids);
+        session_write(s);
+    }
+    free(line);
+}
+
+void session_close(Session *s) {                                // the closing line
+    int64_t cache;
+    double per_token, transformer;
+    char now[32], other[32];
+    infer_cache_bytes(s->m, &cache, &per_token, &transformer);
+    fprintf(stderr, "prompt %ld tokens, ", s->prompt_tokens);
+    if (s->prompt_seconds > 0) { fprintf(stderr, "%.0f tok/s | ", (double)s->prompt_tokens / s->prompt_seconds); }
+    if (s->decoded > 0) { fprintf(stderr, "decode %.1f tok/s | ", (double)s->decoded / s->decode_seconds); }
+    fprintf(stderr, "context %ld tokens | cache %s, %.0f bytes per token (a transformer: %s, %.0f)\n", infer_position(s->m),
+            bytes_text(now, (double)cache), per_token, bytes_text(other, transformer * (double)infer_position(s->m)), transformer);
+}
+
+// Loss of a text under the model, all layers at every position.
+void session_score(Session *s, const int *ids, int64_t n, int64_t n_bytes) {
+    const double begin = seconds_now();
+    double loss;
+    int64_t correct, targets;
+    infer_score(s->m, ids, n, s->o->window, 0, &loss, &correct, &targets);
+    const double seconds = seconds_now() - begin, mean = loss / (double)targets;
+    printf("%s: %ld tokens, %ld bytes | loss %.6f per token, %.6f per byte | perplexity %.4f | accuracy %.2f %% | %.0f tok/s\n",
+           s->o->score, n, n_bytes, mean, mean * (double)n / (double)n_bytes, exp(mean), 100 * (double)correct / (double)targets,
+           (double)targets / seconds);
+}
+
+#if !defined(GOLDFINCH_TEST) && !defined(GOLDFINCH_INFER_NO_MAIN)
+int main(int argc, char **argv) {
+    program_name = "infer_goldfinch";
+    static Session session;                                     // zeros
+    Session *s = &session;
+    Options options, *o = &options;
+    LONG_PATH model;
+    options_parse(o, argc - 1, argv + 1);
+    s->o = o;
+    s->pending = -1;
+    const int kind = strcmp(o->kv, "bf16") == 0 ? KV_COMPRESSED : strcmp(o->kv, "int8") == 0 ? KV_INT8 :
+                     strcmp(o->kv, "full") == 0 ? KV_FULL : -1;
+    if (kind < 0) { die(2, "--kv: expected bf16, int8 or full, found \"%s\"", o->kv); }
+    if (o->model) { snprintf(model, sizeof(model), "%s", o->model); } else { default_model(model); }
+    model_tokenizer(&s->tokenizer, model, o->vocab, &s->vocab_size);
+
+    // The text first: its length says how much context is needed.
+    const char *name = o->score ? o->score : o->prompt_file ? o->prompt_file : o->prompt ? "-p" : NULL;
+    int64_t n = 0, n_bytes = 0, before = 0;
+    int *ids = NULL;
+    if (name) {
+        const uint8_t *text = (const uint8_t *)o->prompt;
+        if (text) { n_bytes = (int64_t)strlen(o->prompt); } else { text = read_text(name, &n_bytes); }
+        if (n_bytes == 0) { die(2, "%s: expected a %s, found an empty one", name, o->score ? "text" : "prompt"); }
+        ids = (int *)malloc((size_t)n_bytes * sizeof(int));
+        n = encode_for_model(&s->tokenizer, name, text, n_bytes, s->vocab_size, ids);
+        if (!o->prompt) { free((void *)text); }
+    }
+    if (o->load_state) {
+        SafeTensors state;
+        safetensors_open(&state, o->load_state);
+        before = safetensors_number(&state, "position");
+        safetensors_close(&state);
+    }
+    const int64_t context = o->interactive ? 0 : o->score ? (o->window && o->window < n ? o->window + 1 : n) : before + n + o->n;
+    if (o->score) { expect(name, "tokens", -1, 2, INT64_MAX, n); }
+    s->m = infer_open(model, (KvKind)kind, context);            // 0: as much as the engine sees fit
+    if (o->score) { session_score(s, ids, n, n_bytes); return 0; }
+
+    struct sigaction action;
+    memset(&action, 0, sizeof(action));
+    action.sa_handler = SIG_IGN;
+    sigaction(SIGPIPE, &action, NULL);                          // write() says so
+    action.sa_handler = request_stop;
+    action.sa_flags = (int)SA_RESETHAND;                        // a second Ctrl-C ends the program at once
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+    const Sampling how = {o->temperature, o->top_p, o->presence, o->frequency, o->decay, o->top_k, (uint64_t)o->seed};
+    sampler_open(&s->sampler, (int)s->vocab_size, &how, &s->tokenizer, o->ignore_eos);
+    if (o->load_state) { infer_load_state(s->m, o->load_state); }
+    if (n > 0) { session_read(s, ids, n); }
+    free(ids);
+    if (o->save_state) { infer_save_state(s->m, o->save_state); }
+    if (n > 0 || !o->interactive) { session_write(s); }
+    if (o->interactive) { session_interact(s); }
+    session_close(s);
+    return 0;
 }
 #endif

@@ -1195,6 +1195,14 @@ void gf_infer_free(Infer *f);
 void gf_infer_reset(Infer *f);
 void gf_infer_feed(Infer *f, const int *ids, int64_t n, int all, float *logits);  // logits (V) of the last, all: (n, V)
 double gf_infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int chunk);  // mean loss of a text's tokens
+// vocab: path of the World vocabulary, NULL for bytes. ids has room for n + 1, text for 3 n; both return a length
+int64_t gf_tokenize(const char *vocab, const unsigned char *text, int64_t n, int *ids);
+int64_t gf_detokenize(const char *vocab, const int *ids, int64_t n, unsigned char *text, int64_t max);
+int64_t gf_printable(const unsigned char *bytes, int64_t n, unsigned char *text);       // as valid UTF-8
+void gf_sample_probabilities(const float *logits, int V, const int *history, int n_history, const int *uncounted,
+                             int n_uncounted, const int *banned, int n_banned, double temperature, double top_p,
+                             int top_k, double presence, double frequency, double decay, float *probabilities,
+                             double uniform, int *drawn);
 
 static int n_passed, n_failed, n_skipped;
 
@@ -1944,7 +1952,144 @@ static void check_training_table(const Table *t, Ref *m) {
     free(c);
 }
 
+// --------------------------------------------------------------------------------------------------------------------
+// Tokenizer and sampler
+
+// The World vocabulary, as prepro_minipile.py leaves it, or as GOLDFINCH_VOCAB names it; NULL if it is not there.
+static const char *vocabulary(void) {
+    const char *path = getenv("GOLDFINCH_VOCAB");
+    if (!path) path = "data/rwkv_vocab_v20230424.txt";
+    return access(path, R_OK) == 0 ? path : NULL;
+}
+
+// Texts of random characters: a few bytes, letters of several scripts, or any bytes. Encoded and decoded again.
+static void check_round_trips(const char *vocab, const char *name) {
+    enum { MOST = 4096 };
+    static unsigned char text[MOST], back[MOST + 16];
+    static int ids[MOST + 1];
+    int bad = 0, rounds = 200;
+    for (int i = 0; i < rounds; i++) {
+        int n = 0, most = 1 + (int)((uniform(31, i) + 1) * MOST / 2) % MOST;
+        for (int64_t j = 0; n < most; j++) {
+            int x = (int)((uniform(1000 + i, j) + 1) * 32768);
+            text[n++] = i % 2 ? x % 256 : x % 5 ? ' ' + x / 8 % 95 : 0xC3 + x % 3 * 13;
+        }
+        int64_t count = gf_tokenize(vocab, text, n, ids);
+        int64_t length = gf_detokenize(vocab, ids, count, back, sizeof(back));
+        bad += length != n || memcmp(text, back, n) != 0;
+    }
+    check(bad == 0, "%s: %d random texts encoded and decoded, %d came back changed", name, rounds, bad);
+}
+
+static void check_tokenizer(const char *path) {
+    const char *vocab = vocabulary();
+    check_round_trips(NULL, "bytes");
+    if (!vocab) {
+        skip("%s: no vocabulary: GOLDFINCH_VOCAB=FILE names one, prepro_minipile.py fetches it", path);
+        return;
+    }
+    FILE *file = fopen(path, "r");
+    if (!file) fail("%s: cannot be read", path);
+    static char line[65536];
+    static unsigned char text[32768];
+    static int got[32768];
+    int cases = 0, bad = 0;
+    while (fgets(line, sizeof(line), file)) {
+        char *hex = strstr(line, "\"hex\": \""), *ids = strstr(line, "\"ids\": [");
+        if (!hex || !ids) fail("%s: line %d: expected hex and ids", path, cases + 1);
+        int n = 0, wrong = 0;
+        unsigned byte;
+        for (hex += 8; sscanf(hex, "%2x", &byte) == 1; hex += 2) text[n++] = byte;
+        int64_t count = gf_tokenize(vocab, text, n, got), i = 0;
+        for (ids += 8; *ids && *ids != ']'; ids += strspn(ids, ", ")) {
+            long id = strtol(ids, &ids, 10);
+            wrong |= i >= count || got[i] != id;
+            i++;
+        }
+        bad += wrong || i != count;
+        cases++;
+    }
+    fclose(file);
+    check(cases > 0 && bad == 0, "%s: %d texts, %d with other ids", path, cases, bad);
+    check_round_trips(vocab, "World tokenizer");
+    // what is not valid UTF-8 prints as U+FFFD, each byte that cannot belong to a character and each broken beginning
+    static const char raw[] = "a\xC3\xA9\xFFz\xE2\x82\xAC\xED\xA0\x80\xF0\x9F\x98", valid[] = "a\xC3\xA9\xEF\xBF\xBDz\xE2\x82\xAC"
+        "\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD";
+    int64_t n = gf_printable((const unsigned char *)raw, sizeof(raw) - 1, text);
+    check(n == sizeof(valid) - 1 && memcmp(text, valid, n) == 0, "bytes that are not UTF-8 print as U+FFFD");
+}
+
+static int numbers(const char *text, int *out) {  // "5,9,31" or "-"; returns how many
+    int n = 0;
+    char *end;
+    for (; *text >= '0' && *text <= '9'; text = *end == ',' ? end + 1 : end) out[n++] = strtol(text, &end, 10);
+    return n;
+}
+
+static const char *field(const char *line, const char *name) {
+    const char *at = strstr(line, name);
+    if (!at) fail("sampling cases: expected a field %s in: %s", name, line);
+    return at + strlen(name);
+}
+
+static void check_sampling(const char *path) {
+    FILE *file = fopen(path, "r");
+    if (!file) fail("%s: cannot be read", path);
+    size_t room = 1 << 22;
+    char *line = zeros(room, 1), name[64], hashed[96];
+    while (fgets(line, room, file)) {
+        if (strncmp(line, "case ", 5) != 0) continue;
+        int history[256], uncounted[256], banned[256], V = atoi(field(line, " V=")), drawn, wrong = 0, listed = 0;
+        sscanf(field(line, "name="), "%63s", name);
+        double scale = atof(field(line, "scale=")), temperature = atof(field(line, "temperature=")), worst = 0, sum = 0;
+        double top_p = atof(field(line, "top_p=")), presence = atof(field(line, "presence="));
+        double frequency = atof(field(line, "frequency=")), decay = atof(field(line, "decay="));
+        int top_k = atoi(field(line, "top_k=")), n_history = numbers(field(line, "history="), history);
+        int n_uncounted = numbers(field(line, "uncounted="), uncounted), n_banned = numbers(field(line, "banned="), banned);
+        float *logits = zeros(V, sizeof(float)), *p = zeros(V, sizeof(float)), *want = zeros(V, sizeof(float));
+        snprintf(hashed, sizeof(hashed), "logits:%s", name);
+        for (int i = 0; i < V; i++) logits[i] = scale * uniform(name_hash(hashed), i);
+        if (!fgets(line, room, file) || strncmp(line, "probs ", 6) != 0) fail("%s: %s: expected probs", path, name);
+        char *at = line + 6;
+        for (; *at && *at != '\n'; at += strspn(at, " ")) {
+            long id = strtol(at, &at, 10);
+            want[id] = strtod(at + 1, &at);
+            listed++;
+        }
+        for (int round = 0; round < 3; round++) {  // the number drawn with: 0, 0.5, just below 1
+            double number = round / 2.0 - (round == 2) * 1e-12, below = 0;
+            gf_sample_probabilities(logits, V, history, n_history, uncounted, n_uncounted, banned, n_banned, temperature, top_p,
+                                    top_k, presence, frequency, decay, p, number, &drawn);
+            for (int i = 0; i < drawn; i++) below += p[i];
+            wrong += !(drawn >= 0 && p[drawn] > 0 && below <= number + 1e-5 && number <= below + p[drawn] + 1e-5);
+        }
+        for (int i = 0; i < V; i++) {
+            worst = fmax(worst, fabs(p[i] - want[i]));
+            wrong += (p[i] > 0) != (want[i] > 0) && fmax(p[i], want[i]) > 1e-9;
+            sum += p[i];
+        }
+        gf_sample_probabilities(logits, V, history, n_history, uncounted, n_uncounted, banned, n_banned, 0, top_p, top_k,
+                                presence, frequency, decay, p, 0.9, &drawn);
+        int likeliest = 0;
+        for (int i = 1; i < V; i++) likeliest = want[i] > want[likeliest] ? i : likeliest;
+        check(worst <= 1e-5 && wrong == 0 && fabs(sum - 1) < 1e-5 && drawn == likeliest,
+              "sampling %s: %d tokens may be drawn, probabilities off by up to %.1e, allowed 1e-05; %d drawn wrong", name, listed,
+              worst, wrong);
+        free(logits), free(p), free(want);
+    }
+    free(line);
+    fclose(file);
+}
+
 static void check_golden(const char *path) {
+    if (ends_with(path, "tokenizer.jsonl")) {
+        check_tokenizer(path);
+        return;
+    }
+    if (ends_with(path, "sampling.txt")) {
+        check_sampling(path);
+        return;
+    }
     Table *t = table_read(path);
     const Settings *s = &t->s;
     if (*t->unknown) skip("%s: setting %s is not built yet", t->name, t->unknown);
@@ -2469,6 +2614,10 @@ int main(int argc, char **argv) {
         snprintf(sample, sizeof(sample), "%s/data/sample", golden_folder);
         check_binidx(sample);
         check_sampler();
+        snprintf(sample, sizeof(sample), "%s/data/tokenizer.jsonl", golden_folder);
+        check_tokenizer(sample);
+        snprintf(sample, sizeof(sample), "%s/data/sampling.txt", golden_folder);
+        check_sampling(sample);
         printf("%s, %s\n", gf_device(), gf_precision() == 16 ? "BF16" : "FP32");
         check_learning_rates();
         check_finite_differences();

@@ -491,9 +491,10 @@ void config_read(Settings *s, const char *name, bool read_before) {
         text = (char *)malloc(room + 1);
         n = fread(text, 1, room, file);
         text[n] = '\0';
-        if (ferror(file) || !feof(file)) { die(2, "%s: expected a file of less than 1 MiB", name); }
-        if (strlen(text) != n) { die(2, "%s: expected text, found a zero byte", name); }
+        const bool whole = !ferror(file) && feof(file);
         fclose(file);
+        if (!whole) { die(2, "%s: expected a file of less than 1 MiB", name); }
+        if (strlen(text) != n) { die(2, "%s: expected text, found a zero byte", name); }
     }
     if (text[strspn(text, " \t\r\n")] == '{') {
         Json json = {text, text, name, ""};
@@ -503,7 +504,7 @@ void config_read(Settings *s, const char *name, bool read_before) {
     } else {
         config_yaml(c, text);
     }
-    if (c->tmix && !c->tmix2) { s->tmix2[0] = '\0'; }                       // the reference's default: one mixer everywhere
+    if (c->tmix && !c->tmix2) { memset(s->tmix2, 0, sizeof(s->tmix2)); }     // the reference's default: one mixer everywhere
     free(text);
 }
 
@@ -2857,7 +2858,7 @@ static void model_allocate_activations(Model *m) {                              
     }
 }
 
-static void model_allocate(Model *m) {                                              // all that training needs
+void model_allocate(Model *m) {                                              // all that training needs
     machine_start();
     size_t available, total;
     CUDA_CHECK(cudaMemGetInfo(&available, &total));
@@ -2986,7 +2987,7 @@ static void model_params_changed(Model *m) {                                    
     CUDA_CHECK(cudaStreamSynchronize(stream));
 }
 
-static void model_init_weights(Model *m, uint64_t seed) {
+void model_init_weights(Model *m, uint64_t seed) {
     for (int i = 0; i < m->n_tensors; i++) {
         const Tensor *t = &m->tensors[i];
         float *x = (float *)malloc(t->size * sizeof(float));
@@ -3974,7 +3975,7 @@ int block_load(const Model *m, const SafeTensors *f, const char *prefix, float *
 }
 
 // Weights by the reference's names; partial takes those that fit and lists the others of both sides.
-void load_weights(Model *m, const char *path, bool partial) {
+int load_weights(Model *m, const char *path, bool partial) {    // returns how many tensors were taken
     SafeTensors f;
     safetensors_open(&f, path);
     const int taken = block_load(m, &f, "", m->master, partial);
@@ -3986,8 +3987,8 @@ void load_weights(Model *m, const char *path, bool partial) {
         if (!known) { printf("%s: tensor %s: not taken, the model has none of this name\n", path, name); }
     }
     model_params_changed(m);
-    printf("%s: %d of the model's %d tensors loaded\n", path, taken, m->n_tensors);
     safetensors_close(&f);
+    return taken;
 }
 
 // The settings a file of ours carries replace those in s.
@@ -4307,7 +4308,10 @@ int main(int argc, char **argv) {
     } else {
         if (s->resume) { printf("no checkpoint in %s/, starting at the first step\n", s->out); }
         if (!s->load_model[0] || s->load_partial) { model_init_weights(&r->m, (uint64_t)s->seed_everything); }
-        if (s->load_model[0]) { load_weights(&r->m, s->load_model, s->load_partial); }
+        if (s->load_model[0]) {
+            const int taken = load_weights(&r->m, s->load_model, s->load_partial);
+            printf("%s: %d of the model's %d tensors loaded\n", s->load_model, taken, r->m.n_tensors);
+        }
         folder_begin(s->out);
     }
     LONG_PATH path;

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What needs processes: resume, kills, signals, damaged files, bad flags. Runs ./train_goldfinch (or the program named as
-# the first argument) on tiny models in a temporary folder; needs no more than bash, coreutils, grep, sed and awk.
+# the first argument), and ./infer_goldfinch beside it, on tiny models in a temporary folder; needs no more than bash, coreutils, grep, sed and awk.
 # Closing line: N passed, N failed.
 set -u
 export LC_ALL=C
@@ -254,6 +254,54 @@ head -c 20 bad.idx >cut.idx; refused 2 'cut.idx: size: expected 34 or more, foun
 binidx cut; head -c 599 bad.bin >cut.bin
 refused 2 'cut.bin: size: expected 600, found 599' --train.data_file cut --train.out y
 refused 2 'pair.bin: tokens, at least 2 ctx_len \+ 1: expected 513 or more, found 300' --train.data_file pair --model.ctx_len 256
+
+echo "-- inference"
+infer=$(dirname "$program")/infer_goldfinch
+infer() { "$infer" "$@" >out.txt 2>err.txt; }
+declined() {                                            # declined PATTERN FLAGS...: exit 2, one line on stderr with PATTERN in it
+    infer "${@:2}"; local code=$?
+    [ $code = 2 ] && [ "$(wc -l <err.txt)" = 1 ] && grep -qE -e "$1" err.txt
+    check "exit 2, \"$1\"" $?
+}
+train $utf8 --train.max_steps 30 --train.val_every 30 --train.val_batches 0 --train.out out; check "a model to run" $?
+model=out/model_000030.safetensors
+infer -p "the " -n 40 -s 5; check "a prompt goes on, from the newest checkpoint in out/" $?
+cp out.txt first.txt
+grep -qE 'prompt 4 tokens, .* decode .* context [0-9]+ tokens \| cache .*, (20|36) bytes per token \(a transformer: .*, 768\)' err.txt
+check "the closing line" $?
+infer $model -p "the " -n 40 -s 5; cmp -s out.txt first.txt; check "the same seed, the same text" $?
+infer $model -p "the " -n 40 -s 6; ! cmp -s out.txt first.txt; check "another seed, another text" $?
+OMP_NUM_THREADS=2 infer $model -p "the " -n 40 -s 5; cmp -s out.txt first.txt; check "and whatever OMP_NUM_THREADS" $?
+printf 'the ' | infer -f - -n 40 -s 5; cmp -s out.txt first.txt; check "the prompt from a pipe" $?
+infer -p "the " -n 40 -t 0 --kv full; cp out.txt full.txt; infer -p "the " -n 40 -t 0; cmp -s out.txt full.txt
+check "--kv full writes the same at temperature 0" $?
+infer -p "the " -n 40 -t 0 --kv int8; check "--kv int8" $?
+infer -p "the" -n 0 --save-state state.st && infer -p " " -n 40 -s 5 --load-state state.st; check "a state saved and loaded" $?
+tail -c +1 out.txt >loaded.txt; cmp -s loaded.txt first.txt; check "goes on with the same tokens" $?
+printf 'one\ntwo\n' | infer -i -n 5; check "lines, one after the other" $?
+loss=$(awk -F, '$4 != "" {print $4}' out/log.csv | tail -n 1)
+infer --score out/val.txt --window 32
+awk -v want="$loss" '{for (i = 1; i <= NF; i++) if ($i == "loss") {d = $(i + 1) - want; exit !(d < 1e-3 && d > -1e-3)}}' out.txt
+check "--score --window: the trainer's validation loss, $loss, to 1e-3" $?
+"$infer" -p "a" -n 100000 2>err.txt | head -c 20 >out.txt; [ "${PIPESTATUS[0]}" = 0 ] && [ ! -s err.txt ]
+check "a closed pipe ends it silently" $?
+"$infer" -p "a" -n 1000000 --ignore-eos >out.txt 2>err.txt & sleep 1; kill -INT $!; wait $!
+[ $? = 0 ] && grep -q 'context [0-9]* tokens' err.txt; check "SIGINT: the closing line, exit 0" $?
+declined 'unknown flag "--top-q"' --top-q 1
+declined '-n: expected a whole number from 0' -p a -n x
+declined 'a prompt is missing' $model
+declined '-p: expected a prompt, found an empty one' -p ""
+declined 'nowhere.txt: No such file' -f nowhere.txt
+declined 'kv: expected bf16, int8 or full, found "int4"' -p a --kv int4
+declined 'nowhere.safetensors: No such file' nowhere.safetensors -p a
+head -c 5000 $model >cut.safetensors; declined 'cut.safetensors: ' cut.safetensors -p a
+sed 's/"dtype":"F32"/"dtype":"F16"/; s/"dtype":"BF16"/"dtype":"I16" /' $model >type.safetensors; declined 'type.safetensors: ' type.safetensors -p a
+sed 's/"model.n_embd":"64"/"model.n_embd":"128"/' $model >shape.safetensors; declined 'shape.safetensors: ' shape.safetensors -p a
+declined 'tokens does not fit this machine.s memory: [0-9]+ tokens do' -p a -n 1000000000000
+train $utf8 --train.max_steps 1 --train.seed_everything 9 --train.out other
+declined 'state.st: metadata, field model_hash: expected' other/model_000001.safetensors -p a --load-state state.st
+printf '1 "a" 1\n2 "bc" 3\n' >vocab.txt; declined 'vocab.txt: line 2: length: expected 2, found 3' -p a --vocab vocab.txt
+printf '1 "a" 1\n' >vocab.txt; declined 'vocab.txt: ' -p a --vocab vocab.txt
 
 echo "$passed passed, $failed failed"
 [ $failed = 0 ]
