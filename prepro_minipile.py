@@ -660,7 +660,7 @@ def write_pairs(args, pieces, progress, prefix, val):
     for writer in writers:
         writer.close()
         print(f"{writer.prefix}: {many(writer.tokens, 'token')} in {many(writer.documents, 'document')}")
-    left_out = [many(n, what) for n, what in ((progress.skipped, "broken line or row"),
+    left_out = [many(n, what) for n, what in ((progress.skipped, "broken record"),
                                               (progress.empty, "document without text")) if n]
     print(f"{size_text(progress.bytes)} of text in {seconds:.1f} s: {progress.bytes / 1e6 / seconds:.1f} MB/s"
           + (f"; left out: {', '.join(left_out)}" if left_out else ""))
