@@ -183,7 +183,8 @@ template <int tiles> __device__ inline void read_k0(const ReadSmem &s, const Gol
 }
 
 // x = x + (shift(x) - x) * (mu + h mix^T), x times scale first: in place, each warp its columns
-template <int tiles> __device__ inline void read_mix(const ReadSmem &s, const GoldSource &g, const GoldSource::Side &side, const floatX *h) {
+template <int tiles>
+__device__ inline void read_mix(const ReadSmem &s, const GoldSource &g, const GoldSource::Side &side, const floatX *h) {
     const int ld = g.C + PAD;
     for (int column = threadIdx.x / 32 * 32; column < g.C; column += READ_THREADS) {
         TileC out[tiles][4] = {};
@@ -570,8 +571,9 @@ static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity
     f->shared_limit = (int)device.sharedMemPerBlockOptin;
     size_t available, total;
     CUDA_CHECK(cudaMemGetInfo(&available, &total));
-    const int64_t weights = m->n_block * (int64_t)(sizeof(floatX) + 4), tables = f->G ? (int64_t)d.V * (2 * d.C + 128 * f->G) * sizeof(floatX) : 0;
-    const int64_t need = weights + tables + m->activation_bytes + (int64_t)CUBLAS_WORKSPACE + (256 << 20), per_token = cache_bytes_per_token(f);
+    const int64_t weights = m->n_block * (int64_t)(sizeof(floatX) + 4), per_token = cache_bytes_per_token(f);
+    const int64_t tables = f->G ? (int64_t)d.V * (2 * d.C + 128 * f->G) * sizeof(floatX) : 0, small = CUBLAS_WORKSPACE + (256 << 20);
+    const int64_t need = weights + tables + m->activation_bytes + small;
     if (need > (int64_t)available)
         die(2, "%s has %.2f GiB free, and the model needs %.2f GiB", machine_name(), available / 1073741824.0, need / 1073741824.0);
     const int64_t fits = per_token ? ((int64_t)available - need) / per_token : INT64_MAX;
@@ -735,7 +737,8 @@ void infer_load_state(Infer *f, const char *path) {
     for (int i = 0; i < n; i++) {
         const FileTensor *t = safetensors_find(&file, list[i].name);
         if (!t) die(2, "%s: tensor %s: expected, not found (saved with another --kv?)", path, list[i].name);
-        if (strcmp(t->dtype, list[i].dtype) != 0) die(2, "%s: tensor %s: dtype: expected %s, found %s", path, t->name, list[i].dtype, t->dtype);
+        if (strcmp(t->dtype, list[i].dtype) != 0)
+            die(2, "%s: tensor %s: dtype: expected %s, found %s", path, t->name, list[i].dtype, t->dtype);
         expect(path, list[i].name, -1, list[i].count * list[i].width, list[i].count * list[i].width, t->end - t->begin);
         CUDA_CHECK(cudaMemcpy(list[i].p, file.data + t->begin, t->end - t->begin, cudaMemcpyHostToDevice));
     }
@@ -783,8 +786,9 @@ static void append_to_cache(Infer *f, const floatX *x, int n) {
             Layer *layer = &m->layers[d.G0 + i];
             gold_keys_values(m, layer);
             const size_t bytes = (size_t)n * d.C * sizeof(floatX);
-            CUDA_CHECK(cudaMemcpyAsync((floatX *)f->sources[i].keys + at * d.C, layer->gold.k + d.C, bytes, cudaMemcpyDeviceToDevice, stream));
-            CUDA_CHECK(cudaMemcpyAsync((floatX *)f->sources[i].values + at * d.C, layer->gold.v + d.C, bytes, cudaMemcpyDeviceToDevice, stream));
+            floatX *keys = (floatX *)f->sources[i].keys + at * d.C, *values = (floatX *)f->sources[i].values + at * d.C;
+            CUDA_CHECK(cudaMemcpyAsync(keys, layer->gold.k + d.C, bytes, cudaMemcpyDeviceToDevice, stream));
+            CUDA_CHECK(cudaMemcpyAsync(values, layer->gold.v + d.C, bytes, cudaMemcpyDeviceToDevice, stream));
         }
         return;
     }
@@ -829,7 +833,8 @@ static void infer_chunk(Infer *f, const int *ids, int n, bool all) {
 // Logits (fp32) of `count` rows, the first of them `row`, to device memory.
 static void infer_head(Infer *f, float *logits, int row, int count) {
     const Dims &d = f->m.d;
-    matmul(logits, d.V, rows((const floatX *)f->m.xf + (int64_t)row * d.C, d.C), columns((const floatX *)f->m.top.head.w, d.C), count, d.V, d.C);
+    const floatX *xf = f->m.xf + (int64_t)row * d.C, *head = f->m.top.head.w;
+    matmul(logits, d.V, rows(xf, d.C), columns(head, d.C), count, d.V, d.C);
 }
 
 // n tokens go on from the context; afterwards the logits of the last one are ready. What the GOLD layers' shifts carry is
@@ -869,8 +874,7 @@ static void score_context(Infer *f, const int *ids, int64_t n, int chunk, double
         CUDA_CHECK(cudaMemcpyAsync(targets, ids + done + 1, here * sizeof(int), cudaMemcpyHostToDevice, stream));
         for (int row = 0; row < here; row += m->slice) {
             const int count = here - row < m->slice ? here - row : m->slice;
-            linear_forward(m->logits, m->xf + (int64_t)(1 + row) * d.C, m->top.head, count, d.V, d.C);
-            classifier_kernel<<<count, d.V < 4096 ? 64 : 512, 0, stream>>>(m->logits, m->losses + row, m->right + row, targets + row, 0, d.V);
+            head_and_loss(m, m->xf + (int64_t)(1 + row) * d.C, targets, row, count, 0);
         }
         sum_losses<<<1, 256, 0, stream>>>(m->totals, m->losses, m->right, here);
         CUDA_CHECK(cudaStreamSynchronize(stream));                          // ids + done may be the caller's pageable memory

@@ -962,7 +962,8 @@ def main():
     except Fail as error:
         code, message = error.code, error
     except OSError as error:
-        code, message = 2 if isinstance(error, FileNotFoundError) else 1, f"{error.filename or args.output or args.check}: {error.strerror or error}"
+        code = 2 if isinstance(error, FileNotFoundError) else 1
+        message = f"{error.filename or args.output or args.check}: {error.strerror or error}"
     except KeyboardInterrupt:
         code, message = 130, "stopped"
     else:

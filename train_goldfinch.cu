@@ -138,7 +138,7 @@ const Preset demo_preset[] = {
     {"train.val_every", "150"},
 };
 const int n_demo_preset = sizeof(demo_preset) / sizeof(demo_preset[0]);
-const char *demo_sample_prompt = "\n";
+const char *demo_sample_prompt = "static void ";
 const int demo_sample_bytes = 300;
 const double demo_sample_temperature = 0.7;
 
@@ -443,7 +443,8 @@ void config_yaml(Config *c, char *text) {
         while (*colon == ' ') { colon++; }
         path[level[depth].length] = '\0';
         size_t n = strlen(path);
-        if (snprintf(path + n, sizeof(path) - n, "%s%s", n ? "." : "", key) >= (int)(sizeof(path) - n)) { config_fail(c, "", "a shorter key", key); }
+        const int room = (int)(sizeof(path) - n);
+        if (snprintf(path + n, room, "%s%s", n ? "." : "", key) >= room) { config_fail(c, "", "a shorter key", key); }
         opened = !*colon || *colon == '#';
         if (!opened) { config_set(c, path, yaml_scalar(c, path, colon)); }
     }
@@ -2329,7 +2330,8 @@ static void linear_backward(floatX *dx, const floatX *dout, const floatX *x, Par
 
 // out_i (M, O) = tanh(x (M, I) w1) [:, R i .. R i + R) w2_i + beta out_i for i in 0..n-1: w1 (I, R n or more), w2 (n, R, O), out (n, M, O).
 // h (M, R n): the hidden layer, kept.
-static void low_rank_forward(floatX *out, floatX *h, const floatX *x, Param w1, Param w2, int M, int I, int R, int O, int n = 1, float beta = 0) {
+static void low_rank_forward(floatX *out, floatX *h, const floatX *x, Param w1, Param w2, int M, int I, int R, int O, int n = 1,
+                             float beta = 0) {
     matmul(h, R * n, rows(x, I), rows(w1.w, w1.ld), M, R * n, I);
     tanh_forward<<<pack_blocks((int64_t)M * R * n), 256, 0, stream>>>(h, (int64_t)M * R * n);
     matmul(out, O, rows(h, R * n, R), rows(w2.w, w2.ld, (int64_t)R * O), M, O, R, beta, n, (int64_t)M * O);
@@ -2568,7 +2570,8 @@ static void gold_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
     low_rank_backward(t.dv2, t.dh, t.dv2, a.hv, a.v1, p.time_value_w1, p.time_value_w2, d.BT, d.C, rank, d.C, 1, 1);
     matmul(t.m, d.C, rows(a.hkv, 64, 32), rows(p.time_maa_kv_w2.w, d.C, 32 * d.C), d.BT, d.C, 32, 0, 2, E);
     mix_backward<1, float, true>({{p.time_maa_k.w}, t.m, {t.dk2}}, m->dk0, t.dm, {{p.time_maa_k.g}}, m->partial, m->k0, d.BT, d.T, d.C);
-    mix_backward<1, float, true>({{p.time_maa_v.w}, t.m + E, {t.dv2}}, m->dxo, t.dm + E, {{p.time_maa_v.g}}, m->partial, m->xo, d.BT, d.T, d.C);
+    mix_backward<1, float, true>({{p.time_maa_v.w}, t.m + E, {t.dv2}}, m->dxo, t.dm + E, {{p.time_maa_v.g}}, m->partial, m->xo,
+                                 d.BT, d.T, d.C);
     low_rank_backward(t.dxc, t.dh, t.dm, a.hkv, a.xc, p.time_maa_kv_w1, p.time_maa_kv_w2, d.BT, d.C, 32, d.C, 2);
     mix_backward<1, float, true>({{p.time_maa_v_cache.w}, nullptr, {t.dxc}}, m->dxo, nullptr, {{p.time_maa_v_cache.g}}, m->partial, m->xo,
                                  d.BT, d.T, d.C);
@@ -3059,15 +3062,21 @@ static void model_forward(Model *m) {                                           
     model_final_norm(m);
 }
 
+// Logits of `count` rows of xf, their losses (to m->losses from `row` on), and with scale > 0 their gradients in place.
+static void head_and_loss(Model *m, const floatX *xf, const int *targets, int64_t row, int count, float scale) {
+    const Dims &d = m->d;
+    const int threads = d.V < 4096 ? 64 : 512;
+    linear_forward(m->logits, xf, m->top.head, count, d.V, d.C);
+    classifier_kernel<<<count, threads, 0, stream>>>(m->logits, m->losses + row, m->right + row, targets + row, scale, d.V);
+}
+
 // Logits, loss and, with scale > 0, their gradients, in slices of rows: dxf goes to m->dln1, the head's gradient is added.
 static void model_classifier(Model *m, float scale) {
     const Dims &d = m->d;
     const Param head = m->top.head;
     for (int64_t row = 0; row < d.BT; row += m->slice) {
         const int here = (int)(d.BT - row < m->slice ? d.BT - row : m->slice);
-        const int *targets = m->tokens + d.BT + row;
-        linear_forward(m->logits, m->xf + row * d.C, head, here, d.V, d.C);
-        classifier_kernel<<<here, d.V < 4096 ? 64 : 512, 0, stream>>>(m->logits, m->losses + row, m->right + row, targets, scale, d.V);
+        head_and_loss(m, m->xf + row * d.C, m->tokens + d.BT, row, here, scale);
         if (scale > 0) linear_backward(m->dln1 + row * d.C, m->logits, m->xf + row * d.C, head, here, d.V, d.C);
     }
     sum_losses<<<1, 256, 0, stream>>>(m->totals, m->losses, m->right, d.BT);
@@ -4136,7 +4145,7 @@ void print_sample(Run *r, int64_t step) {
     float *logits = (float *)malloc((size_t)r->s.vocab_size * sizeof(float));
     uint64_t random = hash_bytes(hash_start, &step, sizeof(step)) ^ (uint64_t)r->s.seed_everything;
     for (const char *c = demo_sample_prompt; *c && n < T; c++) { context[n++] = (uint8_t)*c + 1; }
-    printf("sample, at temperature %g:\n", demo_sample_temperature);
+    printf("sample, at temperature %g:\n%s", demo_sample_temperature, demo_sample_prompt);
     for (int i = 0; i < demo_sample_bytes; i++) {
         double p[257], total = 0, largest = -INFINITY;
         model_logits_last(&r->m, context, n, logits);
@@ -4508,7 +4517,8 @@ void gf_wkv(int B, int T, int H, const float *r, const float *k, const float *v,
     float *states, *sums;
     device_alloc((void **)&states, B * H * ceil_div(T, CHUNK) * N * N * sizeof(float));
     device_alloc((void **)&sums, 2 * B * A * sizeof(float));
-    const Wkv p = {device[0], device[1], device[2], device[3], nullptr, u ? device[5] : nullptr, nullptr, one_minus_w != 0, states, nullptr, T, H};
+    const Wkv p = {device[0], device[1], device[2], device[3], nullptr, u ? device[5] : nullptr, nullptr, one_minus_w != 0,
+                   states, nullptr, T, H};
     wkv_forward(device[6], p, B);
     wkv_backward({device[4], device[7], device[8], device[9], device[10], sums, sums + B * A}, p, B);
     for (int i = 0; i < 5; i++) copy_to_host(outputs[i], device[6 + i], n);

@@ -41,8 +41,9 @@ static void add_key(void) {
 }
 
 static void add_value(void) {
-    static const char *values[] = {"1", "12", "64", "768", "-1", "0", "1e-4", "nan", "inf", "1e400", "x060", "gold", "\"quoted\"", "'it''s'",
-                                   "\"open", "null", "~", "true", "{}", "[1]", "|", "99999999999999999999", "x060c2 # why", "data/minipile", ""};
+    static const char *values[] = {
+        "1", "12", "64", "768", "-1", "0", "1e-4", "nan", "inf", "1e400", "x060", "gold", "\"quoted\"", "'it''s'", "\"open", "null",
+        "~", "true", "{}", "[1]", "|", "99999999999999999999", "x060c2 # why", "data/minipile", ""};
     add(values[draw(25)]);
 }
 
@@ -115,7 +116,10 @@ int main(int argc, char **argv) {
         dup2(output, 1);
         settings_default(&again);
         config_read(&again, printed, false);
-        if (memcmp(&s, &again, sizeof s) != 0) { dprintf(errors, "what is printed reads back otherwise: %s, %s\n", path, printed); return 1; }
+        if (memcmp(&s, &again, sizeof s) != 0) {
+            dprintf(errors, "what is printed reads back otherwise: %s, %s\n", path, printed);
+            return 1;
+        }
         accepted++;
     }
     unlink(path);
