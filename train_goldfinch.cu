@@ -95,6 +95,7 @@ void expect(const char *file, const char *field, int64_t index, int64_t low, int
     X(data, INT,  sample_every, "0", -1, 1e15, 1, "steps between samples, utf-8 only (0: one at the end; -1: none)") \
     X(start, INT,  max_steps, "0", 0, 1e15, 1, "stop after so many steps; the schedule stays (0: at my_exit_tokens)") \
     X(start, INT,  save_every, "1000", 0, 1e15, 1, "steps between checkpoints (0: only at the end)") \
+    X(start, INT,  profile_step, "0", 0, 1e15, 1, "step that a profiler records (ncu --profile-from-start off; 0: none)") \
     X(start, PATH, out, "", 0, 0, 0, "folder for checkpoints and log.csv (empty: proj_dir/proj_name-proj_suffix, or out)") \
     X(start, PATH, proj_dir, "", 0, 0, 0, "folder of runs (empty: out); with one of these three set and no out,") \
     X(start, PATH, proj_name, "", 0, 0, 0, "a run's name (empty: as L12-D768-x060c2_gold)") \
@@ -621,6 +622,7 @@ void settings_print(const Settings *s) {
 
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
+#include <cuda_profiler_api.h>
 #include <cuda_runtime.h>
 #include <limits.h>
 #include <initializer_list>
@@ -668,6 +670,16 @@ static void machine_start(void) {           // once, before the first allocation
     CUDA_CHECK(cudaMalloc(&workspace, CUBLAS_WORKSPACE));
     CUBLAS_CHECK(cublasSetWorkspace(cublas, workspace, CUBLAS_WORKSPACE));
     CUBLAS_CHECK(cublasSetMathMode(cublas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));   // and no TF32
+}
+
+// What a profiler sees when it is told to wait for a start (dev/profile.py).
+static void profile_begin(void) {
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaProfilerStart());
+}
+static void profile_end(void) {
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaProfilerStop());
 }
 
 static const char *machine_name(void) {
@@ -2901,7 +2913,7 @@ __global__ void fill_normal(float *x, int64_t n, uint64_t key) {                
 static const int PANEL = 16;
 
 // Makes the `count` <= 16 rows of a panel (length n) orthonormal by Gram-Schmidt, each row twice. One block.
-__global__ void orthonormalize_panel(float *panel, int count, int64_t n) {
+__global__ void __launch_bounds__(1024) orthonormalize_panel(float *panel, int count, int64_t n) {
     __shared__ float2 shared[32];
     for (int row = 0; row < count; row++) {
         float *x = panel + row * n;
@@ -2986,8 +2998,8 @@ static void tensor_init(const Model *m, const Tensor *t, float *x, uint64_t key)
 }
 
 static void model_params_changed(Model *m) {                                        // masters were written: round them again
-    if (!PRECISION_BF16) return;
-    round_params<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->pieces);
+    if (PRECISION_BF16) round_params<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->pieces);
+    CUDA_CHECK(cudaGetLastError());
     CUDA_CHECK(cudaStreamSynchronize(stream));
 }
 
@@ -3168,6 +3180,7 @@ static void model_update(Model *m, int64_t step, double lr, double weight_decay)
     const AdamW a = {(float)lr, (float)s.beta1, (float)s.beta2, (float)s.adam_eps, (float)weight_decay,
                      (float)(1 - pow(s.beta1, step + 1.0)), (float)(1 - pow(s.beta2, step + 1.0))};
     adamw_kernel<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->m, m->v, m->grads, m->pieces, m->state, a);
+    CUDA_CHECK(cudaGetLastError());                                                 // of all launches of the step
     CUDA_CHECK(cudaMemcpyAsync(&m->results[step % 2], m->state, sizeof(UpdateState), cudaMemcpyDeviceToHost, stream));
     CUDA_CHECK(cudaEventRecord(m->result_done[step % 2], stream));
 }
@@ -3187,6 +3200,7 @@ static void model_evaluate(Model *m, const int *tokens, int B, int T, double *lo
     stage_tokens(m, tokens, B, T);
     model_forward(m);
     model_classifier(m, 0);
+    CUDA_CHECK(cudaGetLastError());
     CUDA_CHECK(cudaStreamSynchronize(stream));
     CUDA_CHECK(cudaMemcpy(totals, m->totals, sizeof totals, cudaMemcpyDeviceToHost));
     *loss_sum = totals[0];
@@ -4239,7 +4253,10 @@ bool train(Run *r) {
     bool first = true, waiting = false, stop = false;
     Step late;                                                  // if waiting: the step whose result is still to be read
     while (r->p.step < r->n_steps && !stop) {
+        const bool profiled = r->p.step + 1 == r->s.profile_step;
+        if (profiled) { profile_begin(); }
         const Step step = begin_step(r);
+        if (profiled) { profile_end(); }
         if (waiting) { end_step(r, &late, false); }
         stop = stop_requested;
         const bool last = r->p.step == r->n_steps, saves = last || stop || due(r->p.step, r->s.save_every);
@@ -4405,7 +4422,7 @@ static void model_free(Model *m) {
         cudaFreeHost(m->staged[i]);
         cudaEventDestroy(m->staged_done[i]);
     }
-    for (int i = 0; i < 2; i++) cudaEventDestroy(m->result_done[i]);
+    for (int i = 0; i < 2 && m->results; i++) cudaEventDestroy(m->result_done[i]);             // null where only inference was asked for
     cudaFreeHost(m->results);
     model_free_plan(m);
 }
