@@ -1803,22 +1803,25 @@ static void wkv_backward(const WkvGradients &g, const Wkv &p, int B) {
 //             64 warp 2   #    #    \    .
 //             96 warp 3   #    #    #    \         (and the same shifted by 128, 256, .. for the next blocks)
 //
-// Floor: flops, 2 products forward, 5 backward, of which we do 7 (scores and their gradient twice), 2 N each for T^2 / 2 pairs.
-// A warp keeps what it can in registers: each fragment loaded from shared memory (256 bytes) feeds two tile products, for which
-// a tensor core needs at least 8 clocks, shared memory 2, the exponentials of 16 x 16 scores 4 (16 a clock and SM).
+// Floor: flops, 2 N for each product of each pair. Forward has 2 products, backward 5, of which we do 7: scores and their
+// gradients twice, so that every sum stays in one warp, without atomics. Beside a product of tiles, 16 x 8 x 16, for which an H100
+// needs 1 clock by its data sheet and 1.6 by mma.sync, it must load 128 bytes from shared memory, 1 clock, because a fragment (256
+// bytes) feeds two products and the left operands stay in registers; and make 16 exponentials forward, 1 clock.
 
 static const int ATTENTION_THREADS = 128, ATTENTION_ROWS = 128;             // of a block: threads; queries or keys
 #define SCALE_LOG2 (0.125f * 1.4426950408889634f)           // 1/sqrt(N) log2(e): exp(x/sqrt(N)) = exp2(x SCALE_LOG2)
 
 typedef floatX HeadRow[LD];                 // a token's N channels of a head in shared memory
-static const size_t ATTENTION_SMEM = 256 * sizeof(HeadRow);                 // 36 KB in bf16: four blocks fit an H100's SM, two others'
+static const size_t ATTENTION_SMEM = 256 * sizeof(HeadRow);                 // 36 KB in bf16: blocks are limited by registers
 
 // `count` tokens of a head, starting at t0, on their way to shared memory; zeros past the end
 template <int count> __device__ inline void attention_load(HeadRow *to, const floatX *from, int t0, int T, int A) {
     const int per_row = N * sizeof(floatX) / 16, row = threadIdx.x / per_row, c = threadIdx.x % per_row * (N / per_row);
     const floatX *p = from + (int64_t)(t0 + row) * A + c;
 #pragma unroll
-    for (int i = 0; i < count; i += ATTENTION_THREADS / per_row) async_copy16(&to[row + i][c], p + (int64_t)i * A, t0 + row + i < T);
+    for (int i = 0; i < count; i += ATTENTION_THREADS / per_row) {
+        async_copy16(&to[row + i][c], p + (int64_t)i * A, t0 + row + i < T);
+    }
 }
 
 // 32 rows as left operands: two row tiles of four 16 x 16 pieces
@@ -1837,17 +1840,6 @@ template <int n> __device__ inline void attention_scores(TileC (&out)[2][n], con
         for (int j = 0; j < n; j += 2) load_b_pair(&b[j], &rows[8 * j][16 * i], LD);
         mma(out[0], a.x[0][i], b);
         mma(out[1], a.x[1][i], b);
-    }
-}
-// the same with a in shared memory
-template <int n> __device__ inline void attention_scores(TileC (&out)[2][n], const HeadRow *a, const HeadRow *rows) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        TileB b[n];
-#pragma unroll
-        for (int j = 0; j < n; j += 2) load_b_pair(&b[j], &rows[8 * j][16 * i], LD);
-        mma(out[0], load_a(&a[0][16 * i], LD), b);
-        mma(out[1], load_a(&a[16][16 * i], LD), b);
     }
 }
 
@@ -1979,53 +1971,58 @@ __global__ void attention_delta(float *delta, const floatX *dy, const floatX *y,
 
 // With ds = p * (dy v^T - delta):   dv = p^T dy,  dk = ds^T q / sqrt(N)     (a block: 128 keys, walking the queries)
 //                                   dq = ds k / sqrt(N)                     (a block: 128 queries, walking the keys)
-// Each sum stays in one warp: no atomics, at the price of the scores made twice.
 struct AttentionGradients { floatX *dq, *dk, *dv; const floatX *dy; const float *l, *delta; };
 
-__global__ void __launch_bounds__(ATTENTION_THREADS, 2)
-attention_backward_kv(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
-    HeadRow *smem = dynamic_smem<HeadRow>();                // 32 queries, 32 dy; the next 32 of each; at first the keys
-    HeadRow *values = smem + 128;                           // all 128 of the block
-    __shared__ float4 stats[2][16];                         // l, delta of two queries
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
-    const int t0 = blockIdx.x * ATTENTION_ROWS, mine = t0 + 32 * warp;
-    const int64_t head = (int64_t)b * T * A + h * N, row = ((int64_t)b * H + h) * T;
-    attention_load<128>(smem, k + head, t0, T, A);
-    attention_load<128>(values, v + head, t0, T, A);
+// The block's own 128 rows of two arrays, of which each warp takes 32 into registers
+__device__ inline void attention_own(Left &a, Left &b, HeadRow *smem, const floatX *pa, const floatX *pb, int t0, int T, int A) {
+    attention_load<128>(smem, pa, t0, T, A);
+    attention_load<128>(smem + 128, pb, t0, T, A);
     async_commit();
     async_wait<0>();
     __syncthreads();
-    Left keys;
-    attention_left(keys, smem + 32 * warp);
+    attention_left(a, smem + threadIdx.x / 32 * 32);
+    attention_left(b, smem + 128 + threadIdx.x / 32 * 32);
     __syncthreads();
+}
+
+__global__ void __launch_bounds__(ATTENTION_THREADS, 2)
+attention_backward_kv(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+    HeadRow *smem = dynamic_smem<HeadRow>();                // 64 queries, 64 dy; the next 64 of each
+    __shared__ float2 stats[2][64];                         // l, delta of these queries
+    const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
+    const int t0 = blockIdx.x * ATTENTION_ROWS, mine = t0 + 32 * warp;
+    const int64_t head = (int64_t)b * T * A + h * N, row = ((int64_t)b * H + h) * T;
+    Left keys, values;
+    attention_own(keys, values, smem, k + head, v + head, t0, T, A);
     auto fetch = [&](int t) {
-        attention_load<32>(smem + t % 64 * 2, q + head, t, T, A);
-        attention_load<32>(smem + t % 64 * 2 + 32, g.dy + head, t, T, A);
+        attention_load<64>(smem + t % 128 * 2, q + head, t, T, A);
+        attention_load<64>(smem + t % 128 * 2 + 64, g.dy + head, t, T, A);
         async_commit();
-        return t + lane < T ? make_float2(g.l[row + t + lane], g.delta[row + t + lane]) : make_float2(INFINITY, 0);     // p = 0
+        const int mine = t + threadIdx.x % 64;
+        return mine < T ? make_float2(g.l[row + mine], g.delta[row + mine]) : make_float2(INFINITY, 0);     // past the end: p = 0
     };
     float2 next = fetch(t0);
     TileC dk[2][8] = {}, dv[2][8] = {};
-    for (int t = t0; t < T; t += 32) {
-        if (warp == 0) ((float2 *)stats[t / 32 % 2])[lane] = next;
+    for (int t = t0; t < T; t += 64) {
+        if (threadIdx.x < 64) stats[t / 64 % 2][threadIdx.x] = next;
         async_wait<0>();
         __syncthreads();                                    // this tile is there for all, and nobody needs the last one
-        if (t + 32 < T) next = fetch(t + 32);
+        if (t + 64 < T) next = fetch(t + 64);
 #pragma unroll 1
-        for (int part = 0; part < 32 && t >= mine; part += 16) {                // 16 queries at a time: registers
-            const HeadRow *queries = smem + t % 64 * 2 + part, *dy = queries + 32;
+        for (int part = max(0, mine - t); part < 64; part += 16) {              // 16 queries at a time: registers
+            const HeadRow *queries = smem + t % 128 * 2 + part, *dy = queries + 64;
             TileC p[2][2] = {}, ds[2][2] = {};              // transposed: rows are keys
             attention_scores(p, keys, queries);
-            attention_scores(ds, values + 32 * warp, dy);
-            if (t == mine) attention_mask<true>(p, part);
+            attention_scores(ds, values, dy);
+            if (t + part < mine + 32) attention_mask<true>(p, t + part - mine);
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const float4 s = stats[t / 32 % 2][part / 2 + 4 * j + lane % 4];
+            for (int j = 0; j < 4; j++) {
+                const float2 s = stats[t / 64 % 2][part + j / 2 * 8 + tile_col(j % 2)];
 #pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    float &weight = p[i / 4][j].x[i % 4], &gradient = ds[i / 4][j].x[i % 4];
-                    weight = exp2_fast(weight * SCALE_LOG2 - (i % 2 ? s.z : s.x));
-                    gradient = weight * (gradient - (i % 2 ? s.w : s.y));
+                for (int i = 0; i < 4; i++) {
+                    float &weight = p[i / 2][j / 2].x[i % 2 * 2 + j % 2], &gradient = ds[i / 2][j / 2].x[i % 2 * 2 + j % 2];
+                    weight = exp2_fast(weight * SCALE_LOG2 - s.x);
+                    gradient = weight * (gradient - s.y);
                 }
             }
             attention_values(dv, p, dy);
@@ -2039,39 +2036,32 @@ attention_backward_kv(AttentionGradients g, const floatX *q, const floatX *k, co
 
 __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 attention_backward_q(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
-    HeadRow *smem = dynamic_smem<HeadRow>();                // 64 keys, 64 values; the next 64 of each; at first the queries and dy
+    HeadRow *smem = dynamic_smem<HeadRow>();                // 64 keys, 64 values; the next 64 of each
     const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
-    const int t0 = (gridDim.x - 1 - blockIdx.x) * ATTENTION_ROWS, mine = t0 + 32 * warp;
+    const int t0 = (gridDim.x - 1 - blockIdx.x) * ATTENTION_ROWS, mine = t0 + 32 * warp;        // the longest rows first
     const int end = min(T, t0 + ATTENTION_ROWS);
     const int64_t head = (int64_t)b * T * A + h * N, row = ((int64_t)b * H + h) * T;
-    attention_load<128>(smem, q + head, t0, T, A);
-    attention_load<128>(smem + 128, g.dy + head, t0, T, A);
-    async_commit();
-    float l[4], delta[4];
-    for (int r = 0; r < 4; r++) {
-        const int t = mine + r / 2 * 16 + tile_row(r % 2 * 2);
-        l[r] = t < T ? g.l[row + t] : INFINITY;             // past the end: p = 0
-        delta[r] = t < T ? g.delta[row + t] : 0;
-    }
-    async_wait<0>();
-    __syncthreads();
     Left queries, dy;
-    attention_left(queries, smem + 32 * warp);
-    attention_left(dy, smem + 128 + 32 * warp);
-    __syncthreads();
+    attention_own(queries, dy, smem, q + head, g.dy + head, t0, T, A);
     auto fetch = [&](int t) {
         attention_load<64>(smem + t % 128 * 2, k + head, t, T, A);
         attention_load<64>(smem + t % 128 * 2 + 64, v + head, t, T, A);
         async_commit();
     };
     fetch(0);
+    float l[4], delta[4];                                   // of this lane's rows
+    for (int r = 0; r < 4; r++) {
+        const int t = mine + r / 2 * 16 + tile_row(r % 2 * 2);
+        l[r] = t < T ? g.l[row + t] : INFINITY;
+        delta[r] = t < T ? g.delta[row + t] : 0;
+    }
     TileC dq[2][8] = {};
     for (int t = 0; t < end; t += 64) {
         async_wait<0>();
         __syncthreads();
         if (t + 64 < end) fetch(t + 64);
 #pragma unroll 1
-        for (int part = 0; part < 64 && t + part <= mine; part += 32) {
+        for (int part = 0; part < min(64, mine + 32 - t); part += 32) {
             const HeadRow *keys = smem + t % 128 * 2 + part, *values = keys + 64;
             TileC p[2][4] = {}, ds[2][4] = {};
             attention_scores(p, queries, keys);
@@ -2081,9 +2071,9 @@ attention_backward_q(AttentionGradients g, const floatX *q, const floatX *k, con
             for (int r = 0; r < 4; r++)
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
-                    const int i = r % 2 * 2 + j % 2;
-                    float &gradient = ds[r / 2][j / 2].x[i];
-                    gradient = exp2_fast(p[r / 2][j / 2].x[i] * SCALE_LOG2 - l[r]) * (gradient - delta[r]);
+                    float &gradient = ds[r / 2][j / 2].x[r % 2 * 2 + j % 2];
+                    const float weight = exp2_fast(p[r / 2][j / 2].x[r % 2 * 2 + j % 2] * SCALE_LOG2 - l[r]);
+                    gradient = weight * (gradient - delta[r]);
                 }
             attention_values(dq, ds, keys);
         }
