@@ -1,6 +1,6 @@
 // Causal attention, backward. With p as in attention_forward.cu, dp_ts = dy_t . v_s, delta_t = sum_s p_ts dp_ts = dy_t . y_t:
 //
-//     ds_ts = p_ts (dp_ts - delta_t),  dq_t = sum_{s<=t} ds_ts k_s / 8,  dk_s = sum_{t>=s} ds_ts q_t / 8,  dv_s = sum_{t>=s} p_ts dy_t
+//   ds_ts = p_ts (dp_ts - delta_t), dq_t = sum_{s<=t} ds_ts k_s / 8, dk_s = sum_{t>=s} ds_ts q_t / 8, dv_s = sum_{t>=s} p_ts dy_t
 //
 // q, k, v, y and their gradients (B, T, H, 64); l, delta (B, H, T), l in units of log 2 from the forward pass.
 //

@@ -1,4 +1,4 @@
-// Causal attention, forward:    y_t = sum_{s<=t} p_ts v_s,  p_ts = exp(q_t . k_s / 8 - l_t),  l_t = log sum_{s<=t} exp(q_t . k_s / 8)
+// Causal attention, forward:  y_t = sum_{s<=t} p_ts v_s, p_ts = exp(q_t . k_s / 8 - l_t), l_t = log sum_{s<=t} exp(q_t . k_s / 8)
 //
 // q, k, v, y (B, T, H, 64); l (B, H, T), in units of log 2, is kept for the backward pass.
 //
