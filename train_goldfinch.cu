@@ -769,6 +769,7 @@ template <typename T> __device__ inline T *dynamic_smem(void) { return cuda_on_c
 using cuda_on_cpu::Site;                    // where a call stands, for messages
 __device__ inline float warp_sum(float x, int width = 32, Site site = Site::here()) { return cuda_on_cpu::warp_sum(x, width, site); }
 __device__ inline float warp_max(float x, int width = 32, Site site = Site::here()) { return cuda_on_cpu::warp_max(x, width, site); }
+__device__ inline float exp2_fast(float x) { return exp2f(x); }
 __device__ inline void async_copy16(void *to, const void *from, bool valid) { cuda_on_cpu::async_copy16(to, from, valid); }
 __device__ inline void async_commit(void) { cuda_on_cpu::async_commit(); }
 template <int N> __device__ inline void async_wait(void) { cuda_on_cpu::async_wait<N>(); }
@@ -789,6 +790,13 @@ __device__ inline float warp_sum(float x, int width = 32) {
 __device__ inline float warp_max(float x, int width = 32) {
     for (int w = width / 2; w > 0; w /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, w));
     return x;
+}
+
+// 2^x by the one instruction there is for it, to 2 units in the last place; exp2f adds three for results under 2^-126.
+__device__ inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 // 16 bytes from global to shared memory in the background; zeros if not valid. They land at the wait of their group.
@@ -880,6 +888,19 @@ __device__ inline TileB load_b_t(const floatX *p, int ld) {                     
                  : "=r"(b.x[0]), "=r"(b.x[1]) : "r"(smem_address(p + l * ld)) : "memory");
     return b;
 }
+// Two of them side by side, B[k][n] with n up to 16, by one instruction instead of two.
+__device__ inline void load_b_pair(TileB *b, const floatX *p, int ld) {         // B[k][n] = p[n * ld + k]
+    const int l = threadIdx.x % 32;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(b[0].x[0]), "=r"(b[0].x[1]), "=r"(b[1].x[0]), "=r"(b[1].x[1])
+                 : "r"(smem_address(p + (l % 8 + l / 16 * 8) * ld + l / 8 % 2 * 8)) : "memory");
+}
+__device__ inline void load_b_pair_t(TileB *b, const floatX *p, int ld) {       // B[k][n] = p[k * ld + n]
+    const int l = threadIdx.x % 32;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(b[0].x[0]), "=r"(b[0].x[1]), "=r"(b[1].x[0]), "=r"(b[1].x[1])
+                 : "r"(smem_address(p + l % 16 * ld + l / 16 * 8)) : "memory");
+}
 __device__ inline TileB load_b_global(const floatX *p, int ld) {                // as load_b, from global memory; ld even
     p += threadIdx.x % 32 / 4 * ld + threadIdx.x % 4 * 2;
     return {{*(const unsigned *)p, *(const unsigned *)(p + 8)}};
@@ -938,6 +959,12 @@ __device__ inline TileB load_b_t(const floatX *p, int ld) {
     TileB b;
     for (int i = 0; i < 4; i++) b.x[i] = (float)p[b_row(i) * ld + b_col()];
     return b;
+}
+__device__ inline void load_b_pair(TileB *b, const floatX *p, int ld) {
+    for (int j = 0; j < 2; j++) b[j] = load_b(p + 8 * j * ld, ld);
+}
+__device__ inline void load_b_pair_t(TileB *b, const floatX *p, int ld) {
+    for (int j = 0; j < 2; j++) b[j] = load_b_t(p + 8 * j, ld);
 }
 __device__ inline TileA to_a(const TileC &left, const TileC &right) {
     TileA a;
@@ -1663,11 +1690,11 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
             const TileB values[2] = {as_b(state, 0), as_b(state, 1)};
             mma(out, load_a_t(&s.before[side][16 * i][0], LDT), values);
         }
-        const TileB v[2] = {load_b_t(&s.v[side][0][16 * warp], LD), load_b_t(&s.v[side][0][16 * warp + 8], LD)};
+        TileB v[2], keys[8];
+        load_b_pair_t(v, &s.v[side][0][16 * warp], LD);
         mma(out, wkv_sum_scores(s.scores[side]), v);
-        TileB keys[8];
         for (int n = 0; n < 8; n++) {
-            keys[n] = load_b(&s.after[side][8 * n][0], LDT);
+            if (n % 2 == 0) load_b_pair(&keys[n], &s.after[side][8 * n][0], LDT);
             for (int i = 0; i < 4; i++) S[n].x[i] += S[n].x[i] * s.D_minus_1[side][8 * n + tile_col(i)];
         }
         mma(S, load_a_t(&s.v[side][0][16 * warp], LD), keys);
@@ -1736,7 +1763,7 @@ __device__ inline void wkv_state_in(TileC (&S)[8], const float *from) {         
 __device__ inline void wkv_update(TileC (&S)[8], const TileA2 &left, const floatX (*rows)[LD], float2 D_minus_1) {
     TileB b[8];
     for (int n = 0; n < 8; n++) {
-        b[n] = load_b_t(&rows[0][8 * n], LD);
+        if (n % 2 == 0) load_b_pair_t(&b[n], &rows[0][8 * n], LD);
         for (int i = 0; i < 4; i++) S[n].x[i] += S[n].x[i] * (i / 2 ? D_minus_1.y : D_minus_1.x);
     }
     mma(S, left, b);
@@ -1835,10 +1862,12 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_backward_kernel(WkvGradients 
 
             TileC dv[2] = {};                                               // 16 tokens x this warp's 16 values
             for (int i = 0; i < 4; i++) {
-                const TileB state_b[2] = {load_b_t(&s.dS[16 * i][16 * warp], LD), load_b_t(&s.dS[16 * i][16 * warp + 8], LD)};
+                TileB state_b[2];
+                load_b_pair_t(state_b, &s.dS[16 * i][16 * warp], LD);
                 mma(dv, load_a_t(&s.after[16 * i][0], LDT), state_b);
             }
-            const TileB dy_b[2] = {load_b_t(&s.dy[q][0][16 * warp], LD), load_b_t(&s.dy[q][0][16 * warp + 8], LD)};
+            TileB dy_b[2];
+            load_b_pair_t(dy_b, &s.dy[q][0][16 * warp], LD);
             mma(dv, wkv_sum_scores(s.scores), dy_b);
             for (int n = 0; n < 2; n++)
                 for (int i = 0; i < 4; i += 2)
@@ -1936,113 +1965,168 @@ static void wkv_backward(const WkvGradients &g, const Wkv &p, int B) {
 //
 //     y_t = sum_{s<=t} p_ts v_s,   p_ts = exp(q_t . k_s / sqrt(N) - l_t),   l_t = log sum_{s<=t} exp(q_t . k_s / sqrt(N))
 //
-// q, k, v, y are (B, T, A), head h at channels h N; l (B, H, T) in units of log 2. A block takes 64 queries of a head, a
-// warp 16 of them, and walks the keys in tiles of 64 with a running maximum and sum (FlashAttention-2, arXiv 2307.08691);
-// the next tile is copied while this one is multiplied. Flops: 2 N T^2 forward, 7/2 of that backward (scores twice).
+// q, k, v, y are (B, T, A), head h at channels h N; l (B, H, T) in units of log 2. A block takes 128 queries of a head, each of
+// its four warps 32, and walks the keys with a running maximum and sum (FlashAttention-2, arXiv 2307.08691); the next 64 are
+// copied while these are multiplied. Squares of 32 queries by 32 keys that lie above the diagonal are left out:
+//
+//                   keys  0   32   64   96  128
+//     queries  0 warp 0   \    .    .    .
+//             32 warp 1   #    \    .    .         # all 32 x 32 scores     \ those with s <= t     . none
+//             64 warp 2   #    #    \    .
+//             96 warp 3   #    #    #    \         (and the same shifted by 128, 256, .. for the next blocks)
+//
+// Floor: flops, 2 N for each product of each pair. Forward has 2 products, backward 5, of which we do 7: scores and their
+// gradients twice, so that every sum stays in one warp, without atomics. Beside a tile product (16 x 8 x 16), which costs an H100
+// 1 clock by its data sheet and 1.6 by mma.sync, it must load 128 bytes from shared memory, 1 clock, because a fragment (256
+// bytes) feeds two products and the left operands stay in registers; and make 16 exponentials forward, 1 clock.
 
-static const int QT = 64;                   // queries or keys of a tile
-static const int ATTENTION_THREADS = 128;
+static const int ATTENTION_THREADS = 128, ATTENTION_ROWS = 128;             // of a block: threads; queries or keys
 #define SCALE_LOG2 (0.125f * 1.4426950408889634f)           // 1/sqrt(N) log2(e): exp(x/sqrt(N)) = exp2(x SCALE_LOG2)
 
-typedef floatX AttentionTile[QT][LD];
+typedef floatX HeadRow[LD];                 // a token's N channels of a head in shared memory
+static const size_t ATTENTION_SMEM = 256 * sizeof(HeadRow);                 // 36 KB in bf16: blocks are limited by registers
 
-// 64 rows of a head, starting at row t0, on their way to shared memory; zeros past the end
-__device__ inline void attention_load(AttentionTile &to, const floatX *from, int t0, int T, int A) {
-    const int per_row = N * sizeof(floatX) / 16, step = 16 / sizeof(floatX);
-    for (int i = threadIdx.x; i < QT * per_row; i += ATTENTION_THREADS) {
-        const int row = i / per_row, c = i % per_row * step;
-        const bool valid = t0 + row < T;
-        async_copy16(&to[row][c], from + (valid ? (int64_t)(t0 + row) * A + c : 0), valid);
+// `count` tokens of a head, starting at t0, on their way to shared memory; zeros past the end
+template <int count> __device__ inline void attention_load(HeadRow *to, const floatX *from, int t0, int T, int A) {
+    const int per_row = N * sizeof(floatX) / 16, row = threadIdx.x / per_row, c = threadIdx.x % per_row * (N / per_row);
+    const floatX *p = from + (int64_t)(t0 + row) * A + c;
+#pragma unroll
+    for (int i = 0; i < count; i += ATTENTION_THREADS / per_row) {
+        async_copy16(&to[row + i][c], p + (int64_t)i * A, t0 + row + i < T);
     }
 }
 
-// 16 rows of a tile as left operands (16 x N in four steps of 16)
-__device__ inline void attention_rows(TileA (&a)[4], const AttentionTile &tile, int row) {
-    for (int i = 0; i < 4; i++) a[i] = load_a(&tile[row][16 * i], LD);
+// 32 rows as left operands: two row tiles of four 16 x 16 pieces
+struct Left { TileA x[2][4]; };
+__device__ inline void attention_left(Left &a, const HeadRow *rows) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) a.x[i / 4][i % 4] = load_a(&rows[i / 4 * 16][i % 4 * 16], LD);
 }
 
-// out (16 x 8 n) = a (16 x N) tile[row..row + 8 n)^T
-template <int n> __device__ inline void attention_scores(TileC (&out)[n], const TileA (&a)[4], const AttentionTile &tile, int row) {
+// out (32 x 8 n) = a (32 x N) rows[0..8 n)^T
+template <int n> __device__ inline void attention_scores(TileC (&out)[2][n], const Left &a, const HeadRow *rows) {
+#pragma unroll
     for (int i = 0; i < 4; i++) {
         TileB b[n];
-        for (int j = 0; j < n; j++) b[j] = load_b(&tile[row + 8 * j][16 * i], LD);
-        mma(out, a[i], b);
+#pragma unroll
+        for (int j = 0; j < n; j += 2) load_b_pair(&b[j], &rows[8 * j][16 * i], LD);
+        mma(out[0], a.x[0][i], b);
+        mma(out[1], a.x[1][i], b);
     }
 }
 
-// out (16 x N) += p (16 x 8 n) tile[row..row + 8 n)
-template <int n> __device__ inline void attention_values(TileC (&out)[8], const TileC (&p)[n], const AttentionTile &tile, int row) {
+// out (32 x N) += p (32 x 8 n) rows[0..8 n)
+template <int n> __device__ inline void attention_values(TileC (&out)[2][8], const TileC (&p)[2][n], const HeadRow *rows) {
+#pragma unroll
     for (int i = 0; i < n / 2; i++) {
         TileB b[8];
-        for (int j = 0; j < 8; j++) b[j] = load_b_t(&tile[row + 16 * i][8 * j], LD);
-        mma(out, to_a(p[2 * i], p[2 * i + 1]), b);
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) load_b_pair_t(&b[j], &rows[16 * i][8 * j], LD);
+        mma(out[0], to_a(p[0][2 * i], p[0][2 * i + 1]), b);
+        mma(out[1], to_a(p[1][2 * i], p[1][2 * i + 1]), b);
     }
 }
 
-// this warp's 16 rows, times a factor for each half row of the lane, from its tiles to memory
-__device__ inline void attention_store(floatX *to, const TileC (&x)[8], const float (&factor)[2], int t0, int T, int A) {
-    for (int i = 0; i < 4; i++) {
-        const int t = t0 + tile_row(i);
-        for (int n = 0; n < 8 && t < T; n++) to[(int64_t)t * A + 8 * n + tile_col(i)] = (floatX)(x[n].x[i] * factor[i / 2]);
+// this warp's 32 rows, times a factor for each row of the lane, from its tiles to memory
+__device__ inline void attention_store(floatX *to, const TileC (&x)[2][8], const float (&factor)[4], int t0, int T, int A) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int t = t0 + i / 4 * 16 + tile_row(i % 4);
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+            if (t < T) to[(int64_t)t * A + 8 * n + tile_col(i)] = (floatX)(x[i / 4][n].x[i % 4] * factor[i / 2]);
     }
 }
 
-__global__ void __launch_bounds__(ATTENTION_THREADS)
+// A square on the diagonal, `offset` columns in: scores of keys after their query become -infinity.
+template <bool rows_are_keys, int n> __device__ inline void attention_mask(TileC (&p)[2][n], int offset) {
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int j = 0; j < n; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int row = 16 * m + tile_row(i), column = offset + 8 * j + tile_col(i);
+                if (rows_are_keys ? row > column : column > row) p[m][j].x[i] = -INFINITY;
+            }
+}
+
+// The running softmax of this lane's four rows. exp2(score - top) needs top near the maximum only to stay in range, and y is the
+// same for any top. So top is moved, and out and sum are scaled anew, only when a score is more than 2^8 times too large: rarely.
+struct Softmax { float top[4], sum[4]; };
+static const float ATTENTION_MARGIN = 8;
+
+template <int n> __device__ inline void attention_softmax(Softmax &s, TileC (&p)[2][n], TileC (&out)[2][8]) {
+    float high[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+    bool grows = false;
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+#pragma unroll
+        for (int j = 0; j < n; j++) high[r] = fmaxf(high[r], fmaxf(p[r / 2][j].x[r % 2 * 2], p[r / 2][j].x[r % 2 * 2 + 1]));
+        grows |= high[r] * SCALE_LOG2 > s.top[r] + ATTENTION_MARGIN;
+    }
+    if (__any_sync(0xffffffffu, grows)) {
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const float top = fmaxf(s.top[r], warp_max(high[r], 4) * SCALE_LOG2), shrink = exp2_fast(s.top[r] - top);
+            s.top[r] = top;
+            s.sum[r] *= shrink;
+#pragma unroll
+            for (int j = 0; j < 16; j++) out[r / 2][j / 2].x[r % 2 * 2 + j % 2] *= shrink;
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+#pragma unroll
+        for (int j = 0; j < 2 * n; j++) {
+            float &x = p[r / 2][j / 2].x[r % 2 * 2 + j % 2];
+            x = exp2_fast(x * SCALE_LOG2 - s.top[r]);
+            s.sum[r] += x;
+        }
+}
+
+__global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 attention_forward_kernel(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
-    AttentionTile *tiles = dynamic_smem<AttentionTile>();   // K, V; K, V of the next tile; the queries
+    HeadRow *smem = dynamic_smem<HeadRow>();                // 64 keys, 64 values; the next 64 of each, at first the queries
     const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
-    const int last = gridDim.x - 1 - blockIdx.x, t0 = last * QT + 16 * warp;    // the longest rows first
+    const int t0 = (gridDim.x - 1 - blockIdx.x) * ATTENTION_ROWS, mine = t0 + 32 * warp;        // the longest rows first
+    const int end = min(T, t0 + ATTENTION_ROWS);
     const int64_t head = (int64_t)b * T * A + h * N;
-    attention_load(tiles[4], q + head, last * QT, T, A);
-    attention_load(tiles[0], k + head, 0, T, A);
-    attention_load(tiles[1], v + head, 0, T, A);
+    attention_load<128>(smem + 128, q + head, t0, T, A);
+    attention_load<64>(smem, k + head, 0, T, A);
+    attention_load<64>(smem + 64, v + head, 0, T, A);
     async_commit();
-    TileA queries[4];
-    TileC out[8] = {};
-    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};                 // of the two rows in this lane
-    for (int tile = 0; tile <= last; tile++) {
-        const AttentionTile &keys = tiles[tile % 2 * 2], &values = tiles[tile % 2 * 2 + 1];
-        if (tile < last) {
-            attention_load(tiles[(tile + 1) % 2 * 2], k + head, (tile + 1) * QT, T, A);
-            attention_load(tiles[(tile + 1) % 2 * 2 + 1], v + head, (tile + 1) * QT, T, A);
+    async_wait<0>();
+    __syncthreads();
+    Left queries;
+    attention_left(queries, smem + 128 + 32 * warp);
+    TileC out[2][8] = {};
+    Softmax s = {{-INFINITY, -INFINITY, -INFINITY, -INFINITY}, {0, 0, 0, 0}};
+    for (int tile = 0; tile * 64 < end; tile++) {
+        const HeadRow *keys = smem + tile % 2 * 128, *values = keys + 64;
+        HeadRow *next = smem + (tile + 1) % 2 * 128;
+        async_wait<0>();
+        __syncthreads();                                    // this tile is there for all, and nobody needs the last one
+        if ((tile + 1) * 64 < end) {
+            attention_load<64>(next, k + head, (tile + 1) * 64, T, A);
+            attention_load<64>(next + 64, v + head, (tile + 1) * 64, T, A);
+            async_commit();
         }
-        async_commit();
-        async_wait<1>();
-        __syncthreads();
-        if (tile == 0) attention_rows(queries, tiles[4], 16 * warp);
-        TileC p[8] = {};
-        attention_scores(p, queries, keys, 0);
-        float high[2] = {top[0], top[1]};
-        for (int n = 0; n < 8; n++)
-            for (int i = 0; i < 4; i++) {
-                if (tile == last && 8 * n + tile_col(i) > 16 * warp + tile_row(i)) p[n].x[i] = -INFINITY;
-                high[i / 2] = fmaxf(high[i / 2], p[n].x[i]);
-            }
-        for (int i = 0; i < 2; i++) {
-            high[i] = warp_max(high[i], 4);
-            const float shrink = exp2f((top[i] - high[i]) * SCALE_LOG2);
-            sum[i] *= shrink;
-            for (int n = 0; n < 8; n++) {
-                out[n].x[2 * i] *= shrink;
-                out[n].x[2 * i + 1] *= shrink;
-            }
-            top[i] = high[i];
+        for (int part = 0; part < 64 && tile * 64 + part <= mine; part += 32) {
+            TileC p[2][4] = {};
+            attention_scores(p, queries, keys + part);
+            if (tile * 64 + part == mine) attention_mask<false>(p, 0);
+            attention_softmax(s, p, out);
+            attention_values(out, p, values + part);
         }
-        for (int n = 0; n < 8; n++)
-            for (int i = 0; i < 4; i++) {
-                p[n].x[i] = exp2f((p[n].x[i] - top[i / 2]) * SCALE_LOG2);
-                sum[i / 2] += p[n].x[i];
-            }
-        attention_values(out, p, values, 0);
-        __syncthreads();
     }
-    for (int i = 0; i < 2; i++) {
-        sum[i] = warp_sum(sum[i], 4);
-        const int t = t0 + tile_row(2 * i);
-        if (threadIdx.x % 4 == 0 && t < T) l[((int64_t)b * H + h) * T + t] = top[i] * SCALE_LOG2 + log2f(sum[i]);
-        sum[i] = 1 / sum[i];
+    for (int r = 0; r < 4; r++) {
+        const int t = mine + r / 2 * 16 + tile_row(r % 2 * 2);
+        s.sum[r] = warp_sum(s.sum[r], 4);
+        if (threadIdx.x % 4 == 0 && t < T) l[((int64_t)b * H + h) * T + t] = s.top[r] + log2f(s.sum[r]);
+        s.sum[r] = 1 / s.sum[r];
     }
-    attention_store(y + head, out, sum, t0, T, A);
+    attention_store(y + head, out, s.sum, mine, T, A);
 }
 
 // delta (B, H, T): dy_t . y_t per head, what the softmax's gradient subtracts. Blocks of a row; 8 lanes hold a head.
@@ -2057,121 +2141,134 @@ __global__ void attention_delta(float *delta, const floatX *dy, const floatX *y,
     if (mine && threadIdx.x % 8 == 0) delta[(row / T * H + c / N) * T + row % T] = sum;
 }
 
-// With ds = p * (dy v^T - delta):   dv = p^T dy,  dk = ds^T q / sqrt(N)     (a block: 64 keys, walking the queries)
-//                                   dq = ds k / sqrt(N)                     (a block: 64 queries, walking the keys)
-// Each sum stays in one block: no atomics, at the price of the scores made twice.
+// With ds = p * (dy v^T - delta):   dv = p^T dy,  dk = ds^T q / sqrt(N)     (a block: 128 keys, walking the queries)
+//                                   dq = ds k / sqrt(N)                     (a block: 128 queries, walking the keys)
 struct AttentionGradients { floatX *dq, *dk, *dv; const floatX *dy; const float *l, *delta; };
 
-struct AttentionBackward {
-    AttentionTile tile[4];
-    float l[QT], delta[QT];
-};
-
-__global__ void __launch_bounds__(ATTENTION_THREADS)
-attention_backward_kv(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
-    AttentionBackward &s = *dynamic_smem<AttentionBackward>();              // K, V, Q, dY
-    const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N, first = blockIdx.x;
-    const int64_t head = (int64_t)b * T * A + h * N, stats = ((int64_t)b * H + h) * T;
-    attention_load(s.tile[0], k + head, first * QT, T, A);
-    attention_load(s.tile[1], v + head, first * QT, T, A);
-    TileA keys[4], values[4];
-    TileC dk[8] = {}, dv[8] = {};
-    for (int tile = first; tile * QT < T; tile++) {
-        attention_load(s.tile[2], q + head, tile * QT, T, A);
-        attention_load(s.tile[3], g.dy + head, tile * QT, T, A);
-        async_commit();
-        if (threadIdx.x < QT) {
-            const int t = tile * QT + threadIdx.x;
-            s.l[threadIdx.x] = t < T ? g.l[stats + t] : INFINITY;           // past the end: p = 0
-            s.delta[threadIdx.x] = t < T ? g.delta[stats + t] : 0;
-        }
-        async_wait<0>();
-        __syncthreads();
-        if (tile == first) {
-            attention_rows(keys, s.tile[0], 16 * warp);
-            attention_rows(values, s.tile[1], 16 * warp);
-        }
-        for (int part = 0; part < QT; part += 32) {                         // 32 queries at a time: registers
-            TileC p[4] = {}, ds[4] = {};                                    // transposed: rows are keys
-            attention_scores(p, keys, s.tile[2], part);
-            attention_scores(ds, values, s.tile[3], part);
-            for (int n = 0; n < 4; n++)
-                for (int i = 0; i < 4; i++) {
-                    const int query = part + 8 * n + tile_col(i);
-                    const bool seen = tile > first || 16 * warp + tile_row(i) <= query;
-                    p[n].x[i] = seen ? exp2f(p[n].x[i] * SCALE_LOG2 - s.l[query]) : 0;
-                    ds[n].x[i] = p[n].x[i] * (ds[n].x[i] - s.delta[query]);
-                }
-            attention_values(dv, p, s.tile[3], part);
-            attention_values(dk, ds, s.tile[2], part);
-        }
-        __syncthreads();
-    }
-    const float one[2] = {1, 1}, scale[2] = {0.125f, 0.125f};
-    attention_store(g.dv + head, dv, one, first * QT + 16 * warp, T, A);
-    attention_store(g.dk + head, dk, scale, first * QT + 16 * warp, T, A);
+// The block's own 128 rows of two arrays, of which each warp takes 32 into registers
+__device__ inline void attention_own(Left &a, Left &b, HeadRow *smem, const floatX *pa, const floatX *pb, int t0, int T, int A) {
+    attention_load<128>(smem, pa, t0, T, A);
+    attention_load<128>(smem + 128, pb, t0, T, A);
+    async_commit();
+    async_wait<0>();
+    __syncthreads();
+    attention_left(a, smem + threadIdx.x / 32 * 32);
+    attention_left(b, smem + 128 + threadIdx.x / 32 * 32);
+    __syncthreads();
 }
 
-__global__ void __launch_bounds__(ATTENTION_THREADS)
-attention_backward_q(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
-    AttentionBackward &s = *dynamic_smem<AttentionBackward>();              // Q, dY, K, V
+__global__ void __launch_bounds__(ATTENTION_THREADS, 2)
+attention_backward_kv(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+    HeadRow *smem = dynamic_smem<HeadRow>();                // 64 queries, 64 dy; the next 64 of each
+    __shared__ float2 stats[2][64];                         // l, delta of these queries
     const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
-    const int last = gridDim.x - 1 - blockIdx.x, t0 = last * QT + 16 * warp;
-    const int64_t head = (int64_t)b * T * A + h * N, stats = ((int64_t)b * H + h) * T;
-    attention_load(s.tile[0], q + head, last * QT, T, A);
-    attention_load(s.tile[1], g.dy + head, last * QT, T, A);
-    TileA queries[4], dy[4];
-    TileC dq[8] = {};
-    float l[2], delta[2];
-    for (int i = 0; i < 2; i++) {
-        const int t = t0 + tile_row(2 * i);
-        l[i] = t < T ? g.l[stats + t] : INFINITY;
-        delta[i] = t < T ? g.delta[stats + t] : 0;
-    }
-    for (int tile = 0; tile <= last; tile++) {
-        attention_load(s.tile[2], k + head, tile * QT, T, A);
-        attention_load(s.tile[3], v + head, tile * QT, T, A);
+    const int t0 = blockIdx.x * ATTENTION_ROWS, mine = t0 + 32 * warp;
+    const int64_t head = (int64_t)b * T * A + h * N, row = ((int64_t)b * H + h) * T;
+    Left keys, values;
+    attention_own(keys, values, smem, k + head, v + head, t0, T, A);
+    auto fetch = [&](int t) {
+        attention_load<64>(smem + t % 128 * 2, q + head, t, T, A);
+        attention_load<64>(smem + t % 128 * 2 + 64, g.dy + head, t, T, A);
         async_commit();
+        const int mine = t + threadIdx.x % 64;
+        return mine < T ? make_float2(g.l[row + mine], g.delta[row + mine]) : make_float2(INFINITY, 0);     // past the end: p = 0
+    };
+    float2 next = fetch(t0);
+    TileC dk[2][8] = {}, dv[2][8] = {};
+    for (int t = t0; t < T; t += 64) {
+        if (threadIdx.x < 64) stats[t / 64 % 2][threadIdx.x] = next;
+        async_wait<0>();
+        __syncthreads();                                    // this tile is there for all, and nobody needs the last one
+        if (t + 64 < T) next = fetch(t + 64);
+#pragma unroll 1
+        for (int part = max(0, mine - t); part < 64; part += 16) {              // 16 queries at a time: registers
+            const HeadRow *queries = smem + t % 128 * 2 + part, *dy = queries + 64;
+            TileC p[2][2] = {}, ds[2][2] = {};              // transposed: rows are keys
+            attention_scores(p, keys, queries);
+            attention_scores(ds, values, dy);
+            if (t + part < mine + 32) attention_mask<true>(p, t + part - mine);
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float2 s = stats[t / 64 % 2][part + j / 2 * 8 + tile_col(j % 2)];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float &weight = p[i / 2][j / 2].x[i % 2 * 2 + j % 2], &gradient = ds[i / 2][j / 2].x[i % 2 * 2 + j % 2];
+                    weight = exp2_fast(weight * SCALE_LOG2 - s.x);
+                    gradient = weight * (gradient - s.y);
+                }
+            }
+            attention_values(dv, p, dy);
+            attention_values(dk, ds, queries);
+        }
+    }
+    const float one[4] = {1, 1, 1, 1}, scale[4] = {0.125f, 0.125f, 0.125f, 0.125f};
+    attention_store(g.dv + head, dv, one, mine, T, A);
+    attention_store(g.dk + head, dk, scale, mine, T, A);
+}
+
+__global__ void __launch_bounds__(ATTENTION_THREADS, 2)
+attention_backward_q(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+    HeadRow *smem = dynamic_smem<HeadRow>();                // 64 keys, 64 values; the next 64 of each
+    const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
+    const int t0 = (gridDim.x - 1 - blockIdx.x) * ATTENTION_ROWS, mine = t0 + 32 * warp;        // the longest rows first
+    const int end = min(T, t0 + ATTENTION_ROWS);
+    const int64_t head = (int64_t)b * T * A + h * N, row = ((int64_t)b * H + h) * T;
+    Left queries, dy;
+    attention_own(queries, dy, smem, q + head, g.dy + head, t0, T, A);
+    auto fetch = [&](int t) {
+        attention_load<64>(smem + t % 128 * 2, k + head, t, T, A);
+        attention_load<64>(smem + t % 128 * 2 + 64, v + head, t, T, A);
+        async_commit();
+    };
+    fetch(0);
+    float l[4], delta[4];                                   // of this lane's rows
+    for (int r = 0; r < 4; r++) {
+        const int t = mine + r / 2 * 16 + tile_row(r % 2 * 2);
+        l[r] = t < T ? g.l[row + t] : INFINITY;
+        delta[r] = t < T ? g.delta[row + t] : 0;
+    }
+    TileC dq[2][8] = {};
+    for (int t = 0; t < end; t += 64) {
         async_wait<0>();
         __syncthreads();
-        if (tile == 0) {
-            attention_rows(queries, s.tile[0], 16 * warp);
-            attention_rows(dy, s.tile[1], 16 * warp);
-        }
-        for (int part = 0; part < QT; part += 32) {
-            TileC p[4] = {}, ds[4] = {};
-            attention_scores(p, queries, s.tile[2], part);
-            attention_scores(ds, dy, s.tile[3], part);
-            for (int n = 0; n < 4; n++)
-                for (int i = 0; i < 4; i++) {
-                    const bool seen = tile < last || part + 8 * n + tile_col(i) <= 16 * warp + tile_row(i);
-                    const float weight = seen ? exp2f(p[n].x[i] * SCALE_LOG2 - l[i / 2]) : 0;
-                    ds[n].x[i] = weight * (ds[n].x[i] - delta[i / 2]);
+        if (t + 64 < end) fetch(t + 64);
+#pragma unroll 1
+        for (int part = 0; part < min(64, mine + 32 - t); part += 32) {
+            const HeadRow *keys = smem + t % 128 * 2 + part, *values = keys + 64;
+            TileC p[2][4] = {}, ds[2][4] = {};
+            attention_scores(p, queries, keys);
+            attention_scores(ds, dy, values);
+            if (t + part == mine) attention_mask<false>(p, 0);
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    float &gradient = ds[r / 2][j / 2].x[r % 2 * 2 + j % 2];
+                    const float weight = exp2_fast(p[r / 2][j / 2].x[r % 2 * 2 + j % 2] * SCALE_LOG2 - l[r]);
+                    gradient = weight * (gradient - delta[r]);
                 }
-            attention_values(dq, ds, s.tile[2], part);
+            attention_values(dq, ds, keys);
         }
-        __syncthreads();
     }
-    const float scale[2] = {0.125f, 0.125f};
-    attention_store(g.dq + head, dq, scale, t0, T, A);
+    const float scale[4] = {0.125f, 0.125f, 0.125f, 0.125f};
+    attention_store(g.dq + head, dq, scale, mine, T, A);
 }
 
 static void attention_forward(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int B, int T, int H) {
-    const size_t smem = 5 * sizeof(AttentionTile);
-    allow_smem(attention_forward_kernel, smem);
-    attention_forward_kernel<<<dim3((int)ceil_div(T, QT), H, B), ATTENTION_THREADS, smem, stream>>>(y, l, q, k, v, T, H);
+    allow_smem(attention_forward_kernel, ATTENTION_SMEM);
+    const dim3 grid((int)ceil_div(T, ATTENTION_ROWS), H, B);
+    attention_forward_kernel<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(y, l, q, k, v, T, H);
 }
 
 static void attention_backward(floatX *dq, floatX *dk, floatX *dv, float *delta, const floatX *dy, const floatX *y, const float *l,
                                const floatX *q, const floatX *k, const floatX *v, int B, int T, int H) {
-    const size_t smem = sizeof(AttentionBackward);
-    const dim3 grid((int)ceil_div(T, QT), H, B);
+    const dim3 grid((int)ceil_div(T, ATTENTION_ROWS), H, B);
     const AttentionGradients g = {dq, dk, dv, dy, l, delta};
     attention_delta<<<B * T, row_threads(H * N), 0, stream>>>(delta, dy, y, T, H);
-    allow_smem(attention_backward_kv, smem);
-    attention_backward_kv<<<grid, ATTENTION_THREADS, smem, stream>>>(g, q, k, v, T, H);
-    allow_smem(attention_backward_q, smem);
-    attention_backward_q<<<grid, ATTENTION_THREADS, smem, stream>>>(g, q, k, v, T, H);
+    allow_smem(attention_backward_kv, ATTENTION_SMEM);
+    attention_backward_kv<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(g, q, k, v, T, H);
+    allow_smem(attention_backward_q, ATTENTION_SMEM);
+    attention_backward_q<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(g, q, k, v, T, H);
 }
 
 // ---- channel mix (spec section 4) ----
