@@ -921,6 +921,7 @@ __device__ inline TileA2 to_a2(const TileC &left, const TileC &right) {
                  bf16_rest(a.x[2], right.x[0], right.x[1]), bf16_rest(a.x[3], right.x[2], right.x[3])}}};
 }
 __device__ inline TileB make_b(float x0, float x1, float x2, float x3) { return {{bf16_pair(x0, x1), bf16_pair(x2, x3)}}; }
+__device__ inline TileB join_b(const TileB &upper, const TileB &lower) { return {{upper.x[0], lower.x[1]}}; }  // rows 0..7 | 8..15
 __device__ inline TileB as_b(const TileA &a, int n) { return {{a.x[n], a.x[n + 2]}}; }     // B[k][column] = A[8 n + column][k]
 template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n]) {   // c[i] += a b[i]
 #pragma unroll
@@ -982,6 +983,7 @@ __device__ inline TileA2 to_a2(const TileC &left, const TileC &right) {
 __device__ inline TileB make_b(float x0, float x1, float x2, float x3) {
     return {{(float)(floatX)x0, (float)(floatX)x1, (float)(floatX)x2, (float)(floatX)x3}};
 }
+__device__ inline TileB join_b(const TileB &upper, const TileB &lower) { return {{upper.x[0], upper.x[1], lower.x[2], lower.x[3]}}; }
 __device__ inline TileB as_b(const TileA &a, int n) { return {{a.x[2 * n], a.x[2 * n + 1], a.x[2 * n + 4], a.x[2 * n + 5]}}; }
 #ifdef CUDA_ON_CPU
 template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n], Site site = Site::here()) {
@@ -1468,15 +1470,27 @@ struct WkvRaw { Pair r[4], k[4], w[4]; };   // a Share as it stands in memory: p
 __device__ inline int wkv_token(int m) { return threadIdx.x % 4 * 2 + m % 2 + m / 2 * 8; }
 __device__ inline int wkv_channel(void) { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 * 2; }    // the first of two
 
-// base: of this lane's first channel at token t0. Past the end: r = k = 0, and e will be 0.
+// The tile at token t0. Past the end: r = k = 0, and w such that e is 0.
 __device__ inline void wkv_fetch(WkvRaw &raw, const Wkv &p, int64_t base, int t0) {
+    const int A = p.H * N;
+    const int64_t at = base + wkv_channel() + wkv_token(0) * A;
+    if (t0 + TILE <= p.T) {
+#pragma unroll
+        for (int m = 0; m < 4; m++) {
+            const int next = (m % 2 + m / 2 * 8) * A;
+            raw.r[m] = load_pair(p.r + at + next);
+            raw.k[m] = load_pair(p.k + at + next);
+            raw.w[m] = p.w ? load_pair(p.w + at + next) : Pair{0, 0};
+        }
+        return;
+    }
+#pragma unroll
     for (int m = 0; m < 4; m++) {
-        const int t = wkv_token(m);
-        const bool inside = t0 + t < p.T;
-        const int64_t at = base + (int64_t)t * p.H * N;
-        raw.r[m] = inside ? load_pair(p.r + at) : Pair{0, 0};
-        raw.k[m] = inside ? load_pair(p.k + at) : Pair{0, 0};
-        raw.w[m] = inside && p.w ? load_pair(p.w + at) : Pair{0, 0};
+        const bool inside = t0 + wkv_token(m) < p.T;
+        const int next = (m % 2 + m / 2 * 8) * A;
+        raw.r[m] = inside ? load_pair(p.r + at + next) : Pair{0, 0};
+        raw.k[m] = inside ? load_pair(p.k + at + next) : Pair{0, 0};
+        raw.w[m] = !inside ? Pair{-INFINITY, -INFINITY} : p.w ? load_pair(p.w + at + next) : Pair{0, 0};
     }
 }
 
@@ -1484,30 +1498,28 @@ __device__ inline void wkv_share(Share &to, const Pair (&from)[4]) {
     EACH(n, i) to[n].x[i] = i / 2 ? (float)from[2 * n + i % 2].y : (float)from[2 * n + i % 2].x;
 }
 
-// 1 - exp(-e), with all its digits where e is small
-__device__ inline float one_minus_exp(float e) {
-    const float series = e * (1 - e / 2 * (1 - e / 3 * (1 - e / 4 * (1 - e / 5))));
-    return e < 0.125f ? series : 1 - fast_exp(-e);
+// 1 - exp(-e), with all its digits where e is small; d = exp(-e)
+__device__ inline float one_minus(float d, float e) {
+    return e < 0.125f ? e * (1 + e * (-1 / 2.f + e * (1 / 6.f + e * (-1 / 24.f + e * (1 / 120.f))))) : 1 - d;
 }
 
-__device__ inline void wkv_decay(Share &e, Share &d, const WkvRaw &raw, const float (&decay)[2], int t0, int T) {
+__device__ inline void wkv_decay(Share &e, Share &d, const WkvRaw &raw, const float (&decay)[2]) {
     wkv_share(e, raw.w);
     EACH(n, i) {
-        const bool inside = t0 + wkv_token(2 * n + i % 2) < T;
-        e[n].x[i] = inside ? fminf(fast_exp(e[n].x[i] + decay[i / 2]), 128.f) : 0;
+        e[n].x[i] = fminf(fast_exp(e[n].x[i] + decay[i / 2]), 128.f);
         d[n].x[i] = fast_exp(-e[n].x[i]);
     }
 }
 
-__device__ inline void wkv_keys(Share &k, const WkvRaw &raw, const Share &e, bool one_minus_w) {
+__device__ inline void wkv_keys(Share &k, const WkvRaw &raw, const Share &e, const Share &d, bool one_minus_w) {
     wkv_share(k, raw.k);
-    if (one_minus_w) EACH(n, i) k[n].x[i] *= one_minus_exp(e[n].x[i]);
+    if (one_minus_w) EACH(n, i) k[n].x[i] *= one_minus(d[n].x[i], e[n].x[i]);
 }
 
 // D - 1 of the lane's two channels
 __device__ inline float2 wkv_decay_of_tile(const Share &e) {
     const float2 sum = {warp_sum(e[0].x[0] + e[0].x[1] + e[1].x[0] + e[1].x[1], 4), warp_sum(e[0].x[2] + e[0].x[3] + e[1].x[2] + e[1].x[3], 4)};
-    return {-one_minus_exp(sum.x), -one_minus_exp(sum.y)};
+    return {-one_minus(fast_exp(-sum.x), sum.x), -one_minus(fast_exp(-sum.y), sum.y)};
 }
 
 // The decays from a token to the middle of its group of 2 L tokens (before the token if it has bit L, after it if not); and
@@ -1562,28 +1574,34 @@ __device__ inline void wkv_store_share(floatX (*to)[LDT], int row, int next, con
 }
 
 // This warp's part of the scores, summed over its 16 channels; transposed: rows are s. bonus: with u on the diagonal.
-struct WkvScores {
-    alignas(16) floatX x[4][4][TILE][LDT];                  // [level][warp]
-    float part[4][TILE][TILE + 8];                          // [warp]: 8 more, so that rows fall into different banks
-};
+__device__ inline float wkv_of_level(int differing, float level4, float level2, float level1) {     // bits of a pair of tokens
+    return differing >= 4 ? level4 : differing >= 2 ? level2 : level1;
+}
 
-__device__ inline void wkv_scores(WkvScores &s, const Share (&level)[4], const Share &r, const Share &k, const float (&u)[2], bool bonus,
-                                  bool transposed) {
+struct WkvScores { alignas(16) floatX x[4][4][TILE][LDT]; };         // X_L: [level][warp]
+typedef float WkvPart[4][TILE][TILE + 8];                   // [warp]: 8 more, so that rows fall into different banks
+
+__device__ inline void wkv_scores(WkvScores &s, WkvPart &part, const Share (&level)[4], const Share &r, const Share &k,
+                                  const float (&u)[2], bool bonus, bool transposed) {
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
-    TileC a[2] = {};
     for (int l = 0; l < 4; l++) wkv_store_share(s.x[l][warp], g, 8, level[l]);
     __syncwarp();
+    TileC product[4][2] = {}, a[2] = {};
 #pragma unroll
     for (int l = 0; l < 4; l++) {
         const TileA x = load_a_t(&s.x[l][warp][0][0], LDT);
         const TileB b[2] = {as_b(x, 0), as_b(x, 1)};
-        TileC product[2] = {};
-        mma(product, x, b);
-        EACH(n, i) {
-            const int row = tile_row(i), column = 8 * n + tile_col(i);
-            const bool here = (row ^ column) >> (3 - l) == 1 && (transposed ? row < column : row > column);
-            a[n].x[i] = here ? product[n].x[i] : a[n].x[i];
+        mma(product[l], x, b);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const bool below = transposed ? g < tile_col(i) : g > tile_col(i);
+        for (int n = 0; n < 2; n++) {                       // between tokens of one half
+            const int j = 2 * n + i;
+            a[n].x[j] = below ? wkv_of_level(g ^ tile_col(i), product[1][n].x[j], product[2][n].x[j], product[3][n].x[j]) : 0;
         }
+        if (transposed) a[1].x[i] = product[0][1].x[i];     // from one half to the other
+        else a[0].x[2 + i] = product[0][0].x[2 + i];
     }
     for (int m = 0; m < 4 && bonus; m++) {                  // the diagonal, one by one: sums over the lanes of a token
         const int n = m / 2, i = m % 2;
@@ -1593,14 +1611,14 @@ __device__ inline void wkv_scores(WkvScores &s, const Share (&level)[4], const S
             if (tile_row(j) == wkv_token(m)) a[n].x[j] = sum;
     }
     for (int n = 0; n < 2; n++)
-        for (int i = 0; i < 4; i += 2) store_pair(&s.part[warp][tile_row(i)][8 * n + tile_col(i)], a[n].x[i], a[n].x[i + 1]);
+        for (int i = 0; i < 4; i += 2) store_pair(&part[warp][tile_row(i)][8 * n + tile_col(i)], a[n].x[i], a[n].x[i + 1]);
 }
 
-__device__ inline TileA2 wkv_sum_scores(const WkvScores &s) {
+__device__ inline TileA2 wkv_sum_scores(const WkvPart &parts) {
     TileC a[2];
     for (int n = 0; n < 2; n++)
         for (int i = 0; i < 4; i++) {
-            const float *part = &s.part[0][tile_row(i)][8 * n + tile_col(i)];
+            const float *part = &parts[0][tile_row(i)][8 * n + tile_col(i)];
             const int next = TILE * (TILE + 8);
             a[n].x[i] = (part[0] + part[next]) + (part[2 * next] + part[3 * next]);
         }
@@ -1618,7 +1636,8 @@ struct WkvForward {
     alignas(16) floatX v[2][TILE][LD];
     alignas(16) floatX before[2][N][LDT], after[2][N][LDT]; // r~ and k~, rows are channels
     float D_minus_1[2][N];
-    WkvScores scores[2];
+    WkvScores scores;
+    WkvPart part[2];
 };
 
 __device__ inline void wkv_copy_tile(floatX (*to)[LD], const floatX *from, int64_t base, int t0, int T, int A) {   // 16 tokens of a head
@@ -1651,7 +1670,7 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
         for (int i = 0; i < 4; i++) S[n].x[i] = carry[(16 * warp + tile_row(i)) * N + 8 * n + tile_col(i)];
     const int64_t head = (int64_t)b * p.T * A + h * N;
     WkvRaw raw;
-    wkv_fetch(raw, p, head + channel, 0);
+    wkv_fetch(raw, p, head, 0);
     wkv_copy_tile(s.v[0], p.v, head, 0, p.T, A);
     async_commit();
     for (int t0 = 0; t0 < p.T; t0 += TILE) {
@@ -1661,9 +1680,9 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
         {
             Share r, k, e, d, level[4];
             wkv_share(r, raw.r);
-            wkv_decay(e, d, raw, decay, t0, p.T);
-            wkv_keys(k, raw, e, p.one_minus_w);
-            if (t0 + TILE < p.T) wkv_fetch(raw, p, base + (int64_t)TILE * A + channel, t0 + TILE);
+            wkv_decay(e, d, raw, decay);
+            wkv_keys(k, raw, e, d, p.one_minus_w);
+            if (t0 + TILE < p.T) wkv_fetch(raw, p, base + (int64_t)TILE * A, t0 + TILE);
             WkvFactors f;
             wkv_factors(f, d);
             wkv_level(level[0], 8, r, k, &f.level8);
@@ -1678,7 +1697,13 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
             wkv_store_share(s.after[side], channel, 1, f.after);
             const float2 D = wkv_decay_of_tile(e);
             if (threadIdx.x % 4 == 0) store_pair(&s.D_minus_1[side][channel], D.x, D.y);
-            wkv_scores(s.scores[side], level, r, k, u, p.u != nullptr, false);
+            wkv_scores(s.scores, s.part[side], level, r, k, u, p.u != nullptr, false);
+        }
+        const int64_t at = base + (int64_t)tile_row(0) * A + 16 * warp + tile_col(0);      // of y's element out[0].x[0]
+        Pair v2[4];
+        for (int m = 0; m < 4; m++) {
+            const bool there = p.v2 && t0 + tile_row(m) < p.T;              // out[m % 2].x[m / 2 * 2], and its neighbour
+            v2[m] = there ? load_pair(p.v2 + at + m / 2 * 8 * A + m % 2 * 8) : Pair{0, 0};
         }
         async_wait<0>();
         __syncthreads();
@@ -1692,19 +1717,17 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
         }
         TileB v[2], keys[8];
         load_b_pair_t(v, &s.v[side][0][16 * warp], LD);
-        mma(out, wkv_sum_scores(s.scores[side]), v);
+        mma(out, wkv_sum_scores(s.part[side]), v);
         for (int n = 0; n < 8; n++) {
             if (n % 2 == 0) load_b_pair(&keys[n], &s.after[side][8 * n][0], LDT);
             for (int i = 0; i < 4; i++) S[n].x[i] += S[n].x[i] * s.D_minus_1[side][8 * n + tile_col(i)];
         }
         mma(S, load_a_t(&s.v[side][0][16 * warp], LD), keys);
-        for (int n = 0; n < 2; n++)
-            for (int i = 0; i < 4; i += 2) {
-                const int64_t at = base + (int64_t)tile_row(i) * A + 16 * warp + 8 * n + tile_col(i);
-                if (t0 + tile_row(i) >= p.T) continue;
-                const Pair extra = p.v2 ? load_pair(p.v2 + at) : Pair{0, 0};
-                store_pair(y + at, out[n].x[i] + (float)extra.x, out[n].x[i + 1] + (float)extra.y);
-            }
+        for (int m = 0; m < 4; m++) {
+            const float *from = &out[m % 2].x[m / 2 * 2];
+            if (t0 + tile_row(m) >= p.T) continue;
+            store_pair(y + at + m / 2 * 8 * A + m % 2 * 8, from[0] + (float)v2[m].x, from[1] + (float)v2[m].y);
+        }
     }
     if (carry) wkv_state_out(carry, S);
 }
@@ -1733,13 +1756,14 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
 // Here warp i has keys 16 i .. 16 i + 15 of S0 and dS as rows, so that Shares are operands without a detour. S0 of a chunk's
 // tiles is made again from the chunk's state. S0, dS and the sums' terms are multiplied in twice the precision of bf16
 // (TileA2): much cancels in dw. Floor: r, k, v, w, dy in, dr, dk, dv, dw out, 9 BTA floatX, 2 for states: bytes bind.
-static const int TILES = CHUNK / TILE;
+static const int TILES = CHUNK / TILE, SIDES = PRECISION_BF16 ? 2 : 1;     // SIDES: what all warps read, twice if there is room
 
 struct WkvBackward {
     alignas(16) floatX v[TILES][TILE][LD], dy[TILES][TILE][LD];
-    alignas(16) floatX dS[N][LD], after[N][LDT];            // rows are keys; after: k~
+    alignas(16) floatX dS[SIDES][N][LD], after[SIDES][N][LDT];      // rows are keys; after: k~
     WkvScores scores;
-    TileC S0[TILES > 2 ? TILES - 2 : 1][8][WKV_THREADS];    // states before tiles 1, 2, ..; each thread's own
+    WkvPart part[SIDES];
+    TileC S0[TILES > 2 ? (TILES - 2) * 8 : 1][WKV_THREADS]; // states before tiles 1, 2, ..; each thread's own
 };
 
 static_assert(sizeof(WkvBackward) <= 99 * 1024, "what the smaller GPUs give a block");
@@ -1749,6 +1773,12 @@ struct WkvGradients {
     floatX *dr, *dk, *dv, *dw;              // (B, T, A); dw may be null
     float *dw_sum, *du;                     // (B, A): summed over T, for time_decay and u
 };
+
+__device__ inline void wkv_copy_tiles(WkvBackward &s, const Wkv &p, const WkvGradients &g, int64_t head, int c0, int q) {
+    const int t0 = c0 + q * TILE, A = p.H * N;
+    wkv_copy_tile(s.v[q], p.v, head + (int64_t)t0 * A, t0, p.T, A);
+    wkv_copy_tile(s.dy[q], g.dy, head + (int64_t)t0 * A, t0, p.T, A);
+}
 
 __device__ inline void wkv_state_in(TileC (&S)[8], const float *from) {                     // rows are keys, as in a Share
     for (int n = 0; n < 8; n++)
@@ -1769,18 +1799,29 @@ __device__ inline void wkv_update(TileC (&S)[8], const TileA2 &left, const float
     mma(S, left, b);
 }
 
-// passing += the sums over tokens beyond each token that `terms` (X_L Z_L) describe; half: L; 16: r~ (t' > t), 0: k~ (s < t)
-__device__ inline void wkv_passing(Share &passing, const Share &terms, int L) {
-    TileB b[2];
-    for (int n = 0; n < 2; n++) {
-        float one[4];
-        for (int i = 0; i < 4; i++) {                       // B[from][t]
-            const int t = 8 * n + threadIdx.x % 32 / 4, from = tile_col(i) + i / 2 * 8;
-            const bool later = L == 16 || (L && (t & L));
-            one[i] = ((t ^ from) < L || L == 0) && (later ? from > t : from < t) ? 1 : 0;
-        }
-        b[n] = make_b(one[0], one[1], one[2], one[3]);
+// The sums that dw needs, as right operands: ones where token `from` (row) passes token t (column). inner: within a half of
+// the tile, one pattern for both halves; upward: from > t, downward: from < t.
+struct WkvPassing { TileB upward, downward, level4, level2, all, none; };
+
+__device__ inline WkvPassing wkv_passing_patterns(void) {
+    const int t = threadIdx.x % 32 / 4;
+    float one[4][2];
+    for (int i = 0; i < 2; i++) {
+        const int from = tile_col(i);
+        const bool up = from > t, down = from < t;
+        one[0][i] = up, one[1][i] = down;
+        one[2][i] = (t ^ from) < 4 && (t & 4 ? up : down);
+        one[3][i] = (t ^ from) < 2 && (t & 2 ? up : down);
     }
+    TileB b[4];
+    for (int l = 0; l < 4; l++) b[l] = make_b(one[l][0], one[l][1], one[l][0], one[l][1]);
+    return {b[0], b[1], b[2], b[3], make_b(1, 1, 1, 1), make_b(0, 0, 0, 0)};
+}
+
+// passing += terms (16 channels x 16 tokens) [ first_first first_second ; second_first second_second ], each 8 tokens x 8
+__device__ inline void wkv_pass(Share &passing, const Share &terms, TileB first_first, TileB second_first, TileB first_second,
+                                TileB second_second) {
+    const TileB b[2] = {join_b(first_first, second_first), join_b(first_second, second_second)};
     mma(passing, to_a2(terms[0], terms[1]), b);
 }
 
@@ -1788,53 +1829,54 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_backward_kernel(WkvGradients 
     WkvBackward &s = *dynamic_smem<WkvBackward>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h = blockIdx.x, b = blockIdx.y, A = p.H * N, channel = wkv_channel();
     const int chunks = (p.T + CHUNK - 1) / CHUNK;
+    const int64_t head = (int64_t)b * p.T * A + h * N;
+    const WkvPassing pass = wkv_passing_patterns();
     float u[2] = {0, 0}, decay[2] = {0, 0}, dw_sum[2] = {0, 0}, du[2] = {0, 0};
     for (int c = 0; c < 2; c++) {
         if (p.u) u[c] = (float)p.u[h * N + channel + c];
         if (p.time_decay) decay[c] = (float)p.time_decay[h * N + channel + c];
     }
-    TileC dS[8] = {};
+    TileC dS[8] = {}, S0[8];                                                // S0: of the tile at hand
+    WkvRaw raw;
+    wkv_fetch(raw, p, head + (int64_t)(chunks - 1) * CHUNK * A, (chunks - 1) * CHUNK);
+    for (int q = 0; q < TILES; q++) wkv_copy_tiles(s, p, g, head, (chunks - 1) * CHUNK, q);
+    async_commit();
     for (int chunk = chunks - 1; chunk >= 0; chunk--) {
         const int c0 = chunk * CHUNK, tiles = min(TILES, (p.T - c0 + TILE - 1) / TILE);
-        const int64_t chunk_base = ((int64_t)b * p.T + c0) * A + h * N;
         const float *state = p.states + (((int64_t)b * p.H + h) * chunks + chunk) * N * N;
-        for (int q = 0; q < tiles; q++) {
-            const int64_t base = chunk_base + (int64_t)q * TILE * A;
-            wkv_copy_tile(s.v[q], p.v, base, c0 + q * TILE, p.T, A);
-            wkv_copy_tile(s.dy[q], g.dy, base, c0 + q * TILE, p.T, A);
-        }
-        async_commit();
-        TileC S0[8];                                                        // of the tile at hand
         wkv_state_in(S0, state);
         async_wait<0>();
         __syncthreads();
-        for (int q = 0; q < tiles - 1; q++) {
-            WkvRaw raw;
+        for (int q = 0; q < tiles - 1; q++) {                               // forwards, for the states between the tiles
             Share e, d, k;
             WkvFactors f;
-            wkv_fetch(raw, p, chunk_base + (int64_t)q * TILE * A + channel, c0 + q * TILE);
-            wkv_decay(e, d, raw, decay, c0 + q * TILE, p.T);
-            wkv_keys(k, raw, e, p.one_minus_w);
+            wkv_decay(e, d, raw, decay);
+            wkv_keys(k, raw, e, d, p.one_minus_w);
+            wkv_fetch(raw, p, head + (int64_t)(c0 + (q + 1) * TILE) * A, c0 + (q + 1) * TILE);
             wkv_factors(f, d);
             EACH(n, i) k[n].x[i] *= f.after[n].x[i];
             wkv_update(S0, to_a2(k[0], k[1]), s.v[q], wkv_decay_of_tile(e));
-            for (int n = 0; n < 8 && q < tiles - 2; n++) s.S0[q][n][threadIdx.x] = S0[n];
+            for (int n = 0; n < 8 && q < tiles - 2; n++) s.S0[8 * q + n][threadIdx.x] = S0[n];
         }
         for (int q = tiles - 1; q >= 0; q--) {
-            const int t0 = c0 + q * TILE;
-            const int64_t base = chunk_base + (int64_t)q * TILE * A;
-            WkvRaw raw;
-            Share r, k, e, d, level[4], dr = {}, dk = {}, da = {}, da_t = {}, passing = {};
-            WkvFactors f;
-            wkv_fetch(raw, p, base + channel, t0);
+            const int t0 = c0 + q * TILE, side = q % SIDES;
             if (q == 0 && tiles > 1) wkv_state_in(S0, state);
-            for (int n = 0; n < 8 && q > 0 && q < tiles - 1; n++) S0[n] = s.S0[q - 1][n][threadIdx.x];
+            for (int n = 0; n < 8 && q > 0 && q < tiles - 1; n++) S0[n] = s.S0[8 * (q - 1) + n][threadIdx.x];
+            Share r, k, k_plain, e, d, dr = {}, dk = {}, da = {}, da_t = {}, passing = {};
             wkv_share(r, raw.r);
-            wkv_decay(e, d, raw, decay, t0, p.T);
-            wkv_keys(k, raw, e, p.one_minus_w);
+            wkv_share(k_plain, raw.k);
+            wkv_decay(e, d, raw, decay);
+            wkv_keys(k, raw, e, d, p.one_minus_w);
+            const int next = q > 0 ? t0 - TILE : c0 - CHUNK;                // the tile after this one, here or in the next chunk
+            if (next >= 0) wkv_fetch(raw, p, head + (int64_t)next * A, next);
+            WkvFactors f;
             wkv_factors(f, d);
             const float2 D = wkv_decay_of_tile(e);
-            float past[2] = {0, 0};                                         // sum_j S0 dS
+            float past[2] = {0, 0};                                         // sum_j D S0 dS
+            for (int n = 0; n < 8; n++)
+                for (int i = 0; i < 4; i++) past[i / 2] += S0[n].x[i] * dS[n].x[i];
+            past[0] = warp_sum(past[0] + past[0] * D.x, 4), past[1] = warp_sum(past[1] + past[1] * D.y, 4);
+#pragma unroll
             for (int i = 0; i < 4; i++) {                                   // 16 values at a time
                 const TileA dy = load_a(&s.dy[q][0][16 * i], LD), v = load_a(&s.v[q][0][16 * i], LD);
                 const TileB dy_b[2] = {as_b(dy, 0), as_b(dy, 1)}, v_b[2] = {as_b(v, 0), as_b(v, 1)};
@@ -1844,54 +1886,43 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_backward_kernel(WkvGradients 
                 mma(da_t, v, dy_b);
             }
             for (int n = 0; n < 8; n++)
-                for (int i = 0; i < 4; i++) past[i / 2] += S0[n].x[i] * dS[n].x[i];
-            for (int n = 0; n < 8; n++)
-                for (int i = 0; i < 4; i += 2) store_pair(&s.dS[channel + i / 2][8 * n + tile_col(i)], dS[n].x[i], dS[n].x[i + 1]);
+                for (int i = 0; i < 4; i += 2)
+                    store_pair(&s.dS[side][channel + i / 2][8 * n + tile_col(i)], dS[n].x[i], dS[n].x[i + 1]);
+            {                                                               // r~, k~: through S0 and dS
+                Share r_tilde, k_tilde;
+                EACH(n, i) {
+                    r_tilde[n].x[i] = r[n].x[i] * f.before[n].x[i];
+                    k_tilde[n].x[i] = k[n].x[i] * f.after[n].x[i];
+                }
+                wkv_store_share(s.after[side], channel, 1, k_tilde);
+                wkv_update(dS, to_a2(r_tilde[0], r_tilde[1]), s.dy[q], D);
+                EACH(n, i) {
+                    r_tilde[n].x[i] *= dr[n].x[i];
+                    k_tilde[n].x[i] *= dk[n].x[i];
+                    dr[n].x[i] *= f.before[n].x[i];
+                    dk[n].x[i] *= f.after[n].x[i];
+                }
+                wkv_pass(passing, r_tilde, pass.upward, pass.all, pass.none, pass.upward);
+                wkv_pass(passing, k_tilde, pass.downward, pass.none, pass.all, pass.downward);
+            }
+            Share level[4];
             wkv_level(level[0], 8, r, k, &f.level8);
             wkv_level(level[1], 4, r, k, &f.level4);
             wkv_level(level[2], 2, r, k, &f.level2);
             wkv_level(level[3], 1, r, k, nullptr);
-            Share r_tilde, k_tilde;
-            EACH(n, i) {
-                r_tilde[n].x[i] = r[n].x[i] * f.before[n].x[i];
-                k_tilde[n].x[i] = k[n].x[i] * f.after[n].x[i];
-            }
-            wkv_store_share(s.after, channel, 1, k_tilde);
-            wkv_scores(s.scores, level, r, k, u, p.u != nullptr, true);
-            __syncthreads();
-
-            TileC dv[2] = {};                                               // 16 tokens x this warp's 16 values
-            for (int i = 0; i < 4; i++) {
-                TileB state_b[2];
-                load_b_pair_t(state_b, &s.dS[16 * i][16 * warp], LD);
-                mma(dv, load_a_t(&s.after[16 * i][0], LDT), state_b);
-            }
-            TileB dy_b[2];
-            load_b_pair_t(dy_b, &s.dy[q][0][16 * warp], LD);
-            mma(dv, wkv_sum_scores(s.scores), dy_b);
-            for (int n = 0; n < 2; n++)
-                for (int i = 0; i < 4; i += 2)
-                    if (t0 + tile_row(i) < p.T)
-                        store_pair(g.dv + base + (int64_t)tile_row(i) * A + 16 * warp + 8 * n + tile_col(i), dv[n].x[i], dv[n].x[i + 1]);
-            wkv_update(dS, to_a2(r_tilde[0], r_tilde[1]), s.dy[q], D);
-
-            EACH(n, i) {                                                    // through S0 and dS
-                r_tilde[n].x[i] *= dr[n].x[i];
-                k_tilde[n].x[i] *= dk[n].x[i];
-                dr[n].x[i] *= f.before[n].x[i];
-                dk[n].x[i] *= f.after[n].x[i];
-            }
-            wkv_passing(passing, r_tilde, 16);
-            wkv_passing(passing, k_tilde, 0);
+            wkv_scores(s.scores, s.part[side], level, r, k, u, p.u != nullptr, true);
 #pragma unroll
             for (int l = 0; l < 4; l++) {                                   // through the levels of the scores
                 const int L = 8 >> l;
-                TileC pairs[2];
-                EACH(n, i) {
-                    const int row = tile_row(i), column = 8 * n + tile_col(i);
-                    pairs[n].x[i] = (row ^ column) >> (3 - l) != 1 ? 0 : row > column ? da[n].x[i] : da_t[n].x[i];
+                Share pairs = {}, z = {};
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const int g8 = lane / 4, differing = g8 ^ tile_col(i);
+                    const bool here = differing / L == 1;
+                    for (int n = 0; n < 2 && L < 8; n++)
+                        pairs[n].x[2 * n + i] = !here ? 0 : g8 > tile_col(i) ? da[n].x[2 * n + i] : da_t[n].x[2 * n + i];
+                    if (L == 8) pairs[0].x[2 + i] = da[0].x[2 + i], pairs[1].x[i] = da_t[1].x[i];
                 }
-                Share z = {};
                 mma_transposed(z, to_a2(level[l][0], level[l][1]), to_a2(pairs[0], pairs[1]));
                 const Share *factor = l == 0 ? &f.level8 : l == 1 ? &f.level4 : l == 2 ? &f.level2 : nullptr;
                 EACH(n, i) {
@@ -1901,42 +1932,64 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_backward_kernel(WkvGradients 
                     dk[n].x[i] += has ? 0 : own;
                     z[n].x[i] *= level[l][n].x[i];
                 }
-                if (L > 1) wkv_passing(passing, z, L);
+                if (L == 8) wkv_pass(passing, z, pass.downward, pass.none, pass.none, pass.upward);
+                if (L == 4) wkv_pass(passing, z, pass.level4, pass.none, pass.none, pass.level4);
+                if (L == 2) wkv_pass(passing, z, pass.level2, pass.none, pass.none, pass.level2);
             }
-            if (p.u) {                                                      // da[t][t] of the lane's tokens, from who has it
-                for (int m = 0; m < 4; m++) {
-                    const int n = m / 2, t = m % 2, from = (threadIdx.x % 4 * 2 + t) * 4 + threadIdx.x % 4;
-                    const float own = __shfl_sync(0xffffffffu, da[n].x[2 * n + t], from);
-                    for (int c = 0; c < 2; c++) {
-                        const int i = 2 * c + t;
-                        dr[n].x[i] += u[c] * k[n].x[i] * own;
-                        dk[n].x[i] += u[c] * r[n].x[i] * own;
-                        du[c] += r[n].x[i] * k[n].x[i] * own;
-                    }
+            for (int m = 0; m < 4 && p.u; m++) {                            // da[t][t] of the lane's tokens, from who has it
+                const int n = m / 2, t = m % 2, from = (threadIdx.x % 4 * 2 + t) * 4 + threadIdx.x % 4;
+                const float own = __shfl_sync(0xffffffffu, da[n].x[2 * n + t], from);
+                for (int c = 0; c < 2; c++) {
+                    const int i = 2 * c + t;
+                    dr[n].x[i] += u[c] * k[n].x[i] * own;
+                    dk[n].x[i] += u[c] * r[n].x[i] * own;
+                    du[c] += r[n].x[i] * k[n].x[i] * own;
                 }
             }
-            past[0] = warp_sum(past[0], 4), past[1] = warp_sum(past[1], 4);
-            past[0] += past[0] * D.x, past[1] += past[1] * D.y;
-            Share dw, k_plain;
-            wkv_share(k_plain, raw.k);
             EACH(n, i) {
-                dw[n].x[i] = -e[n].x[i] * (passing[n].x[i] + past[i / 2]);
+                float dw = -e[n].x[i] * (passing[n].x[i] + past[i / 2]);
                 if (p.one_minus_w) {                                        // k was k_plain (1 - exp(-e)), e = exp(w)
-                    dw[n].x[i] += dk[n].x[i] * k_plain[n].x[i] * e[n].x[i] * d[n].x[i];
-                    dk[n].x[i] *= one_minus_exp(e[n].x[i]);
+                    dw += dk[n].x[i] * k_plain[n].x[i] * e[n].x[i] * d[n].x[i];
+                    dk[n].x[i] *= one_minus(d[n].x[i], e[n].x[i]);
                 }
-                dw_sum[i / 2] += dw[n].x[i];
+                dw_sum[i / 2] += dw;
+                passing[n].x[i] = dw;
             }
+            const int64_t at = head + (int64_t)t0 * A + channel + wkv_token(0) * A;
+#pragma unroll
             for (int m = 0; m < 4; m++) {
-                const int n = m / 2, i = m % 2;
-                const int64_t at = base + channel + (int64_t)wkv_token(m) * A;
+                const int n = m / 2, i = m % 2, next_token = (m % 2 + m / 2 * 8) * A;
                 if (t0 + wkv_token(m) >= p.T) continue;
-                store_pair(g.dr + at, dr[n].x[i], dr[n].x[i + 2]);
-                store_pair(g.dk + at, dk[n].x[i], dk[n].x[i + 2]);
-                if (g.dw) store_pair(g.dw + at, dw[n].x[i], dw[n].x[i + 2]);
+                store_pair(g.dr + at + next_token, dr[n].x[i], dr[n].x[i + 2]);
+                store_pair(g.dk + at + next_token, dk[n].x[i], dk[n].x[i + 2]);
+                if (g.dw) store_pair(g.dw + at + next_token, passing[n].x[i], passing[n].x[i + 2]);
             }
             __syncthreads();
+
+            TileC dv[2] = {};                                               // 16 tokens x this warp's 16 values
+            for (int i = 0; i < 4; i++) {
+                TileB state_b[2];
+                load_b_pair_t(state_b, &s.dS[side][16 * i][16 * warp], LD);
+                mma(dv, load_a_t(&s.after[side][16 * i][0], LDT), state_b);
+            }
+            TileB dy_b[2];
+            load_b_pair_t(dy_b, &s.dy[q][0][16 * warp], LD);
+            mma(dv, wkv_sum_scores(s.part[side]), dy_b);
+            const int64_t at_v = head + (int64_t)(t0 + tile_row(0)) * A + 16 * warp + tile_col(0);
+#pragma unroll
+            for (int m = 0; m < 4; m++) {
+                const float *from = &dv[m % 2].x[m / 2 * 2];
+                if (t0 + tile_row(m) < p.T) store_pair(g.dv + at_v + m / 2 * 8 * A + m % 2 * 8, from[0], from[1]);
+            }
+            if (SIDES == 1) __syncthreads();
+            if (chunk == 0) continue;
+            // v and dy of the tile before this one have been read by all: room for the next chunk's
+            for (int slot = q + 1; slot < TILES && (slot == q + 1 || q == tiles - 1); slot++) wkv_copy_tiles(s, p, g, head, c0 - CHUNK, slot);
+            async_commit();
         }
+        __syncthreads();
+        if (chunk > 0) wkv_copy_tiles(s, p, g, head, c0 - CHUNK, 0);
+        async_commit();
     }
     for (int c = 0; c < 2; c++) {
         dw_sum[c] = warp_sum(dw_sum[c], 4);
