@@ -2125,15 +2125,10 @@ static Rope make_rope(const Settings *s) {
     return r;
 }
 
-// x (rows, A) in place; row 0 has position `first`, every T rows it begins again. direction: 1, or -1 to turn back.
-__global__ void rope_rotate(floatX *x, Rope rope, int64_t first, int T, int A, float direction) {
-    const int c = threadIdx.x * 8;
-    if (c >= A) return;
-    floatX *at = x + (int64_t)blockIdx.x * A + c;
-    const double position = (double)(first + blockIdx.x % T);
-    Pack v = load(at);
+// Channels c.. of a row at this position. direction: 1, or -1 to turn back.
+__device__ inline Pack rope_pack(Pack v, const Rope &rope, int64_t position, int c, float direction) {
     for (int i = 0; i < 8; i += 2) {
-        const double turns = position * rope.turns[c % N / 2 + i / 2];
+        const double turns = (double)position * rope.turns[c % N / 2 + i / 2];
         float sine, cosine;
         sincospif(2 * (float)(turns - rint(turns)), &sine, &cosine);
         sine *= direction;
@@ -2141,7 +2136,15 @@ __global__ void rope_rotate(floatX *x, Rope rope, int64_t first, int T, int A, f
         v.x[i] = a * cosine - b * sine;
         v.x[i + 1] = a * sine + b * cosine;
     }
-    store(at, v);
+    return v;
+}
+
+// x (rows, A) in place; row 0 has position `first`, every T rows it begins again.
+__global__ void rope_rotate(floatX *x, Rope rope, int64_t first, int T, int A, float direction) {
+    const int c = threadIdx.x * 8;
+    if (c >= A) return;
+    floatX *at = x + (int64_t)blockIdx.x * A + c;
+    store(at, rope_pack(load(at), rope, first + blockIdx.x % T, c, direction));
 }
 
 // ---- group norm and gate of Finch and Eagle (spec section 3) ----
