@@ -2137,36 +2137,37 @@ void cache_table_row(const char *label, const Settings *settings, KvKind kv) {
     f.kv = kv;
     model_plan(&f.m, settings, 1, 1);
     f.G = has_cache(&f.m) ? f.m.d.L - f.m.d.G0 : 0;
-    printf("%-22s %8.3f G %10ld", label, (double)f.m.n_parameters * 1e-9, cache_bytes_per_token(&f));
+    printf("%-34s %8.3f G %9ld", label, (double)f.m.n_parameters * 1e-9, cache_bytes_per_token(&f));
     for (int64_t T = 1024; T <= 1 << 20; T *= 4) { printf(" %9s", bytes_text(text, (double)carried_bytes(&f, T))); }
     printf("\n");
     model_free_plan(&f.m);
 }
 
 void cache_table_head(const char *title) {
-    printf("%-22s %10s %10s %9s %9s %9s %9s %9s %9s\n", title, "parameters", "B/token", "1 k", "4 k", "16 k", "64 k", "256 k", "1 M");
+    printf("%-34s %10s %9s %9s %9s %9s %9s %9s %9s\n", title, "parameters", "B/token", "1 k", "4 k", "16 k", "64 k", "256 k", "1 M");
 }
 
 void cache_table(void) {                                        // the families of the paper at its sizes
-    const struct { const char *label, *config; double compression; KvKind kv; } families[] = {
-        {"Llama", "llama", 16, KV_COMPRESSED}, {"GPTAlpha", "gptalpha", 16, KV_COMPRESSED},
-        {"Finch-C2 + GPTAlpha", "goldfinch_ablation_gptalpha", 16, KV_COMPRESSED},
-        {"GoldFinch, --kv full", "goldfinch", 16, KV_FULL}, {"GoldFinch 1:1", "goldfinch", 1, KV_COMPRESSED},
-        {"GoldFinch 1:16", "goldfinch", 16, KV_COMPRESSED}, {"GoldFinch, --kv int8", "goldfinch", 16, KV_INT8},
-        {"Finch", "finch", 16, KV_COMPRESSED}, {"Finch-C2", "finchc2", 16, KV_COMPRESSED},
+    const struct { const char *config, *how; double compression; KvKind kv; } families[] = {
+        {"llama", "", 16, KV_COMPRESSED}, {"gptalpha", "", 16, KV_COMPRESSED}, {"goldfinch_ablation_gptalpha", "", 16, KV_COMPRESSED},
+        {"goldfinch", " --kv full", 16, KV_FULL}, {"goldfinch", ", compression 1", 1, KV_COMPRESSED},
+        {"goldfinch", "", 16, KV_COMPRESSED}, {"goldfinch", " --kv int8", 16, KV_INT8},
+        {"goldfinch_ablation_gold_invratio_2", "", 16, KV_COMPRESSED}, {"goldfinch_ablation_gold_invratio_6", "", 16, KV_COMPRESSED},
+        {"goldfinch_upgrade", "", 16, KV_COMPRESSED}, {"finchc2", "", 16, KV_COMPRESSED}, {"finch", "", 16, KV_COMPRESSED},
     };
     const int sizes[3][2] = {{12, 768}, {24, 2048}, {32, 4096}};
     for (const auto &size : sizes) {
-        char title[32];
-        snprintf(title, sizeof(title), "L%d D%d, %d-byte c", size[0], size[1], (int)sizeof(floatX));
-        cache_table_head(title);
+        char label[64];
+        snprintf(label, sizeof(label), "L%d D%d, %s", size[0], size[1], PRECISION_BF16 ? "bf16" : "fp32");
+        cache_table_head(label);
         for (const auto &family : families) {
             Settings s;
             settings_default(&s);
             config_read(&s, family.config, true);
             s.n_layer = size[0], s.n_embd = size[1], s.kv_cache_compression_ratio = family.compression;
             settings_check(&s);
-            cache_table_row(family.label, &s, family.kv);
+            snprintf(label, sizeof(label), "%s%s", family.config, family.how);
+            cache_table_row(label, &s, family.kv);
         }
         printf("\n");
     }

@@ -2187,7 +2187,7 @@ static void gated_group_norm_forward(floatX *out, const floatX *y, const floatX 
 __global__ void gated_group_norm_backward_kernel(floatX *dy, floatX *dg, float *partial, const floatX *dout, const floatX *y,
                                                  const floatX *g, const floatX *gain, const floatX *bias, float eps,
                                                  int rows, int rows_per_block, int A) {
-    const int c = threadIdx.x * 8;
+    const int c = (blockIdx.y * blockDim.x + threadIdx.x) * 8;              // blocks share a row: heads do not meet
     const bool mine = c < A;
     const Pack a = mine ? load(gain + c) : zero_pack(), b = mine ? load(bias + c) : zero_pack();
     Pack dgain = zero_pack(), dbias = zero_pack();
@@ -2220,8 +2220,9 @@ __global__ void gated_group_norm_backward_kernel(floatX *dy, floatX *dg, float *
 
 static void gated_group_norm_backward(floatX *dy, floatX *dg, float *partial, const floatX *dout, const floatX *y, const floatX *g,
                                       Param gain, Param bias, float eps, int rows, int A) {
-    const int blocks = row_blocks(rows), per = rows_per_block(rows), threads = row_threads(A);
-    gated_group_norm_backward_kernel<<<blocks, threads, 0, stream>>>(dy, dg, partial, dout, y, g, gain.w, bias.w, eps, rows, per, A);
+    const int blocks = row_blocks(rows), per = rows_per_block(rows), threads = 128;
+    const dim3 grid(blocks, (int)ceil_div(A, 8 * threads));
+    gated_group_norm_backward_kernel<<<grid, threads, 0, stream>>>(dy, dg, partial, dout, y, g, gain.w, bias.w, eps, rows, per, A);
     add_partials({{gain.g, bias.g}}, partial, blocks, 2, A);
 }
 
