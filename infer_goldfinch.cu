@@ -566,7 +566,8 @@ static void kept_allocate(Infer *f, int rows) {
     for (int l = 0; l < d.L; l++) {
         if (!m->layers[l].tmix->keeps_kv) continue;
         m->layers[l].attend = attend_kept;
-        for (floatX **p : {&f->kept[l].keys, &f->kept[l].values}) device_alloc((void **)p, f->capacity * d.A * sizeof(floatX));
+        for (floatX **p : {&f->kept[l].keys, &f->kept[l].values})           // not cleared: rows are written before they are read
+            CUDA_CHECK(cudaMalloc((void **)p, (size_t)f->capacity * d.A * sizeof(floatX)));
         if (f->kept_sums.out) continue;
         device_alloc((void **)&f->kept_sums.out, sums * d.A * sizeof(float));
         device_alloc((void **)&f->kept_sums.top, sums * d.H * sizeof(float));

@@ -20,6 +20,7 @@
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#include <initializer_list>
 
 const char *program_name = "train_goldfinch";
 
@@ -366,7 +367,11 @@ void config_set(Config *c, const char *key, const char *value) {
     if (!*value && strcmp(key, "model.brope") == 0) { c->s->brope.rescale = 0; return; }
     c->rope = c->rope || strncmp(key, "model.rope.", 11) == 0;
     c->brope = c->brope || strncmp(key, "model.brope.", 12) == 0;
-    if (n > type && strcmp(key + n - type, ".__type__") == 0) { return; }   // names one of the reference's classes
+    if (n > type && strcmp(key + n - type, ".__type__") == 0) {             // names one of the reference's classes
+        for (const char *section : {"model", "train", "model.rope", "model.brope"}) {
+            if (strlen(section) == n - type && strncmp(key, section, n - type) == 0) { return; }
+        }
+    }
     if (strcmp(key, "train.val_check_interval") == 0) { key = "train.val_every"; }
     bool unused = strncmp(key, "runtime.", 8) == 0;
     for (const char *name : unused_keys) { unused = unused || strcmp(name, key) == 0; }
@@ -639,7 +644,6 @@ void settings_print(const Settings *s) {
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <limits.h>
-#include <initializer_list>
 
 #ifndef PRECISION_BF16
 #define PRECISION_BF16 1
@@ -1006,7 +1010,7 @@ enum Where {
     TOP = 1, KV = 2, FIRST = 4, BLOCK = 8,
     FINCH_C2 = 16, GOLD = 32, FINCH = 64, FINCH_B = 128, EAGLE = 256, GPTALPHA = 512, LLAMA = 1024,     // time mixers
     CMIX = 2048, CMIX_EAGLE = 4096, CMIX_LLAMA = 8192,                                                  // channel mixers
-    FINCHES = FINCH_C2 | FINCH | FINCH_B, RWKV = FINCHES | EAGLE
+    FINCHES = FINCH_C2 | FINCH | FINCH_B, RWKV = FINCHES | EAGLE, MIXED = FINCH_C2 | FINCH | GPTALPHA
 };
 
 // The table: field, name in a checkpoint, shape, initial values, group, where. Letters as in the spec, beside
@@ -1026,17 +1030,17 @@ X(ln1_weight,       "ln1.weight",              C, 0, 0,               constant(1
 X(ln1_bias,         "ln1.bias",                C, 0, 0,               constant(0),                    VECTOR, BLOCK) \
 X(ln2_weight,       "ln2.weight",              C, 0, 0,               constant(1),                    VECTOR, BLOCK) \
 X(ln2_bias,         "ln2.bias",                C, 0, 0,               constant(0),                    VECTOR, BLOCK) \
-X(time_maa_x,       "att.time_maa_x",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCHES | GOLD | GPTALPHA) \
-X(time_maa_r,       "att.time_maa_r",          1, 1, C,               curve(0.5, 0),                  SHIFT,  FINCHES | GPTALPHA) \
+X(time_maa_x,       "att.time_maa_x",          1, 1, C,               curve(1, 0),                    SHIFT,  MIXED | FINCH_B | GOLD) \
+X(time_maa_r,       "att.time_maa_r",          1, 1, C,               curve(0.5, 0),                  SHIFT,  MIXED | FINCH_B) \
 X(time_maa_q,       "att.time_maa_q",          1, 1, C,               curve(0.5, 0),                  SHIFT,  GOLD) \
 X(time_maa_v_cache, "att.time_maa_v_cache",    1, 1, C,               curve(1, 0),                    SHIFT,  GOLD) \
-X(time_maa_k,       "att.time_maa_k",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCHES | GOLD | GPTALPHA) \
-X(time_maa_v,       "att.time_maa_v",          1, 1, C,               curve(1, 0.3),                  SHIFT,  FINCHES | GOLD | GPTALPHA) \
+X(time_maa_k,       "att.time_maa_k",          1, 1, C,               curve(1, 0),                    SHIFT,  MIXED | FINCH_B | GOLD) \
+X(time_maa_v,       "att.time_maa_v",          1, 1, C,               curve(1, 0.3),                  SHIFT,  MIXED | FINCH_B | GOLD) \
 X(time_maa_w,       "att.time_maa_w",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCHES) \
 X(time_maa_g,       "att.time_maa_g",          1, 1, C,               curve(0.5, 0),                  SHIFT,  FINCH) \
 X(time_maa_v2,      "att.time_maa_v2",         1, 1, C,               curve(1, 0.3),                  SHIFT,  FINCH_C2) \
-X(time_maa_w1,      "att.time_maa_w1",         C, 32 * mixes, 1,      constant(0),                    VECTOR, FINCH_C2 | FINCH | GPTALPHA) \
-X(time_maa_w2,      "att.time_maa_w2",         mixes, 32, C,          uniform(0.01),                  VECTOR, FINCH_C2 | FINCH | GPTALPHA) \
+X(time_maa_w1,      "att.time_maa_w1",         C, 32 * mixes, 1,      constant(0),                    VECTOR, MIXED) \
+X(time_maa_w2,      "att.time_maa_w2",         mixes, 32, C,          uniform(0.01),                  VECTOR, MIXED) \
 X(time_maa_q_w1,    "att.time_maa_q_w1",       C, 32, 1,              constant(0),                    VECTOR, GOLD) \
 X(time_maa_q_w2,    "att.time_maa_q_w2",       32, C, 1,              uniform(0.01),                  VECTOR, GOLD) \
 X(time_maa_kv_w1,   "att.time_maa_kv_w1",      C, 64, 1,              constant(0),                    VECTOR, GOLD) \
@@ -2107,7 +2111,7 @@ __global__ void gate_backward(floatX *dr, floatX *dv, const floatX *dout, const 
 // ---- rope: positions as rotations (spec section 3) ----
 //
 //     (a, b) = channels (2i, 2i + 1) of each head  ->  (a cos z - b sin z, a sin z + b cos z),   z = position * velocity_i
-//     rope:  velocity_i = base^(-2i/N) / rescale          brope:  velocity_i = pi 2^-i / rescale,  0 for i >= log2(ctx_len)
+//     rope:  velocity_i = base^(-2i/N) / rescale          brope:  velocity_i = pi 2^-i / rescale,  0 for i >= int(log2(ctx_len))
 //
 // An fp32 z would be off by 1e-2 at position 262,144: whole turns are taken away in fp64 first. The gradient turns back.
 struct Rope {
@@ -5132,6 +5136,22 @@ int gf_activation(Model *m, const char *name, float *out) { return model_activat
 double gf_update(Model *m, int step, double lr) {
     model_update(m, step, lr, m->s.weight_decay);
     return model_result(m, step).norm;
+}
+
+// x (rows, A) turned in place as q and k of positions first, first + 1, ..
+void gf_rope(int argc, const char **argv, int64_t first, int rows, int A, float *x) {
+    Settings s;
+    floatX *device, *host = (floatX *)malloc((size_t)rows * A * sizeof(floatX));
+    settings_default(&s);
+    settings_parse(&s, argc, argv);
+    machine_start();
+    device_alloc((void **)&device, (int64_t)rows * A * sizeof(floatX));
+    for (int i = 0; i < rows * A; i++) host[i] = (floatX)x[i];
+    CUDA_CHECK(cudaMemcpy(device, host, (size_t)rows * A * sizeof(floatX), cudaMemcpyHostToDevice));
+    rope_rotate<<<rows, row_threads(A), 0, stream>>>(device, make_rope(&s), first, rows, A, 1);
+    copy_to_host(x, device, (int64_t)rows * A);
+    cudaFree(device);
+    free(host);
 }
 
 void gf_wkv(int B, int T, int H, const float *r, const float *k, const float *v, const float *w, const float *u, int one_minus_w,
