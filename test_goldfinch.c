@@ -1152,7 +1152,8 @@ static void tmix_finch_backward(Ref *m, int l, float *dx, const float *dout, con
     linear_backward(dgated, dout, SAVED("att.gated"), P("att.output.weight"), rows);
     gated_group_norm_backward(dy, dg, dgated, SAVED("att.y"), SAVED("att.g"), P("att.ln_x.weight"), P("att.ln_x.bias"), 1,
                               1e-5 * divisor * divisor, rows);
-    wkv_backward(dr, dk, dv, dw, u->g, dy, SAVED("att.r"), SAVED("att.k"), SAVED("att.v"), SAVED("att.w"), u->w, m->B, m->T, m->H);
+    wkv_backward(dr, dk, dv, dw, u->g, dy, SAVED("att.r"), SAVED("att.k"), SAVED("att.v"), SAVED("att.w"), u->w,
+                 m->B, m->T, m->H);
     add_rows(P("att.time_decay"), dw, rows);
     low_rank_backward(dxw, dw, SAVED("att.h_w"), xw, P("att.time_decay_w1"), P("att.time_decay_w2"), rows);
     linear_backward(dxr, dr, xr, P("att.receptance.weight"), rows);
@@ -1190,7 +1191,8 @@ static void tmix_finch_b_backward(Ref *m, int l, float *dx, const float *dout, c
     Param *u = P("att.time_faaaa");
     linear_backward(dnormed, dout, SAVED("att.normed"), P("att.output.weight"), rows);
     layer_norm_backward(dy, dnormed, SAVED("att.y"), P("att.ln_x.weight"), P("att.ln_x.bias"), rows);
-    wkv_backward(dr, dk, dv, dw, u->g, dy, SAVED("att.r"), SAVED("att.k"), SAVED("att.v"), SAVED("att.w"), u->w, m->B, m->T, m->H);
+    wkv_backward(dr, dk, dv, dw, u->g, dy, SAVED("att.r"), SAVED("att.k"), SAVED("att.v"), SAVED("att.w"), u->w,
+                 m->B, m->T, m->H);
     add_rows(P("att.time_decay"), dw, rows);
     low_rank_backward(dxw, dw, SAVED("att.h_w"), xw, P("att.time_decay_w1"), P("att.time_decay_w2"), rows);
     linear_backward(dxr, dr, xr, P("att.receptance.weight"), rows);
@@ -1256,7 +1258,8 @@ static void tmix_eagle_backward(Ref *m, int l, float *dx, const float *dout, con
     linear_backward(dgated, dout, SAVED("att.gated"), P("att.output.weight"), rows);
     gated_group_norm_backward(dy, dg, dgated, SAVED("att.y"), SAVED("att.g"), P("att.ln_x.weight"), P("att.ln_x.bias"),
                               m->s.head_size_divisor, 1e-5, rows);
-    wkv_backward(dr, dk, dv, dw, u->g, dy, SAVED("att.r"), SAVED("att.k"), SAVED("att.v"), SAVED("att.w"), u->w, m->B, m->T, m->H);
+    wkv_backward(dr, dk, dv, dw, u->g, dy, SAVED("att.r"), SAVED("att.k"), SAVED("att.v"), SAVED("att.w"), u->w,
+                 m->B, m->T, m->H);
     add_rows(P("att.time_decay"), dw, rows);
     linear_backward(dxk, dk, SAVED("att.xk"), P("att.key.weight"), rows);
     linear_backward(dxv, dv, SAVED("att.xv"), P("att.value.weight"), rows);
@@ -2120,8 +2123,8 @@ static void judge(Comparison *c, const char *format, ...) {
              limit->ordered_limit);
     }
     if (!others_good && by_median) {
-        note("allowed: median %.0e, and %.0f%% of the %ss above 1e-1; %d of %d are", limit->median_limit, 100 * limit->above_tenth,
-             limit->others, above_tenth, n);
+        note("allowed: median %.0e, and %.0f%% of the %ss above 1e-1; %d of %d are", limit->median_limit,
+             100 * limit->above_tenth, limit->others, above_tenth, n);
     }
     for (int i = 0; i < listed; i++) {
         note("%s of %s: %.2e%s", limit->others, c->others[i].name, c->others[i].value,
@@ -2377,7 +2380,8 @@ static void check_inference(const char *title, int B, int T, Ref *m, Model *k) {
               title, has_gold(m) ? kinds[kv] : "states and keys", every, last, allowed);
     }
     if (has_gold(m)) {
-        check(compressed <= limit, "%s: inference, full keys against the compressed cache: %.1e, allowed %.0e", title, compressed, limit);
+        check(compressed <= limit, "%s: inference, full keys against the compressed cache: %.1e, allowed %.0e", title,
+              compressed, limit);
     }
     double loss[3];
     Infer *f = gf_infer_create(k, 0, T, T);
@@ -2866,7 +2870,9 @@ static void check_wkv(void) {
 // rope far out, where fp32 angles would be off by 1e-2 and more
 
 static void check_rope(void) {
-    static const char *const settings[] = {"rope.base=10000", "rope.base=500 rope.rebase=4 rope.rescale=3", "brope.rescale=1.5 ctx_len=5000"};
+    static const char *const settings[] = {
+        "rope.base=10000", "rope.base=500 rope.rebase=4 rope.rescale=3", "brope.rescale=1.5 ctx_len=5000",
+    };
     const int rows = 7, A = 2 * N;
     const double limit = gf_precision() == 16 ? 4e-3 : 1e-6;
     for (int i = 0; i < 3; i++) {

@@ -1010,7 +1010,8 @@ enum Where {
     TOP = 1, KV = 2, FIRST = 4, BLOCK = 8,
     FINCH_C2 = 16, GOLD = 32, FINCH = 64, FINCH_B = 128, EAGLE = 256, GPTALPHA = 512, LLAMA = 1024,     // time mixers
     CMIX = 2048, CMIX_EAGLE = 4096, CMIX_LLAMA = 8192,                                                  // channel mixers
-    FINCHES = FINCH_C2 | FINCH | FINCH_B, RWKV = FINCHES | EAGLE, MIXED = FINCH_C2 | FINCH | GPTALPHA
+    FINCHES = FINCH_C2 | FINCH | FINCH_B, RWKV = FINCHES | EAGLE, NOT_LLAMA = RWKV | GOLD | GPTALPHA,
+    MIXED = FINCH_C2 | FINCH | GPTALPHA, SHIFTED = MIXED | FINCH_B
 };
 
 // The table: field, name in a checkpoint, shape, initial values, group, where. Letters as in the spec, beside
@@ -1030,12 +1031,12 @@ X(ln1_weight,       "ln1.weight",              C, 0, 0,               constant(1
 X(ln1_bias,         "ln1.bias",                C, 0, 0,               constant(0),                    VECTOR, BLOCK) \
 X(ln2_weight,       "ln2.weight",              C, 0, 0,               constant(1),                    VECTOR, BLOCK) \
 X(ln2_bias,         "ln2.bias",                C, 0, 0,               constant(0),                    VECTOR, BLOCK) \
-X(time_maa_x,       "att.time_maa_x",          1, 1, C,               curve(1, 0),                    SHIFT,  MIXED | FINCH_B | GOLD) \
-X(time_maa_r,       "att.time_maa_r",          1, 1, C,               curve(0.5, 0),                  SHIFT,  MIXED | FINCH_B) \
+X(time_maa_x,       "att.time_maa_x",          1, 1, C,               curve(1, 0),                    SHIFT,  SHIFTED | GOLD) \
+X(time_maa_r,       "att.time_maa_r",          1, 1, C,               curve(0.5, 0),                  SHIFT,  SHIFTED) \
 X(time_maa_q,       "att.time_maa_q",          1, 1, C,               curve(0.5, 0),                  SHIFT,  GOLD) \
 X(time_maa_v_cache, "att.time_maa_v_cache",    1, 1, C,               curve(1, 0),                    SHIFT,  GOLD) \
-X(time_maa_k,       "att.time_maa_k",          1, 1, C,               curve(1, 0),                    SHIFT,  MIXED | FINCH_B | GOLD) \
-X(time_maa_v,       "att.time_maa_v",          1, 1, C,               curve(1, 0.3),                  SHIFT,  MIXED | FINCH_B | GOLD) \
+X(time_maa_k,       "att.time_maa_k",          1, 1, C,               curve(1, 0),                    SHIFT,  SHIFTED | GOLD) \
+X(time_maa_v,       "att.time_maa_v",          1, 1, C,               curve(1, 0.3),                  SHIFT,  SHIFTED | GOLD) \
 X(time_maa_w,       "att.time_maa_w",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCHES) \
 X(time_maa_g,       "att.time_maa_g",          1, 1, C,               curve(0.5, 0),                  SHIFT,  FINCH) \
 X(time_maa_v2,      "att.time_maa_v2",         1, 1, C,               curve(1, 0.3),                  SHIFT,  FINCH_C2) \
@@ -1060,15 +1061,15 @@ X(key,              "att.key.weight",          A, C, 1,               orthogonal
 X(value,            "att.value.weight",        A, C, 1,               orthogonal(1),                  MATRIX, RWKV | GPTALPHA) \
 X(query,            "att.query.weight",        A, C, 1,               orthogonal(1),                  MATRIX, GOLD | GPTALPHA) \
 X(gate,             "att.gate.weight",         A, C, 1,               orthogonal(0.1),                MATRIX, FINCH | EAGLE) \
-X(output,           "att.output.weight",       C, A, 1,               constant(0),                    MATRIX, RWKV | GOLD | GPTALPHA) \
+X(output,           "att.output.weight",       C, A, 1,               constant(0),                    MATRIX, NOT_LLAMA) \
 X(ln_q_weight,      "att.ln_q.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD) \
 X(ln_q_bias,        "att.ln_q.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD) \
 X(ln_k_weight,      "att.ln_k.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD | GPTALPHA) \
 X(ln_k_bias,        "att.ln_k.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD | GPTALPHA) \
 X(ln_v_weight,      "att.ln_v.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD | GPTALPHA) \
 X(ln_v_bias,        "att.ln_v.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD | GPTALPHA) \
-X(ln_x_weight,      "att.ln_x.weight",         A, 0, 0,               (Init{LN_X_GAIN, 0, 0}),        VECTOR, RWKV | GOLD | GPTALPHA) \
-X(ln_x_bias,        "att.ln_x.bias",           A, 0, 0,               constant(0),                    VECTOR, RWKV | GOLD | GPTALPHA) \
+X(ln_x_weight,      "att.ln_x.weight",         A, 0, 0,               (Init{LN_X_GAIN, 0, 0}),        VECTOR, NOT_LLAMA) \
+X(ln_x_bias,        "att.ln_x.bias",           A, 0, 0,               constant(0),                    VECTOR, NOT_LLAMA) \
 X(ffn_time_maa_k,   "ffn.time_maa_k",          1, 1, C,               curve(1, 0),                    SHIFT,  CMIX) \
 X(ffn_time_maa_r,   "ffn.time_maa_r",          1, 1, C,               curve(1, 0),                    SHIFT,  CMIX) \
 X(ffn_key,          "ffn.key.weight",          F, C, 1,               orthogonal(1),                  MATRIX, CMIX | CMIX_EAGLE) \
@@ -2169,8 +2170,8 @@ __device__ inline Pack head_norm(Pack y, float eps, float *rstd) {              
     return y;
 }
 
-__global__ void gated_group_norm_forward_kernel(floatX *out, const floatX *y, const floatX *g, const floatX *gain, const floatX *bias,
-                                                float eps, int A) {
+__global__ void gated_group_norm_forward_kernel(floatX *out, const floatX *y, const floatX *g, const floatX *gain,
+                                                const floatX *bias, float eps, int A) {
     const int c = threadIdx.x * 8;
     const bool mine = c < A;
     const int64_t at = (int64_t)blockIdx.x * A + c;
@@ -2182,7 +2183,8 @@ __global__ void gated_group_norm_forward_kernel(floatX *out, const floatX *y, co
     store(out + at, n);
 }
 
-static void gated_group_norm_forward(floatX *out, const floatX *y, const floatX *g, Param gain, Param bias, float eps, int rows, int A) {
+static void gated_group_norm_forward(floatX *out, const floatX *y, const floatX *g, Param gain, Param bias, float eps,
+                                     int rows, int A) {
     gated_group_norm_forward_kernel<<<rows, row_threads(A), 0, stream>>>(out, y, g, gain.w, bias.w, eps, A);
 }
 
@@ -2222,11 +2224,11 @@ __global__ void gated_group_norm_backward_kernel(floatX *dy, floatX *dg, float *
     store(partial + (int64_t)blockIdx.x * 2 * A + A + c, dbias);
 }
 
-static void gated_group_norm_backward(floatX *dy, floatX *dg, float *partial, const floatX *dout, const floatX *y, const floatX *g,
-                                      Param gain, Param bias, float eps, int rows, int A) {
-    const int blocks = row_blocks(rows), per = rows_per_block(rows), threads = 128;
-    const dim3 grid(blocks, (int)ceil_div(A, 8 * threads));
-    gated_group_norm_backward_kernel<<<grid, threads, 0, stream>>>(dy, dg, partial, dout, y, g, gain.w, bias.w, eps, rows, per, A);
+static void gated_group_norm_backward(floatX *dy, floatX *dg, float *partial, const floatX *dout, const floatX *y,
+                                      const floatX *g, Param gain, Param bias, float eps, int rows, int A) {
+    const int blocks = row_blocks(rows), per = rows_per_block(rows);
+    const dim3 grid(blocks, (int)ceil_div(A, 8 * 128));
+    gated_group_norm_backward_kernel<<<grid, 128, 0, stream>>>(dy, dg, partial, dout, y, g, gain.w, bias.w, eps, rows, per, A);
     add_partials({{gain.g, bias.g}}, partial, blocks, 2, A);
 }
 
@@ -2909,7 +2911,7 @@ static void cmix_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
 // ---- what the mixers below share: mixes by low-rank functions of the data ----
 //
 //     m   = tanh((x + dx * time_maa_x) @ time_maa_w1);  m_i = m[:, 32 i : 32 i + 32] @ time_maa_w2[i],  i = 0 .. n-1
-//     x_i = x + dx * (time_maa_i + m_i)
+//     x_i = x + dx * (time_maa_i + m_i)                        `mix` comes without its m
 
 static void low_rank_mix_plan(const Dims &d, LowRankMix *a, int n, Arena *kept, Arena *scratch) {
     const int64_t E = (int64_t)d.BT * d.C;
@@ -2920,21 +2922,25 @@ static void low_rank_mix_plan(const Dims &d, LowRankMix *a, int n, Arena *kept, 
     take(scratch, &a->tmp.dh, (int64_t)d.BT * 32 * n);
 }
 
-template <int n> static void low_rank_mix_forward(const Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix, const floatX *x) {
+template <int n> static void low_rank_mix_forward(const Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix,
+                                                  const floatX *x) {
     const Dims &d = m->d;
+    mix.m = a.tmp.m;
     mix_forward<1>({{p.time_maa_x.w}, nullptr, {a.xx}}, x, d.BT, d.T, d.C);
     low_rank_forward(a.tmp.m, a.h, a.xx, p.time_maa_w1, p.time_maa_w2, d.BT, d.C, 32, d.C, n);
     mix_forward<n>(mix, x, d.BT, d.T, d.C);
 }
 
-template <int n> static void low_rank_mix_backward(const Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix, Targets dmu,
-                                                   floatX *dx, const floatX *x) {
+template <int n> static void low_rank_mix_backward(const Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix,
+                                                   Targets dmu, floatX *dx, const floatX *x) {
     const Dims &d = m->d;
     const auto &t = a.tmp;                                                          // m is made again: it is cheap, and large
     matmul(t.m, d.C, rows(a.h, 32 * n, 32), rows(p.time_maa_w2.w, d.C, 32 * d.C), d.BT, d.C, 32, 0, n, (int64_t)d.BT * d.C);
+    mix.m = t.m;
     mix_backward<n, floatX, false>(mix, dx, t.dm, dmu, m->partial, x, d.BT, d.T, d.C);
     low_rank_backward(t.dxx, t.dh, t.dm, a.h, a.xx, p.time_maa_w1, p.time_maa_w2, d.BT, d.C, 32, d.C, n);
-    mix_backward<1, floatX, true>({{p.time_maa_x.w}, nullptr, {t.dxx}}, dx, nullptr, {{p.time_maa_x.g}}, m->partial, x, d.BT, d.T, d.C);
+    mix_backward<1, floatX, true>({{p.time_maa_x.w}, nullptr, {t.dxx}}, dx, nullptr, {{p.time_maa_x.g}}, m->partial, x,
+                                  d.BT, d.T, d.C);
 }
 
 // ---- Finch (RWKV-6) time mix, x060 ----
@@ -2971,8 +2977,8 @@ static void finch_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {   
 static Wkv finch_wkv(const Model *m, const Layer *layer) {
     const Finch &a = layer->finch;
     const int64_t lead = m->d.lead * (int64_t)m->d.A;
-    return {a.r + lead, a.k + lead, a.v + lead, a.w ? a.w + lead : nullptr, layer->p.time_decay.w, layer->p.time_faaaa.w, nullptr, false,
-            layer->wkv_state ? nullptr : a.states, layer->wkv_state, m->d.T - m->d.lead, m->d.H};
+    return {a.r + lead, a.k + lead, a.v + lead, a.w ? a.w + lead : nullptr, layer->p.time_decay.w, layer->p.time_faaaa.w, nullptr,
+            false, layer->wkv_state ? nullptr : a.states, layer->wkv_state, m->d.T - m->d.lead, m->d.H};
 }
 
 // From dy: dr, dk, dv, dw, and the gradients of time_decay and time_faaaa
@@ -2990,8 +2996,8 @@ static void finch_forward(Model *m, Layer *layer, floatX *out, const floatX *x) 
     const Dims &d = m->d;
     const Params &p = layer->p;
     Finch &a = layer->finch;
-    low_rank_mix_forward<5>(m, p, a.mix, {{p.time_maa_w.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, a.mix.tmp.m,
-                                          {a.xw, a.xk, a.xv, a.xr, a.xg}}, x);
+    low_rank_mix_forward<5>(m, p, a.mix, {{p.time_maa_w.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w},
+                                          nullptr, {a.xw, a.xk, a.xv, a.xr, a.xg}}, x);
     linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
     linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
     linear_forward(a.v, a.xv, p.value, d.BT, d.A, d.C);
@@ -3016,7 +3022,7 @@ static void finch_backward(Model *m, Layer *layer, floatX *dx, const floatX *dou
     linear_backward(t.dxg, t.dg, a.xg, p.gate, d.BT, d.A, d.C);
     low_rank_backward(t.dxw, t.dh, t.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
     low_rank_mix_backward<5>(m, p, a.mix, {{p.time_maa_w.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w},
-                                           a.mix.tmp.m, {t.dxw, t.dxk, t.dxv, t.dxr, t.dxg}},
+                                           nullptr, {t.dxw, t.dxk, t.dxv, t.dxr, t.dxg}},
                              {{p.time_maa_w.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_r.g, p.time_maa_g.g}}, dx, x);
 }
 
@@ -3028,7 +3034,7 @@ static void finch_b_forward(Model *m, Layer *layer, floatX *out, const floatX *x
     const Dims &d = m->d;
     const Params &p = layer->p;
     Finch &a = layer->finch;
-    low_rank_mix_forward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, a.mix.tmp.m,
+    low_rank_mix_forward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, nullptr,
                                           {a.xr, a.xk, a.xv, a.xw}}, x);
     linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
     linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
@@ -3051,7 +3057,7 @@ static void finch_b_backward(Model *m, Layer *layer, floatX *dx, const floatX *d
     linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
     linear_backward(t.dxv, t.dv, a.xv, p.value, d.BT, d.A, d.C);
     low_rank_backward(t.dxw, t.dh, t.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
-    low_rank_mix_backward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, a.mix.tmp.m,
+    low_rank_mix_backward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, nullptr,
                                            {t.dxr, t.dxk, t.dxv, t.dxw}},
                              {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g}}, dx, x);
 }
@@ -3094,7 +3100,8 @@ static void eagle_backward(Model *m, Layer *layer, floatX *dx, const floatX *dou
     linear_backward(t.dxg, t.dg, a.xg, p.gate, d.BT, d.A, d.C);
     mix_backward<4, floatX, false>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, nullptr,
                                     {t.dxk, t.dxv, t.dxr, t.dxg}, layer->tmix->complement}, dx, nullptr,
-                                   {{p.time_maa_k.g, p.time_maa_v.g, p.time_maa_r.g, p.time_maa_g.g}}, m->partial, x, d.BT, d.T, d.C);
+                                   {{p.time_maa_k.g, p.time_maa_v.g, p.time_maa_r.g, p.time_maa_g.g}}, m->partial, x,
+                                   d.BT, d.T, d.C);
 }
 
 // ---- GPTAlpha time mix, gptalpha ----
@@ -3140,7 +3147,7 @@ static void gptalpha_forward(Model *m, Layer *layer, floatX *out, const floatX *
     const Dims &d = m->d;
     const Params &p = layer->p;
     Attention &a = layer->attention;
-    low_rank_mix_forward<3>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w}, a.mix.tmp.m, {a.xq, a.xk, a.xv}}, x);
+    low_rank_mix_forward<3>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w}, nullptr, {a.xq, a.xk, a.xv}}, x);
     linear_forward(a.q0, a.xq, p.query, d.BT, d.A, d.C);
     linear_forward(a.k0, a.xk, p.key, d.BT, d.A, d.C);
     linear_forward(a.v0, a.xv, p.value, d.BT, d.A, d.C);
@@ -3166,7 +3173,7 @@ static void gptalpha_backward(Model *m, Layer *layer, floatX *dx, const floatX *
     linear_backward(t.dxq, t.dq0, a.xq, p.query, d.BT, d.A, d.C);
     linear_backward(t.dxk, t.dk0, a.xk, p.key, d.BT, d.A, d.C);
     linear_backward(t.dxv, t.dv0, a.xv, p.value, d.BT, d.A, d.C);
-    low_rank_mix_backward<3>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w}, a.mix.tmp.m, {t.dxq, t.dxk, t.dxv}},
+    low_rank_mix_backward<3>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w}, nullptr, {t.dxq, t.dxk, t.dxv}},
                              {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g}}, dx, x);
 }
 
@@ -3281,8 +3288,8 @@ void settings_check_mixers(const Settings *s) {
     if (s->cmix2[0]) check_mixer(CHANNEL_MIXERS, "cmix2", s->cmix2);
     const bool rope = s->rope.base > 0, attends = tmix->keeps_kv || last->keeps_kv || last->needs_cache;
     if ((rope || s->brope.rescale > 0) && !attends)
-        die(2, "--model.%s: expected 0, as %s has no attention that could use positions, found %g", rope ? "rope.base" : "brope.rescale",
-            s->tmix, rope ? s->rope.base : s->brope.rescale);
+        die(2, "--model.%s: expected 0, as %s has no attention that could use positions, found %g",
+            rope ? "rope.base" : "brope.rescale", s->tmix, rope ? s->rope.base : s->brope.rescale);
     if (tmix->needs_cache || (last->needs_cache && second_layers_begin(s) == 0))
         die(2, "--model.%s: '%s' needs a layer before it: n_layer %ld is too small for inv_other_layer_ratio %g",
             tmix->needs_cache ? "tmix" : "tmix2", last->name, s->n_layer, s->inv_other_layer_ratio);
@@ -3316,7 +3323,8 @@ static void add_tensor(Model *m, int layer, Param *field, const char *name, int6
 }
 
 static void add_tensors(Model *m, int layer, Params *params, int where, int mixes) {
-    const int64_t V = m->d.V, C = m->d.C, A = m->d.A, F = m->d.F, R = m->d.R, H = m->d.H, rank = gold_rank(m->d), FL = llama_width(m->d);
+    const int64_t V = m->d.V, C = m->d.C, A = m->d.A, F = m->d.F, R = m->d.R, H = m->d.H;
+    const int64_t rank = gold_rank(m->d), FL = llama_width(m->d);
 #define ROW(field, name, s0, s1, s2, init, group, places) \
     if ((places) & where) add_tensor(m, layer, &params->field, name, s0, s1, s2, init, group);
     TENSORS(ROW)
@@ -3855,7 +3863,8 @@ static void model_logits_last(Model *m, const int *tokens, int n, float *logits)
 static double model_flops_per_token(const Model *m) {
     double flops = 6.0 * (m->n_parameters - (double)m->d.V * m->d.C);
     for (int l = 0; l < m->d.L; l++)
-        if (m->layers[l].tmix->needs_cache || m->layers[l].tmix->keeps_kv) flops += 6.0 * m->d.A * m->T;           // 2 products of A T / 2, three times
+        if (m->layers[l].tmix->needs_cache || m->layers[l].tmix->keeps_kv)
+            flops += 6.0 * m->d.A * m->T;                                           // 2 products of A T / 2, three times
     return flops;
 }
 

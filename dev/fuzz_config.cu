@@ -44,8 +44,8 @@ static void add_key(void) {
 
 static void add_value(void) {
     static const char *values[] = {
-        "1", "12", "64", "768", "-1", "0", "1e-4", "nan", "inf", "1e400", "x060", "gold", "llama", "gptalpha", "\"quoted\"", "'it''s'", "\"open", "null",
-        "~", "true", "{}", "[1]", "|", "99999999999999999999", "x060c2 # why", "data/minipile", ""};
+        "1", "12", "64", "768", "-1", "0", "1e-4", "nan", "inf", "1e400", "x060", "gold", "llama", "gptalpha", "\"quoted\"",
+        "'it''s'", "\"open", "null", "~", "true", "{}", "[1]", "|", "99999999999999999999", "x060c2 # why", "data/minipile", ""};
     add(values[draw(sizeof values / sizeof values[0])]);
 }
 

@@ -82,7 +82,8 @@ echo "-- configs"
 config() { "$program" "$@" --print-config >out.txt 2>err.txt; }          # config FLAGS...
 says() { grep -qE -e "^ +$1: \"?$2\"?$" out.txt; }                       # says KEY VALUE: so it stands in what was printed
 families="goldfinch finch finchc2 gptalpha llama goldfinch_upgrade goldfinch_ablation_gptalpha goldfinch_ablation_rope10k
-          goldfinch_ablation_gold_invratio_2 goldfinch_ablation_gold_invratio_6 finchc2_ablation_no_one_minus_w finchc2_ablation_no_v2"
+          goldfinch_ablation_gold_invratio_2 goldfinch_ablation_gold_invratio_6 finchc2_ablation_no_one_minus_w
+          finchc2_ablation_no_v2"
 sizes="L6D768minipile L12D768ctx1024minipile L24D2048ctx2048minipile L24D2048ctx4096minipile"
 for name in $families; do
     bad=0
@@ -92,9 +93,11 @@ for name in $families; do
     done
     check "-c $name with each size prints, and reads back to the same" $bad
 done
-config -c llama -c L12D768ctx1024minipile && says tmix llama && says tmix2 "" && says cmix llama && says base 10000 && says n_layer 12
+config -c llama -c L12D768ctx1024minipile && says tmix llama && says tmix2 "" && says cmix llama && says base 10000 &&
+    says n_layer 12
 check "llama at L12 D768" $?
-config -c goldfinch_upgrade && says tmix x060 && says tmix2 gold && says inv_other_layer_ratio 6 && says base 0; check "goldfinch_upgrade" $?
+config -c goldfinch_upgrade && says tmix x060 && says tmix2 gold && says inv_other_layer_ratio 6 && says base 0
+check "goldfinch_upgrade" $?
 config -c gptalpha -c finch --model.rope.base 0 && says tmix x060; check "a later config's mixer counts" $?
 cat >paper.yaml <<'END'
 model:
@@ -106,10 +109,16 @@ model:
 train:
     wandb: ''
 END
-config -c paper.yaml && says base 10000 && says rescale 2 && grep -q 'train.wandb is not used' err.txt; check "a section's own defaults, what is not used" $?
+config -c paper.yaml && says base 10000 && says rescale 2 && grep -q 'train.wandb is not used' err.txt
+check "a section's own defaults, what is not used" $?
 printf '{"model": {"tmix": "llama", "rope": null, "brope": {"rescale": 4}}}' >paper.json
-config -c paper.yaml -c paper.json && says tmix llama && says base 0 && says rescale 4; check "JSON over YAML, null takes away" $?
-unwanted() { config "${@:2}"; [ $? = 2 ] && [ "$(wc -l <err.txt)" = 1 ] && grep -qE -e "$1" err.txt; check "exit 2, \"$1\"" $?; }
+config -c paper.yaml -c paper.json && says tmix llama && says base 0 && says rescale 4
+check "JSON over YAML, null takes away" $?
+unwanted() {                                            # unwanted PATTERN FLAGS...: exit 2, one line on stderr with PATTERN
+    config "${@:2}"; local code=$?
+    [ $code = 2 ] && [ "$(wc -l <err.txt)" = 1 ] && grep -qE -e "$1" err.txt
+    check "exit 2, \"$1\"" $?
+}
 unwanted 'model.rope.base: expected 0, as x060 has no attention' -c finch --model.rope.base 10000
 unwanted 'model.brope.rescale: expected 0, as x060c2 has no attention' -c finchc2 --model.brope.rescale 1
 unwanted 'model.rope.base: expected 0 where brope.rescale is set, found 10000' -c llama --model.brope.rescale 1
@@ -118,11 +127,12 @@ unwanted 'model.cmix: expected one of x060 x052 llama, found "x060c2"' --model.c
 unwanted "model.tmix: 'gold' needs a layer before it" --model.tmix gold
 unwanted "model.tmix2: 'gold' needs a layer before it" --model.n_layer 1
 unwanted 'model.dim_att: with gold layers it must be n_embd, 128, found 256' --model.dim_att 256
-unwanted 'kv_cache_compression_ratio: expected a number from 1 to 65536, found "0"' -c goldfinch --model.kv_cache_compression_ratio 0
+unwanted 'compression_ratio: expected a number from 1 to 65536, found "0"' -c goldfinch --model.kv_cache_compression_ratio 0
 
 echo "-- every mixer trains"
-for mixers in "x060" "x060b" "x052 --model.cmix x052" "gptalpha --model.rope.base 10000" "llama --model.cmix llama --model.brope.rescale 1" \
-              "x060 --model.tmix2 gptalpha" "llama --model.tmix2 gold --model.cmix2 llama --model.rope.base 100"; do
+for mixers in "x060" "x060b" "x052 --model.cmix x052" "gptalpha --model.rope.base 10000" "x060 --model.tmix2 gptalpha" \
+              "llama --model.cmix llama --model.brope.rescale 1" \
+              "llama --model.tmix2 gold --model.cmix2 llama --model.rope.base 100"; do
     rm -rf m1 m2
     good "tmix $mixers" --model.tmix2 "" --model.tmix $mixers --train.max_steps 3 --train.save_every 2 --train.out m1
     cp -r m1 m2; good "resumed" --train.out m2 --train.resume 1 --train.max_steps 5
@@ -337,7 +347,8 @@ for mixers in "x052" "gptalpha --model.rope.base 10000" "llama --model.tmix2 gol
     infer $mixed -p "$(head -c 1000 "$text")" -n 24 --save-state mixed.st && tail -n 1 err.txt >closing.txt
     cached=$(sed -E 's/.*\| cache ([^,]*), ([0-9]+) bytes.*/\2 \1/' closing.txt)
     infer $mixed --cache-table
-    [ "$(awk 'NR == 2 {print $5, $6, $7}' out.txt)" = "$cached" ]; check "tmix $mixers: --cache-table at 1 k is what a run carries, $cached" $?
+    [ "$(awk 'NR == 2 {print $5, $6, $7}' out.txt)" = "$cached" ]
+    check "tmix $mixers: --cache-table at 1 k is what a run carries, $cached" $?
 done
 loss=$(awk -F, '$4 != "" {print $4}' out/log.csv | tail -n 1)
 infer --score out/val.txt --window 32
