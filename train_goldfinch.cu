@@ -89,7 +89,7 @@ void expect(const char *file, const char *field, int64_t index, int64_t low, int
     X(optimizer, REAL, weight_decay_final, "-1", -1, 1e3, 0, "weight decay at my_exit_tokens (0 or less: no change)") \
     X(optimizer, REAL, gradient_clip_val, "1", 1e-9, 1e9, 0, "largest norm of the gradient") \
     X(optimizer, INT,  layerwise_lr, "1", 0, 1, 1, "groups have their own factors on the learning rate") \
-    X(optimizer, INT,  grad_cp, "0", 0, 1, 1, "recompute activations in the backward pass: less memory, slower") \
+    X(optimizer, INT,  grad_cp, "0", 0, 2, 1, "recompute in the backward pass: 0 nothing, 2 norms and mixes, 1 whole layers") \
     X(optimizer, INT,  train_stage, "3", 1, 3, 1, "1: initialize, save, stop; 2: train, own rate factors; 3: train") \
     X(optimizer, INT,  seed_everything, "1", 0, 1e15, 1, "of the initial weights and the samples") \
     X(data, PATH, data_file, "", 0, 0, 0, "binidx: PREFIX of PREFIX.bin and .idx; utf-8: a text") \
@@ -100,6 +100,7 @@ void expect(const char *file, const char *field, int64_t index, int64_t low, int
     X(data, INT,  sample_every, "0", -1, 1e15, 1, "steps between samples, utf-8 only (0: one at the end; -1: none)") \
     X(start, INT,  max_steps, "0", 0, 1e15, 1, "stop after so many steps; the schedule stays (0: at my_exit_tokens)") \
     X(start, INT,  save_every, "1000", 0, 1e15, 1, "steps between checkpoints (0: only at the end)") \
+    X(start, INT,  profile_step, "0", 0, 1e15, 1, "step that a profiler records (ncu --profile-from-start off; 0: none)") \
     X(start, PATH, out, "", 0, 0, 0, "folder for checkpoints and log.csv (empty: proj_dir/proj_name-proj_suffix, or out)") \
     X(start, PATH, proj_dir, "", 0, 0, 0, "folder of runs (empty: out); with one of these three set and no out,") \
     X(start, PATH, proj_name, "", 0, 0, 0, "a run's name (empty: as L12-D768-x060c2_gold)") \
@@ -642,6 +643,7 @@ void settings_print(const Settings *s) {
 
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
+#include <cuda_profiler_api.h>
 #include <cuda_runtime.h>
 #include <limits.h>
 
@@ -690,6 +692,16 @@ static void machine_start(void) {           // once, before the first allocation
     CUBLAS_CHECK(cublasSetMathMode(cublas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));   // and no TF32
 }
 
+// What a profiler sees when it is told to wait for a start (dev/profile.py).
+static void profile_begin(void) {
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaProfilerStart());
+}
+static void profile_end(void) {
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaProfilerStop());
+}
+
 static const char *machine_name(void) {
     static char name[300];
     cudaDeviceProp device;
@@ -734,6 +746,10 @@ static void matmul(TC *c, int64_t ldc, Matrix<T> a, Matrix<T> b, int M, int N, i
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+template <typename Kernel> static void allow_smem(Kernel kernel, size_t bytes) {     // more than 48 KB a block must be asked for
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+}
+
 // Eight neighbouring elements: the unit in which kernels load and store, 16 bytes in bf16 (p is 16-byte aligned).
 struct Pack { float x[8]; };
 
@@ -759,6 +775,16 @@ template <typename T> __device__ inline void store(T *p, const Pack &v) {
     for (size_t i = 0; i < sizeof(T) / 2; i++) ((uint4 *)p)[i] = raw.q[i];
 }
 
+// Two neighbours, 4 bytes in bf16; a pair of floats is stored in one access too.
+struct alignas(2 * sizeof(floatX)) Pair { floatX x, y; };
+__device__ inline Pair load_pair(const floatX *p) { return *(const Pair *)p; }
+__device__ inline void store_pair(floatX *p, float x, float y) { *(Pair *)p = Pair{(floatX)x, (floatX)y}; }
+#if PRECISION_BF16
+__device__ inline void store_pair(float *p, float x, float y) { *(float2 *)p = make_float2(x, y); }
+#endif
+
+__device__ inline float fast_exp(float x) { return PRECISION_BF16 ? __expf(x) : expf(x); }      // 2 ulp and 1e-7 |x| beside it
+
 __device__ inline Pack zero_pack(void) { return Pack{{0, 0, 0, 0, 0, 0, 0, 0}}; }
 
 // Wrappers with a twin for the CPU (dev/cpu/): the only places that know which machine they run on.
@@ -767,6 +793,7 @@ template <typename T> __device__ inline T *dynamic_smem(void) { return cuda_on_c
 using cuda_on_cpu::Site;                    // where a call stands, for messages
 __device__ inline float warp_sum(float x, int width = 32, Site site = Site::here()) { return cuda_on_cpu::warp_sum(x, width, site); }
 __device__ inline float warp_max(float x, int width = 32, Site site = Site::here()) { return cuda_on_cpu::warp_max(x, width, site); }
+__device__ inline float exp2_fast(float x) { return exp2f(x); }
 __device__ inline void async_copy16(void *to, const void *from, bool valid) { cuda_on_cpu::async_copy16(to, from, valid); }
 __device__ inline void async_commit(void) { cuda_on_cpu::async_commit(); }
 template <int N> __device__ inline void async_wait(void) { cuda_on_cpu::async_wait<N>(); }
@@ -787,6 +814,13 @@ __device__ inline float warp_sum(float x, int width = 32) {
 __device__ inline float warp_max(float x, int width = 32) {
     for (int w = width / 2; w > 0; w /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, w));
     return x;
+}
+
+// 2^x by the one instruction there is for it, to 2 units in the last place; exp2f adds three for results under 2^-126.
+__device__ inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 // 16 bytes from global to shared memory in the background; zeros if not valid. They land at the wait of their group.
@@ -833,14 +867,17 @@ __device__ inline float block_sum(float v, float2 *shared) {    // the same for 
 //     lane = 4 g + t:   x[0], x[1] at row g, columns 2t, 2t+1        x[2], x[3] at row g + 8, the same columns
 //
 // The lanes' shares are those of the PTX instruction mma.m16n8k16; FP32 builds and the CPU keep the same shares as floats.
+static const int N = 64;                    // head size, and channels that a tile's rows in shared memory have
+static const int PAD = 16 / sizeof(floatX), LD = N + PAD;       // 16 bytes longer, so that rows fall into different banks
 struct TileC { float x[4]; };
 __device__ inline int tile_row(int i) { return threadIdx.x % 32 / 4 + 8 * (i / 2); }
 __device__ inline int tile_col(int i) { return 2 * (threadIdx.x % 4) + i % 2; }
+__device__ inline int tile_k(int i) { return 2 * (threadIdx.x % 4) + i % 2 + i / 2 * 8; }      // row of element i of a B, see to_floats
 
 #if PRECISION_BF16 && !defined(CUDA_ON_CPU)
 struct TileA { unsigned x[4]; };
 struct TileB { unsigned x[2]; };
-struct TileB2 { TileB high, low; };         // an operand of twice the precision, for two products instead of one
+struct TileA2 { TileA high, low; };         // an operand of twice the precision, for two products instead of one
 
 __device__ inline unsigned bf16_pair(float low, float high) {
     __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -878,30 +915,50 @@ __device__ inline TileB load_b_t(const floatX *p, int ld) {                     
                  : "=r"(b.x[0]), "=r"(b.x[1]) : "r"(smem_address(p + l * ld)) : "memory");
     return b;
 }
+// Two of them side by side, B[k][n] with n up to 16, by one instruction instead of two.
+__device__ inline void load_b_pair(TileB *b, const floatX *p, int ld) {         // B[k][n] = p[n * ld + k]
+    const int l = threadIdx.x % 32;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(b[0].x[0]), "=r"(b[0].x[1]), "=r"(b[1].x[0]), "=r"(b[1].x[1])
+                 : "r"(smem_address(p + (l % 8 + l / 16 * 8) * ld + l / 8 % 2 * 8)) : "memory");
+}
+__device__ inline void load_b_pair_t(TileB *b, const floatX *p, int ld) {       // B[k][n] = p[k * ld + n]
+    const int l = threadIdx.x % 32;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(b[0].x[0]), "=r"(b[0].x[1]), "=r"(b[1].x[0]), "=r"(b[1].x[1])
+                 : "r"(smem_address(p + l % 16 * ld + l / 16 * 8)) : "memory");
+}
+__device__ inline TileA load_a_global(const floatX *p, int ld, int rows) {      // as load_a, from global memory; the last of so many
+    const int l = threadIdx.x % 32, k = l % 4 * 2;                              // rows stands for those after it; ld even
+    const floatX *upper = p + (int64_t)min(l / 4, rows - 1) * ld + k, *lower = p + (int64_t)min(l / 4 + 8, rows - 1) * ld + k;
+    return {{*(const unsigned *)upper, *(const unsigned *)lower, *(const unsigned *)(upper + 8), *(const unsigned *)(lower + 8)}};
+}
 __device__ inline TileB load_b_global(const floatX *p, int ld) {                // as load_b, from global memory; ld even
     p += threadIdx.x % 32 / 4 * ld + threadIdx.x % 4 * 2;
     return {{*(const unsigned *)p, *(const unsigned *)(p + 8)}};
+}
+__device__ inline void to_floats(float (&x)[4], const TileB &b) {               // B[tile_k(i)][lane / 4]
+    const float2 upper = __bfloat1622float2(*(const __nv_bfloat162 *)&b.x[0]), lower = __bfloat1622float2(*(const __nv_bfloat162 *)&b.x[1]);
+    x[0] = upper.x, x[1] = upper.y, x[2] = lower.x, x[3] = lower.y;
 }
 // Two results side by side, (16x8 | 16x8), as the left operand of the next product.
 __device__ inline TileA to_a(const TileC &left, const TileC &right) {
     return {{bf16_pair(left.x[0], left.x[1]), bf16_pair(left.x[2], left.x[3]),
              bf16_pair(right.x[0], right.x[1]), bf16_pair(right.x[2], right.x[3])}};
 }
-// fp32 numbers as right operand: the bf16 nearest to each, and the bf16 nearest to what that leaves
-__device__ inline TileB2 split_b(float x0, float x1, float x2, float x3) {
-    const TileB high = {{bf16_pair(x0, x1), bf16_pair(x2, x3)}};
-    const float2 h0 = __bfloat1622float2(*(const __nv_bfloat162 *)&high.x[0]), h1 = __bfloat1622float2(*(const __nv_bfloat162 *)&high.x[1]);
-    return {high, {{bf16_pair(x0 - h0.x, x1 - h0.y), bf16_pair(x2 - h1.x, x3 - h1.y)}}};
+// Two results side by side as left operand in twice the precision: the bf16 nearest, and the bf16 nearest to what that leaves
+__device__ inline unsigned bf16_rest(unsigned high, float low_half, float high_half) {
+    const float2 h = __bfloat1622float2(*(const __nv_bfloat162 *)&high);
+    return bf16_pair(low_half - h.x, high_half - h.y);
 }
-__device__ inline TileB2 load_b2(const float *p, int ld) {                      // B[k][n] = p[n * ld + k]
-    p += threadIdx.x % 32 / 4 * ld + threadIdx.x % 4 * 2;
-    return split_b(p[0], p[1], p[8], p[9]);
+__device__ inline TileA2 to_a2(const TileC &left, const TileC &right) {
+    const TileA a = to_a(left, right);
+    return {a, {{bf16_rest(a.x[0], left.x[0], left.x[1]), bf16_rest(a.x[1], left.x[2], left.x[3]),
+                 bf16_rest(a.x[2], right.x[0], right.x[1]), bf16_rest(a.x[3], right.x[2], right.x[3])}}};
 }
-__device__ inline TileB2 load_b2_t(const float *p, int ld) {                    // B[k][n] = p[k * ld + n]
-    p += threadIdx.x % 4 * 2 * ld + threadIdx.x % 32 / 4;
-    return split_b(p[0], p[ld], p[8 * ld], p[9 * ld]);
-}
-__device__ inline TileB load_b(const float *p, int ld) { return load_b2(p, ld).high; }
+__device__ inline TileB make_b(float x0, float x1, float x2, float x3) { return {{bf16_pair(x0, x1), bf16_pair(x2, x3)}}; }
+__device__ inline TileB join_b(const TileB &upper, const TileB &lower) { return {{upper.x[0], lower.x[1]}}; }  // rows 0..7 | 8..15
+__device__ inline TileB as_b(const TileA &a, int n) { return {{a.x[n], a.x[n + 2]}}; }     // B[k][column] = A[8 n + column][k]
 template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n]) {   // c[i] += a b[i]
 #pragma unroll
     for (int i = 0; i < n; i++)
@@ -912,7 +969,7 @@ template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const
 #else
 struct TileA { float x[8]; };
 struct TileB { float x[4]; };
-struct TileB2 { TileB high; };              // a float holds it all
+struct TileA2 { TileA high; };              // a float holds it all
 
 __device__ inline int a_row(int i) { return threadIdx.x % 32 / 4 + i / 2 % 2 * 8; }     // A's element i of this lane: row,
 __device__ inline int a_col(int i) { return threadIdx.x % 4 * 2 + i % 2 + i / 4 * 8; }  // column;
@@ -929,21 +986,30 @@ __device__ inline TileA load_a_t(const floatX *p, int ld) {
     for (int i = 0; i < 8; i++) a.x[i] = (float)p[a_col(i) * ld + a_row(i)];
     return a;
 }
-template <typename T> __device__ inline TileB load_b(const T *p, int ld) {
+__device__ inline TileB load_b(const floatX *p, int ld) {
     TileB b;
-    for (int i = 0; i < 4; i++) b.x[i] = (float)(floatX)p[b_col() * ld + b_row(i)];
+    for (int i = 0; i < 4; i++) b.x[i] = (float)p[b_col() * ld + b_row(i)];
     return b;
 }
+__device__ inline TileA load_a_global(const floatX *p, int ld, int rows) {
+    TileA a;
+    for (int i = 0; i < 8; i++) a.x[i] = (float)p[(int64_t)min(a_row(i), rows - 1) * ld + a_col(i)];
+    return a;
+}
 __device__ inline TileB load_b_global(const floatX *p, int ld) { return load_b(p, ld); }
+__device__ inline void to_floats(float (&x)[4], const TileB &b) {
+    for (int i = 0; i < 4; i++) x[i] = b.x[i];
+}
 __device__ inline TileB load_b_t(const floatX *p, int ld) {
     TileB b;
     for (int i = 0; i < 4; i++) b.x[i] = (float)p[b_row(i) * ld + b_col()];
     return b;
 }
-__device__ inline TileB2 load_b2_t(const float *p, int ld) {
-    TileB2 b;
-    for (int i = 0; i < 4; i++) b.high.x[i] = p[b_row(i) * ld + b_col()];
-    return b;
+__device__ inline void load_b_pair(TileB *b, const floatX *p, int ld) {
+    for (int j = 0; j < 2; j++) b[j] = load_b(p + 8 * j * ld, ld);
+}
+__device__ inline void load_b_pair_t(TileB *b, const floatX *p, int ld) {
+    for (int j = 0; j < 2; j++) b[j] = load_b_t(p + 8 * j, ld);
 }
 __device__ inline TileA to_a(const TileC &left, const TileC &right) {
     TileA a;
@@ -953,6 +1019,16 @@ __device__ inline TileA to_a(const TileC &left, const TileC &right) {
     }
     return a;
 }
+__device__ inline TileA2 to_a2(const TileC &left, const TileC &right) {
+    TileA2 a;
+    for (int i = 0; i < 4; i++) a.high.x[i] = left.x[i], a.high.x[4 + i] = right.x[i];
+    return a;
+}
+__device__ inline TileB make_b(float x0, float x1, float x2, float x3) {
+    return {{(float)(floatX)x0, (float)(floatX)x1, (float)(floatX)x2, (float)(floatX)x3}};
+}
+__device__ inline TileB join_b(const TileB &upper, const TileB &lower) { return {{upper.x[0], upper.x[1], lower.x[2], lower.x[3]}}; }
+__device__ inline TileB as_b(const TileA &a, int n) { return {{a.x[2 * n], a.x[2 * n + 1], a.x[2 * n + 4], a.x[2 * n + 5]}}; }
 #ifdef CUDA_ON_CPU
 template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n], Site site = Site::here()) {
     cuda_on_cpu::mma(n, c[0].x, a.x, b[0].x, site);
@@ -978,15 +1054,22 @@ template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const
 #endif
 #endif
 
-// c[i] += a b[i] with b in twice the precision
-template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB2 (&b)[n]) {
-    TileB part[n];
+// c[i] += a b[i] with a in twice the precision
+template <int n> __device__ inline void mma(TileC (&c)[n], const TileA2 &a, const TileB (&b)[n]) {
 #if PRECISION_BF16 && !defined(CUDA_ON_CPU)
-    for (int i = 0; i < n; i++) part[i] = b[i].low;
-    mma(c, a, part);
+    mma(c, a.low, b);
 #endif
-    for (int i = 0; i < n; i++) part[i] = b[i].high;
-    mma(c, a, part);
+    mma(c, a.high, b);
+}
+
+// c += a b^T, both (16x16) in twice the precision
+__device__ inline void mma_transposed(TileC (&c)[2], const TileA2 &a, const TileA2 &b) {
+    const TileB high[2] = {as_b(b.high, 0), as_b(b.high, 1)};
+#if PRECISION_BF16 && !defined(CUDA_ON_CPU)
+    const TileB low[2] = {as_b(b.low, 0), as_b(b.low, 1)};
+    mma(c, a.high, low);
+#endif
+    mma(c, a, high);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1130,22 +1213,25 @@ static int row_blocks(int rows) { return (int)ceil_div(rows, rows_per_block(rows
 
 struct Targets { float *g[6]; };            // gradients of up to six vectors of C numbers
 
-// g[i][c] += sum over the P rows of partial (P, n, C), always in the same order. Blocks of 32 columns x 8 rows.
-__global__ void add_partials_kernel(Targets to, const float *partial, int P, int n, int C) {
+// Sums over the P parts of partial (P, rows + n, C), always in the same order: of the first `rows` rows to matrix (rows, C),
+// which adds them up, of the others to g[0..n-1]. Blocks of 32 columns x 8 parts.
+__global__ void add_partials_kernel(Targets to, float *matrix, const float *partial, int P, int rows, int n, int C) {
     __shared__ float sums[8][32];
-    const int c = blockIdx.x * 32 + threadIdx.x % 32, y = threadIdx.x / 32;
+    const int64_t at = (int64_t)blockIdx.x * 32 + threadIdx.x % 32;
+    const int part = threadIdx.x / 32;
     float sum = 0;
-    for (int row = y; row < P; row += 8) sum += partial[(int64_t)row * n * C + c];
-    sums[y][threadIdx.x % 32] = sum;
+    for (int i = part; i < P; i += 8) sum += partial[(int64_t)i * (rows + n) * C + at];
+    sums[part][threadIdx.x % 32] = sum;
     __syncthreads();
-    if (y > 0) return;
+    if (part > 0) return;
     for (int i = 1; i < 8; i++) sum += sums[i][threadIdx.x];
+    if (at < (int64_t)rows * C) matrix[at] += sum;
     for (int i = 0; i < n; i++)
-        if (c / C == i) to.g[i][c % C] += sum;
+        if (at / C == rows + i) to.g[i][at % C] += sum;
 }
 
-static void add_partials(Targets to, const float *partial, int P, int n, int C) {
-    add_partials_kernel<<<n * C / 32, 256, 0, stream>>>(to, partial, P, n, C);
+static void add_partials(Targets to, const float *partial, int P, int n, int C, float *matrix = nullptr, int rows = 0) {
+    add_partials_kernel<<<(rows + n) * C / 32, 256, 0, stream>>>(to, matrix, partial, P, rows, n, C);
 }
 
 // ---- layer norm ----
@@ -1266,33 +1352,45 @@ __global__ void rms_norm_backward(floatX *dx, const float *dout, const float *ad
 // ---- embedding ----
 //
 // Forward is layernorm_forward over rows emb[token]. Backward: demb[id] += the rows of dx whose token is id. The host
-// sorts the tokens by id as it hands them over; a block sums one id's rows in the order of their positions.
+// sorts the tokens by id as it hands them over; a block sums 64 channels of one id's rows, 16 rows at a time (some ids are
+// in every twentieth place), always in the same order.
 // ids (distinct), starts (distinct + 1), order (B T): order[starts[i]..starts[i+1]) are the positions of ids[i].
+static const int EMBEDDING_ROWS = 16, EMBEDDING_CHANNELS = 64;
+
 __global__ void embedding_backward(float *demb, const floatX *dx, const int *ids, const int *starts, const int *order, int C) {
-    const int c = threadIdx.x * 8;
-    if (c >= C) return;
-    float *to = demb + (int64_t)ids[blockIdx.x] * C + c;
-    Pack sum = load(to);
-    for (int j = starts[blockIdx.x]; j < starts[blockIdx.x + 1]; j++) {
+    __shared__ __align__(16) float sums[EMBEDDING_ROWS][EMBEDDING_CHANNELS];
+    const int row = threadIdx.x / 8, c = blockIdx.y * EMBEDDING_CHANNELS + threadIdx.x % 8 * 8, end = starts[blockIdx.x + 1];
+    Pack sum = zero_pack();
+#pragma unroll 4
+    for (int j = starts[blockIdx.x] + row; j < end; j += EMBEDDING_ROWS) {
         const Pack d = load(dx + (int64_t)order[j] * C + c);
         for (int i = 0; i < 8; i++) sum.x[i] += d.x[i];
     }
-    store(to, sum);
+    store(&sums[row][threadIdx.x % 8 * 8], sum);
+    __syncthreads();
+    if (threadIdx.x >= EMBEDDING_CHANNELS) return;
+    float total = 0;
+    for (int i = 0; i < EMBEDDING_ROWS; i++) total += sums[i][threadIdx.x];
+    demb[(int64_t)ids[blockIdx.x] * C + blockIdx.y * EMBEDDING_CHANNELS + threadIdx.x] += total;
 }
 
 // ---- token shift and its mixes (spec section 2) ----
 //
 //     dx = shift(x) - x,  shift(x)_t = x_{t-1}, zero before a sequence
-//     out_i = x + dx * (mu_i + m_i)          n mixes of one x in one pass; m (n, BT, C), or null for the plain mu_i
+//     out_i = x + dx * (mu_i + m_i)          n mixes of one x in one pass
+//     m_i   = h_i @ w2_i                     low rank: h_i (BT, 32) @ w2_i (32, C); or no m
 //
-// Bytes a row: C (1 + 2n) floatX (1 + n without m).
+// Bytes a row: C (1 + n) floatX, and with low ranks 32 n more: m is made on the fly by tensor cores, never written.
+static const int RANK = 32;                 // of a mix
+
 template <int n> struct Mixes {
     const floatX *mu[n];
-    const floatX *m;
+    struct { const floatX *h; int ld; const floatX *w2; } low;      // h_i at columns 32 i of h (BT, ld); w2 (n, 32, C); or nulls
     floatX *x[n];                           // the outputs; in the backward pass their gradients
     bool complement = false;                // Eagle: the parameters are 1 - mu
 };
 
+// Without low ranks a thread walks down a few rows of its 8 channels.
 template <int n> __device__ inline Pack load_mu(const Mixes<n> &mix, int i, int c) {
     Pack mu = load(mix.mu[i] + c);
     for (int j = 0; j < 8 && mix.complement; j++) mu.x[j] = 1 - mu.x[j];
@@ -1311,15 +1409,90 @@ template <int n> __global__ void token_shift_mix_forward(Mixes<n> mix, const flo
         const Pack v = load(x + at);
         if (row % T == 0) before = zero_pack();
         for (int i = 0; i < n; i++) {
-            Pack m = mix.m ? load(mix.m + (int64_t)i * BT * C + at) : zero_pack();
-            for (int j = 0; j < 8; j++) m.x[j] = v.x[j] + (before.x[j] - v.x[j]) * (mu[i].x[j] + m.x[j]);
-            store(mix.x[i] + at, m);
+            Pack out;
+            for (int j = 0; j < 8; j++) out.x[j] = v.x[j] + (before.x[j] - v.x[j]) * mu[i].x[j];
+            store(mix.x[i] + at, out);
         }
         before = v;
     }
 }
 
+// With low ranks a block owns 64 channels, keeps their part of w2 in shared memory and walks down the rows; a warp takes 16
+// rows at a time, c_i = mu_i + m_i being a result of mma (16 tokens x 64 channels). w2's columns are permuted there so that
+// a lane gets 8 neighbouring channels of a row, 16 bytes: column 8 j + 2 l + e of 32 is channel 8 l + 2 j + e.
+static const int MIX_THREADS = 128, MIX_CHANNELS = 64;
+
+template <int n> struct LowRankMixSmem {
+    alignas(16) floatX w2[n][RANK][LD];
+    float mu[n][MIX_CHANNELS];              // permuted like w2
+};
+
+__device__ inline int mix_column(int c) { return c / 32 * 32 + c % 2 + c % 32 / 8 * 2 + c % 8 / 2 * 8; }    // of channel c of 64
+
+template <int n> __device__ inline void mix_load_w2(LowRankMixSmem<n> &s, const Mixes<n> &mix, int first, int C) {
+    for (int i = threadIdx.x; i < n * RANK * MIX_CHANNELS / 8; i += blockDim.x) {
+        const int c = i % (MIX_CHANNELS / 8) * 8, k = i / (MIX_CHANNELS / 8);
+        const Pack w = load(mix.low.w2 + (int64_t)k * C + first + c);
+        for (int j = 0; j < 8; j += 2) store_pair(&s.w2[0][0][0] + k * LD + mix_column(c + j), w.x[j], w.x[j + 1]);
+    }
+#pragma unroll
+    for (int i = 0; i < n; i++)
+        for (int c = threadIdx.x; c < MIX_CHANNELS; c += blockDim.x) s.mu[i][mix_column(c)] = (float)mix.mu[i][first + c];
+}
+
+// c (16 tokens x 32 permuted channels from `group` on) = mu_i + h_i w2_i
+template <int n> __device__ inline void mix_amounts(TileC (&c)[4], const LowRankMixSmem<n> &s, int i, int group, const TileA (&h)[2]) {
+    for (int j = 0; j < 4; j++)
+        for (int e = 0; e < 4; e++) c[j].x[e] = s.mu[i][group + 8 * j + tile_col(e)];
+    for (int k = 0; k < 2; k++) {
+        TileB b[4];
+        for (int j = 0; j < 4; j += 2) load_b_pair_t(&b[j], &s.w2[i][16 * k][group + 8 * j], LD);
+        mma(c, h[k], b);
+    }
+}
+
+template <int n> __global__ void __launch_bounds__(MIX_THREADS)
+low_rank_mix_forward_kernel(Mixes<n> mix, const floatX *x, int BT, int T, int C) {
+    LowRankMixSmem<n> &s = *dynamic_smem<LowRankMixSmem<n>>();
+    const int first = blockIdx.x * MIX_CHANNELS, warp = threadIdx.x / 32;
+    mix_load_w2(s, mix, first, C);
+    __syncthreads();
+    for (int row0 = (blockIdx.y * (MIX_THREADS / 32) + warp) * 16; row0 < BT; row0 += gridDim.y * (MIX_THREADS / 32) * 16) {
+        TileA h[n][2];
+        for (int i = 0; i < n; i++)
+            for (int k = 0; k < 2; k++) h[i][k] = load_a_global(mix.low.h + (int64_t)row0 * mix.low.ld + RANK * i + 16 * k, mix.low.ld, BT - row0);
+        for (int group = 0; group < MIX_CHANNELS; group += 32) {
+            const int c = first + group + threadIdx.x % 4 * 8;
+            Pack v[2], before[2];
+            for (int half = 0; half < 2; half++) {
+                const int64_t row = row0 + tile_row(2 * half);
+                v[half] = row < BT ? load(x + row * C + c) : zero_pack();
+                before[half] = row < BT && row % T ? load(x + (row - 1) * C + c) : zero_pack();
+            }
+#pragma unroll
+            for (int i = 0; i < n; i++) {
+                TileC amount[4];
+                mix_amounts(amount, s, i, group, h[i]);
+                for (int half = 0; half < 2; half++) {
+                    const int64_t row = row0 + tile_row(2 * half);
+                    Pack out;
+                    for (int j = 0; j < 8; j++)
+                        out.x[j] = v[half].x[j] + (before[half].x[j] - v[half].x[j]) * amount[j / 2].x[2 * half + j % 2];
+                    if (row < BT) store(mix.x[i] + row * C + c, out);
+                }
+            }
+        }
+    }
+}
+
 template <int n> static void mix_forward(Mixes<n> mix, const floatX *x, int BT, int T, int C) {
+    if (mix.low.h) {
+        const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_THREADS / 2);
+        const int split = (int)ceil_div(528, slices);                               // four blocks a multiprocessor, if there are 132
+        allow_smem(low_rank_mix_forward_kernel<n>, sizeof(LowRankMixSmem<n>));
+        low_rank_mix_forward_kernel<n><<<dim3(slices, split < tiles ? split : tiles), MIX_THREADS, sizeof(LowRankMixSmem<n>), stream>>>(mix, x, BT, T, C);
+        return;
+    }
     const int per = 8, blocks = (int)ceil_div(BT, per);
     token_shift_mix_forward<n><<<blocks, row_threads(C), 0, stream>>>(mix, x, BT, T, C, per);
 }
@@ -1327,11 +1500,12 @@ template <int n> static void mix_forward(Mixes<n> mix, const floatX *x, int BT, 
 // With c_i = mu_i + m_i and g_i the gradient of out_i:
 //     dx_t = sum_i g_i,t (1 - c_i,t)  +  sum_i g_i,t+1 c_i,t+1 (of the next token, if it is in the same sequence)
 //     dm_i = g_i * (x_{t-1} - x_t),   dmu_i = the sum of dm_i over all tokens
-// Rows are walked backwards, so the next token's part is at hand. TX: floatX, or float where layers add up.
-// partial (blocks, n, C); dm (n, BT, C) or null.
+//     dh_i = dm_i w2_i^T,             dw2_i = h_i^T dm_i
+// TX: floatX, or float where layers add up.
+//
+// Without low ranks rows are walked backwards, so the next token's part is at hand. partial (blocks, n, C).
 template <int n, typename TX, bool accumulate>
-__global__ void token_shift_mix_backward(Mixes<n> mix, TX *dx, floatX *dm, float *partial, const floatX *x,
-                                         int BT, int T, int C, int rows_per_block) {
+__global__ void token_shift_mix_backward(Mixes<n> mix, TX *dx, float *partial, const floatX *x, int BT, int T, int C, int rows_per_block) {
     const int c = threadIdx.x * 8;
     if (c >= C) return;
     Pack mu[n], dmu[n], later = zero_pack();                // later: what the next token gives to this one
@@ -1342,8 +1516,8 @@ __global__ void token_shift_mix_backward(Mixes<n> mix, TX *dx, floatX *dm, float
     const int64_t begin = (int64_t)blockIdx.x * rows_per_block, end = min((int64_t)BT, begin + rows_per_block);
     if (end < BT && end % T)
         for (int i = 0; i < n; i++) {
-            const Pack g = load(mix.x[i] + end * C + c), m = mix.m ? load(mix.m + ((int64_t)i * BT + end) * C + c) : zero_pack();
-            for (int j = 0; j < 8; j++) later.x[j] += g.x[j] * (mu[i].x[j] + m.x[j]);
+            const Pack g = load(mix.x[i] + end * C + c);
+            for (int j = 0; j < 8; j++) later.x[j] += g.x[j] * mu[i].x[j];
         }
     Pack v = load(x + (end - 1) * C + c);
     for (int64_t row = end - 1; row >= begin; row--) {
@@ -1357,15 +1531,12 @@ __global__ void token_shift_mix_backward(Mixes<n> mix, TX *dx, floatX *dm, float
         }
         for (int i = 0; i < n; i++) {
             const Pack g = load(mix.x[i] + at);
-            Pack m = mix.m ? load(mix.m + (int64_t)i * BT * C + at) : zero_pack();
             for (int j = 0; j < 8; j++) {
-                const float mixed = g.x[j] * (mu[i].x[j] + m.x[j]);
+                const float mixed = g.x[j] * mu[i].x[j];
                 out.x[j] += g.x[j] - mixed;
                 later.x[j] += inside * mixed;
-                m.x[j] = g.x[j] * (inside * before.x[j] - v.x[j]);
-                dmu[i].x[j] += m.x[j];
+                dmu[i].x[j] += g.x[j] * (inside * before.x[j] - v.x[j]);
             }
-            if (dm) store(dm + (int64_t)i * BT * C + at, m);
         }
         store(dx + at, out);
         v = before;
@@ -1376,10 +1547,174 @@ __global__ void token_shift_mix_backward(Mixes<n> mix, TX *dx, floatX *dm, float
     }
 }
 
+// With low ranks, first dx and dh: a warp takes 16 rows and walks over all channels, 64 at a time, its part of dh in
+// registers. Rows of different warps overlap by one, whose share of dx belongs to the row before it. dh is given as the
+// gradient before the tanh that made h.
+template <int n> struct LowRankMixBackward {
+    LowRankMixSmem<n> w;
+    alignas(16) floatX h[MIX_THREADS / 32][16][RANK * n + PAD];
+    float shifted[MIX_THREADS / 32][16][32 + 4];            // sum_i g_i c_i of 32 channels
+};
+
+template <int n, typename TX, bool accumulate> __global__ void __launch_bounds__(MIX_THREADS)
+low_rank_mix_backward_dx(Mixes<n> mix, TX *dx, floatX *dh, const floatX *x, int BT, int T, int C) {
+    LowRankMixBackward<n> &s = *dynamic_smem<LowRankMixBackward<n>>();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row0 = (blockIdx.x * (MIX_THREADS / 32) + warp) * 15;
+    for (int i = lane; i < 16 * RANK * n / 8; i += 32) {
+        const int row = i / (RANK * n / 8), k = i % (RANK * n / 8) * 8;
+        store(&s.h[warp][row][k], row0 + row < BT ? load(mix.low.h + (int64_t)(row0 + row) * mix.low.ld + k) : zero_pack());
+    }
+    TileC dhidden[n][4] = {};
+    for (int first = 0; first < C; first += MIX_CHANNELS) {
+        __syncthreads();
+        mix_load_w2(s.w, mix, first, C);
+        __syncthreads();
+        for (int group = 0; group < MIX_CHANNELS; group += 32) {
+            const int c = first + group + lane % 4 * 8;
+            Pack delta[2], out[2], shifted[2];
+            for (int half = 0; half < 2; half++) {
+                const int64_t row = row0 + tile_row(2 * half);
+                const Pack v = row < BT ? load(x + row * C + c) : zero_pack();
+                delta[half] = row < BT && row % T ? load(x + (row - 1) * C + c) : zero_pack();
+                for (int j = 0; j < 8; j++) delta[half].x[j] -= v.x[j];
+                out[half] = shifted[half] = zero_pack();
+            }
+#pragma unroll
+            for (int i = 0; i < n; i++) {
+                const TileA h[2] = {load_a(&s.h[warp][0][RANK * i], RANK * n + PAD), load_a(&s.h[warp][0][RANK * i + 16], RANK * n + PAD)};
+                TileC amount[4];
+                mix_amounts(amount, s.w, i, group, h);
+                for (int half = 0; half < 2; half++) {
+                    const int64_t row = row0 + tile_row(2 * half);
+                    const Pack g = row < BT ? load(mix.x[i] + row * C + c) : zero_pack();
+                    for (int j = 0; j < 8; j++) {
+                        float &one = amount[j / 2].x[2 * half + j % 2];
+                        out[half].x[j] += g.x[j] - g.x[j] * one;
+                        shifted[half].x[j] += g.x[j] * one;
+                        one = g.x[j] * delta[half].x[j];                    // from here on dm
+                    }
+                }
+                for (int k = 0; k < 2; k++) {
+                    TileB b[4];
+                    for (int j = 0; j < 4; j += 2) load_b_pair(&b[j], &s.w.w2[i][8 * j][group + 16 * k], LD);
+                    mma(dhidden[i], to_a(amount[2 * k], amount[2 * k + 1]), b);
+                }
+            }
+            for (int half = 0; half < 2; half++) store(&s.shifted[warp][tile_row(2 * half)][lane % 4 * 8], shifted[half]);
+            __syncwarp();
+            for (int half = 0; half < 2; half++) {
+                const int local = tile_row(2 * half);
+                const int64_t row = row0 + local;
+                if (local == 15 || row >= BT) continue;
+                Pack to = accumulate ? load(dx + row * C + c) : zero_pack();
+                const Pack next = (row + 1) % T ? load(&s.shifted[warp][local + 1][lane % 4 * 8]) : zero_pack();
+                for (int j = 0; j < 8; j++) to.x[j] += out[half].x[j] + next.x[j];
+                store(dx + row * C + c, to);
+            }
+            __syncwarp();
+        }
+    }
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < 4; j++)
+            for (int e = 0; e < 4; e += 2) {
+                const int local = tile_row(e), k = RANK * i + 8 * j + tile_col(e);
+                if (local == 15 || row0 + local >= BT) continue;
+                const Pair h = load_pair(&s.h[warp][local][k]);
+                const float h0 = (float)h.x, h1 = (float)h.y;
+                store_pair(dh + (int64_t)(row0 + local) * mix.low.ld + k, dhidden[i][j].x[e] * (1 - h0 * h0), dhidden[i][j].x[e + 1] * (1 - h1 * h1));
+            }
+}
+
+// Then dw2 and dmu: a block owns 64 channels, 8 a warp, and walks down its share of the rows in tiles of 32.
+// partial (blocks of rows, 32 n + n, C): dw2's rows, then dmu's.
+static const int MIX_W2_THREADS = 256, MIX_W2_ROWS = 32, MIX_STAGES = PRECISION_BF16 ? 2 : 1;
+
+template <int n> struct LowRankMixTile {
+    alignas(16) floatX g[n][MIX_W2_ROWS][LD], x[1 + MIX_W2_ROWS][LD];       // x from the row before on
+    alignas(16) floatX h[MIX_W2_ROWS][RANK * n + PAD];
+};
+
+template <int n> __device__ inline void mix_copy_tile(LowRankMixTile<n> &s, const Mixes<n> &mix, const floatX *x, int row0, int BT, int first, int C) {
+    const int step = 16 / sizeof(floatX), per_row = MIX_CHANNELS / step, per_h = RANK * n / step;
+    for (int i = threadIdx.x; i < (1 + MIX_W2_ROWS) * per_row; i += MIX_W2_THREADS) {
+        const int64_t row = row0 - 1 + i / per_row;
+        const bool inside = row >= 0 && row < BT;
+        async_copy16(&s.x[i / per_row][i % per_row * step], x + (inside ? row * C + first + i % per_row * step : 0), inside);
+    }
+    for (int j = 0; j < n; j++)
+        for (int i = threadIdx.x; i < MIX_W2_ROWS * per_row; i += MIX_W2_THREADS) {
+            const int64_t row = row0 + i / per_row;
+            async_copy16(&s.g[j][i / per_row][i % per_row * step], mix.x[j] + (row < BT ? row * C + first + i % per_row * step : 0), row < BT);
+        }
+    for (int i = threadIdx.x; i < MIX_W2_ROWS * per_h; i += MIX_W2_THREADS) {
+        const int64_t row = row0 + i / per_h;
+        async_copy16(&s.h[i / per_h][i % per_h * step], mix.low.h + (row < BT ? row * mix.low.ld + i % per_h * step : 0), row < BT);
+    }
+    async_commit();
+}
+
+template <int n> __global__ void __launch_bounds__(MIX_W2_THREADS)
+low_rank_mix_backward_w2(Mixes<n> mix, float *partial, const floatX *x, int BT, int T, int C) {
+    LowRankMixTile<n> *tiles = dynamic_smem<LowRankMixTile<n>>();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * MIX_CHANNELS, step = gridDim.y * MIX_W2_ROWS;
+    TileC dw2[n][2][1] = {};
+    float dmu[n] = {};
+    mix_copy_tile(tiles[0], mix, x, blockIdx.y * MIX_W2_ROWS, BT, first, C);
+    for (int row0 = blockIdx.y * MIX_W2_ROWS, turn = 0; row0 < BT; row0 += step, turn++) {
+        LowRankMixTile<n> &s = tiles[turn % MIX_STAGES];
+        if (MIX_STAGES > 1) mix_copy_tile(tiles[(turn + 1) % MIX_STAGES], mix, x, row0 + step, BT, first, C);
+        async_wait<MIX_STAGES - 1>();
+        __syncthreads();
+        for (int r = 0; r < MIX_W2_ROWS; r += 16) {
+            float delta[4], now[4];                                         // of the rows in this lane
+            to_floats(now, load_b_t(&s.x[1 + r][8 * warp], LD));
+            to_floats(delta, load_b_t(&s.x[r][8 * warp], LD));
+            for (int e = 0; e < 4; e++) delta[e] = ((row0 + r + tile_k(e)) % T ? delta[e] : 0) - now[e];
+#pragma unroll
+            for (int i = 0; i < n; i++) {
+                float dm[4];
+                to_floats(dm, load_b_t(&s.g[i][r][8 * warp], LD));
+                for (int e = 0; e < 4; e++) {
+                    dm[e] *= delta[e];
+                    dmu[i] += dm[e];
+                }
+                const TileB b[1] = {make_b(dm[0], dm[1], dm[2], dm[3])};
+                for (int k = 0; k < 2; k++) mma(dw2[i][k], load_a_t(&s.h[r][RANK * i + 16 * k], RANK * n + PAD), b);
+            }
+        }
+        __syncthreads();
+        if (MIX_STAGES == 1) mix_copy_tile(tiles[0], mix, x, row0 + step, BT, first, C);
+    }
+    float *to = partial + (int64_t)blockIdx.y * (RANK + 1) * n * C + first + 8 * warp;
+    for (int i = 0; i < n; i++) {
+        for (int k = 0; k < 2; k++)
+            for (int e = 0; e < 4; e += 2)
+                store_pair(to + (int64_t)(RANK * i + 16 * k + tile_row(e)) * C + tile_col(e), dw2[i][k][0].x[e], dw2[i][k][0].x[e + 1]);
+        dmu[i] = warp_sum(dmu[i], 4);
+        if (lane % 4 == 0) to[(int64_t)(RANK * n + i) * C + lane / 4] = dmu[i];
+    }
+}
+
+static const int MIX_SPLITS = 32;           // blocks of rows for dw2: the same for every GPU, as it says how sums are split
+
+static int64_t mix_partial_floats(int C) { return (int64_t)MIX_SPLITS * (RANK + 1) * 5 * C; }
+
+// dh, dw2: null without low ranks
 template <int n, typename TX, bool accumulate>
-static void mix_backward(Mixes<n> mix, TX *dx, floatX *dm, Targets dmu, float *partial, const floatX *x, int BT, int T, int C) {
+static void mix_backward(Mixes<n> mix, TX *dx, floatX *dh, float *dw2, Targets dmu, float *partial, const floatX *x, int BT, int T, int C) {
+    if (mix.low.h) {
+        const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_W2_ROWS), split = tiles < MIX_SPLITS ? tiles : MIX_SPLITS;
+        const size_t smem = sizeof(LowRankMixBackward<n>), smem_w2 = MIX_STAGES * sizeof(LowRankMixTile<n>);
+        const int blocks = (int)ceil_div(BT, MIX_THREADS / 32 * 15);
+        allow_smem(low_rank_mix_backward_dx<n, TX, accumulate>, smem);
+        low_rank_mix_backward_dx<n, TX, accumulate><<<blocks, MIX_THREADS, smem, stream>>>(mix, dx, dh, x, BT, T, C);
+        allow_smem(low_rank_mix_backward_w2<n>, smem_w2);
+        low_rank_mix_backward_w2<n><<<dim3(slices, split), MIX_W2_THREADS, smem_w2, stream>>>(mix, partial, x, BT, T, C);
+        add_partials(dmu, partial, split, n, C, dw2, RANK * n);
+        return;
+    }
     const int blocks = row_blocks(BT), per = rows_per_block(BT), threads = row_threads(C);
-    token_shift_mix_backward<n, TX, accumulate><<<blocks, threads, 0, stream>>>(mix, dx, dm, partial, x, BT, T, C, per);
+    token_shift_mix_backward<n, TX, accumulate><<<blocks, threads, 0, stream>>>(mix, dx, partial, x, BT, T, C, per);
     add_partials(dmu, partial, blocks, n, C);
 }
 
@@ -1421,31 +1756,38 @@ static int pack_blocks(int64_t n) { return (int)ceil_div(n, 8 * 256); }         
 //     y_t[j]   = sum_i r_t[i] (S[i][j] + u[i] k_t[i] v_t[j])
 //     S[i][j] <- d_t[i] S[i][j] + k_t[i] v_t[j]
 //
-// A block owns a head of a sequence and walks it in tiles of 16 tokens. Inside a tile, with W(s,t) the product of the
-// decays strictly between s and t, everything is a matrix product but the 16x16 scores, which are summed pair by pair:
+// A block owns a head of a sequence and walks it in tiles of 16 tokens. With W(s,t) the product of the decays strictly
+// between s and t, a tile is
 //
 //     a[t][s] = sum_i r_t[i] k_s[i] W(s,t)[i]  (s < t),  sum_i r_t[i] u[i] k_t[i]  (s = t)
-//     y       = r~ S + a v          r~_t = r_t * (product of the tile's decays before t)
-//     S       = D S + k~^T v        k~_s = k_s * (product of the tile's decays after s),  D: of all 16
+//     y       = r~ S + a v          r~_t = r_t * (the tile's decays before t)
+//     S       = D S + k~^T v        k~_s = k_s * (the tile's decays after s),  D: all 16
 //
-// All factors are products of numbers in [0, 1]: nothing overflows, whatever w is, and what underflows is zero. S, in
-// fp32, stays in the registers of four warps; warp j owns values 16j..16j+15 as rows of S^T (rows j, columns i):
+// Scores by levels. W(s,t) splits at any token between s and t; we split where the binary numbers of s and t part. Level
+// L = 8, 4, 2, 1 holds the pairs whose highest differing bit is L: t has that bit, s has not, and W(s,t) = (decays after s
+// up to there) * (decays from there up to t). So one matrix X_L (16 tokens x channels) is all that a level needs:
 //
-//          i 0     8    ..  56                     y^T (16 j x 16 t) = S^T (16 j x 64 i) r~^T + v^T a^T
-//     j  [ C0 | C1 | .. | C7 ]  one warp           S^T <- D S^T + v^T (16 j x 16 t) k~
+//     token      0 1 2 3 4 5 6 7 8 9 ..15         X_L[t] = r_t * (decays from its group's middle to t)    if t has bit L
+//     L = 8      k k k k k k k k r r .. r         X_L[s] = k_s * (decays from s to its group's middle)    if not
+//     L = 4      k k k k r r r r k k .. r
+//     L = 2      k k r r k k r r k k .. r         a[t][s] = (X_L X_L^T)[t][s]    on tensor cores
+//     L = 1      k r k r k r k r k r .. r
 //
-// D - 1 = expm1(-sum of e) keeps slow decays exact: S += S (D - 1). e is capped at 128, where exp(-e) is 0 in fp32 anyway.
-// Floor, forward: r, k, v, w in and y out, 5 BTA floatX; 6 N flop of products per number: bytes bind.
+// All factors are products of numbers in [0, 1]: nothing overflows, whatever w is, and what underflows is zero. e is capped
+// at 128, where exp(-e) is 0 in fp32 anyway. D - 1 = -(1 - exp(-sum of e)) keeps slow decays exact: S += S (D - 1).
+//
+// A warp owns 16 channels, a lane 2 of them for 4 tokens: a Share, laid out as two results of mma (channels as rows, tokens
+// as columns), so that it is an operand as it stands. Row g is channel 2 g, row g + 8 channel 2 g + 1: a lane's two are
+// neighbours in memory. A token's bits 1 and 2 are bits of the lane, so decays are multiplied up by two exchanges.
+// Floor, forward: r, k, v, w in, y out, 5 BTA floatX, and 2 for states: bytes bind.
 
-static const int N = 64;                    // head size
 static const int TILE = 16;                 // tokens of a tile
-static const int CHUNK = 64;                // tokens from one state kept for the backward pass to the next
-static const int PAD = 16 / sizeof(floatX), LD = N + PAD, LDF = N + 4;  // rows of operands in shared memory, floatX and fp32:
-                                            // 16 bytes longer than N, so that rows fall into different banks
+static const int CHUNK = PRECISION_BF16 ? 64 : 32;          // tokens from one state kept for the backward pass to the next
+static const int LDT = TILE + PAD;
 static const int WKV_THREADS = 128;
 
 struct Wkv {                                // (B, T, A) each, head h at channels h N .. h N + N - 1
-    const floatX *r, *k, *v, *w;            // w may be null, for zeros
+    const floatX *r, *k, *v, *w;            // w null: zero
     const floatX *time_decay;               // (A), added to w; or null
     const floatX *u;                        // (A); or null for zero
     const floatX *v2;                       // added to y; or null
@@ -1455,190 +1797,311 @@ struct Wkv {                                // (B, T, A) each, head h at channel
     int T, H;
 };
 
-struct WkvTile {                            // shared memory of one tile
-    float r[TILE][N], k[TILE][N], d[TILE][N], e[TILE][N];
-    float r_tilde[TILE][LDF], k_tilde[TILE][LDF];
-    alignas(16) floatX v[TILE][LD];
-    alignas(16) floatX a[TILE][TILE + PAD];
-    float partial[8][TILE][TILE];           // scores, summed over eight channels each
-    float D_minus_1[N];
-};
+typedef TileC Share[2];                     // [n].x[i]: token tile_col(i) + 8 n, channel 2 (lane / 4) + i / 2 of the warp's 16
+#define EACH(n, i) for (int n = 0; n < 2; n++) for (int i = 0; i < 4; i++)
 
-// Thread (t, 8 channels) of 16 x 8 brings its share of a tile: r, k, d, e in fp32 and v as operand; zeros past the end.
-__device__ inline void wkv_load(WkvTile &s, const Wkv &p, int64_t base, int t0) {
-    const int t = threadIdx.x / 8, c = threadIdx.x % 8 * 8;
-    const int64_t at = base + (int64_t)t * p.H * N + c;
-    Pack r = zero_pack(), k = r, v = r, d, e = r;
-    if (t0 + t < p.T) {
-        r = load(p.r + at);
-        k = load(p.k + at);
-        v = load(p.v + at);
-        if (p.w) e = load(p.w + at);
-        if (p.time_decay) {
-            const Pack decay = load(p.time_decay + blockIdx.x * N + c);
-            for (int i = 0; i < 8; i++) e.x[i] += decay.x[i];
+struct WkvRaw { Pair r[4], k[4], w[4]; };   // a Share as it stands in memory: pairs of channels; pair m: token wkv_token(m)
+
+__device__ inline int wkv_token(int m) { return threadIdx.x % 4 * 2 + m % 2 + m / 2 * 8; }
+__device__ inline int wkv_channel(void) { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 * 2; }    // the first of two
+
+// The tile at token t0. Past the end: r = k = 0, and w such that e is 0.
+__device__ inline void wkv_fetch(WkvRaw &raw, const Wkv &p, int64_t base, int t0) {
+    const int A = p.H * N;
+    const int64_t at = base + wkv_channel() + wkv_token(0) * A;
+    if (t0 + TILE <= p.T) {
+#pragma unroll
+        for (int m = 0; m < 4; m++) {
+            const int next = (m % 2 + m / 2 * 8) * A;
+            raw.r[m] = load_pair(p.r + at + next);
+            raw.k[m] = load_pair(p.k + at + next);
+            raw.w[m] = p.w ? load_pair(p.w + at + next) : Pair{0, 0};
         }
-        for (int i = 0; i < 8; i++) e.x[i] = fminf(expf(e.x[i]), 128.f);
+        return;
     }
-    for (int i = 0; i < 8; i++) {
-        d.x[i] = expf(-e.x[i]);
-        if (p.one_minus_w) k.x[i] *= -expm1f(-e.x[i]);
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+        const bool inside = t0 + wkv_token(m) < p.T;
+        const int next = (m % 2 + m / 2 * 8) * A;
+        raw.r[m] = inside ? load_pair(p.r + at + next) : Pair{0, 0};
+        raw.k[m] = inside ? load_pair(p.k + at + next) : Pair{0, 0};
+        raw.w[m] = !inside ? Pair{-INFINITY, -INFINITY} : p.w ? load_pair(p.w + at + next) : Pair{0, 0};
     }
-    store(&s.r[t][c], r);
-    store(&s.k[t][c], k);
-    store(&s.d[t][c], d);
-    store(&s.e[t][c], e);
-    store(&s.v[t][c], v);
 }
 
-// Pairs of a tile: thread (key s, 8 channels) walks t = 0..15 with the decay products of its channels in registers.
-__device__ inline void wkv_pairs(WkvTile &s, const float *u) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, key = lane % 16, c = 16 * warp + lane / 16 * 8;
-    Pack after = load(&s.k[key][c]), before, bonus;         // k times decays since; decays up to key; u k
-    for (int i = 0; i < 8; i++) {
-        before.x[i] = 1;
-        bonus.x[i] = u ? u[c + i] * after.x[i] : 0;
+__device__ inline void wkv_share(Share &to, const Pair (&from)[4]) {
+    EACH(n, i) to[n].x[i] = i / 2 ? (float)from[2 * n + i % 2].y : (float)from[2 * n + i % 2].x;
+}
+
+// 1 - exp(-e), with all its digits where e is small; d = exp(-e)
+__device__ inline float one_minus(float d, float e) {
+    return e < 0.125f ? e * (1 + e * (-1 / 2.f + e * (1 / 6.f + e * (-1 / 24.f + e * (1 / 120.f))))) : 1 - d;
+}
+
+__device__ inline void wkv_decay(Share &e, Share &d, const WkvRaw &raw, const float (&decay)[2]) {
+    wkv_share(e, raw.w);
+    EACH(n, i) {
+        e[n].x[i] = fminf(fast_exp(e[n].x[i] + decay[i / 2]), 128.f);
+        d[n].x[i] = fast_exp(-e[n].x[i]);
     }
-    for (int t = 0; t < TILE; t++) {
-        const Pack r = load(&s.r[t][c]), d = load(&s.d[t][c]);
-        float sum = 0;
-        for (int i = 0; i < 8; i++) {
-            sum += r.x[i] * (t > key ? after.x[i] : t == key ? bonus.x[i] : 0);
-            after.x[i] *= t > key ? d.x[i] : 1;
-            before.x[i] *= t < key ? d.x[i] : 1;
+}
+
+__device__ inline void wkv_keys(Share &k, const WkvRaw &raw, const Share &e, const Share &d, bool one_minus_w) {
+    wkv_share(k, raw.k);
+    if (one_minus_w) EACH(n, i) k[n].x[i] *= one_minus(d[n].x[i], e[n].x[i]);
+}
+
+// D - 1 of the lane's two channels
+__device__ inline float2 wkv_decay_of_tile(const Share &e) {
+    const float2 sum = {warp_sum(e[0].x[0] + e[0].x[1] + e[1].x[0] + e[1].x[1], 4), warp_sum(e[0].x[2] + e[0].x[3] + e[1].x[2] + e[1].x[3], 4)};
+    return {-one_minus(fast_exp(-sum.x), sum.x), -one_minus(fast_exp(-sum.y), sum.y)};
+}
+
+// The decays from a token to the middle of its group of 2 L tokens (before the token if it has bit L, after it if not); and
+// to the tile's beginning (before) and end (after). Level 1 needs none.
+struct WkvFactors { Share level8, level4, level2, before, after; };
+
+__device__ inline void wkv_factors(WkvFactors &f, const Share &d) {
+    const bool bit2 = threadIdx.x & 1, bit4 = threadIdx.x & 2;      // of the lane's tokens, 2 (lane % 4) + (0, 1) + (0, 8)
+    float half[2][2];                                               // product of 8 tokens: [n][channel]
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+#pragma unroll
+        for (int c = 0; c < 4; c += 2) {
+            const float da = d[n].x[c], db = d[n].x[c + 1], pair = da * db;
+            const float beside = __shfl_xor_sync(0xffffffffu, pair, 1), four = pair * beside;
+            const float beyond = __shfl_xor_sync(0xffffffffu, four, 2);
+            const float before4 = bit2 ? beside : 1, after4 = bit2 ? 1 : beside;            // within four tokens
+            const float before8 = bit4 ? before4 * beyond : before4, after8 = bit4 ? after4 : after4 * beyond;
+            half[n][c / 2] = four * beyond;
+            f.level2[n].x[c] = bit2 ? 1 : db;
+            f.level2[n].x[c + 1] = bit2 ? da : 1;
+            f.level4[n].x[c] = bit4 ? before4 : after4 * db;
+            f.level4[n].x[c + 1] = bit4 ? before4 * da : after4;
+            f.level8[n].x[c] = n ? before8 : after8 * db;
+            f.level8[n].x[c + 1] = n ? before8 * da : after8;
+            f.before[n].x[c] = before8;
+            f.before[n].x[c + 1] = before8 * da;
+            f.after[n].x[c] = after8 * db;
+            f.after[n].x[c + 1] = after8;
         }
-        s.partial[warp * 2 + lane / 16][t][key] = sum;
-    }
-    store(&s.k_tilde[key][c], after);
-    const Pack r = load(&s.r[key][c]);
-    for (int i = 0; i < 8; i++) before.x[i] *= r.x[i];
-    store(&s.r_tilde[key][c], before);
-}
-
-__device__ inline void wkv_decay_of_tile(WkvTile &s) {      // by the first 64 threads
-    float sum = 0;
-    for (int t = 0; t < TILE; t++) sum += s.e[t][threadIdx.x];
-    s.D_minus_1[threadIdx.x] = expm1f(-sum);
-}
-
-__device__ inline void wkv_sum_scores(WkvTile &s) {
-    for (int i = threadIdx.x; i < TILE * TILE; i += WKV_THREADS) {
-        float sum = 0;
-        for (int j = 0; j < 8; j++) sum += s.partial[j][i / TILE][i % TILE];
-        s.a[i / TILE][i % TILE] = (floatX)sum;
-    }
-}
-
-// S^T <- D S^T + left^T right: left (16 t x 16 values) as operand, right (16 t x N keys) in shared memory; in twice the
-// precision of bf16, because the state is a sum over the whole sequence
-__device__ inline void wkv_update(TileC (&S)[8], const TileA &left, const float (*right)[LDF], const float *D_minus_1) {
-    TileB2 b[8];
-    for (int n = 0; n < 8; n++) {
-        b[n] = load_b2_t(&right[0][8 * n], LDF);
-        for (int i = 0; i < 4; i++) S[n].x[i] += S[n].x[i] * D_minus_1[8 * n + tile_col(i)];
-    }
-    mma(S, left, b);
-}
-
-// to (16 values x 16 t) = S^T rows^T + left^T scores (or its transpose): two tiles of 8 t
-__device__ inline void wkv_out(TileC (&to)[2], const TileC (&S)[8], const float (*rows)[LDF]) {
+#pragma unroll
     for (int i = 0; i < 4; i++) {
-        const TileA a = to_a(S[2 * i], S[2 * i + 1]);
-        const TileB b[2] = {load_b(&rows[0][16 * i], LDF), load_b(&rows[8][16 * i], LDF)};
-        mma(to, a, b);
+        f.before[1].x[i] *= half[0][i / 2];
+        f.after[0].x[i] *= half[1][i / 2];
     }
 }
 
-__device__ inline void wkv_store_state(float *to, int ld, const TileC (&S)[8]) {            // [j][i]
-    for (int n = 0; n < 8; n++)
-        for (int i = 0; i < 4; i++) to[(threadIdx.x / 32 * 16 + tile_row(i)) * ld + 8 * n + tile_col(i)] = S[n].x[i];
+// X_L: r where the token has bit L, else k; times the factors, if any
+__device__ inline void wkv_level(Share &x, int L, const Share &r, const Share &k, const Share *factor) {
+    EACH(n, i) {
+        const bool has = L == 8 ? n == 1 : L == 1 ? i % 2 : threadIdx.x % 4 * 2 & L;
+        x[n].x[i] = (has ? r[n].x[i] : k[n].x[i]) * (factor ? (*factor)[n].x[i] : 1);
+    }
 }
 
-__device__ inline void wkv_load_state(TileC (&S)[8], const float *from, int ld) {
-    for (int n = 0; n < 8; n++)
-        for (int i = 0; i < 4; i++) S[n].x[i] = from[(threadIdx.x / 32 * 16 + tile_row(i)) * ld + 8 * n + tile_col(i)];
+// A Share to rows (channels) of an array in shared memory; `row` is this lane's first channel's, `next` rows before the other
+__device__ inline void wkv_store_share(floatX (*to)[LDT], int row, int next, const Share &x) {
+    for (int n = 0; n < 2; n++) {
+        store_pair(&to[row][8 * n + tile_col(0)], x[n].x[0], x[n].x[1]);
+        store_pair(&to[row + next][8 * n + tile_col(0)], x[n].x[2], x[n].x[3]);
+    }
 }
 
-// Grid (H, B), blocks of 128 threads, dynamic shared memory sizeof(WkvForward).
+// This warp's part of the scores, summed over its 16 channels; transposed: rows are s. bonus: with u on the diagonal.
+__device__ inline float wkv_of_level(int differing, float level4, float level2, float level1) {     // bits of a pair of tokens
+    return differing >= 4 ? level4 : differing >= 2 ? level2 : level1;
+}
+
+struct WkvScores { alignas(16) floatX x[4][4][TILE][LDT]; };         // X_L: [level][warp]
+typedef float WkvPart[4][TILE][TILE + 8];                   // [warp]: 8 more, so that rows fall into different banks
+
+__device__ inline void wkv_scores(WkvScores &s, WkvPart &part, const Share (&level)[4], const Share &r, const Share &k,
+                                  const float (&u)[2], bool bonus, bool transposed) {
+    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
+    for (int l = 0; l < 4; l++) wkv_store_share(s.x[l][warp], g, 8, level[l]);
+    __syncwarp();
+    TileC product[4][2] = {}, a[2] = {};
+#pragma unroll
+    for (int l = 0; l < 4; l++) {
+        const TileA x = load_a_t(&s.x[l][warp][0][0], LDT);
+        const TileB b[2] = {as_b(x, 0), as_b(x, 1)};
+        mma(product[l], x, b);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const bool below = transposed ? g < tile_col(i) : g > tile_col(i);
+        for (int n = 0; n < 2; n++) {                       // between tokens of one half
+            const int j = 2 * n + i;
+            a[n].x[j] = below ? wkv_of_level(g ^ tile_col(i), product[1][n].x[j], product[2][n].x[j], product[3][n].x[j]) : 0;
+        }
+        if (transposed) a[1].x[i] = product[0][1].x[i];     // from one half to the other
+        else a[0].x[2 + i] = product[0][0].x[2 + i];
+    }
+    for (int m = 0; m < 4 && bonus; m++) {                  // the diagonal, one by one: sums over the lanes of a token
+        const int n = m / 2, i = m % 2;
+        float sum = u[0] * r[n].x[i] * k[n].x[i] + u[1] * r[n].x[i + 2] * k[n].x[i + 2];
+        for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+        for (int j = i; j < 4; j += 2)
+            if (tile_row(j) == wkv_token(m)) a[n].x[j] = sum;
+    }
+    for (int n = 0; n < 2; n++)
+        for (int i = 0; i < 4; i += 2) store_pair(&part[warp][tile_row(i)][8 * n + tile_col(i)], a[n].x[i], a[n].x[i + 1]);
+}
+
+__device__ inline TileA2 wkv_sum_scores(const WkvPart &parts) {
+    TileC a[2];
+    for (int n = 0; n < 2; n++)
+        for (int i = 0; i < 4; i++) {
+            const float *part = &parts[0][tile_row(i)][8 * n + tile_col(i)];
+            const int next = TILE * (TILE + 8);
+            a[n].x[i] = (part[0] + part[next]) + (part[2 * next] + part[3 * next]);
+        }
+    return to_a2(a[0], a[1]);
+}
+
+// ---- forward: warp j has values 16 j .. 16 j + 15 of the state, as rows of S^T, in fp32 in its registers ----
+//
+//          i 0     8    ..  56
+//     j  [ C0 | C1 | .. | C7 ]  one warp       y (16 t x 16 j) = r~ (16 t x 64 i) S + a v        S^T <- D S^T + v^T (16 j x 16 t) k~
+//
+// Grid (H, B), blocks of 128 threads, dynamic shared memory sizeof(WkvForward). What all warps read of a tile is there
+// twice, for even and odd tiles, so that one barrier a tile is enough.
 struct WkvForward {
-    WkvTile tile;
-    float y[TILE][LDF];
-    float u[N];
+    alignas(16) floatX v[2][TILE][LD];
+    alignas(16) floatX before[2][N][LDT], after[2][N][LDT]; // r~ and k~, rows are channels
+    float D_minus_1[2][N];
+    WkvScores scores;
+    WkvPart part[2];
 };
+
+__device__ inline void wkv_copy_tile(floatX (*to)[LD], const floatX *from, int64_t base, int t0, int T, int A) {   // 16 tokens of a head
+    const int per_row = N * sizeof(floatX) / 16, step = 16 / sizeof(floatX);
+    for (int i = threadIdx.x; i < TILE * per_row; i += WKV_THREADS) {
+        const int t = i / per_row, c = i % per_row * step;
+        const bool inside = t0 + t < T;
+        async_copy16(&to[t][c], from + (inside ? base + (int64_t)t * A + c : 0), inside);
+    }
+}
+
+__device__ inline void wkv_state_out(float *to, const TileC (&S)[8]) {                      // (values, keys)
+    for (int n = 0; n < 8; n++)
+        for (int i = 0; i < 4; i += 2)
+            store_pair(to + (threadIdx.x / 32 * 16 + tile_row(i)) * N + 8 * n + tile_col(i), S[n].x[i], S[n].x[i + 1]);
+}
 
 __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv p) {
     WkvForward &s = *dynamic_smem<WkvForward>();
-    WkvTile &tile = s.tile;
-    const int warp = threadIdx.x / 32, h = blockIdx.x, b = blockIdx.y, A = p.H * N;
+    const int warp = threadIdx.x / 32, h = blockIdx.x, b = blockIdx.y, A = p.H * N, channel = wkv_channel();
     const int chunks = (p.T + CHUNK - 1) / CHUNK;
-    if (threadIdx.x < N) s.u[threadIdx.x] = p.u ? (float)p.u[h * N + threadIdx.x] : 0;
+    float u[2] = {0, 0}, decay[2] = {0, 0};
+    for (int c = 0; c < 2; c++) {
+        if (p.u) u[c] = (float)p.u[h * N + channel + c];
+        if (p.time_decay) decay[c] = (float)p.time_decay[h * N + channel + c];
+    }
     TileC S[8] = {};
     float *carry = p.carry ? p.carry + ((int64_t)b * p.H + h) * N * N : nullptr;
-    if (carry) wkv_load_state(S, carry, N);
+    for (int n = 0; n < 8 && carry; n++)
+        for (int i = 0; i < 4; i++) S[n].x[i] = carry[(16 * warp + tile_row(i)) * N + 8 * n + tile_col(i)];
+    const int64_t head = (int64_t)b * p.T * A + h * N;
+    WkvRaw raw;
+    wkv_fetch(raw, p, head, 0);
+    wkv_copy_tile(s.v[0], p.v, head, 0, p.T, A);
+    async_commit();
     for (int t0 = 0; t0 < p.T; t0 += TILE) {
-        const int64_t base = ((int64_t)b * p.T + t0) * A + h * N;
-        if (p.states && t0 % CHUNK == 0)
-            wkv_store_state(p.states + (((int64_t)b * p.H + h) * chunks + t0 / CHUNK) * N * N, N, S);
-        wkv_load(tile, p, base, t0);
+        const int side = t0 / TILE % 2;
+        const int64_t base = head + (int64_t)t0 * A;
+        if (p.states && t0 % CHUNK == 0) wkv_state_out(p.states + (((int64_t)b * p.H + h) * chunks + t0 / CHUNK) * N * N, S);
+        {
+            Share r, k, e, d, level[4];
+            wkv_share(r, raw.r);
+            wkv_decay(e, d, raw, decay);
+            wkv_keys(k, raw, e, d, p.one_minus_w);
+            if (t0 + TILE < p.T) wkv_fetch(raw, p, base + (int64_t)TILE * A, t0 + TILE);
+            WkvFactors f;
+            wkv_factors(f, d);
+            wkv_level(level[0], 8, r, k, &f.level8);
+            wkv_level(level[1], 4, r, k, &f.level4);
+            wkv_level(level[2], 2, r, k, &f.level2);
+            wkv_level(level[3], 1, r, k, nullptr);
+            EACH(n, i) {
+                f.before[n].x[i] *= r[n].x[i];
+                f.after[n].x[i] *= k[n].x[i];
+            }
+            wkv_store_share(s.before[side], channel, 1, f.before);
+            wkv_store_share(s.after[side], channel, 1, f.after);
+            const float2 D = wkv_decay_of_tile(e);
+            if (threadIdx.x % 4 == 0) store_pair(&s.D_minus_1[side][channel], D.x, D.y);
+            wkv_scores(s.scores, s.part[side], level, r, k, u, p.u != nullptr, false);
+        }
+        const int64_t at = base + (int64_t)tile_row(0) * A + 16 * warp + tile_col(0);      // of y's element out[0].x[0]
+        Pair v2[4];
+        for (int m = 0; m < 4; m++) {
+            const bool there = p.v2 && t0 + tile_row(m) < p.T;              // out[m % 2].x[m / 2 * 2], and its neighbour
+            v2[m] = there ? load_pair(p.v2 + at + m / 2 * 8 * A + m % 2 * 8) : Pair{0, 0};
+        }
+        async_wait<0>();
         __syncthreads();
-        wkv_pairs(tile, p.u ? s.u : nullptr);
-        if (threadIdx.x < N) wkv_decay_of_tile(tile);
-        __syncthreads();
-        wkv_sum_scores(tile);
-        __syncthreads();
+        if (t0 + TILE < p.T) wkv_copy_tile(s.v[1 - side], p.v, base + (int64_t)TILE * A, t0 + TILE, p.T, A);
+        async_commit();
         TileC out[2] = {};
-        wkv_out(out, S, tile.r_tilde);
-        const TileA v = load_a_t(&tile.v[0][16 * warp], LD);
-        const TileB a[2] = {load_b(&tile.a[0][0], TILE + PAD), load_b(&tile.a[8][0], TILE + PAD)};
-        mma(out, v, a);
-        wkv_update(S, v, tile.k_tilde, tile.D_minus_1);
-        for (int n = 0; n < 2; n++)
-            for (int i = 0; i < 4; i++) s.y[8 * n + tile_col(i)][16 * warp + tile_row(i)] = out[n].x[i];
-        __syncthreads();
-        const int t = threadIdx.x / 8, c = threadIdx.x % 8 * 8;
-        if (t0 + t < p.T) {
-            Pack sum = load(&s.y[t][c]);
-            const int64_t at = base + (int64_t)t * A + c;
-            const Pack extra = p.v2 ? load(p.v2 + at) : zero_pack();
-            for (int i = 0; i < 8; i++) sum.x[i] += extra.x[i];
-            store(y + at, sum);
+        for (int i = 0; i < 4; i++) {
+            const TileA state = to_a(S[2 * i], S[2 * i + 1]);               // rows are values: as right operand, columns
+            const TileB values[2] = {as_b(state, 0), as_b(state, 1)};
+            mma(out, load_a_t(&s.before[side][16 * i][0], LDT), values);
+        }
+        TileB v[2], keys[8];
+        load_b_pair_t(v, &s.v[side][0][16 * warp], LD);
+        mma(out, wkv_sum_scores(s.part[side]), v);
+        for (int n = 0; n < 8; n++) {
+            if (n % 2 == 0) load_b_pair(&keys[n], &s.after[side][8 * n][0], LDT);
+            for (int i = 0; i < 4; i++) S[n].x[i] += S[n].x[i] * s.D_minus_1[side][8 * n + tile_col(i)];
+        }
+        mma(S, load_a_t(&s.v[side][0][16 * warp], LD), keys);
+        for (int m = 0; m < 4; m++) {
+            const float *from = &out[m % 2].x[m / 2 * 2];
+            if (t0 + tile_row(m) >= p.T) continue;
+            store_pair(y + at + m / 2 * 8 * A + m % 2 * 8, from[0] + (float)v2[m].x, from[1] + (float)v2[m].y);
         }
     }
-    if (carry) wkv_store_state(carry, N, S);
+    if (carry) wkv_state_out(carry, S);
 }
 
-// Backward. dS is the gradient of the state after a tile; it decays backwards as S does forwards. In a tile, with
-// S0 the state before it and dS the gradient after it:
+// ---- backward ----
+//
+// dS is the gradient of the state after a tile; it decays backwards as S does forwards. In a tile, with S0 the state before
+// it and dS the gradient after it:
 //
 //     da[t][s]  = dy_t . v_s             X[t][i] = sum_j dy_t[j] S0[i][j]        Y[s][i] = sum_j v_s[j] dS[i][j]
 //     dv        = k~ dS + a^T dy         dS <- D dS + r~^T dy
 //
-// and per channel i, one thread carries M[t'] = sum_j S_t[i][j] dy_t'[j] for all t' of the tile and Mend = sum_j S_t dS:
-// what the state before token t holds, seen through the gradients that will read it. They start as X and sum_j S0 dS and
-// follow the recurrence itself, M[t'] <- d_t M[t'] + k_t da[t'][t], Mend <- d_t Mend + k_t Y[t]; so
+// r and k get their gradients from S0 and dS and from the levels of the scores. In level L a row of X_L is either r's or
+// k's, so one product with the level's pairs of da serves both: Z_L = (da_L + da_L^T) X_L, and
 //
-//     dr_t = M[t]
-//     dk_t = sum_{t'>t} W(t,t') r_t' da[t'][t] + (decays after t) Y[t]
-//     dd_t = sum_{t'>t} W(t,t') r_t' M[t']     + (decays after t) Mend           = sum_j S_t[i][j] dS_t[i][j]
-//     dw_t = -e_t d_t dd_t
+//     dr_t = (decays before t) X[t] + sum of (t's factor in level L) Z_L[t]  over the levels in which t has the bit
+//     dk_s = (decays after s)  Y[s] + sum of (s's factor in level L) Z_L[s]  over the others
 //
-// and the u terms. Only sums of products: no difference of running sums, which would lose small dw behind large ones.
-// S0 of a chunk's second tile is made again from the chunk's state. Two threads share a channel: odd and even t'. S0 and
-// dS stand in shared memory in fp32 and are multiplied in twice the precision of bf16: dw is a sum in which much cancels.
-struct WkvBackward {                                        // 99 KB at most, what the smaller GPUs give a block
-    WkvTile tile;
-    alignas(16) floatX dy[TILE][LD];
-    float S0[N][LDF], dS[N][LDF];                           // [j][i]
-    float da[TILE][TILE];
-    union { float X[TILE][LDF], dr[TILE][LDF]; };           // each read by the thread that writes the other there
-    union { float Y[TILE][LDF], dk_even[TILE][LDF]; };
-    float dk_odd[TILE][LDF], dd[2][TILE][N];
-    float S0_dS[2][N];                                      // sum over j, in two halves
-    float u[N];
-    __device__ float (*dv())[N] { return (float (*)[N])tile.partial; }      // the scores are summed by then
+// The decay: w_t is felt by every pair s < t < t', dw_t = -e_t sum over them of r_t' k_s W(s,t') da[t'][s], where s may lie
+// before the tile and t' after it. In a level such pairs lie on both sides of a group's middle, so t has its half of the
+// group to itself: if t is in r's half, what passes it is what reaches the tokens t' > t there, sum of X_L[t'] Z_L[t'];
+// if in k's half, what left s < t there, sum of X_L[s] Z_L[s]. The same for r~ X (all t' > t of the tile), k~ Y (all s < t)
+// and sum_j D S0 dS (past the whole tile). These sums are products with a 0/1 matrix. No differences of running sums, which
+// would lose a small dw behind large ones.
+//
+// Here warp i has keys 16 i .. 16 i + 15 of S0 and dS as rows, so that Shares are operands without a detour. S0 of a chunk's
+// tiles is made again from the chunk's state. S0, dS and the sums' terms are multiplied in twice the precision of bf16
+// (TileA2): much cancels in dw. Floor: r, k, v, w, dy in, dr, dk, dv, dw out, 9 BTA floatX, 2 for states: bytes bind.
+static const int TILES = CHUNK / TILE, SIDES = PRECISION_BF16 ? 2 : 1;     // SIDES: what all warps read, twice if there is room
+
+struct WkvBackward {
+    alignas(16) floatX v[TILES][TILE][LD], dy[TILES][TILE][LD];
+    alignas(16) floatX dS[SIDES][N][LD], after[SIDES][N][LDT];      // rows are keys; after: k~
+    WkvScores scores;
+    WkvPart part[SIDES];
+    TileC S0[TILES > 2 ? (TILES - 2) * 8 : 1][WKV_THREADS]; // states before tiles 1, 2, ..; each thread's own
 };
 
-static_assert(sizeof(WkvBackward) <= 99 * 1024, "shared memory");
+static_assert(sizeof(WkvBackward) <= 99 * 1024, "what the smaller GPUs give a block");
 
 struct WkvGradients {
     const floatX *dy;
@@ -1646,171 +2109,230 @@ struct WkvGradients {
     float *dw_sum, *du;                     // (B, A): summed over T, for time_decay and u
 };
 
-// The state before a tile of the chunk that starts at t0, made from the state before the chunk, into S0.
-__device__ inline void wkv_state_before(WkvBackward &s, const Wkv &p, const float *from, int64_t base, int t0, int q) {
-    WkvTile &tile = s.tile;
-    TileC S[8];
-    wkv_load_state(S, from, N);
-    for (int i = 0; i < q; i++) {
-        wkv_load(tile, p, base + (int64_t)i * TILE * p.H * N, t0 + i * TILE);
-        __syncthreads();
-        if (threadIdx.x < N) {
-            wkv_decay_of_tile(tile);
-        } else {
-            const int channel = threadIdx.x - N;
-            float product = 1;
-            for (int t = TILE - 1; t >= 0; t--) {
-                tile.k_tilde[t][channel] = tile.k[t][channel] * product;
-                product *= tile.d[t][channel];
-            }
-        }
-        __syncthreads();
-        wkv_update(S, load_a_t(&tile.v[0][threadIdx.x / 32 * 16], LD), tile.k_tilde, tile.D_minus_1);
-        __syncthreads();
-    }
-    wkv_store_state(&s.S0[0][0], LDF, S);
+__device__ inline void wkv_copy_tiles(WkvBackward &s, const Wkv &p, const WkvGradients &g, int64_t head, int c0, int q) {
+    const int t0 = c0 + q * TILE, A = p.H * N;
+    wkv_copy_tile(s.v[q], p.v, head + (int64_t)t0 * A, t0, p.T, A);
+    wkv_copy_tile(s.dy[q], g.dy, head + (int64_t)t0 * A, t0, p.T, A);
 }
 
-// to (16 t x N channels, this warp's 16) = rows (16 x N values) state[j][i]
-__device__ inline void wkv_through_state(float (*to)[LDF], const floatX (*rows)[LD], const float (*state)[LDF]) {
-    const int warp = threadIdx.x / 32;
-    TileC out[2] = {};
-    for (int i = 0; i < 4; i++) {
-        const TileA a = load_a(&rows[0][16 * i], LD);
-        const TileB2 b[2] = {load_b2_t(&state[16 * i][16 * warp], LDF), load_b2_t(&state[16 * i][16 * warp + 8], LDF)};
-        mma(out, a, b);
-    }
-    for (int n = 0; n < 2; n++)
-        for (int i = 0; i < 4; i++) to[tile_row(i)][16 * warp + 8 * n + tile_col(i)] = out[n].x[i];
+__device__ inline void wkv_state_in(TileC (&S)[8], const float *from) {                     // rows are keys, as in a Share
+    for (int n = 0; n < 8; n++)
+        for (int i = 0; i < 2; i++) {
+            const float2 keys = *(const float2 *)(from + (8 * n + tile_col(i)) * N + wkv_channel());
+            S[n].x[i] = keys.x;
+            S[n].x[i + 2] = keys.y;
+        }
 }
 
-// The pass over one channel described above; `half` takes the t' with t' % 2 == half, half 0 also Mend.
-__device__ inline void wkv_channel_backward(WkvBackward &s, int channel, int half) {
-    const WkvTile &tile = s.tile;
-    float M[TILE / 2], r[TILE / 2], d[TILE];
-#pragma unroll
-    for (int m = 0; m < TILE / 2; m++) {
-        M[m] = s.X[2 * m + half][channel];
-        r[m] = tile.r[2 * m + half][channel];
+// S <- D S + left^T rows: left as operand (16 keys x 16 tokens), rows (16 tokens x N values)
+__device__ inline void wkv_update(TileC (&S)[8], const TileA2 &left, const floatX (*rows)[LD], float2 D_minus_1) {
+    TileB b[8];
+    for (int n = 0; n < 8; n++) {
+        if (n % 2 == 0) load_b_pair_t(&b[n], &rows[0][8 * n], LD);
+        for (int i = 0; i < 4; i++) S[n].x[i] += S[n].x[i] * (i / 2 ? D_minus_1.y : D_minus_1.x);
     }
-#pragma unroll
-    for (int t = 0; t < TILE; t++) d[t] = tile.d[t][channel];
-    float Mend = s.S0_dS[0][channel] + s.S0_dS[1][channel];
-#pragma unroll
-    for (int t = 0; t < TILE; t++) {
-        const float k = tile.k[t][channel];
-        float decay = 1, dk = 0, dd = 0;                    // decay: W(t, t')
-        if (t % 2 == half) s.dr[t][channel] = M[t / 2];
-#pragma unroll
-        for (int m = t / 2; m < TILE / 2; m++) {
-            const float own = half ? decay * (2 * m > t ? d[2 * m] : 1) : decay, a = s.da[2 * m + half][t];
-            if (2 * m + half > t) {
-                dk += own * r[m] * a;
-                dd += own * r[m] * M[m];
-                M[m] = d[t] * M[m] + k * a;
-            }
-            decay *= (2 * m > t ? d[2 * m] : 1) * d[2 * m + 1];
-            if (2 * m + 1 == t) decay = 1;                  // t itself does not decay what it adds
-        }
-        if (half == 0) {
-            const float y = s.Y[t][channel];
-            dk += decay * y;
-            dd += decay * Mend;
-            Mend = d[t] * Mend + k * y;
-        }
-        (half ? s.dk_odd : s.dk_even)[t][channel] = dk;
-        s.dd[half][t][channel] = dd;
+    mma(S, left, b);
+}
+
+// The sums that dw needs, as right operands: ones where token `from` (row) passes token t (column). inner: within a half of
+// the tile, one pattern for both halves; upward: from > t, downward: from < t.
+struct WkvPassing { TileB upward, downward, level4, level2, all, none; };
+
+__device__ inline WkvPassing wkv_passing_patterns(void) {
+    const int t = threadIdx.x % 32 / 4;
+    float one[4][2];
+    for (int i = 0; i < 2; i++) {
+        const int from = tile_col(i);
+        const bool up = from > t, down = from < t;
+        one[0][i] = up, one[1][i] = down;
+        one[2][i] = (t ^ from) < 4 && (t & 4 ? up : down);
+        one[3][i] = (t ^ from) < 2 && (t & 2 ? up : down);
     }
+    TileB b[4];
+    for (int l = 0; l < 4; l++) b[l] = make_b(one[l][0], one[l][1], one[l][0], one[l][1]);
+    return {b[0], b[1], b[2], b[3], make_b(1, 1, 1, 1), make_b(0, 0, 0, 0)};
+}
+
+// passing += terms (16 channels x 16 tokens) [ first_first first_second ; second_first second_second ], each 8 tokens x 8
+__device__ inline void wkv_pass(Share &passing, const Share &terms, TileB first_first, TileB second_first, TileB first_second,
+                                TileB second_second) {
+    const TileB b[2] = {join_b(first_first, second_first), join_b(first_second, second_second)};
+    mma(passing, to_a2(terms[0], terms[1]), b);
 }
 
 __global__ void __launch_bounds__(WKV_THREADS) wkv_backward_kernel(WkvGradients g, Wkv p) {
     WkvBackward &s = *dynamic_smem<WkvBackward>();
-    WkvTile &tile = s.tile;
-    const int warp = threadIdx.x / 32, h = blockIdx.x, b = blockIdx.y, A = p.H * N;
-    const int t = threadIdx.x / 8, c = threadIdx.x % 8 * 8;                 // this thread's share of a tile's rows
-    if (threadIdx.x < N) s.u[threadIdx.x] = p.u ? (float)p.u[h * N + threadIdx.x] : 0;
-    TileC dS[8] = {};
-    Pack dw_sum = zero_pack(), du = zero_pack();
-    for (int chunk = (p.T - 1) / CHUNK; chunk >= 0; chunk--) {
-        const int tiles = min(CHUNK / TILE, (p.T - chunk * CHUNK + TILE - 1) / TILE);
-        const int64_t chunk_base = ((int64_t)b * p.T + chunk * CHUNK) * A + h * N;
-        const float *state = p.states + (((int64_t)b * p.H + h) * ((p.T + CHUNK - 1) / CHUNK) + chunk) * N * N;
-        for (int q = tiles - 1; q >= 0; q--) {
-            const int t0 = chunk * CHUNK + q * TILE;
-            const int64_t base = chunk_base + (int64_t)q * TILE * A, at = base + (int64_t)t * A + c;
-            __syncthreads();
-            wkv_state_before(s, p, state, chunk_base, chunk * CHUNK, q);
-            wkv_load(tile, p, base, t0);
-            store(&s.dy[t][c], t0 + t < p.T ? load(g.dy + at) : zero_pack());
-            wkv_store_state(&s.dS[0][0], LDF, dS);
-            __syncthreads();
-            wkv_pairs(tile, p.u ? s.u : nullptr);
-            wkv_through_state(s.X, s.dy, s.S0);
-            wkv_through_state(s.Y, tile.v, s.dS);
-            if (warp < 2) {                                                 // da: warp 0 its columns 0..7, warp 1 8..15
-                TileC out[1] = {};
-                for (int i = 0; i < 4; i++) {
-                    const TileB v[1] = {load_b(&tile.v[8 * warp][16 * i], LD)};
-                    mma(out, load_a(&s.dy[0][16 * i], LD), v);
-                }
-                for (int i = 0; i < 4; i++) s.da[tile_row(i)][8 * warp + tile_col(i)] = out[0].x[i];
-            }
-            float sum = 0;
-            const int channel = threadIdx.x % N, half = threadIdx.x / N;
-            for (int j = half * N / 2; j < (half + 1) * N / 2; j++) sum += s.S0[j][channel] * s.dS[j][channel];
-            s.S0_dS[half][channel] = sum;
-            if (threadIdx.x < N) wkv_decay_of_tile(tile);
-            __syncthreads();
-            wkv_sum_scores(tile);
-            wkv_channel_backward(s, channel, half);
-            __syncthreads();
-            TileC out[2] = {};                                              // dv, then dS
-            wkv_out(out, dS, tile.k_tilde);
-            const TileA dy = load_a_t(&s.dy[0][16 * warp], LD);
-            const TileB a[2] = {load_b_t(&tile.a[0][0], TILE + PAD), load_b_t(&tile.a[0][8], TILE + PAD)};
-            mma(out, dy, a);
-            wkv_update(dS, dy, tile.r_tilde, tile.D_minus_1);
-            for (int n = 0; n < 2; n++)
-                for (int i = 0; i < 4; i++) s.dv()[8 * n + tile_col(i)][16 * warp + tile_row(i)] = out[n].x[i];
-            __syncthreads();
-            if (t0 + t >= p.T) continue;
-            Pack dr = load(&s.dr[t][c]), dk = load(&s.dk_even[t][c]), dw = load(&s.dd[0][t][c]);
-            const Pack r = load(&tile.r[t][c]), k = load(&tile.k[t][c]), e = load(&tile.e[t][c]), d = load(&tile.d[t][c]);
-            const Pack k_plain = p.one_minus_w ? load(p.k + at) : k;
-            for (int i = 0; i < 8; i++) {
-                const float bonus = s.u[c + i] * s.da[t][t];
-                dr.x[i] += bonus * k.x[i];
-                dk.x[i] += s.dk_odd[t][c + i] + bonus * r.x[i];
-                dw.x[i] = -e.x[i] * d.x[i] * (dw.x[i] + s.dd[1][t][c + i]);
-                du.x[i] += r.x[i] * k.x[i] * s.da[t][t];
-                if (p.one_minus_w) {                                        // k was k_plain (1 - exp(-e)), e = exp(w)
-                    dw.x[i] += dk.x[i] * k_plain.x[i] * e.x[i] * d.x[i];
-                    dk.x[i] *= -expm1f(-e.x[i]);
-                }
-                dw_sum.x[i] += dw.x[i];
-            }
-            store(g.dr + at, dr);
-            store(g.dk + at, dk);
-            if (g.dw) store(g.dw + at, dw);
-            store(g.dv + at, load(&s.dv()[t][c]));
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h = blockIdx.x, b = blockIdx.y, A = p.H * N, channel = wkv_channel();
+    const int chunks = (p.T + CHUNK - 1) / CHUNK;
+    const int64_t head = (int64_t)b * p.T * A + h * N;
+    const WkvPassing pass = wkv_passing_patterns();
+    float u[2] = {0, 0}, decay[2] = {0, 0}, dw_sum[2] = {0, 0}, du[2] = {0, 0};
+    for (int c = 0; c < 2; c++) {
+        if (p.u) u[c] = (float)p.u[h * N + channel + c];
+        if (p.time_decay) decay[c] = (float)p.time_decay[h * N + channel + c];
+    }
+    TileC dS[8] = {}, S0[8];                                                // S0: of the tile at hand
+    WkvRaw raw;
+    wkv_fetch(raw, p, head + (int64_t)(chunks - 1) * CHUNK * A, (chunks - 1) * CHUNK);
+    for (int q = 0; q < TILES; q++) wkv_copy_tiles(s, p, g, head, (chunks - 1) * CHUNK, q);
+    async_commit();
+    for (int chunk = chunks - 1; chunk >= 0; chunk--) {
+        const int c0 = chunk * CHUNK, tiles = min(TILES, (p.T - c0 + TILE - 1) / TILE);
+        const float *state = p.states + (((int64_t)b * p.H + h) * chunks + chunk) * N * N;
+        wkv_state_in(S0, state);
+        async_wait<0>();
+        __syncthreads();
+        for (int q = 0; q < tiles - 1; q++) {                               // forwards, for the states between the tiles
+            Share e, d, k;
+            WkvFactors f;
+            wkv_decay(e, d, raw, decay);
+            wkv_keys(k, raw, e, d, p.one_minus_w);
+            wkv_fetch(raw, p, head + (int64_t)(c0 + (q + 1) * TILE) * A, c0 + (q + 1) * TILE);
+            wkv_factors(f, d);
+            EACH(n, i) k[n].x[i] *= f.after[n].x[i];
+            wkv_update(S0, to_a2(k[0], k[1]), s.v[q], wkv_decay_of_tile(e));
+            for (int n = 0; n < 8 && q < tiles - 2; n++) s.S0[8 * q + n][threadIdx.x] = S0[n];
         }
-    }
-    __syncthreads();
-    store(&s.dr[t][c], dw_sum);                                             // sums over the 16 threads of a channel
-    store(&s.dk_odd[t][c], du);
-    __syncthreads();
-    if (threadIdx.x >= N) return;
-    float w = 0, u = 0;
-    for (int i = 0; i < TILE; i++) {
-        w += s.dr[i][threadIdx.x];
-        u += s.dk_odd[i][threadIdx.x];
-    }
-    g.dw_sum[(int64_t)b * A + h * N + threadIdx.x] = w;
-    g.du[(int64_t)b * A + h * N + threadIdx.x] = u;
-}
+        for (int q = tiles - 1; q >= 0; q--) {
+            const int t0 = c0 + q * TILE, side = q % SIDES;
+            if (q == 0 && tiles > 1) wkv_state_in(S0, state);
+            for (int n = 0; n < 8 && q > 0 && q < tiles - 1; n++) S0[n] = s.S0[8 * (q - 1) + n][threadIdx.x];
+            Share r, k, k_plain, e, d, dr = {}, dk = {}, da = {}, da_t = {}, passing = {};
+            wkv_share(r, raw.r);
+            wkv_share(k_plain, raw.k);
+            wkv_decay(e, d, raw, decay);
+            wkv_keys(k, raw, e, d, p.one_minus_w);
+            const int next = q > 0 ? t0 - TILE : c0 - CHUNK;                // the tile after this one, here or in the next chunk
+            if (next >= 0) wkv_fetch(raw, p, head + (int64_t)next * A, next);
+            WkvFactors f;
+            wkv_factors(f, d);
+            const float2 D = wkv_decay_of_tile(e);
+            float past[2] = {0, 0};                                         // sum_j D S0 dS
+            for (int n = 0; n < 8; n++)
+                for (int i = 0; i < 4; i++) past[i / 2] += S0[n].x[i] * dS[n].x[i];
+            past[0] = warp_sum(past[0] + past[0] * D.x, 4), past[1] = warp_sum(past[1] + past[1] * D.y, 4);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {                                   // 16 values at a time
+                const TileA dy = load_a(&s.dy[q][0][16 * i], LD), v = load_a(&s.v[q][0][16 * i], LD);
+                const TileB dy_b[2] = {as_b(dy, 0), as_b(dy, 1)}, v_b[2] = {as_b(v, 0), as_b(v, 1)};
+                mma(dr, to_a2(S0[2 * i], S0[2 * i + 1]), dy_b);             // X^T
+                mma(dk, to_a2(dS[2 * i], dS[2 * i + 1]), v_b);              // Y^T
+                mma(da, dy, v_b);
+                mma(da_t, v, dy_b);
+            }
+            for (int n = 0; n < 8; n++)
+                for (int i = 0; i < 4; i += 2)
+                    store_pair(&s.dS[side][channel + i / 2][8 * n + tile_col(i)], dS[n].x[i], dS[n].x[i + 1]);
+            {                                                               // r~, k~: through S0 and dS
+                Share r_tilde, k_tilde;
+                EACH(n, i) {
+                    r_tilde[n].x[i] = r[n].x[i] * f.before[n].x[i];
+                    k_tilde[n].x[i] = k[n].x[i] * f.after[n].x[i];
+                }
+                wkv_store_share(s.after[side], channel, 1, k_tilde);
+                wkv_update(dS, to_a2(r_tilde[0], r_tilde[1]), s.dy[q], D);
+                EACH(n, i) {
+                    r_tilde[n].x[i] *= dr[n].x[i];
+                    k_tilde[n].x[i] *= dk[n].x[i];
+                    dr[n].x[i] *= f.before[n].x[i];
+                    dk[n].x[i] *= f.after[n].x[i];
+                }
+                wkv_pass(passing, r_tilde, pass.upward, pass.all, pass.none, pass.upward);
+                wkv_pass(passing, k_tilde, pass.downward, pass.none, pass.all, pass.downward);
+            }
+            Share level[4];
+            wkv_level(level[0], 8, r, k, &f.level8);
+            wkv_level(level[1], 4, r, k, &f.level4);
+            wkv_level(level[2], 2, r, k, &f.level2);
+            wkv_level(level[3], 1, r, k, nullptr);
+            wkv_scores(s.scores, s.part[side], level, r, k, u, p.u != nullptr, true);
+#pragma unroll
+            for (int l = 0; l < 4; l++) {                                   // through the levels of the scores
+                const int L = 8 >> l;
+                Share pairs = {}, z = {};
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const int g8 = lane / 4, differing = g8 ^ tile_col(i);
+                    const bool here = differing / L == 1;
+                    for (int n = 0; n < 2 && L < 8; n++)
+                        pairs[n].x[2 * n + i] = !here ? 0 : g8 > tile_col(i) ? da[n].x[2 * n + i] : da_t[n].x[2 * n + i];
+                    if (L == 8) pairs[0].x[2 + i] = da[0].x[2 + i], pairs[1].x[i] = da_t[1].x[i];
+                }
+                mma_transposed(z, to_a2(level[l][0], level[l][1]), to_a2(pairs[0], pairs[1]));
+                const Share *factor = l == 0 ? &f.level8 : l == 1 ? &f.level4 : l == 2 ? &f.level2 : nullptr;
+                EACH(n, i) {
+                    const bool has = L == 8 ? n == 1 : L == 1 ? i % 2 : threadIdx.x % 4 * 2 & L;
+                    const float own = z[n].x[i] * (factor ? (*factor)[n].x[i] : 1);
+                    dr[n].x[i] += has ? own : 0;
+                    dk[n].x[i] += has ? 0 : own;
+                    z[n].x[i] *= level[l][n].x[i];
+                }
+                if (L == 8) wkv_pass(passing, z, pass.downward, pass.none, pass.none, pass.upward);
+                if (L == 4) wkv_pass(passing, z, pass.level4, pass.none, pass.none, pass.level4);
+                if (L == 2) wkv_pass(passing, z, pass.level2, pass.none, pass.none, pass.level2);
+            }
+            for (int m = 0; m < 4 && p.u; m++) {                            // da[t][t] of the lane's tokens, from who has it
+                const int n = m / 2, t = m % 2, from = (threadIdx.x % 4 * 2 + t) * 4 + threadIdx.x % 4;
+                const float own = __shfl_sync(0xffffffffu, da[n].x[2 * n + t], from);
+                for (int c = 0; c < 2; c++) {
+                    const int i = 2 * c + t;
+                    dr[n].x[i] += u[c] * k[n].x[i] * own;
+                    dk[n].x[i] += u[c] * r[n].x[i] * own;
+                    du[c] += r[n].x[i] * k[n].x[i] * own;
+                }
+            }
+            EACH(n, i) {
+                float dw = -e[n].x[i] * (passing[n].x[i] + past[i / 2]);
+                if (p.one_minus_w) {                                        // k was k_plain (1 - exp(-e)), e = exp(w)
+                    dw += dk[n].x[i] * k_plain[n].x[i] * e[n].x[i] * d[n].x[i];
+                    dk[n].x[i] *= one_minus(d[n].x[i], e[n].x[i]);
+                }
+                dw_sum[i / 2] += dw;
+                passing[n].x[i] = dw;
+            }
+            const int64_t at = head + (int64_t)t0 * A + channel + wkv_token(0) * A;
+#pragma unroll
+            for (int m = 0; m < 4; m++) {
+                const int n = m / 2, i = m % 2, next_token = (m % 2 + m / 2 * 8) * A;
+                if (t0 + wkv_token(m) >= p.T) continue;
+                store_pair(g.dr + at + next_token, dr[n].x[i], dr[n].x[i + 2]);
+                store_pair(g.dk + at + next_token, dk[n].x[i], dk[n].x[i + 2]);
+                if (g.dw) store_pair(g.dw + at + next_token, passing[n].x[i], passing[n].x[i + 2]);
+            }
+            __syncthreads();
 
-template <typename Kernel> static void allow_smem(Kernel kernel, size_t bytes) {     // more than 48 KB a block must be asked for
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+            TileC dv[2] = {};                                               // 16 tokens x this warp's 16 values
+            for (int i = 0; i < 4; i++) {
+                TileB state_b[2];
+                load_b_pair_t(state_b, &s.dS[side][16 * i][16 * warp], LD);
+                mma(dv, load_a_t(&s.after[side][16 * i][0], LDT), state_b);
+            }
+            TileB dy_b[2];
+            load_b_pair_t(dy_b, &s.dy[q][0][16 * warp], LD);
+            mma(dv, wkv_sum_scores(s.part[side]), dy_b);
+            const int64_t at_v = head + (int64_t)(t0 + tile_row(0)) * A + 16 * warp + tile_col(0);
+#pragma unroll
+            for (int m = 0; m < 4; m++) {
+                const float *from = &dv[m % 2].x[m / 2 * 2];
+                if (t0 + tile_row(m) < p.T) store_pair(g.dv + at_v + m / 2 * 8 * A + m % 2 * 8, from[0], from[1]);
+            }
+            if (SIDES == 1) __syncthreads();
+            if (chunk == 0) continue;
+            // v and dy of the tile before this one have been read by all: room for the next chunk's
+            for (int slot = q + 1; slot < TILES && (slot == q + 1 || q == tiles - 1); slot++) wkv_copy_tiles(s, p, g, head, c0 - CHUNK, slot);
+            async_commit();
+        }
+        __syncthreads();
+        if (chunk > 0) wkv_copy_tiles(s, p, g, head, c0 - CHUNK, 0);
+        async_commit();
+    }
+    for (int c = 0; c < 2; c++) {
+        dw_sum[c] = warp_sum(dw_sum[c], 4);
+        du[c] = warp_sum(du[c], 4);
+        if (lane % 4 > 0) continue;
+        g.dw_sum[(int64_t)b * A + h * N + channel + c] = dw_sum[c];
+        g.du[(int64_t)b * A + h * N + channel + c] = du[c];
+    }
 }
 
 static void wkv_forward(floatX *y, const Wkv &p, int B) {
@@ -1827,113 +2349,168 @@ static void wkv_backward(const WkvGradients &g, const Wkv &p, int B) {
 //
 //     y_t = sum_{s<=t} p_ts v_s,   p_ts = exp(q_t . k_s / sqrt(N) - l_t),   l_t = log sum_{s<=t} exp(q_t . k_s / sqrt(N))
 //
-// q, k, v, y are (B, T, A), head h at channels h N; l (B, H, T) in units of log 2. A block takes 64 queries of a head, a
-// warp 16 of them, and walks the keys in tiles of 64 with a running maximum and sum (FlashAttention-2, arXiv 2307.08691);
-// the next tile is copied while this one is multiplied. Flops: 2 N T^2 forward, 7/2 of that backward (scores twice).
+// q, k, v, y are (B, T, A), head h at channels h N; l (B, H, T) in units of log 2. A block takes 128 queries of a head, each of
+// its four warps 32, and walks the keys with a running maximum and sum (FlashAttention-2, arXiv 2307.08691); the next 64 are
+// copied while these are multiplied. Squares of 32 queries by 32 keys that lie above the diagonal are left out:
+//
+//                   keys  0   32   64   96  128
+//     queries  0 warp 0   \    .    .    .
+//             32 warp 1   #    \    .    .         # all 32 x 32 scores     \ those with s <= t     . none
+//             64 warp 2   #    #    \    .
+//             96 warp 3   #    #    #    \         (and the same shifted by 128, 256, .. for the next blocks)
+//
+// Floor: flops, 2 N for each product of each pair. Forward has 2 products, backward 5, of which we do 7: scores and their
+// gradients twice, so that every sum stays in one warp, without atomics. Beside a tile product (16 x 8 x 16), which costs an H100
+// 1 clock by its data sheet and 1.6 by mma.sync, it must load 128 bytes from shared memory, 1 clock, because a fragment (256
+// bytes) feeds two products and the left operands stay in registers; and make 16 exponentials forward, 1 clock.
 
-static const int QT = 64;                   // queries or keys of a tile
-static const int ATTENTION_THREADS = 128;
+static const int ATTENTION_THREADS = 128, ATTENTION_ROWS = 128;             // of a block: threads; queries or keys
 #define SCALE_LOG2 (0.125f * 1.4426950408889634f)           // 1/sqrt(N) log2(e): exp(x/sqrt(N)) = exp2(x SCALE_LOG2)
 
-typedef floatX AttentionTile[QT][LD];
+typedef floatX HeadRow[LD];                 // a token's N channels of a head in shared memory
+static const size_t ATTENTION_SMEM = 256 * sizeof(HeadRow);                 // 36 KB in bf16: blocks are limited by registers
 
-// 64 rows of a head, starting at row t0, on their way to shared memory; zeros past the end
-__device__ inline void attention_load(AttentionTile &to, const floatX *from, int t0, int T, int A) {
-    const int per_row = N * sizeof(floatX) / 16, step = 16 / sizeof(floatX);
-    for (int i = threadIdx.x; i < QT * per_row; i += ATTENTION_THREADS) {
-        const int row = i / per_row, c = i % per_row * step;
-        const bool valid = t0 + row < T;
-        async_copy16(&to[row][c], from + (valid ? (int64_t)(t0 + row) * A + c : 0), valid);
+// `count` tokens of a head, starting at t0, on their way to shared memory; zeros past the end
+template <int count> __device__ inline void attention_load(HeadRow *to, const floatX *from, int t0, int T, int A) {
+    const int per_row = N * sizeof(floatX) / 16, row = threadIdx.x / per_row, c = threadIdx.x % per_row * (N / per_row);
+    const floatX *p = from + (int64_t)(t0 + row) * A + c;
+#pragma unroll
+    for (int i = 0; i < count; i += ATTENTION_THREADS / per_row) {
+        async_copy16(&to[row + i][c], p + (int64_t)i * A, t0 + row + i < T);
     }
 }
 
-// 16 rows of a tile as left operands (16 x N in four steps of 16)
-__device__ inline void attention_rows(TileA (&a)[4], const AttentionTile &tile, int row) {
-    for (int i = 0; i < 4; i++) a[i] = load_a(&tile[row][16 * i], LD);
+// 32 rows as left operands: two row tiles of four 16 x 16 pieces
+struct Left { TileA x[2][4]; };
+__device__ inline void attention_left(Left &a, const HeadRow *rows) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) a.x[i / 4][i % 4] = load_a(&rows[i / 4 * 16][i % 4 * 16], LD);
 }
 
-// out (16 x 8 n) = a (16 x N) tile[row..row + 8 n)^T
-template <int n> __device__ inline void attention_scores(TileC (&out)[n], const TileA (&a)[4], const AttentionTile &tile, int row) {
+// out (32 x 8 n) = a (32 x N) rows[0..8 n)^T
+template <int n> __device__ inline void attention_scores(TileC (&out)[2][n], const Left &a, const HeadRow *rows) {
+#pragma unroll
     for (int i = 0; i < 4; i++) {
         TileB b[n];
-        for (int j = 0; j < n; j++) b[j] = load_b(&tile[row + 8 * j][16 * i], LD);
-        mma(out, a[i], b);
+#pragma unroll
+        for (int j = 0; j < n; j += 2) load_b_pair(&b[j], &rows[8 * j][16 * i], LD);
+        mma(out[0], a.x[0][i], b);
+        mma(out[1], a.x[1][i], b);
     }
 }
 
-// out (16 x N) += p (16 x 8 n) tile[row..row + 8 n)
-template <int n> __device__ inline void attention_values(TileC (&out)[8], const TileC (&p)[n], const AttentionTile &tile, int row) {
+// out (32 x N) += p (32 x 8 n) rows[0..8 n)
+template <int n> __device__ inline void attention_values(TileC (&out)[2][8], const TileC (&p)[2][n], const HeadRow *rows) {
+#pragma unroll
     for (int i = 0; i < n / 2; i++) {
         TileB b[8];
-        for (int j = 0; j < 8; j++) b[j] = load_b_t(&tile[row + 16 * i][8 * j], LD);
-        mma(out, to_a(p[2 * i], p[2 * i + 1]), b);
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) load_b_pair_t(&b[j], &rows[16 * i][8 * j], LD);
+        mma(out[0], to_a(p[0][2 * i], p[0][2 * i + 1]), b);
+        mma(out[1], to_a(p[1][2 * i], p[1][2 * i + 1]), b);
     }
 }
 
-// this warp's 16 rows, times a factor for each half row of the lane, from its tiles to memory
-__device__ inline void attention_store(floatX *to, const TileC (&x)[8], const float (&factor)[2], int t0, int T, int A) {
-    for (int i = 0; i < 4; i++) {
-        const int t = t0 + tile_row(i);
-        for (int n = 0; n < 8 && t < T; n++) to[(int64_t)t * A + 8 * n + tile_col(i)] = (floatX)(x[n].x[i] * factor[i / 2]);
+// this warp's 32 rows, times a factor for each row of the lane, from its tiles to memory
+__device__ inline void attention_store(floatX *to, const TileC (&x)[2][8], const float (&factor)[4], int t0, int T, int A) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int t = t0 + i / 4 * 16 + tile_row(i % 4);
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+            if (t < T) to[(int64_t)t * A + 8 * n + tile_col(i)] = (floatX)(x[i / 4][n].x[i % 4] * factor[i / 2]);
     }
 }
 
-__global__ void __launch_bounds__(ATTENTION_THREADS)
+// A square on the diagonal, `offset` columns in: scores of keys after their query become -infinity.
+template <bool rows_are_keys, int n> __device__ inline void attention_mask(TileC (&p)[2][n], int offset) {
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int j = 0; j < n; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int row = 16 * m + tile_row(i), column = offset + 8 * j + tile_col(i);
+                if (rows_are_keys ? row > column : column > row) p[m][j].x[i] = -INFINITY;
+            }
+}
+
+// The running softmax of this lane's four rows. exp2(score - top) needs top near the maximum only to stay in range, and y is the
+// same for any top. So top is moved, and out and sum are scaled anew, only when a score is more than 2^8 times too large: rarely.
+struct Softmax { float top[4], sum[4]; };
+static const float ATTENTION_MARGIN = 8;
+
+template <int n> __device__ inline void attention_softmax(Softmax &s, TileC (&p)[2][n], TileC (&out)[2][8]) {
+    float high[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+    bool grows = false;
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+#pragma unroll
+        for (int j = 0; j < n; j++) high[r] = fmaxf(high[r], fmaxf(p[r / 2][j].x[r % 2 * 2], p[r / 2][j].x[r % 2 * 2 + 1]));
+        grows |= high[r] * SCALE_LOG2 > s.top[r] + ATTENTION_MARGIN;
+    }
+    if (__any_sync(0xffffffffu, grows)) {
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const float top = fmaxf(s.top[r], warp_max(high[r], 4) * SCALE_LOG2), shrink = exp2_fast(s.top[r] - top);
+            s.top[r] = top;
+            s.sum[r] *= shrink;
+#pragma unroll
+            for (int j = 0; j < 16; j++) out[r / 2][j / 2].x[r % 2 * 2 + j % 2] *= shrink;
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+#pragma unroll
+        for (int j = 0; j < 2 * n; j++) {
+            float &x = p[r / 2][j / 2].x[r % 2 * 2 + j % 2];
+            x = exp2_fast(x * SCALE_LOG2 - s.top[r]);
+            s.sum[r] += x;
+        }
+}
+
+__global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 attention_forward_kernel(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
-    AttentionTile *tiles = dynamic_smem<AttentionTile>();   // K, V; K, V of the next tile; the queries
+    HeadRow *smem = dynamic_smem<HeadRow>();                // 64 keys, 64 values; the next 64 of each, at first the queries
     const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
-    const int last = gridDim.x - 1 - blockIdx.x, t0 = last * QT + 16 * warp;    // the longest rows first
+    const int t0 = (gridDim.x - 1 - blockIdx.x) * ATTENTION_ROWS, mine = t0 + 32 * warp;        // the longest rows first
+    const int end = min(T, t0 + ATTENTION_ROWS);
     const int64_t head = (int64_t)b * T * A + h * N;
-    attention_load(tiles[4], q + head, last * QT, T, A);
-    attention_load(tiles[0], k + head, 0, T, A);
-    attention_load(tiles[1], v + head, 0, T, A);
+    attention_load<128>(smem + 128, q + head, t0, T, A);
+    attention_load<64>(smem, k + head, 0, T, A);
+    attention_load<64>(smem + 64, v + head, 0, T, A);
     async_commit();
-    TileA queries[4];
-    TileC out[8] = {};
-    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};                 // of the two rows in this lane
-    for (int tile = 0; tile <= last; tile++) {
-        const AttentionTile &keys = tiles[tile % 2 * 2], &values = tiles[tile % 2 * 2 + 1];
-        if (tile < last) {
-            attention_load(tiles[(tile + 1) % 2 * 2], k + head, (tile + 1) * QT, T, A);
-            attention_load(tiles[(tile + 1) % 2 * 2 + 1], v + head, (tile + 1) * QT, T, A);
+    async_wait<0>();
+    __syncthreads();
+    Left queries;
+    attention_left(queries, smem + 128 + 32 * warp);
+    TileC out[2][8] = {};
+    Softmax s = {{-INFINITY, -INFINITY, -INFINITY, -INFINITY}, {0, 0, 0, 0}};
+    for (int tile = 0; tile * 64 < end; tile++) {
+        const HeadRow *keys = smem + tile % 2 * 128, *values = keys + 64;
+        HeadRow *next = smem + (tile + 1) % 2 * 128;
+        async_wait<0>();
+        __syncthreads();                                    // this tile is there for all, and nobody needs the last one
+        if ((tile + 1) * 64 < end) {
+            attention_load<64>(next, k + head, (tile + 1) * 64, T, A);
+            attention_load<64>(next + 64, v + head, (tile + 1) * 64, T, A);
+            async_commit();
         }
-        async_commit();
-        async_wait<1>();
-        __syncthreads();
-        if (tile == 0) attention_rows(queries, tiles[4], 16 * warp);
-        TileC p[8] = {};
-        attention_scores(p, queries, keys, 0);
-        float high[2] = {top[0], top[1]};
-        for (int n = 0; n < 8; n++)
-            for (int i = 0; i < 4; i++) {
-                if (tile == last && 8 * n + tile_col(i) > 16 * warp + tile_row(i)) p[n].x[i] = -INFINITY;
-                high[i / 2] = fmaxf(high[i / 2], p[n].x[i]);
-            }
-        for (int i = 0; i < 2; i++) {
-            high[i] = warp_max(high[i], 4);
-            const float shrink = exp2f((top[i] - high[i]) * SCALE_LOG2);
-            sum[i] *= shrink;
-            for (int n = 0; n < 8; n++) {
-                out[n].x[2 * i] *= shrink;
-                out[n].x[2 * i + 1] *= shrink;
-            }
-            top[i] = high[i];
+        for (int part = 0; part < 64 && tile * 64 + part <= mine; part += 32) {
+            TileC p[2][4] = {};
+            attention_scores(p, queries, keys + part);
+            if (tile * 64 + part == mine) attention_mask<false>(p, 0);
+            attention_softmax(s, p, out);
+            attention_values(out, p, values + part);
         }
-        for (int n = 0; n < 8; n++)
-            for (int i = 0; i < 4; i++) {
-                p[n].x[i] = exp2f((p[n].x[i] - top[i / 2]) * SCALE_LOG2);
-                sum[i / 2] += p[n].x[i];
-            }
-        attention_values(out, p, values, 0);
-        __syncthreads();
     }
-    for (int i = 0; i < 2; i++) {
-        sum[i] = warp_sum(sum[i], 4);
-        const int t = t0 + tile_row(2 * i);
-        if (threadIdx.x % 4 == 0 && t < T) l[((int64_t)b * H + h) * T + t] = top[i] * SCALE_LOG2 + log2f(sum[i]);
-        sum[i] = 1 / sum[i];
+    for (int r = 0; r < 4; r++) {
+        const int t = mine + r / 2 * 16 + tile_row(r % 2 * 2);
+        s.sum[r] = warp_sum(s.sum[r], 4);
+        if (threadIdx.x % 4 == 0 && t < T) l[((int64_t)b * H + h) * T + t] = s.top[r] + log2f(s.sum[r]);
+        s.sum[r] = 1 / s.sum[r];
     }
-    attention_store(y + head, out, sum, t0, T, A);
+    attention_store(y + head, out, s.sum, mine, T, A);
 }
 
 // delta (B, H, T): dy_t . y_t per head, what the softmax's gradient subtracts. Blocks of a row; 8 lanes hold a head.
@@ -1948,121 +2525,134 @@ __global__ void attention_delta(float *delta, const floatX *dy, const floatX *y,
     if (mine && threadIdx.x % 8 == 0) delta[(row / T * H + c / N) * T + row % T] = sum;
 }
 
-// With ds = p * (dy v^T - delta):   dv = p^T dy,  dk = ds^T q / sqrt(N)     (a block: 64 keys, walking the queries)
-//                                   dq = ds k / sqrt(N)                     (a block: 64 queries, walking the keys)
-// Each sum stays in one block: no atomics, at the price of the scores made twice.
+// With ds = p * (dy v^T - delta):   dv = p^T dy,  dk = ds^T q / sqrt(N)     (a block: 128 keys, walking the queries)
+//                                   dq = ds k / sqrt(N)                     (a block: 128 queries, walking the keys)
 struct AttentionGradients { floatX *dq, *dk, *dv; const floatX *dy; const float *l, *delta; };
 
-struct AttentionBackward {
-    AttentionTile tile[4];
-    float l[QT], delta[QT];
-};
-
-__global__ void __launch_bounds__(ATTENTION_THREADS)
-attention_backward_kv(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
-    AttentionBackward &s = *dynamic_smem<AttentionBackward>();              // K, V, Q, dY
-    const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N, first = blockIdx.x;
-    const int64_t head = (int64_t)b * T * A + h * N, stats = ((int64_t)b * H + h) * T;
-    attention_load(s.tile[0], k + head, first * QT, T, A);
-    attention_load(s.tile[1], v + head, first * QT, T, A);
-    TileA keys[4], values[4];
-    TileC dk[8] = {}, dv[8] = {};
-    for (int tile = first; tile * QT < T; tile++) {
-        attention_load(s.tile[2], q + head, tile * QT, T, A);
-        attention_load(s.tile[3], g.dy + head, tile * QT, T, A);
-        async_commit();
-        if (threadIdx.x < QT) {
-            const int t = tile * QT + threadIdx.x;
-            s.l[threadIdx.x] = t < T ? g.l[stats + t] : INFINITY;           // past the end: p = 0
-            s.delta[threadIdx.x] = t < T ? g.delta[stats + t] : 0;
-        }
-        async_wait<0>();
-        __syncthreads();
-        if (tile == first) {
-            attention_rows(keys, s.tile[0], 16 * warp);
-            attention_rows(values, s.tile[1], 16 * warp);
-        }
-        for (int part = 0; part < QT; part += 32) {                         // 32 queries at a time: registers
-            TileC p[4] = {}, ds[4] = {};                                    // transposed: rows are keys
-            attention_scores(p, keys, s.tile[2], part);
-            attention_scores(ds, values, s.tile[3], part);
-            for (int n = 0; n < 4; n++)
-                for (int i = 0; i < 4; i++) {
-                    const int query = part + 8 * n + tile_col(i);
-                    const bool seen = tile > first || 16 * warp + tile_row(i) <= query;
-                    p[n].x[i] = seen ? exp2f(p[n].x[i] * SCALE_LOG2 - s.l[query]) : 0;
-                    ds[n].x[i] = p[n].x[i] * (ds[n].x[i] - s.delta[query]);
-                }
-            attention_values(dv, p, s.tile[3], part);
-            attention_values(dk, ds, s.tile[2], part);
-        }
-        __syncthreads();
-    }
-    const float one[2] = {1, 1}, scale[2] = {0.125f, 0.125f};
-    attention_store(g.dv + head, dv, one, first * QT + 16 * warp, T, A);
-    attention_store(g.dk + head, dk, scale, first * QT + 16 * warp, T, A);
+// The block's own 128 rows of two arrays, of which each warp takes 32 into registers
+__device__ inline void attention_own(Left &a, Left &b, HeadRow *smem, const floatX *pa, const floatX *pb, int t0, int T, int A) {
+    attention_load<128>(smem, pa, t0, T, A);
+    attention_load<128>(smem + 128, pb, t0, T, A);
+    async_commit();
+    async_wait<0>();
+    __syncthreads();
+    attention_left(a, smem + threadIdx.x / 32 * 32);
+    attention_left(b, smem + 128 + threadIdx.x / 32 * 32);
+    __syncthreads();
 }
 
-__global__ void __launch_bounds__(ATTENTION_THREADS)
-attention_backward_q(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
-    AttentionBackward &s = *dynamic_smem<AttentionBackward>();              // Q, dY, K, V
+__global__ void __launch_bounds__(ATTENTION_THREADS, 2)
+attention_backward_kv(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+    HeadRow *smem = dynamic_smem<HeadRow>();                // 64 queries, 64 dy; the next 64 of each
+    __shared__ float2 stats[2][64];                         // l, delta of these queries
     const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
-    const int last = gridDim.x - 1 - blockIdx.x, t0 = last * QT + 16 * warp;
-    const int64_t head = (int64_t)b * T * A + h * N, stats = ((int64_t)b * H + h) * T;
-    attention_load(s.tile[0], q + head, last * QT, T, A);
-    attention_load(s.tile[1], g.dy + head, last * QT, T, A);
-    TileA queries[4], dy[4];
-    TileC dq[8] = {};
-    float l[2], delta[2];
-    for (int i = 0; i < 2; i++) {
-        const int t = t0 + tile_row(2 * i);
-        l[i] = t < T ? g.l[stats + t] : INFINITY;
-        delta[i] = t < T ? g.delta[stats + t] : 0;
-    }
-    for (int tile = 0; tile <= last; tile++) {
-        attention_load(s.tile[2], k + head, tile * QT, T, A);
-        attention_load(s.tile[3], v + head, tile * QT, T, A);
+    const int t0 = blockIdx.x * ATTENTION_ROWS, mine = t0 + 32 * warp;
+    const int64_t head = (int64_t)b * T * A + h * N, row = ((int64_t)b * H + h) * T;
+    Left keys, values;
+    attention_own(keys, values, smem, k + head, v + head, t0, T, A);
+    auto fetch = [&](int t) {
+        attention_load<64>(smem + t % 128 * 2, q + head, t, T, A);
+        attention_load<64>(smem + t % 128 * 2 + 64, g.dy + head, t, T, A);
         async_commit();
+        const int mine = t + threadIdx.x % 64;
+        return mine < T ? make_float2(g.l[row + mine], g.delta[row + mine]) : make_float2(INFINITY, 0);     // past the end: p = 0
+    };
+    float2 next = fetch(t0);
+    TileC dk[2][8] = {}, dv[2][8] = {};
+    for (int t = t0; t < T; t += 64) {
+        if (threadIdx.x < 64) stats[t / 64 % 2][threadIdx.x] = next;
+        async_wait<0>();
+        __syncthreads();                                    // this tile is there for all, and nobody needs the last one
+        if (t + 64 < T) next = fetch(t + 64);
+#pragma unroll 1
+        for (int part = max(0, mine - t); part < 64; part += 16) {              // 16 queries at a time: registers
+            const HeadRow *queries = smem + t % 128 * 2 + part, *dy = queries + 64;
+            TileC p[2][2] = {}, ds[2][2] = {};              // transposed: rows are keys
+            attention_scores(p, keys, queries);
+            attention_scores(ds, values, dy);
+            if (t + part < mine + 32) attention_mask<true>(p, t + part - mine);
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float2 s = stats[t / 64 % 2][part + j / 2 * 8 + tile_col(j % 2)];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float &weight = p[i / 2][j / 2].x[i % 2 * 2 + j % 2], &gradient = ds[i / 2][j / 2].x[i % 2 * 2 + j % 2];
+                    weight = exp2_fast(weight * SCALE_LOG2 - s.x);
+                    gradient = weight * (gradient - s.y);
+                }
+            }
+            attention_values(dv, p, dy);
+            attention_values(dk, ds, queries);
+        }
+    }
+    const float one[4] = {1, 1, 1, 1}, scale[4] = {0.125f, 0.125f, 0.125f, 0.125f};
+    attention_store(g.dv + head, dv, one, mine, T, A);
+    attention_store(g.dk + head, dk, scale, mine, T, A);
+}
+
+__global__ void __launch_bounds__(ATTENTION_THREADS, 2)
+attention_backward_q(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+    HeadRow *smem = dynamic_smem<HeadRow>();                // 64 keys, 64 values; the next 64 of each
+    const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
+    const int t0 = (gridDim.x - 1 - blockIdx.x) * ATTENTION_ROWS, mine = t0 + 32 * warp;        // the longest rows first
+    const int end = min(T, t0 + ATTENTION_ROWS);
+    const int64_t head = (int64_t)b * T * A + h * N, row = ((int64_t)b * H + h) * T;
+    Left queries, dy;
+    attention_own(queries, dy, smem, q + head, g.dy + head, t0, T, A);
+    auto fetch = [&](int t) {
+        attention_load<64>(smem + t % 128 * 2, k + head, t, T, A);
+        attention_load<64>(smem + t % 128 * 2 + 64, v + head, t, T, A);
+        async_commit();
+    };
+    fetch(0);
+    float l[4], delta[4];                                   // of this lane's rows
+    for (int r = 0; r < 4; r++) {
+        const int t = mine + r / 2 * 16 + tile_row(r % 2 * 2);
+        l[r] = t < T ? g.l[row + t] : INFINITY;
+        delta[r] = t < T ? g.delta[row + t] : 0;
+    }
+    TileC dq[2][8] = {};
+    for (int t = 0; t < end; t += 64) {
         async_wait<0>();
         __syncthreads();
-        if (tile == 0) {
-            attention_rows(queries, s.tile[0], 16 * warp);
-            attention_rows(dy, s.tile[1], 16 * warp);
-        }
-        for (int part = 0; part < QT; part += 32) {
-            TileC p[4] = {}, ds[4] = {};
-            attention_scores(p, queries, s.tile[2], part);
-            attention_scores(ds, dy, s.tile[3], part);
-            for (int n = 0; n < 4; n++)
-                for (int i = 0; i < 4; i++) {
-                    const bool seen = tile < last || part + 8 * n + tile_col(i) <= 16 * warp + tile_row(i);
-                    const float weight = seen ? exp2f(p[n].x[i] * SCALE_LOG2 - l[i / 2]) : 0;
-                    ds[n].x[i] = weight * (ds[n].x[i] - delta[i / 2]);
+        if (t + 64 < end) fetch(t + 64);
+#pragma unroll 1
+        for (int part = 0; part < min(64, mine + 32 - t); part += 32) {
+            const HeadRow *keys = smem + t % 128 * 2 + part, *values = keys + 64;
+            TileC p[2][4] = {}, ds[2][4] = {};
+            attention_scores(p, queries, keys);
+            attention_scores(ds, dy, values);
+            if (t + part == mine) attention_mask<false>(p, 0);
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    float &gradient = ds[r / 2][j / 2].x[r % 2 * 2 + j % 2];
+                    const float weight = exp2_fast(p[r / 2][j / 2].x[r % 2 * 2 + j % 2] * SCALE_LOG2 - l[r]);
+                    gradient = weight * (gradient - delta[r]);
                 }
-            attention_values(dq, ds, s.tile[2], part);
+            attention_values(dq, ds, keys);
         }
-        __syncthreads();
     }
-    const float scale[2] = {0.125f, 0.125f};
-    attention_store(g.dq + head, dq, scale, t0, T, A);
+    const float scale[4] = {0.125f, 0.125f, 0.125f, 0.125f};
+    attention_store(g.dq + head, dq, scale, mine, T, A);
 }
 
 static void attention_forward(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int B, int T, int H) {
-    const size_t smem = 5 * sizeof(AttentionTile);
-    allow_smem(attention_forward_kernel, smem);
-    attention_forward_kernel<<<dim3((int)ceil_div(T, QT), H, B), ATTENTION_THREADS, smem, stream>>>(y, l, q, k, v, T, H);
+    allow_smem(attention_forward_kernel, ATTENTION_SMEM);
+    const dim3 grid((int)ceil_div(T, ATTENTION_ROWS), H, B);
+    attention_forward_kernel<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(y, l, q, k, v, T, H);
 }
 
 static void attention_backward(floatX *dq, floatX *dk, floatX *dv, float *delta, const floatX *dy, const floatX *y, const float *l,
                                const floatX *q, const floatX *k, const floatX *v, int B, int T, int H) {
-    const size_t smem = sizeof(AttentionBackward);
-    const dim3 grid((int)ceil_div(T, QT), H, B);
+    const dim3 grid((int)ceil_div(T, ATTENTION_ROWS), H, B);
     const AttentionGradients g = {dq, dk, dv, dy, l, delta};
     attention_delta<<<B * T, row_threads(H * N), 0, stream>>>(delta, dy, y, T, H);
-    allow_smem(attention_backward_kv, smem);
-    attention_backward_kv<<<grid, ATTENTION_THREADS, smem, stream>>>(g, q, k, v, T, H);
-    allow_smem(attention_backward_q, smem);
-    attention_backward_q<<<grid, ATTENTION_THREADS, smem, stream>>>(g, q, k, v, T, H);
+    allow_smem(attention_backward_kv, ATTENTION_SMEM);
+    attention_backward_kv<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(g, q, k, v, T, H);
+    allow_smem(attention_backward_q, ATTENTION_SMEM);
+    attention_backward_q<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(g, q, k, v, T, H);
 }
 
 // ---- channel mix (spec section 4) ----
@@ -2262,27 +2852,38 @@ __global__ void swiglu_backward(floatX *da, floatX *db, const floatX *dout, cons
 //     loss_t = log sum_i exp(z_i) - z_target
 //     dz_i   = scale (softmax(z)_i - [i = target] + 1e-4 z_max [i = first of the largest])        scale = 1 / targets
 //
-// A block takes a row of V logits: reads it once from memory, once more from L2, writes it once. losses[row]: loss;
-// right[row]: 1 if the largest logit is the target's. scale 0 leaves the logits as they are (validation).
-__global__ void classifier_kernel(floatX *logits, float *losses, int *right, const int *targets, float scale, int V) {
+// A block takes a row of V logits and keeps it in registers (in bf16 up to 65536 of them; what is beyond is read twice):
+// one read, one write. losses[row]: loss; right[row]: 1 if the largest logit is the target's. scale 0 leaves the logits as
+// they are (validation).
+static const int CLASSIFIER_KEEPS = PRECISION_BF16 ? 8 : 1;                 // packs a thread
+
+__global__ void __launch_bounds__(1024) classifier_kernel(floatX *logits, float *losses, int *right, const int *targets, float scale, int V) {
     __shared__ float tops[32];
     __shared__ float sums[32];
     __shared__ int where[32];
     floatX *z = logits + (int64_t)blockIdx.x * V;
+    const int begin = threadIdx.x * 8, step = blockDim.x * 8;
+    RawPack<floatX> kept[CLASSIFIER_KEEPS];
     float top = -INFINITY, sum = 0;
     int at = 0;
-    for (int c = threadIdx.x * 8; c < V; c += blockDim.x * 8) {
-        const Pack v = load(z + c);
+    auto count = [&](const Pack &v, int c) {
         float high = top;
         for (int i = 0; i < 8; i++)
             if (v.x[i] > high) {                                            // the lowest id on ties
                 high = v.x[i];
                 at = c + i;
             }
-        sum *= top == high ? 1 : expf(top - high);
+        sum *= top == high ? 1 : fast_exp(top - high);
         top = high;
-        for (int i = 0; i < 8; i++) sum += top > -INFINITY ? expf(v.x[i] - top) : 0;
-    }
+        for (int i = 0; i < 8; i++) sum += top > -INFINITY ? fast_exp(v.x[i] - top) : 0;
+    };
+#pragma unroll
+    for (int i = 0; i < CLASSIFIER_KEEPS; i++)
+        if (begin + i * step < V) kept[i] = load_raw(z + begin + i * step);
+#pragma unroll
+    for (int i = 0; i < CLASSIFIER_KEEPS; i++)
+        if (begin + i * step < V) count(unpack(kept[i]), begin + i * step);
+    for (int c = begin + CLASSIFIER_KEEPS * step; c < V; c += step) count(load(z + c), c);
     const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const float warp_top = warp_max(top);
     sum = warp_sum(top > -INFINITY ? sum * expf(top - warp_top) : 0);
@@ -2307,14 +2908,17 @@ __global__ void classifier_kernel(floatX *logits, float *losses, int *right, con
     if (scale == 0) return;
     __syncthreads();                                                        // z[target] is read
     const float inverse = 1 / sum;
-    for (int c = threadIdx.x * 8; c < V; c += blockDim.x * 8) {
-        Pack v = load(z + c);
+    auto finish = [&](Pack v, int c) {
         for (int i = 0; i < 8; i++) {
-            v.x[i] = expf(v.x[i] - top) * inverse - (c + i == target ? 1 : 0) + (c + i == at ? 1e-4f * top : 0);
+            v.x[i] = fast_exp(v.x[i] - top) * inverse - (c + i == target ? 1 : 0) + (c + i == at ? 1e-4f * top : 0);
             v.x[i] *= scale;
         }
         store(z + c, v);
-    }
+    };
+#pragma unroll
+    for (int i = 0; i < CLASSIFIER_KEEPS; i++)
+        if (begin + i * step < V) finish(unpack(kept[i]), begin + i * step);
+    for (int c = begin + CLASSIFIER_KEEPS * step; c < V; c += step) finish(load(z + c), c);
 }
 
 // totals[0] += the sum of losses, totals[1] += the number right; one block, fixed order
@@ -2438,35 +3042,39 @@ template <typename T> static void take(Arena *arena, T **p, int64_t count) {
     if (arena->base && arena->once) guard_gap(end, arena->base + arena->used - end);
 }
 
+typedef struct LowRankMix {                 // mixes whose amounts depend on the data, of n inputs
+    floatX *xx, *h;                         // (BT, C), (BT, 32 n): input and hidden layer
+    struct { floatX *dxx, *dh; } tmp;
+} LowRankMix;
+
 typedef struct FinchC2 {
-    floatX *xx, *h;                         // (BT, C), (BT, 32 mixes): input and hidden layer of the mixes
+    LowRankMix mix;
     floatX *xr, *xk, *xw, *xv, *xv2;        // (BT, C) each; xv and xv2 adjacent
     floatX *r, *k, *w, *v, *v2;             // (BT, A) each; v and v2 adjacent
     floatX *hw, *hv2;                       // (BT, 64): hidden layers of w and v2
     floatX *y, *yn;                         // (BT, A): WKV's output, and normed
     float *states;                          // WKV's states at the start of every chunk
     struct {
-        floatX *m, *dm;                     // (mixes, BT, C)
-        floatX *dxr, *dxk, *dxw, *dxv, *dxv2, *dxx;     // (BT, C); dxv and dxv2 adjacent
+        floatX *dxr, *dxk, *dxw, *dxv, *dxv2;           // (BT, C); dxv and dxv2 adjacent
         floatX *dr, *dk, *dw, *dv, *dy, *dyn;           // (BT, A); dv and dy (which is dv2) adjacent
-        floatX *dh;                         // (BT, 32 mixes)
+        floatX *dh;                         // (BT, 64)
         float *dw_sum, *du;                 // (B, A)
     } tmp;
 } FinchC2;
 
 typedef struct Gold {
-    floatX *xx, *hq, *xq, *q0, *q;          // queries: input and hidden layer (BT, 32) of the mix, mixed; query x_q, normed
-    floatX *xc, *hkv;                       // (BT, C), (BT, 64): input and hidden layer of the mixes of keys and values
+    LowRankMix mix_q, mix_kv;               // of x; of xo, two mixes
+    floatX *xq, *q0, *q;                    // queries: mixed, query x_q, normed
     floatX *k1, *hk, *k2, *k;               // keys: mixed, hidden layer (BT, rank), + low rank, normed
     floatX *v1, *hv, *v2, *v;               // values, likewise
     floatX *y, *yn;                         // attention's output, and normed
     float *l;                               // (B, H, T): attention's log sums
     struct {
-        floatX *m, *dm;                     // (2, BT, C)
+        floatX *low_rank;                   // (BT, C)
         floatX *dq, *dk, *dv, *dy, *dyn;    // (BT, A)
         floatX *dq0, *dk2, *dv2;            // (BT, A)
-        floatX *dxq, *dxx, *dxc;            // (BT, C)
-        floatX *dh;                         // (BT, max(64, rank))
+        floatX *dxq;                        // (BT, C)
+        floatX *dh;                         // (BT, rank)
         float *delta;                       // (B, H, T)
     } tmp;
 } Gold;
@@ -2480,11 +3088,6 @@ typedef struct CmixLlama {
     floatX *a, *b, *k;                      // (BT, FL): w1 x, w3 x, silu(a) b
     struct { floatX *da, *db, *dk; } tmp;
 } CmixLlama;
-
-typedef struct LowRankMix {                 // mixes whose amounts depend on the data, of n inputs
-    floatX *xx, *h;                         // (BT, C), (BT, 32 n): input and hidden layer
-    struct { floatX *m, *dm, *dxx, *dh; } tmp;          // (n, BT, C) twice, (BT, C), (BT, 32 n)
-} LowRankMix;
 
 typedef struct Finch {                      // Finch, its gateless variant and Eagle
     LowRankMix mix;                         // not Eagle's
@@ -2579,6 +3182,7 @@ typedef struct Mixer {
     void (*plan)(Model *, Layer *, Arena *kept, Arena *scratch);
     void (*forward)(Model *, Layer *, floatX *out, const floatX *x);
     void (*backward)(Model *, Layer *, floatX *dx, const floatX *dout, const floatX *x);
+    void (*remake)(Model *, Layer *, const floatX *x);      // grad_cp 2: what was not kept for the backward pass; null: all was
 } Mixer;
 
 // ---- products with weights ----
@@ -2594,23 +3198,21 @@ static void linear_backward(floatX *dx, const floatX *dout, const floatX *x, Par
     matmul(dx, I, rows(dout, O), rows(W.w, W.ld), M, I, O, beta);
 }
 
-// out_i (M, O) = tanh(x (M, I) w1) [:, R i .. R i + R) w2_i + beta out_i for i in 0..n-1: w1 (I, R n or more), w2 (n, R, O), out (n, M, O).
-// h (M, R n): the hidden layer, kept.
-static void low_rank_forward(floatX *out, floatX *h, const floatX *x, Param w1, Param w2, int M, int I, int R, int O, int n = 1,
-                             float beta = 0) {
-    matmul(h, R * n, rows(x, I), rows(w1.w, w1.ld), M, R * n, I);
-    tanh_forward<<<pack_blocks((int64_t)M * R * n), 256, 0, stream>>>(h, (int64_t)M * R * n);
-    matmul(out, O, rows(h, R * n, R), rows(w2.w, w2.ld, (int64_t)R * O), M, O, R, beta, n, (int64_t)M * O);
+// out (M, O) = tanh(x (M, I) w1) w2 + beta out: w1 (I, R), w2 (R, O). h (M, R): the hidden layer, kept.
+static void low_rank_forward(floatX *out, floatX *h, const floatX *x, Param w1, Param w2, int M, int I, int R, int O, float beta = 0) {
+    matmul(h, R, rows(x, I), rows(w1.w, w1.ld), M, R, I);
+    tanh_forward<<<pack_blocks((int64_t)M * R), 256, 0, stream>>>(h, (int64_t)M * R);
+    matmul(out, O, rows(h, R), rows(w2.w, w2.ld), M, O, R, beta);
 }
 
-// dx = d(hidden layer's input) w1^T + beta dx. dx may be dout itself (it is written last). dh (M, R n): scratch.
+// dx = d(hidden layer's input) w1^T + beta dx. dx may be dout itself (it is written last). dh (M, R): scratch.
 static void low_rank_backward(floatX *dx, floatX *dh, const floatX *dout, const floatX *h, const floatX *x, Param w1, Param w2,
-                              int M, int I, int R, int O, int n = 1, float beta = 0) {
-    matmul(dh, R * n, rows(dout, O, (int64_t)M * O), columns(w2.w, w2.ld, (int64_t)R * O), M, R, O, 0, n, R);
-    matmul(w2.g, w2.ld, columns(h, R * n, R), rows(dout, O, (int64_t)M * O), R, O, M, 1, n, (int64_t)R * O);
-    tanh_backward<<<pack_blocks((int64_t)M * R * n), 256, 0, stream>>>(dh, h, (int64_t)M * R * n);
-    matmul(w1.g, w1.ld, columns(x, I), rows(dh, R * n), I, R * n, M, 1);
-    matmul(dx, I, rows(dh, R * n), columns(w1.w, w1.ld), M, I, R * n, beta);
+                              int M, int I, int R, int O, float beta = 0) {
+    matmul(dh, R, rows(dout, O), columns(w2.w, w2.ld), M, R, O);
+    matmul(w2.g, w2.ld, columns(h, R), rows(dout, O), R, O, M, 1);
+    tanh_backward<<<pack_blocks((int64_t)M * R), 256, 0, stream>>>(dh, h, (int64_t)M * R);
+    matmul(w1.g, w1.ld, columns(x, I), rows(dh, R), I, R, M, 1);
+    matmul(dx, I, rows(dh, R), columns(w1.w, w1.ld), M, I, R, beta);
 }
 
 // ---- positions: q and k (BT, A) of an attention turn in place, their gradients turn back ----
@@ -2621,6 +3223,62 @@ static void rope_turn(const Model *m, floatX *x, float direction) {
 }
 static void rope_forward(const Model *m, floatX *q_or_k) { rope_turn(m, q_or_k, 1); }
 static void rope_backward(const Model *m, floatX *gradient) { rope_turn(m, gradient, -1); }
+
+// ---- mixes by low-rank functions of the data, which most time mixers begin with ----
+//
+//     m   = tanh((x + dx * mu_x) @ w1);  m_i = m[:, 32 i : 32 i + 32] @ w2[i],  i = 0 .. n-1        w1 (C, 32 n), w2 (n, 32, C)
+//     x_i = x + dx * (mu_i + m_i)
+
+static void low_rank_mix_plan(const Dims &d, LowRankMix *a, int n, Arena *kept, Arena *again, Arena *scratch) {
+    const int64_t E = (int64_t)d.BT * d.C;
+    take(again, &a->xx, E);
+    take(kept, &a->h, (int64_t)d.BT * RANK * n);
+    take(scratch, &a->tmp.dxx, E);
+    take(scratch, &a->tmp.dh, (int64_t)d.BT * RANK * n);
+}
+
+// xx and h, for n mixes
+static void low_rank_mix_hidden(const Dims &d, const LowRankMix &a, Param mu_x, Param w1, int n, const floatX *x) {
+    mix_forward<1>({{mu_x.w}, {}, {a.xx}}, x, d.BT, d.T, d.C);
+    matmul(a.h, RANK * n, rows(a.xx, d.C), rows(w1.w, w1.ld), d.BT, RANK * n, d.C);
+    tanh_forward<<<pack_blocks((int64_t)d.BT * RANK * n), 256, 0, stream>>>(a.h, (int64_t)d.BT * RANK * n);
+}
+
+// From tmp.dh: w1's and mu_x's gradients; adds x's to dx.
+template <typename TX> static void low_rank_mix_hidden_backward(Model *m, const LowRankMix &a, Param mu_x, Param w1, int n, TX *dx, const floatX *x) {
+    const Dims &d = m->d;
+    matmul(w1.g, w1.ld, columns(a.xx, d.C), rows(a.tmp.dh, RANK * n), d.C, RANK * n, d.BT, 1);
+    matmul(a.tmp.dxx, d.C, rows(a.tmp.dh, RANK * n), columns(w1.w, w1.ld), d.BT, d.C, RANK * n);
+    mix_backward<1, TX, true>({{mu_x.w}, {}, {a.tmp.dxx}}, dx, nullptr, nullptr, {{mu_x.g}}, m->partial, x, d.BT, d.T, d.C);
+}
+
+// Mix `first` of n and those after it, where all read the same x
+template <int n> static void low_rank_mix_outputs(const Dims &d, const LowRankMix &a, Param w2, int of, int first, Mixes<n> mix, const floatX *x) {
+    mix.low = {a.h + RANK * first, RANK * of, w2.w + (int64_t)RANK * d.C * first};
+    mix_forward<n>(mix, x, d.BT, d.T, d.C);
+}
+
+template <int n, typename TX, bool accumulate>
+static void low_rank_mix_outputs_backward(Model *m, const LowRankMix &a, Param w2, int of, int first, Mixes<n> mix, Targets dmu, TX *dx, const floatX *x) {
+    const Dims &d = m->d;
+    const int64_t from = (int64_t)RANK * d.C * first;
+    mix.low = {a.h + RANK * first, RANK * of, w2.w + from};
+    mix_backward<n, TX, accumulate>(mix, dx, a.tmp.dh + RANK * first, w2.g + from, dmu, m->partial, x, d.BT, d.T, d.C);
+}
+
+// The whole of it, with time_maa_x, _w1 and _w2; again: h is there already.
+template <int n> static void low_rank_mix_forward(const Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix, const floatX *x, bool again = false) {
+    const Dims &d = m->d;
+    if (again) mix_forward<1>({{p.time_maa_x.w}, {}, {a.xx}}, x, d.BT, d.T, d.C);
+    else low_rank_mix_hidden(d, a, p.time_maa_x, p.time_maa_w1, n, x);
+    low_rank_mix_outputs<n>(d, a, p.time_maa_w2, n, 0, mix, x);
+}
+
+template <int n> static void low_rank_mix_backward(Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix, Targets dmu,
+                                                   floatX *dx, const floatX *x) {
+    low_rank_mix_outputs_backward<n, floatX, false>(m, a, p.time_maa_w2, n, 0, mix, dmu, dx, x);
+    low_rank_mix_hidden_backward(m, a, p.time_maa_x, p.time_maa_w1, n, dx, x);
+}
 
 // ---- Finch-C2 time mix, x060c2 ----
 //
@@ -2635,20 +3293,21 @@ static void rope_backward(const Model *m, floatX *gradient) { rope_turn(m, gradi
 static void finch_c2_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
     const Dims &d = m->d;
     FinchC2 &a = layer->finch_c2;
+    Arena *again = m->s.grad_cp == 2 ? scratch : kept;
     const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
-    for (floatX **p : {&a.xx, &a.xr, &a.xk, &a.xw}) take(kept, p, E);
-    take(kept, &a.xv, 2 * E);
-    take(kept, &a.h, (int64_t)d.BT * 160);
-    for (floatX **p : {&a.r, &a.k, &a.w, &a.y, &a.yn}) take(kept, p, EA);
+    low_rank_mix_plan(d, &a.mix, 5, kept, again, scratch);
+    for (floatX **p : {&a.xr, &a.xk, &a.xw}) take(again, p, E);
+    take(again, &a.xv, 2 * E);
+    for (floatX **p : {&a.r, &a.k, &a.w, &a.y}) take(kept, p, EA);
+    take(again, &a.yn, EA);
     take(kept, &a.v, 2 * EA);
     for (floatX **p : {&a.hw, &a.hv2}) take(kept, p, (int64_t)d.BT * 64);
     take(kept, &a.states, d.B * d.H * ceil_div(d.T, CHUNK) * N * N);
-    for (floatX **p : {&a.tmp.m, &a.tmp.dm}) take(scratch, p, 5 * E);
-    for (floatX **p : {&a.tmp.dxr, &a.tmp.dxk, &a.tmp.dxw, &a.tmp.dxx}) take(scratch, p, E);
+    for (floatX **p : {&a.tmp.dxr, &a.tmp.dxk, &a.tmp.dxw}) take(scratch, p, E);
     take(scratch, &a.tmp.dxv, 2 * E);
     for (floatX **p : {&a.tmp.dr, &a.tmp.dk, &a.tmp.dw, &a.tmp.dyn}) take(scratch, p, EA);
     take(scratch, &a.tmp.dv, 2 * EA);
-    take(scratch, &a.tmp.dh, (int64_t)d.BT * 160);
+    take(scratch, &a.tmp.dh, (int64_t)d.BT * 64);
     for (float **p : {&a.tmp.dw_sum, &a.tmp.du}) take(scratch, p, (int64_t)d.B * d.A);
 }
 
@@ -2669,28 +3328,39 @@ static Wkv finch_c2_wkv(const Model *m, const Layer *layer) {
             m->d.T - m->d.lead, m->d.H};
 }
 
+static void finch_c2_mixes(Model *m, Layer *layer, const floatX *x, bool again) {
+    const Params &p = layer->p;
+    const FinchC2 &a = layer->finch_c2;
+    if (m->s.use_v2)
+        low_rank_mix_forward<5>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w, p.time_maa_v2.w}, {},
+                                              {a.xr, a.xk, a.xv, a.xw, a.xv2}}, x, again);
+    else
+        low_rank_mix_forward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {},
+                                              {a.xr, a.xk, a.xv, a.xw}}, x, again);
+}
+
 static void finch_c2_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
     const Dims &d = m->d;
     const Params &p = layer->p;
     FinchC2 &a = layer->finch_c2;
     const bool v2 = m->s.use_v2;
     finch_c2_adjacent(d, a);
-    mix_forward<1>({{p.time_maa_x.w}, nullptr, {a.xx}}, x, d.BT, d.T, d.C);
-    low_rank_forward(a.tmp.m, a.h, a.xx, p.time_maa_w1, p.time_maa_w2, d.BT, d.C, 32, d.C, v2 ? 5 : 4);
-    if (v2)
-        mix_forward<5>({{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w, p.time_maa_v2.w}, a.tmp.m,
-                        {a.xr, a.xk, a.xv, a.xw, a.xv2}}, x, d.BT, d.T, d.C);
-    else
-        mix_forward<4>({{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, a.tmp.m,
-                        {a.xr, a.xk, a.xv, a.xw}}, x, d.BT, d.T, d.C);
+    finch_c2_mixes(m, layer, x, false);
     linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
     linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
     linear_forward(a.v, a.xv, p.value, v2 ? 2 * d.BT : d.BT, d.A, d.C);             // x_v and x_v2 in one product
-    if (v2) low_rank_forward(a.v2, a.hv2, a.xv2, p.time_value2_w1, p.time_value2_w2, d.BT, d.C, 64, d.A, 1, 1);
+    if (v2) low_rank_forward(a.v2, a.hv2, a.xv2, p.time_value2_w1, p.time_value2_w2, d.BT, d.C, 64, d.A, 1);
     low_rank_forward(a.w, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
     wkv_forward(a.y + d.lead * (int64_t)d.A, finch_c2_wkv(m, layer), d.B);
     layernorm_forward(a.yn, nullptr, a.y, nullptr, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
     linear_forward(out, a.yn, p.output, d.BT, d.C, d.A);
+}
+
+static void finch_c2_remake(Model *m, Layer *layer, const floatX *x) {
+    const Dims &d = m->d;
+    FinchC2 &a = layer->finch_c2;
+    finch_c2_mixes(m, layer, x, true);
+    layernorm_forward(a.yn, nullptr, a.y, nullptr, nullptr, layer->p.ln_x_weight, layer->p.ln_x_bias, d.BT, d.A);
 }
 
 static void finch_c2_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
@@ -2708,20 +3378,16 @@ static void finch_c2_backward(Model *m, Layer *layer, floatX *dx, const floatX *
     linear_backward(t.dxr, t.dr, a.xr, p.receptance, d.BT, d.A, d.C);
     linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
     linear_backward(t.dxv, t.dv, a.xv, p.value, v2 ? 2 * d.BT : d.BT, d.A, d.C);
-    if (v2) low_rank_backward(t.dxv2, t.dh, t.dy, a.hv2, a.xv2, p.time_value2_w1, p.time_value2_w2, d.BT, d.C, 64, d.A, 1, 1);
+    if (v2) low_rank_backward(t.dxv2, t.dh, t.dy, a.hv2, a.xv2, p.time_value2_w1, p.time_value2_w2, d.BT, d.C, 64, d.A, 1);
     low_rank_backward(t.dxw, t.dh, t.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
-    const int n = v2 ? 5 : 4;                                                       // m is made again: it is cheap, and large
-    matmul(t.m, d.C, rows(a.h, 32 * n, 32), rows(p.time_maa_w2.w, d.C, 32 * d.C), d.BT, d.C, 32, 0, n, (int64_t)d.BT * d.C);
     if (v2)
-        mix_backward<5, floatX, false>({{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w, p.time_maa_v2.w}, t.m,
-            {t.dxr, t.dxk, t.dxv, t.dxw, t.dxv2}}, dx, t.dm,
-            {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g, p.time_maa_v2.g}}, m->partial, x, d.BT, d.T, d.C);
+        low_rank_mix_backward<5>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w, p.time_maa_v2.w}, {},
+                                               {t.dxr, t.dxk, t.dxv, t.dxw, t.dxv2}},
+                                 {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g, p.time_maa_v2.g}}, dx, x);
     else
-        mix_backward<4, floatX, false>({{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, t.m,
-            {t.dxr, t.dxk, t.dxv, t.dxw}}, dx, t.dm,
-            {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g}}, m->partial, x, d.BT, d.T, d.C);
-    low_rank_backward(t.dxx, t.dh, t.dm, a.h, a.xx, p.time_maa_w1, p.time_maa_w2, d.BT, d.C, 32, d.C, n);
-    mix_backward<1, floatX, true>({{p.time_maa_x.w}, nullptr, {t.dxx}}, dx, nullptr, {{p.time_maa_x.g}}, m->partial, x, d.BT, d.T, d.C);
+        low_rank_mix_backward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {},
+                                               {t.dxr, t.dxk, t.dxv, t.dxw}},
+                                 {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g}}, dx, x);
 }
 
 // ---- TokenCat: the compressed key cache (spec section 1) ----
@@ -2770,26 +3436,37 @@ static int gold_rank(const Dims &d) { return d.C / 16 > 64 ? d.C / 16 : 64; }
 static void gold_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
     const Dims &d = m->d;
     Gold &a = layer->gold;
+    Arena *again = m->s.grad_cp == 2 ? scratch : kept;
     const int64_t E = (int64_t)d.BT * d.C;                                          // A = C in this layer
-    for (floatX **p : {&a.xx, &a.xq, &a.q0, &a.q, &a.xc, &a.k1, &a.k2, &a.k, &a.v1, &a.v2, &a.v, &a.y, &a.yn}) take(kept, p, E);
-    take(kept, &a.hq, (int64_t)d.BT * 32);
-    take(kept, &a.hkv, (int64_t)d.BT * 64);
+    low_rank_mix_plan(d, &a.mix_q, 1, kept, again, scratch);
+    low_rank_mix_plan(d, &a.mix_kv, 2, kept, again, scratch);
+    for (floatX **p : {&a.q0, &a.k2, &a.v2, &a.y}) take(kept, p, E);
+    for (floatX **p : {&a.xq, &a.q, &a.k1, &a.k, &a.v1, &a.v, &a.yn}) take(again, p, E);
     for (floatX **p : {&a.hk, &a.hv}) take(kept, p, (int64_t)d.BT * gold_rank(d));
     take(kept, &a.l, (int64_t)d.BT * d.H);
     auto &t = a.tmp;
-    for (floatX **p : {&t.m, &t.dm}) take(scratch, p, 2 * E);
-    for (floatX **p : {&t.dq, &t.dk, &t.dv, &t.dy, &t.dyn, &t.dq0, &t.dk2, &t.dv2, &t.dxq, &t.dxx, &t.dxc}) take(scratch, p, E);
+    for (floatX **p : {&t.low_rank, &t.dq, &t.dk, &t.dv, &t.dy, &t.dyn, &t.dq0, &t.dk2, &t.dv2, &t.dxq}) take(scratch, p, E);
     take(scratch, &t.dh, (int64_t)d.BT * gold_rank(d));
     take(scratch, &t.delta, (int64_t)d.BT * d.H);
+}
+
+static void gold_mix_q(const Dims &d, const Layer *layer, const floatX *x) {         // a.xq
+    low_rank_mix_outputs<1>(d, layer->gold.mix_q, layer->p.time_maa_q_w2, 1, 0, {{layer->p.time_maa_q.w}, {}, {layer->gold.xq}}, x);
+}
+
+static void gold_mix_kv(const Model *m, const Layer *layer) {                        // a.k1, a.v1 from m->k0 and m->xo
+    const Gold &a = layer->gold;
+    const Params &p = layer->p;
+    low_rank_mix_outputs<1>(m->d, a.mix_kv, p.time_maa_kv_w2, 2, 0, {{p.time_maa_k.w}, {}, {a.k1}}, m->k0);
+    low_rank_mix_outputs<1>(m->d, a.mix_kv, p.time_maa_kv_w2, 2, 1, {{p.time_maa_v.w}, {}, {a.v1}}, m->xo);
 }
 
 static void gold_queries(Model *m, Layer *layer, const floatX *x) {                  // a.q
     const Dims &d = m->d;
     const Params &p = layer->p;
     Gold &a = layer->gold;
-    mix_forward<1>({{p.time_maa_x.w}, nullptr, {a.xx}}, x, d.BT, d.T, d.C);
-    low_rank_forward(a.tmp.m, a.hq, a.xx, p.time_maa_q_w1, p.time_maa_q_w2, d.BT, d.C, 32, d.C);
-    mix_forward<1>({{p.time_maa_q.w}, a.tmp.m, {a.xq}}, x, d.BT, d.T, d.C);
+    low_rank_mix_hidden(d, a.mix_q, p.time_maa_x, p.time_maa_q_w1, 1, x);
+    gold_mix_q(d, layer, x);
     linear_forward(a.q0, a.xq, p.query, d.BT, d.A, d.C);
     layernorm_forward(a.q, nullptr, a.q0, nullptr, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
     rope_forward(m, a.q);
@@ -2799,18 +3476,14 @@ static void gold_keys_values(Model *m, Layer *layer) {                          
     const Dims &d = m->d;
     const Params &p = layer->p;
     Gold &a = layer->gold;
-    const int64_t E = (int64_t)d.BT * d.C;
     const int rank = gold_rank(d);
-    floatX *low_rank = a.tmp.dm;                                                    // scratch (BT, C)
-    mix_forward<1>({{p.time_maa_v_cache.w}, nullptr, {a.xc}}, m->xo, d.BT, d.T, d.C);
-    low_rank_forward(a.tmp.m, a.hkv, a.xc, p.time_maa_kv_w1, p.time_maa_kv_w2, d.BT, d.C, 32, d.C, 2);
-    mix_forward<1>({{p.time_maa_k.w}, a.tmp.m, {a.k1}}, m->k0, d.BT, d.T, d.C);
-    mix_forward<1>({{p.time_maa_v.w}, a.tmp.m + E, {a.v1}}, m->xo, d.BT, d.T, d.C);
-    low_rank_forward(low_rank, a.hk, a.k1, p.time_key_w1, p.time_key_w2, d.BT, d.C, rank, d.C);
-    layernorm_forward(a.k, a.k2, a.k1, nullptr, low_rank, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
+    low_rank_mix_hidden(d, a.mix_kv, p.time_maa_v_cache, p.time_maa_kv_w1, 2, m->xo);
+    gold_mix_kv(m, layer);
+    low_rank_forward(a.tmp.low_rank, a.hk, a.k1, p.time_key_w1, p.time_key_w2, d.BT, d.C, rank, d.C);
+    layernorm_forward(a.k, a.k2, a.k1, nullptr, a.tmp.low_rank, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
     rope_forward(m, a.k);
-    low_rank_forward(low_rank, a.hv, a.v1, p.time_value_w1, p.time_value_w2, d.BT, d.C, rank, d.C);
-    layernorm_forward(a.v, a.v2, a.v1, nullptr, low_rank, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
+    low_rank_forward(a.tmp.low_rank, a.hv, a.v1, p.time_value_w1, p.time_value_w2, d.BT, d.C, rank, d.C);
+    layernorm_forward(a.v, a.v2, a.v1, nullptr, a.tmp.low_rank, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
 }
 
 static void gold_output(Model *m, Layer *layer, floatX *out) {                      // from a.y
@@ -2830,12 +3503,26 @@ static void gold_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
     gold_output(m, layer, out);
 }
 
+static void gold_remake(Model *m, Layer *layer, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Gold &a = layer->gold;
+    mix_forward<1>({{p.time_maa_x.w}, {}, {a.mix_q.xx}}, x, d.BT, d.T, d.C);
+    mix_forward<1>({{p.time_maa_v_cache.w}, {}, {a.mix_kv.xx}}, m->xo, d.BT, d.T, d.C);
+    gold_mix_q(d, layer, x);
+    gold_mix_kv(m, layer);
+    layernorm_forward(a.q, nullptr, a.q0, nullptr, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
+    layernorm_forward(a.k, nullptr, a.k2, nullptr, nullptr, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
+    layernorm_forward(a.v, nullptr, a.v2, nullptr, nullptr, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
+    for (floatX *rotated : {a.q, a.k}) rope_forward(m, rotated);
+    layernorm_forward(a.yn, nullptr, a.y, nullptr, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
+}
+
 static void gold_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
     const Dims &d = m->d;
     const Params &p = layer->p;
     Gold &a = layer->gold;
     auto &t = a.tmp;
-    const int64_t E = (int64_t)d.BT * d.C;
     const int rank = gold_rank(d);
     linear_backward(t.dyn, dout, a.yn, p.output, d.BT, d.C, d.A);
     layernorm_backward<false>(t.dy, m->partial, t.dyn, a.y, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
@@ -2844,22 +3531,18 @@ static void gold_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
 
     layernorm_backward<false>(t.dk2, m->partial, t.dk, a.k2, nullptr, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
     layernorm_backward<false>(t.dv2, m->partial, t.dv, a.v2, nullptr, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
-    low_rank_backward(t.dk2, t.dh, t.dk2, a.hk, a.k1, p.time_key_w1, p.time_key_w2, d.BT, d.C, rank, d.C, 1, 1);
-    low_rank_backward(t.dv2, t.dh, t.dv2, a.hv, a.v1, p.time_value_w1, p.time_value_w2, d.BT, d.C, rank, d.C, 1, 1);
-    matmul(t.m, d.C, rows(a.hkv, 64, 32), rows(p.time_maa_kv_w2.w, d.C, 32 * d.C), d.BT, d.C, 32, 0, 2, E);
-    mix_backward<1, float, true>({{p.time_maa_k.w}, t.m, {t.dk2}}, m->dk0, t.dm, {{p.time_maa_k.g}}, m->partial, m->k0, d.BT, d.T, d.C);
-    mix_backward<1, float, true>({{p.time_maa_v.w}, t.m + E, {t.dv2}}, m->dxo, t.dm + E, {{p.time_maa_v.g}}, m->partial, m->xo,
-                                 d.BT, d.T, d.C);
-    low_rank_backward(t.dxc, t.dh, t.dm, a.hkv, a.xc, p.time_maa_kv_w1, p.time_maa_kv_w2, d.BT, d.C, 32, d.C, 2);
-    mix_backward<1, float, true>({{p.time_maa_v_cache.w}, nullptr, {t.dxc}}, m->dxo, nullptr, {{p.time_maa_v_cache.g}}, m->partial, m->xo,
-                                 d.BT, d.T, d.C);
+    low_rank_backward(t.dk2, t.dh, t.dk2, a.hk, a.k1, p.time_key_w1, p.time_key_w2, d.BT, d.C, rank, d.C, 1);
+    low_rank_backward(t.dv2, t.dh, t.dv2, a.hv, a.v1, p.time_value_w1, p.time_value_w2, d.BT, d.C, rank, d.C, 1);
+    low_rank_mix_outputs_backward<1, float, true>(m, a.mix_kv, p.time_maa_kv_w2, 2, 0, {{p.time_maa_k.w}, {}, {t.dk2}}, {{p.time_maa_k.g}},
+                                                  m->dk0, m->k0);
+    low_rank_mix_outputs_backward<1, float, true>(m, a.mix_kv, p.time_maa_kv_w2, 2, 1, {{p.time_maa_v.w}, {}, {t.dv2}}, {{p.time_maa_v.g}},
+                                                  m->dxo, m->xo);
+    low_rank_mix_hidden_backward(m, a.mix_kv, p.time_maa_v_cache, p.time_maa_kv_w1, 2, m->dxo, m->xo);
 
     layernorm_backward<false>(t.dq0, m->partial, t.dq, a.q0, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
     linear_backward(t.dxq, t.dq0, a.xq, p.query, d.BT, d.A, d.C);
-    matmul(t.m, d.C, rows(a.hq, 32), rows(p.time_maa_q_w2.w, d.C), d.BT, d.C, 32);
-    mix_backward<1, floatX, false>({{p.time_maa_q.w}, t.m, {t.dxq}}, dx, t.dm, {{p.time_maa_q.g}}, m->partial, x, d.BT, d.T, d.C);
-    low_rank_backward(t.dxx, t.dh, t.dm, a.hq, a.xx, p.time_maa_q_w1, p.time_maa_q_w2, d.BT, d.C, 32, d.C);
-    mix_backward<1, floatX, true>({{p.time_maa_x.w}, nullptr, {t.dxx}}, dx, nullptr, {{p.time_maa_x.g}}, m->partial, x, d.BT, d.T, d.C);
+    low_rank_mix_outputs_backward<1, floatX, false>(m, a.mix_q, p.time_maa_q_w2, 1, 0, {{p.time_maa_q.w}, {}, {t.dxq}}, {{p.time_maa_q.g}}, dx, x);
+    low_rank_mix_hidden_backward(m, a.mix_q, p.time_maa_x, p.time_maa_q_w1, 1, dx, x);
 }
 
 // ---- channel mixes, x060 and x052 ----
@@ -2872,10 +3555,17 @@ static void cmix_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
     const Dims &d = m->d;
     Cmix &a = layer->ffn;
     const int64_t E = (int64_t)d.BT * d.C;
-    for (floatX **p : {&a.xk, &a.xr, &a.v, &a.r}) take(kept, p, E);
+    for (floatX **p : {&a.xk, &a.xr}) take(m->s.grad_cp == 2 ? scratch : kept, p, E);
+    for (floatX **p : {&a.v, &a.r}) take(kept, p, E);
     take(kept, &a.k, (int64_t)d.BT * d.F);
     for (floatX **p : {&a.tmp.dxk, &a.tmp.dxr, &a.tmp.dv, &a.tmp.dr}) take(scratch, p, E);
     take(scratch, &a.tmp.dk, (int64_t)d.BT * d.F);
+}
+
+static void cmix_remake(Model *m, Layer *layer, const floatX *x) {                   // a.xk, a.xr
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    mix_forward<2>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, {}, {layer->ffn.xk, layer->ffn.xr}, layer->cmix->complement}, x, d.BT, d.T, d.C);
 }
 
 static void cmix_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
@@ -2883,8 +3573,7 @@ static void cmix_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
     const Params &p = layer->p;
     Cmix &a = layer->ffn;
     const int64_t E = (int64_t)d.BT * d.C, EF = (int64_t)d.BT * d.F;
-    const bool eagle = layer->cmix->complement;
-    mix_forward<2>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, nullptr, {a.xk, a.xr}, eagle}, x, d.BT, d.T, d.C);
+    cmix_remake(m, layer, x);
     linear_forward(a.k, a.xk, p.ffn_key, d.BT, d.F, d.C);
     relu_squared_forward<<<pack_blocks(EF), 256, 0, stream>>>(a.k, EF);
     linear_forward(a.v, a.k, p.ffn_value, d.BT, d.C, d.F);
@@ -2904,43 +3593,8 @@ static void cmix_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
     linear_backward(t.dk, t.dv, a.k, p.ffn_value, d.BT, d.C, d.F);
     relu_squared_backward<<<pack_blocks(EF), 256, 0, stream>>>(t.dk, a.k, EF);
     linear_backward(t.dxk, t.dk, a.xk, p.ffn_key, d.BT, d.F, d.C);
-    mix_backward<2, floatX, false>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, nullptr, {t.dxk, t.dxr}, eagle}, dx, nullptr,
+    mix_backward<2, floatX, false>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, {}, {t.dxk, t.dxr}, eagle}, dx, nullptr, nullptr,
                                    {{p.ffn_time_maa_k.g, p.ffn_time_maa_r.g}}, m->partial, x, d.BT, d.T, d.C);
-}
-
-// ---- what the mixers below share: mixes by low-rank functions of the data ----
-//
-//     m   = tanh((x + dx * time_maa_x) @ time_maa_w1);  m_i = m[:, 32 i : 32 i + 32] @ time_maa_w2[i],  i = 0 .. n-1
-//     x_i = x + dx * (time_maa_i + m_i)                        `mix` comes without its m
-
-static void low_rank_mix_plan(const Dims &d, LowRankMix *a, int n, Arena *kept, Arena *scratch) {
-    const int64_t E = (int64_t)d.BT * d.C;
-    take(kept, &a->xx, E);
-    take(kept, &a->h, (int64_t)d.BT * 32 * n);
-    for (floatX **p : {&a->tmp.m, &a->tmp.dm}) take(scratch, p, n * E);
-    take(scratch, &a->tmp.dxx, E);
-    take(scratch, &a->tmp.dh, (int64_t)d.BT * 32 * n);
-}
-
-template <int n> static void low_rank_mix_forward(const Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix,
-                                                  const floatX *x) {
-    const Dims &d = m->d;
-    mix.m = a.tmp.m;
-    mix_forward<1>({{p.time_maa_x.w}, nullptr, {a.xx}}, x, d.BT, d.T, d.C);
-    low_rank_forward(a.tmp.m, a.h, a.xx, p.time_maa_w1, p.time_maa_w2, d.BT, d.C, 32, d.C, n);
-    mix_forward<n>(mix, x, d.BT, d.T, d.C);
-}
-
-template <int n> static void low_rank_mix_backward(const Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix,
-                                                   Targets dmu, floatX *dx, const floatX *x) {
-    const Dims &d = m->d;
-    const auto &t = a.tmp;                                                          // m is made again: it is cheap, and large
-    matmul(t.m, d.C, rows(a.h, 32 * n, 32), rows(p.time_maa_w2.w, d.C, 32 * d.C), d.BT, d.C, 32, 0, n, (int64_t)d.BT * d.C);
-    mix.m = t.m;
-    mix_backward<n, floatX, false>(mix, dx, t.dm, dmu, m->partial, x, d.BT, d.T, d.C);
-    low_rank_backward(t.dxx, t.dh, t.dm, a.h, a.xx, p.time_maa_w1, p.time_maa_w2, d.BT, d.C, 32, d.C, n);
-    mix_backward<1, floatX, true>({{p.time_maa_x.w}, nullptr, {t.dxx}}, dx, nullptr, {{p.time_maa_x.g}}, m->partial, x,
-                                  d.BT, d.T, d.C);
 }
 
 // ---- Finch (RWKV-6) time mix, x060 ----
@@ -2957,7 +3611,7 @@ static void finch_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {   
     auto &t = a.tmp;
     const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
     const bool w = layer->p.time_decay_w1.ld > 0, g = layer->p.gate.ld > 0;         // has these tensors
-    if (layer->tmix->mixes) low_rank_mix_plan(d, &a.mix, layer->tmix->mixes, kept, scratch);
+    if (layer->tmix->mixes) low_rank_mix_plan(d, &a.mix, layer->tmix->mixes, kept, kept, scratch);
     for (floatX **p : {&a.xr, &a.xk, &a.xv}) take(kept, p, E);
     for (floatX **p : {&a.r, &a.k, &a.v, &a.y, &a.yn}) take(kept, p, EA);
     take(kept, &a.states, d.B * d.H * ceil_div(d.T, CHUNK) * N * N);
@@ -2997,7 +3651,7 @@ static void finch_forward(Model *m, Layer *layer, floatX *out, const floatX *x) 
     const Params &p = layer->p;
     Finch &a = layer->finch;
     low_rank_mix_forward<5>(m, p, a.mix, {{p.time_maa_w.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w},
-                                          nullptr, {a.xw, a.xk, a.xv, a.xr, a.xg}}, x);
+                                          {}, {a.xw, a.xk, a.xv, a.xr, a.xg}}, x);
     linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
     linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
     linear_forward(a.v, a.xv, p.value, d.BT, d.A, d.C);
@@ -3022,7 +3676,7 @@ static void finch_backward(Model *m, Layer *layer, floatX *dx, const floatX *dou
     linear_backward(t.dxg, t.dg, a.xg, p.gate, d.BT, d.A, d.C);
     low_rank_backward(t.dxw, t.dh, t.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
     low_rank_mix_backward<5>(m, p, a.mix, {{p.time_maa_w.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w},
-                                           nullptr, {t.dxw, t.dxk, t.dxv, t.dxr, t.dxg}},
+                                           {}, {t.dxw, t.dxk, t.dxv, t.dxr, t.dxg}},
                              {{p.time_maa_w.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_r.g, p.time_maa_g.g}}, dx, x);
 }
 
@@ -3034,7 +3688,7 @@ static void finch_b_forward(Model *m, Layer *layer, floatX *out, const floatX *x
     const Dims &d = m->d;
     const Params &p = layer->p;
     Finch &a = layer->finch;
-    low_rank_mix_forward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, nullptr,
+    low_rank_mix_forward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {},
                                           {a.xr, a.xk, a.xv, a.xw}}, x);
     linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
     linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
@@ -3057,7 +3711,7 @@ static void finch_b_backward(Model *m, Layer *layer, floatX *dx, const floatX *d
     linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
     linear_backward(t.dxv, t.dv, a.xv, p.value, d.BT, d.A, d.C);
     low_rank_backward(t.dxw, t.dh, t.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
-    low_rank_mix_backward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, nullptr,
+    low_rank_mix_backward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {},
                                            {t.dxr, t.dxk, t.dxv, t.dxw}},
                              {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g}}, dx, x);
 }
@@ -3075,7 +3729,7 @@ static void eagle_forward(Model *m, Layer *layer, floatX *out, const floatX *x) 
     const Dims &d = m->d;
     const Params &p = layer->p;
     Finch &a = layer->finch;
-    mix_forward<4>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, nullptr, {a.xk, a.xv, a.xr, a.xg},
+    mix_forward<4>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, {}, {a.xk, a.xv, a.xr, a.xg},
                     layer->tmix->complement}, x, d.BT, d.T, d.C);
     linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
     linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
@@ -3098,8 +3752,8 @@ static void eagle_backward(Model *m, Layer *layer, floatX *dx, const floatX *dou
     linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
     linear_backward(t.dxv, t.dv, a.xv, p.value, d.BT, d.A, d.C);
     linear_backward(t.dxg, t.dg, a.xg, p.gate, d.BT, d.A, d.C);
-    mix_backward<4, floatX, false>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, nullptr,
-                                    {t.dxk, t.dxv, t.dxr, t.dxg}, layer->tmix->complement}, dx, nullptr,
+    mix_backward<4, floatX, false>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, {},
+                                    {t.dxk, t.dxv, t.dxr, t.dxg}, layer->tmix->complement}, dx, nullptr, nullptr,
                                    {{p.time_maa_k.g, p.time_maa_v.g, p.time_maa_r.g, p.time_maa_g.g}}, m->partial, x,
                                    d.BT, d.T, d.C);
 }
@@ -3120,7 +3774,7 @@ static void attention_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) 
     for (floatX **p : {&t.dq, &t.dk, &t.dv, &t.dy}) take(scratch, p, EA);
     take(scratch, &t.delta, (int64_t)d.BT * d.H);
     if (!layer->tmix->mixes) return;
-    low_rank_mix_plan(d, &a.mix, layer->tmix->mixes, kept, scratch);
+    low_rank_mix_plan(d, &a.mix, layer->tmix->mixes, kept, kept, scratch);
     for (floatX **p : {&a.xq, &a.xk, &a.xv}) take(kept, p, E);
     for (floatX **p : {&a.q0, &a.k0, &a.v0, &a.yn}) take(kept, p, EA);
     for (floatX **p : {&t.dxq, &t.dxk, &t.dxv}) take(scratch, p, E);
@@ -3147,7 +3801,7 @@ static void gptalpha_forward(Model *m, Layer *layer, floatX *out, const floatX *
     const Dims &d = m->d;
     const Params &p = layer->p;
     Attention &a = layer->attention;
-    low_rank_mix_forward<3>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w}, nullptr, {a.xq, a.xk, a.xv}}, x);
+    low_rank_mix_forward<3>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w}, {}, {a.xq, a.xk, a.xv}}, x);
     linear_forward(a.q0, a.xq, p.query, d.BT, d.A, d.C);
     linear_forward(a.k0, a.xk, p.key, d.BT, d.A, d.C);
     linear_forward(a.v0, a.xv, p.value, d.BT, d.A, d.C);
@@ -3173,7 +3827,7 @@ static void gptalpha_backward(Model *m, Layer *layer, floatX *dx, const floatX *
     linear_backward(t.dxq, t.dq0, a.xq, p.query, d.BT, d.A, d.C);
     linear_backward(t.dxk, t.dk0, a.xk, p.key, d.BT, d.A, d.C);
     linear_backward(t.dxv, t.dv0, a.xv, p.value, d.BT, d.A, d.C);
-    low_rank_mix_backward<3>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w}, nullptr, {t.dxq, t.dxk, t.dxv}},
+    low_rank_mix_backward<3>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w}, {}, {t.dxq, t.dxk, t.dxv}},
                              {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g}}, dx, x);
 }
 
@@ -3246,18 +3900,18 @@ static void cmix_llama_backward(Model *m, Layer *layer, floatX *dx, const floatX
 
 static const Mixer TIME_MIXERS[] = {
     //                        mixes  K0     own K, V  complement
-    {"x060c2",   FINCH_C2, 5, false, false, false, finch_c2_plan, finch_c2_forward, finch_c2_backward},
-    {"gold",     GOLD,     0, true,  false, false, gold_plan, gold_forward, gold_backward},
-    {"x060",     FINCH,    5, false, false, false, finch_plan, finch_forward, finch_backward},
-    {"x060b",    FINCH_B,  4, false, false, false, finch_plan, finch_b_forward, finch_b_backward},
-    {"x052",     EAGLE,    0, false, false, true,  finch_plan, eagle_forward, eagle_backward},
-    {"gptalpha", GPTALPHA, 3, false, true,  false, attention_plan, gptalpha_forward, gptalpha_backward},
-    {"llama",    LLAMA,    0, false, true,  false, attention_plan, llama_forward, llama_backward},
+    {"x060c2",   FINCH_C2, 5, false, false, false, finch_c2_plan, finch_c2_forward, finch_c2_backward, finch_c2_remake},
+    {"gold",     GOLD,     0, true,  false, false, gold_plan, gold_forward, gold_backward, gold_remake},
+    {"x060",     FINCH,    5, false, false, false, finch_plan, finch_forward, finch_backward, nullptr},
+    {"x060b",    FINCH_B,  4, false, false, false, finch_plan, finch_b_forward, finch_b_backward, nullptr},
+    {"x052",     EAGLE,    0, false, false, true,  finch_plan, eagle_forward, eagle_backward, nullptr},
+    {"gptalpha", GPTALPHA, 3, false, true,  false, attention_plan, gptalpha_forward, gptalpha_backward, nullptr},
+    {"llama",    LLAMA,    0, false, true,  false, attention_plan, llama_forward, llama_backward, nullptr},
 };
 static const Mixer CHANNEL_MIXERS[] = {
-    {"x060",  CMIX,       0, false, false, false, cmix_plan, cmix_forward, cmix_backward},
-    {"x052",  CMIX_EAGLE, 0, false, false, true,  cmix_plan, cmix_forward, cmix_backward},
-    {"llama", CMIX_LLAMA, 0, false, false, false, cmix_llama_plan, cmix_llama_forward, cmix_llama_backward},
+    {"x060",  CMIX,       0, false, false, false, cmix_plan, cmix_forward, cmix_backward, cmix_remake},
+    {"x052",  CMIX_EAGLE, 0, false, false, true,  cmix_plan, cmix_forward, cmix_backward, cmix_remake},
+    {"llama", CMIX_LLAMA, 0, false, false, false, cmix_llama_plan, cmix_llama_forward, cmix_llama_backward, nullptr},
 };
 
 template <size_t n> static const Mixer *find_mixer(const Mixer (&table)[n], const char *name) {     // NULL if there is none
@@ -3335,7 +3989,8 @@ static void add_tensors(Model *m, int layer, Params *params, int where, int mixe
 static bool has_cache(const Model *m) { return m->layers[m->d.L - 1].tmix->needs_cache; }
 
 // Hands out the activation block; without a base it only measures it. The pieces at the front stay for the whole pass,
-// then what each layer keeps (with grad_cp 1 only its input: the rest is one layer's, made again), then scratch.
+// then what each layer keeps (with grad_cp 1 only its input: the rest is one layer's, made again; with grad_cp 2 not what
+// norms and mixes gave: `remake` makes it again, in scratch), then scratch.
 static void model_layout(Model *m, char *base) {
     const Dims &d = m->d;
     const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
@@ -3353,20 +4008,27 @@ static void model_layout(Model *m, char *base) {
     take(&arena, &m->logits, (int64_t)m->slice * d.V);
     take(&arena, &m->losses, d.BT);
     take(&arena, &m->right, d.BT);
-    take(&arena, &m->partial, (int64_t)row_blocks(d.BT) * 5 * (d.C > d.A ? d.C : d.A));
+    const int64_t partial_rows = (int64_t)row_blocks(d.BT) * 5 * (d.C > d.A ? d.C : d.A), partial_mix = mix_partial_floats(d.C);
+    take(&arena, &m->partial, partial_rows > partial_mix ? partial_rows : partial_mix);
+    floatX *ln1 = nullptr, *ln2 = nullptr;                                          // grad_cp 2: of the layer at hand
+    for (floatX **p : {&ln1, &ln2})
+        if (m->s.grad_cp == 2) take(&arena, p, E);
     for (int l = 0; l < d.L; l++) {
         m->layers[l].x = m->x0;                                                     // block 0 reads the embedding itself
         if (l > 0) take(&arena, &m->layers[l].x, E);
     }
     const int64_t layers_begin = arena.used;
-    arena.once = !m->s.grad_cp;
+    arena.once = m->s.grad_cp != 1;
     int64_t layers_end = arena.used;
     for (int pass = 0; pass < 2; pass++) {                                          // scratch comes after the last layer's
         for (int l = 0; l < d.L; l++) {
             Layer *layer = &m->layers[l];
-            if (l == 0 || m->s.grad_cp) arena.used = layers_begin;
+            if (l == 0 || m->s.grad_cp == 1) arena.used = layers_begin;
             Arena scratch = {pass ? base : nullptr, layers_end, false};
-            for (floatX **p : {&layer->x_mid, &layer->ln1, &layer->ln2}) take(&arena, p, E);
+            take(&arena, &layer->x_mid, E);
+            layer->ln1 = ln1, layer->ln2 = ln2;
+            for (floatX **p : {&layer->ln1, &layer->ln2})
+                if (m->s.grad_cp != 2) take(&arena, p, E);
             layer->tmix->plan(m, layer, &arena, &scratch);
             if (pass && scratch.used > m->activation_bytes) m->activation_bytes = scratch.used;
             scratch.used = layers_end;
@@ -3456,7 +4118,10 @@ static void device_alloc(void **p, int64_t bytes) {
 static void model_too_large(const Model *m, int64_t available) {                    // says what would fit
     const int64_t missing = model_total_bytes(m) - available;
     char advice[200] = "not even micro_bsz 1 with grad_cp 1 would fit";
-    for (int cp = (int)m->s.grad_cp; cp < 2; cp++) {
+    bool more = false;                                                              // cp saves at least as much as grad_cp does
+    for (int cp : {0, 2, 1}) {
+        more = more || cp == m->s.grad_cp;
+        if (!more) continue;
         Settings s = m->s;
         s.grad_cp = cp;
         int fits = 0;
@@ -3467,7 +4132,9 @@ static void model_too_large(const Model *m, int64_t available) {                
             model_free_plan(&smaller);
         }
         if (!fits) continue;
-        snprintf(advice, sizeof advice, "micro_bsz %d%s would fit", fits, cp > m->s.grad_cp ? " with grad_cp 1" : "");
+        int n = snprintf(advice, sizeof advice, "micro_bsz %d", fits);
+        if (cp != m->s.grad_cp) n += snprintf(advice + n, sizeof advice - n, " with grad_cp %d", cp);
+        snprintf(advice + n, sizeof advice - n, " would fit");
         if (fits == m->B) break;
     }
     die(2, "%s has %.2f GiB free, %.2f GiB less than needed: %s", machine_name(), available / 1073741824.0, missing / 1073741824.0, advice);
@@ -3545,7 +4212,7 @@ __global__ void fill_normal(float *x, int64_t n, uint64_t key) {                
 static const int PANEL = 16;
 
 // Makes the `count` <= 16 rows of a panel (length n) orthonormal by Gram-Schmidt. One block.
-__global__ void orthonormalize_panel(float *panel, int count, int64_t n) {
+__global__ void __launch_bounds__(1024) orthonormalize_panel(float *panel, int count, int64_t n) {
     __shared__ float2 shared[32];
     for (int row = 0; row < count; row++) {
         float *x = panel + row * n;
@@ -3633,8 +4300,8 @@ static void tensor_init(const Model *m, const Tensor *t, float *x, uint64_t key)
 }
 
 static void model_params_changed(Model *m) {                                        // masters were written: round them again
-    if (!PRECISION_BF16) return;
-    round_params<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->pieces);
+    if (PRECISION_BF16) round_params<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->pieces);
+    CUDA_CHECK(cudaGetLastError());
     CUDA_CHECK(cudaStreamSynchronize(stream));
 }
 
@@ -3712,7 +4379,7 @@ static void model_forward(Model *m) {                                           
 // Logits of `count` rows of xf, their losses (to m->losses from `row` on), and with scale > 0 their gradients in place.
 static void head_and_loss(Model *m, const floatX *xf, const int *targets, int64_t row, int count, float scale) {
     const Dims &d = m->d;
-    const int threads = d.V < 4096 ? 64 : 512;
+    const int threads = d.V < 4096 ? 64 : 1024;
     linear_forward(m->logits, xf, m->top.head, count, d.V, d.C);
     classifier_kernel<<<count, threads, 0, stream>>>(m->logits, m->losses + row, m->right + row, targets + row, scale, d.V);
 }
@@ -3734,13 +4401,22 @@ static void model_classifier(Model *m, float scale) {
 static void layer_backward(Model *m, Layer *layer) {                                // m->dx: of the layer's output, then of its input
     const Dims &d = m->d;
     const Params &p = layer->p;
-    if (m->s.grad_cp) {
-        layernorm_forward(layer->ln1, nullptr, layer->x, nullptr, nullptr, p.ln1_weight, p.ln1_bias, d.BT, d.C);
+    auto norm = [&](floatX *out, const floatX *x, Param gain, Param bias) { layernorm_forward(out, nullptr, x, nullptr, nullptr, gain, bias, d.BT, d.C); };
+    if (m->s.grad_cp == 1) {
+        norm(layer->ln1, layer->x, p.ln1_weight, p.ln1_bias);
         layer_forward(m, layer);
     }
     const floatX *ln2_input = m->s.parallel ? layer->x : layer->x_mid;
+    if (m->s.grad_cp == 2) {
+        norm(layer->ln2, ln2_input, p.ln2_weight, p.ln2_bias);
+        if (layer->cmix->remake) layer->cmix->remake(m, layer, layer->ln2);
+    }
     layer->cmix->backward(m, layer, m->dln2, m->dx, layer->ln2);
     if (!m->s.parallel) layernorm_backward<true>(m->dx, m->partial, m->dln2, ln2_input, nullptr, p.ln2_weight, p.ln2_bias, d.BT, d.C);
+    if (m->s.grad_cp == 2) {
+        norm(layer->ln1, layer->x, p.ln1_weight, p.ln1_bias);
+        if (layer->tmix->remake) layer->tmix->remake(m, layer, layer->ln1);
+    }
     layer->tmix->backward(m, layer, m->dln1, m->dx, layer->ln1);
     if (m->s.parallel) layernorm_backward<true>(m->dx, m->partial, m->dln2, ln2_input, nullptr, p.ln2_weight, p.ln2_bias, d.BT, d.C);
     layernorm_backward<true>(m->dx, m->partial, m->dln1, layer->x, nullptr, p.ln1_weight, p.ln1_bias, d.BT, d.C);
@@ -3761,7 +4437,7 @@ static void model_backward(Model *m) {                                          
         rms_norm_backward<true><<<d.BT, row_threads(d.C), 0, stream>>>(m->dx, m->dxo, (const float *)m->dx0, m->x0, d.C);
     layernorm_backward<false>(m->dln1, m->partial, m->dx, top.emb.w, m->tokens, first.ln0_weight, first.ln0_bias, d.BT, d.C);
     const int *ids = m->tokens + 2 * d.BT, *starts = ids + m->distinct, *order = starts + m->distinct + 1;
-    embedding_backward<<<m->distinct, row_threads(d.C), 0, stream>>>(top.emb.g, m->dln1, ids, starts, order, d.C);
+    embedding_backward<<<dim3(m->distinct, d.C / EMBEDDING_CHANNELS), 8 * EMBEDDING_ROWS, 0, stream>>>(top.emb.g, m->dln1, ids, starts, order, d.C);
 }
 
 // ---- a step ----
@@ -3815,6 +4491,7 @@ static void model_update(Model *m, int64_t step, double lr, double weight_decay)
     const AdamW a = {(float)lr, (float)s.beta1, (float)s.beta2, (float)s.adam_eps, (float)weight_decay,
                      (float)(1 - pow(s.beta1, step + 1.0)), (float)(1 - pow(s.beta2, step + 1.0))};
     adamw_kernel<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->m, m->v, m->grads, m->pieces, m->state, a);
+    CUDA_CHECK(cudaGetLastError());                                                 // of all launches of the step
     CUDA_CHECK(cudaMemcpyAsync(&m->results[step % 2], m->state, sizeof(UpdateState), cudaMemcpyDeviceToHost, stream));
     CUDA_CHECK(cudaEventRecord(m->result_done[step % 2], stream));
 }
@@ -3834,6 +4511,7 @@ static void model_evaluate(Model *m, const int *tokens, int B, int T, double *lo
     stage_tokens(m, tokens, B, T);
     model_forward(m);
     model_classifier(m, 0);
+    CUDA_CHECK(cudaGetLastError());
     CUDA_CHECK(cudaStreamSynchronize(stream));
     CUDA_CHECK(cudaMemcpy(totals, m->totals, sizeof totals, cudaMemcpyDeviceToHost));
     *loss_sum = totals[0];
@@ -3926,7 +4604,7 @@ static const char *model_find_nonfinite(Model *m, const int *tokens, int B, int 
     }
     for (int l = 0; l < m->d.L && !yes; l++)
         for (const char *part : {"att.out", "ffn.out", "out"}) {
-            if (yes || (grad_cp && strcmp(part, "out") != 0)) continue;             // grad_cp 1 keeps the layers' outputs only
+            if (yes || (grad_cp == 1 && strcmp(part, "out") != 0)) continue;        // grad_cp 1 keeps the layers' outputs only
             snprintf(found, sizeof found, "blocks.%d.%s", l, part);
             model_activation(m, found, values);
             yes = bad((int64_t)m->d.BT * m->d.C);
@@ -4887,7 +5565,10 @@ bool train(Run *r) {
     bool first = true, waiting = false, stop = false;
     Step late;                                                  // if waiting: the step whose result is still to be read
     while (r->p.step < r->n_steps && !stop) {
+        const bool profiled = r->p.step + 1 == r->s.profile_step;
+        if (profiled) { profile_begin(); }
         const Step step = begin_step(r);
+        if (profiled) { profile_end(); }
         if (waiting) { end_step(r, &late, false); }
         stop = stop_requested;
         const bool last = r->p.step == r->n_steps, saves = last || stop || due(r->p.step, r->s.save_every);
@@ -5054,7 +5735,7 @@ static void model_free(Model *m) {
         cudaFreeHost(m->staged[i]);
         cudaEventDestroy(m->staged_done[i]);
     }
-    for (int i = 0; i < 2; i++) cudaEventDestroy(m->result_done[i]);
+    for (int i = 0; i < 2 && m->results; i++) cudaEventDestroy(m->result_done[i]);             // null where only inference was asked for
     cudaFreeHost(m->results);
     model_free_plan(m);
 }
