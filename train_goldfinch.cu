@@ -20,6 +20,7 @@
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#include <initializer_list>
 
 const char *program_name = "train_goldfinch";
 
@@ -367,7 +368,11 @@ void config_set(Config *c, const char *key, const char *value) {
     if (!*value && strcmp(key, "model.brope") == 0) { c->s->brope.rescale = 0; return; }
     c->rope = c->rope || strncmp(key, "model.rope.", 11) == 0;
     c->brope = c->brope || strncmp(key, "model.brope.", 12) == 0;
-    if (n > type && strcmp(key + n - type, ".__type__") == 0) { return; }   // names one of the reference's classes
+    if (n > type && strcmp(key + n - type, ".__type__") == 0) {             // names one of the reference's classes
+        for (const char *section : {"model", "train", "model.rope", "model.brope"}) {
+            if (strlen(section) == n - type && strncmp(key, section, n - type) == 0) { return; }
+        }
+    }
     if (strcmp(key, "train.val_check_interval") == 0) { key = "train.val_every"; }
     bool unused = strncmp(key, "runtime.", 8) == 0;
     for (const char *name : unused_keys) { unused = unused || strcmp(name, key) == 0; }
@@ -641,7 +646,6 @@ void settings_print(const Settings *s) {
 #include <cuda_profiler_api.h>
 #include <cuda_runtime.h>
 #include <limits.h>
-#include <initializer_list>
 
 #ifndef PRECISION_BF16
 #define PRECISION_BF16 1
@@ -1111,7 +1115,8 @@ enum Where {
     TOP = 1, KV = 2, FIRST = 4, BLOCK = 8,
     FINCH_C2 = 16, GOLD = 32, FINCH = 64, FINCH_B = 128, EAGLE = 256, GPTALPHA = 512, LLAMA = 1024,     // time mixers
     CMIX = 2048, CMIX_EAGLE = 4096, CMIX_LLAMA = 8192,                                                  // channel mixers
-    FINCHES = FINCH_C2 | FINCH | FINCH_B, RWKV = FINCHES | EAGLE
+    FINCHES = FINCH_C2 | FINCH | FINCH_B, RWKV = FINCHES | EAGLE, NOT_LLAMA = RWKV | GOLD | GPTALPHA,
+    MIXED = FINCH_C2 | FINCH | GPTALPHA, SHIFTED = MIXED | FINCH_B
 };
 
 // The table: field, name in a checkpoint, shape, initial values, group, where. Letters as in the spec, beside
@@ -1131,17 +1136,17 @@ X(ln1_weight,       "ln1.weight",              C, 0, 0,               constant(1
 X(ln1_bias,         "ln1.bias",                C, 0, 0,               constant(0),                    VECTOR, BLOCK) \
 X(ln2_weight,       "ln2.weight",              C, 0, 0,               constant(1),                    VECTOR, BLOCK) \
 X(ln2_bias,         "ln2.bias",                C, 0, 0,               constant(0),                    VECTOR, BLOCK) \
-X(time_maa_x,       "att.time_maa_x",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCHES | GOLD | GPTALPHA) \
-X(time_maa_r,       "att.time_maa_r",          1, 1, C,               curve(0.5, 0),                  SHIFT,  FINCHES | GPTALPHA) \
+X(time_maa_x,       "att.time_maa_x",          1, 1, C,               curve(1, 0),                    SHIFT,  SHIFTED | GOLD) \
+X(time_maa_r,       "att.time_maa_r",          1, 1, C,               curve(0.5, 0),                  SHIFT,  SHIFTED) \
 X(time_maa_q,       "att.time_maa_q",          1, 1, C,               curve(0.5, 0),                  SHIFT,  GOLD) \
 X(time_maa_v_cache, "att.time_maa_v_cache",    1, 1, C,               curve(1, 0),                    SHIFT,  GOLD) \
-X(time_maa_k,       "att.time_maa_k",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCHES | GOLD | GPTALPHA) \
-X(time_maa_v,       "att.time_maa_v",          1, 1, C,               curve(1, 0.3),                  SHIFT,  FINCHES | GOLD | GPTALPHA) \
+X(time_maa_k,       "att.time_maa_k",          1, 1, C,               curve(1, 0),                    SHIFT,  SHIFTED | GOLD) \
+X(time_maa_v,       "att.time_maa_v",          1, 1, C,               curve(1, 0.3),                  SHIFT,  SHIFTED | GOLD) \
 X(time_maa_w,       "att.time_maa_w",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCHES) \
 X(time_maa_g,       "att.time_maa_g",          1, 1, C,               curve(0.5, 0),                  SHIFT,  FINCH) \
 X(time_maa_v2,      "att.time_maa_v2",         1, 1, C,               curve(1, 0.3),                  SHIFT,  FINCH_C2) \
-X(time_maa_w1,      "att.time_maa_w1",         C, 32 * mixes, 1,      constant(0),                    VECTOR, FINCH_C2 | FINCH | GPTALPHA) \
-X(time_maa_w2,      "att.time_maa_w2",         mixes, 32, C,          uniform(0.01),                  VECTOR, FINCH_C2 | FINCH | GPTALPHA) \
+X(time_maa_w1,      "att.time_maa_w1",         C, 32 * mixes, 1,      constant(0),                    VECTOR, MIXED) \
+X(time_maa_w2,      "att.time_maa_w2",         mixes, 32, C,          uniform(0.01),                  VECTOR, MIXED) \
 X(time_maa_q_w1,    "att.time_maa_q_w1",       C, 32, 1,              constant(0),                    VECTOR, GOLD) \
 X(time_maa_q_w2,    "att.time_maa_q_w2",       32, C, 1,              uniform(0.01),                  VECTOR, GOLD) \
 X(time_maa_kv_w1,   "att.time_maa_kv_w1",      C, 64, 1,              constant(0),                    VECTOR, GOLD) \
@@ -1161,15 +1166,15 @@ X(key,              "att.key.weight",          A, C, 1,               orthogonal
 X(value,            "att.value.weight",        A, C, 1,               orthogonal(1),                  MATRIX, RWKV | GPTALPHA) \
 X(query,            "att.query.weight",        A, C, 1,               orthogonal(1),                  MATRIX, GOLD | GPTALPHA) \
 X(gate,             "att.gate.weight",         A, C, 1,               orthogonal(0.1),                MATRIX, FINCH | EAGLE) \
-X(output,           "att.output.weight",       C, A, 1,               constant(0),                    MATRIX, RWKV | GOLD | GPTALPHA) \
+X(output,           "att.output.weight",       C, A, 1,               constant(0),                    MATRIX, NOT_LLAMA) \
 X(ln_q_weight,      "att.ln_q.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD) \
 X(ln_q_bias,        "att.ln_q.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD) \
 X(ln_k_weight,      "att.ln_k.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD | GPTALPHA) \
 X(ln_k_bias,        "att.ln_k.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD | GPTALPHA) \
 X(ln_v_weight,      "att.ln_v.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD | GPTALPHA) \
 X(ln_v_bias,        "att.ln_v.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD | GPTALPHA) \
-X(ln_x_weight,      "att.ln_x.weight",         A, 0, 0,               (Init{LN_X_GAIN, 0, 0}),        VECTOR, RWKV | GOLD | GPTALPHA) \
-X(ln_x_bias,        "att.ln_x.bias",           A, 0, 0,               constant(0),                    VECTOR, RWKV | GOLD | GPTALPHA) \
+X(ln_x_weight,      "att.ln_x.weight",         A, 0, 0,               (Init{LN_X_GAIN, 0, 0}),        VECTOR, NOT_LLAMA) \
+X(ln_x_bias,        "att.ln_x.bias",           A, 0, 0,               constant(0),                    VECTOR, NOT_LLAMA) \
 X(ffn_time_maa_k,   "ffn.time_maa_k",          1, 1, C,               curve(1, 0),                    SHIFT,  CMIX) \
 X(ffn_time_maa_r,   "ffn.time_maa_r",          1, 1, C,               curve(1, 0),                    SHIFT,  CMIX) \
 X(ffn_key,          "ffn.key.weight",          F, C, 1,               orthogonal(1),                  MATRIX, CMIX | CMIX_EAGLE) \
@@ -2744,7 +2749,7 @@ __global__ void gate_backward(floatX *dr, floatX *dv, const floatX *dout, const 
 // ---- rope: positions as rotations (spec section 3) ----
 //
 //     (a, b) = channels (2i, 2i + 1) of each head  ->  (a cos z - b sin z, a sin z + b cos z),   z = position * velocity_i
-//     rope:  velocity_i = base^(-2i/N) / rescale          brope:  velocity_i = pi 2^-i / rescale,  0 for i >= log2(ctx_len)
+//     rope:  velocity_i = base^(-2i/N) / rescale          brope:  velocity_i = pi 2^-i / rescale,  0 for i >= int(log2(ctx_len))
 //
 // An fp32 z would be off by 1e-2 at position 262,144: whole turns are taken away in fp64 first. The gradient turns back.
 struct Rope {
@@ -2802,8 +2807,8 @@ __device__ inline Pack head_norm(Pack y, float eps, float *rstd) {              
     return y;
 }
 
-__global__ void gated_group_norm_forward_kernel(floatX *out, const floatX *y, const floatX *g, const floatX *gain, const floatX *bias,
-                                                float eps, int A) {
+__global__ void gated_group_norm_forward_kernel(floatX *out, const floatX *y, const floatX *g, const floatX *gain,
+                                                const floatX *bias, float eps, int A) {
     const int c = threadIdx.x * 8;
     const bool mine = c < A;
     const int64_t at = (int64_t)blockIdx.x * A + c;
@@ -2815,7 +2820,8 @@ __global__ void gated_group_norm_forward_kernel(floatX *out, const floatX *y, co
     store(out + at, n);
 }
 
-static void gated_group_norm_forward(floatX *out, const floatX *y, const floatX *g, Param gain, Param bias, float eps, int rows, int A) {
+static void gated_group_norm_forward(floatX *out, const floatX *y, const floatX *g, Param gain, Param bias, float eps,
+                                     int rows, int A) {
     gated_group_norm_forward_kernel<<<rows, row_threads(A), 0, stream>>>(out, y, g, gain.w, bias.w, eps, A);
 }
 
@@ -2824,7 +2830,7 @@ static void gated_group_norm_forward(floatX *out, const floatX *y, const floatX 
 __global__ void gated_group_norm_backward_kernel(floatX *dy, floatX *dg, float *partial, const floatX *dout, const floatX *y,
                                                  const floatX *g, const floatX *gain, const floatX *bias, float eps,
                                                  int rows, int rows_per_block, int A) {
-    const int c = threadIdx.x * 8;
+    const int c = (blockIdx.y * blockDim.x + threadIdx.x) * 8;              // blocks share a row: heads do not meet
     const bool mine = c < A;
     const Pack a = mine ? load(gain + c) : zero_pack(), b = mine ? load(bias + c) : zero_pack();
     Pack dgain = zero_pack(), dbias = zero_pack();
@@ -2855,10 +2861,11 @@ __global__ void gated_group_norm_backward_kernel(floatX *dy, floatX *dg, float *
     store(partial + (int64_t)blockIdx.x * 2 * A + A + c, dbias);
 }
 
-static void gated_group_norm_backward(floatX *dy, floatX *dg, float *partial, const floatX *dout, const floatX *y, const floatX *g,
-                                      Param gain, Param bias, float eps, int rows, int A) {
-    const int blocks = row_blocks(rows), per = rows_per_block(rows), threads = row_threads(A);
-    gated_group_norm_backward_kernel<<<blocks, threads, 0, stream>>>(dy, dg, partial, dout, y, g, gain.w, bias.w, eps, rows, per, A);
+static void gated_group_norm_backward(floatX *dy, floatX *dg, float *partial, const floatX *dout, const floatX *y,
+                                      const floatX *g, Param gain, Param bias, float eps, int rows, int A) {
+    const int blocks = row_blocks(rows), per = rows_per_block(rows);
+    const dim3 grid(blocks, (int)ceil_div(A, 8 * 128));
+    gated_group_norm_backward_kernel<<<grid, 128, 0, stream>>>(dy, dg, partial, dout, y, g, gain.w, bias.w, eps, rows, per, A);
     add_partials({{gain.g, bias.g}}, partial, blocks, 2, A);
 }
 
@@ -3660,8 +3667,8 @@ static void finch_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {   
 static Wkv finch_wkv(const Model *m, const Layer *layer) {
     const Finch &a = layer->finch;
     const int64_t lead = m->d.lead * (int64_t)m->d.A;
-    return {a.r + lead, a.k + lead, a.v + lead, a.w ? a.w + lead : nullptr, layer->p.time_decay.w, layer->p.time_faaaa.w, nullptr, false,
-            layer->wkv_state ? nullptr : a.states, layer->wkv_state, m->d.T - m->d.lead, m->d.H};
+    return {a.r + lead, a.k + lead, a.v + lead, a.w ? a.w + lead : nullptr, layer->p.time_decay.w, layer->p.time_faaaa.w, nullptr,
+            false, layer->wkv_state ? nullptr : a.states, layer->wkv_state, m->d.T - m->d.lead, m->d.H};
 }
 
 // From dy: dr, dk, dv, dw, and the gradients of time_decay and time_faaaa
@@ -3679,7 +3686,8 @@ static void finch_forward(Model *m, Layer *layer, floatX *out, const floatX *x) 
     const Dims &d = m->d;
     const Params &p = layer->p;
     Finch &a = layer->finch;
-    low_rank_mix_forward<5>(m, p, a.mix, {{p.time_maa_w.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, {}, {a.xw, a.xk, a.xv, a.xr, a.xg}}, x);
+    low_rank_mix_forward<5>(m, p, a.mix, {{p.time_maa_w.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w},
+                                          {}, {a.xw, a.xk, a.xv, a.xr, a.xg}}, x);
     linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
     linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
     linear_forward(a.v, a.xv, p.value, d.BT, d.A, d.C);
@@ -3716,7 +3724,8 @@ static void finch_b_forward(Model *m, Layer *layer, floatX *out, const floatX *x
     const Dims &d = m->d;
     const Params &p = layer->p;
     Finch &a = layer->finch;
-    low_rank_mix_forward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {}, {a.xr, a.xk, a.xv, a.xw}}, x);
+    low_rank_mix_forward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {},
+                                          {a.xr, a.xk, a.xv, a.xw}}, x);
     linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
     linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
     linear_forward(a.v, a.xv, p.value, d.BT, d.A, d.C);
@@ -3738,7 +3747,8 @@ static void finch_b_backward(Model *m, Layer *layer, floatX *dx, const floatX *d
     linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
     linear_backward(t.dxv, t.dv, a.xv, p.value, d.BT, d.A, d.C);
     low_rank_backward(t.dxw, t.dh, t.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
-    low_rank_mix_backward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {}, {t.dxr, t.dxk, t.dxv, t.dxw}},
+    low_rank_mix_backward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {},
+                                           {t.dxr, t.dxk, t.dxv, t.dxw}},
                              {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g}}, dx, x);
 }
 
@@ -3780,7 +3790,8 @@ static void eagle_backward(Model *m, Layer *layer, floatX *dx, const floatX *dou
     linear_backward(t.dxg, t.dg, a.xg, p.gate, d.BT, d.A, d.C);
     mix_backward<4, floatX, false>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, {},
                                     {t.dxk, t.dxv, t.dxr, t.dxg}, layer->tmix->complement}, dx, nullptr, nullptr,
-                                   {{p.time_maa_k.g, p.time_maa_v.g, p.time_maa_r.g, p.time_maa_g.g}}, m->partial, x, d.BT, d.T, d.C);
+                                   {{p.time_maa_k.g, p.time_maa_v.g, p.time_maa_r.g, p.time_maa_g.g}}, m->partial, x,
+                                   d.BT, d.T, d.C);
 }
 
 // ---- GPTAlpha time mix, gptalpha ----
@@ -3967,8 +3978,8 @@ void settings_check_mixers(const Settings *s) {
     if (s->cmix2[0]) check_mixer(CHANNEL_MIXERS, "cmix2", s->cmix2);
     const bool rope = s->rope.base > 0, attends = tmix->keeps_kv || last->keeps_kv || last->needs_cache;
     if ((rope || s->brope.rescale > 0) && !attends)
-        die(2, "--model.%s: expected 0, as %s has no attention that could use positions, found %g", rope ? "rope.base" : "brope.rescale",
-            s->tmix, rope ? s->rope.base : s->brope.rescale);
+        die(2, "--model.%s: expected 0, as %s has no attention that could use positions, found %g",
+            rope ? "rope.base" : "brope.rescale", s->tmix, rope ? s->rope.base : s->brope.rescale);
     if (tmix->needs_cache || (last->needs_cache && second_layers_begin(s) == 0))
         die(2, "--model.%s: '%s' needs a layer before it: n_layer %ld is too small for inv_other_layer_ratio %g",
             tmix->needs_cache ? "tmix" : "tmix2", last->name, s->n_layer, s->inv_other_layer_ratio);
@@ -4002,7 +4013,8 @@ static void add_tensor(Model *m, int layer, Param *field, const char *name, int6
 }
 
 static void add_tensors(Model *m, int layer, Params *params, int where, int mixes) {
-    const int64_t V = m->d.V, C = m->d.C, A = m->d.A, F = m->d.F, R = m->d.R, H = m->d.H, rank = gold_rank(m->d), FL = llama_width(m->d);
+    const int64_t V = m->d.V, C = m->d.C, A = m->d.A, F = m->d.F, R = m->d.R, H = m->d.H;
+    const int64_t rank = gold_rank(m->d), FL = llama_width(m->d);
 #define ROW(field, name, s0, s1, s2, init, group, places) \
     if ((places) & where) add_tensor(m, layer, &params->field, name, s0, s1, s2, init, group);
     TENSORS(ROW)
@@ -4565,7 +4577,8 @@ static void model_logits_last(Model *m, const int *tokens, int n, float *logits)
 static double model_flops_per_token(const Model *m) {
     double flops = 6.0 * (m->n_parameters - (double)m->d.V * m->d.C);
     for (int l = 0; l < m->d.L; l++)
-        if (m->layers[l].tmix->needs_cache || m->layers[l].tmix->keeps_kv) flops += 6.0 * m->d.A * m->T;           // 2 products of A T / 2, three times
+        if (m->layers[l].tmix->needs_cache || m->layers[l].tmix->keeps_kv)
+            flops += 6.0 * m->d.A * m->T;                                           // 2 products of A T / 2, three times
     return flops;
 }
 
@@ -5849,6 +5862,22 @@ int gf_activation(Model *m, const char *name, float *out) { return model_activat
 double gf_update(Model *m, int step, double lr) {
     model_update(m, step, lr, m->s.weight_decay);
     return model_result(m, step).norm;
+}
+
+// x (rows, A) turned in place as q and k of positions first, first + 1, ..
+void gf_rope(int argc, const char **argv, int64_t first, int rows, int A, float *x) {
+    Settings s;
+    floatX *device, *host = (floatX *)malloc((size_t)rows * A * sizeof(floatX));
+    settings_default(&s);
+    settings_parse(&s, argc, argv);
+    machine_start();
+    device_alloc((void **)&device, (int64_t)rows * A * sizeof(floatX));
+    for (int i = 0; i < rows * A; i++) host[i] = (floatX)x[i];
+    CUDA_CHECK(cudaMemcpy(device, host, (size_t)rows * A * sizeof(floatX), cudaMemcpyHostToDevice));
+    rope_rotate<<<rows, row_threads(A), 0, stream>>>(device, make_rope(&s), first, rows, A, 1);
+    copy_to_host(x, device, (int64_t)rows * A);
+    cudaFree(device);
+    free(host);
 }
 
 void gf_wkv(int B, int T, int H, const float *r, const float *k, const float *v, const float *w, const float *u, int one_minus_w,
