@@ -881,6 +881,21 @@ __device__ inline float block_sum(float v, float2 *shared) {    // the same for 
     return v;
 }
 
+// Several sums at once, for the price of one's barriers. shared: a row for each warp.
+template <int n, int room> __device__ inline void block_sums(float (&v)[n], float (*shared)[room]) {
+    for (int i = 0; i < n; i++) v[i] = warp_sum(v[i]);
+    const int warps = blockDim.x / 32;
+    if (warps == 1) return;
+    __syncthreads();
+    for (int i = 0; i < n; i++)
+        if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32][i] = v[i];
+    __syncthreads();
+    for (int i = 0; i < n; i++) {
+        v[i] = shared[0][i];
+        for (int w = 1; w < warps; w++) v[i] += shared[w][i];
+    }
+}
+
 // ---- warp tiles: what tensor cores multiply ----
 //
 // A warp holds A (16x16), B (16x8) and C (16x8, fp32) spread over its lanes; mma adds A B to C. Outside these functions
@@ -1227,7 +1242,7 @@ typedef struct Params { TENSORS(FIELD) } Params;
 // Gradients of vectors are sums over all tokens: each block sums its rows and leaves a partial row, add_partials adds
 // these in a fixed order. No atomics anywhere: the same bits in every run.
 
-static const int MAX_C = 8192;              // a row's threads must fit a block
+static const int MAX_C = 4096;              // a row's threads must fit a block
 
 static int row_threads(int C) { return (int)ceil_div(C / 8, 32) * 32; }
 static int rows_per_block(int rows) { return (int)ceil_div(rows, 1024) < 8 ? 8 : (int)ceil_div(rows, 1024); }
@@ -1236,24 +1251,26 @@ static int row_blocks(int rows) { return (int)ceil_div(rows, rows_per_block(rows
 struct Targets { float *g[6]; };            // gradients of up to six vectors of C numbers
 
 // Sums over the P parts of partial (P, rows + n, C), always in the same order: of the first `rows` rows to matrix (rows, C),
-// which adds them up, of the others to g[0..n-1]. Blocks of 32 columns x 8 parts.
-__global__ void add_partials_kernel(Targets to, float *matrix, const float *partial, int P, int rows, int n, int C) {
-    __shared__ float sums[8][32];
+// which adds them up, of the others to g[0..n-1]. Blocks of 32 columns x 32 parts.
+__global__ void __launch_bounds__(1024) add_partials_kernel(Targets to, float *matrix, const float *partial, int P, int rows, int n, int C) {
+    __shared__ float sums[32][32];
     const int64_t at = (int64_t)blockIdx.x * 32 + threadIdx.x % 32;
     const int part = threadIdx.x / 32;
     float sum = 0;
-    for (int i = part; i < P; i += 8) sum += partial[(int64_t)i * (rows + n) * C + at];
+#pragma unroll 4
+    for (int i = part; i < P; i += 32) sum += partial[(int64_t)i * (rows + n) * C + at];
     sums[part][threadIdx.x % 32] = sum;
     __syncthreads();
     if (part > 0) return;
-    for (int i = 1; i < 8; i++) sum += sums[i][threadIdx.x];
+    for (int i = 1; i < 32; i++) sum += sums[i][threadIdx.x];
     if (at < (int64_t)rows * C) matrix[at] += sum;
-    for (int i = 0; i < n; i++)
-        if (at / C == rows + i) to.g[i][at % C] += sum;
+#pragma unroll
+    for (int i = 0; i < 6; i++)
+        if (i < n && at / C == rows + i) to.g[i][at % C] += sum;
 }
 
 static void add_partials(Targets to, const float *partial, int P, int n, int C, float *matrix = nullptr, int rows = 0) {
-    add_partials_kernel<<<(rows + n) * C / 32, 256, 0, stream>>>(to, matrix, partial, P, rows, n, C);
+    add_partials_kernel<<<(rows + n) * C / 32, 1024, 0, stream>>>(to, matrix, partial, P, rows, n, C);
 }
 
 // ---- layer norm ----
@@ -1293,36 +1310,65 @@ static void layernorm_forward(floatX *out, floatX *sum, const floatX *x, const i
 
 // dx = (dn - mean(dn) - n mean(dn n)) / sqrt(var + eps),  n = (x - mean) / sqrt(var + eps),  dn = dout * gain;
 // added to what dx holds if `accumulate`. partial (blocks, 2, C): sums of dout * n and of dout.
+// Two rows at a time share the barriers of their sums.
+static const int NORM_ROWS = 2;
+
 template <bool accumulate>
-__global__ void layernorm_backward_kernel(floatX *dx, float *partial, const floatX *dout, const floatX *x, const int *index,
+__global__ void __launch_bounds__(MAX_C / 8) layernorm_backward_kernel(floatX *dx, float *partial, const floatX *dout, const floatX *x, const int *index,
                                           const floatX *gain, int rows, int rows_per_block, int C) {
-    __shared__ float2 shared[32];
+    __shared__ float shared[32][2 * NORM_ROWS];
     const int c = threadIdx.x * 8;
     const bool mine = c < C;
     const Pack g = mine ? load(gain + c) : zero_pack();
     Pack dgain = zero_pack(), dbias = zero_pack();
     const int64_t end = min((int64_t)rows, (int64_t)(blockIdx.x + 1) * rows_per_block);
-    for (int64_t row = (int64_t)blockIdx.x * rows_per_block; row < end; row++) {
-        Pack n = mine ? load(x + (index ? index[row] : row) * C + c) : zero_pack();
-        const Pack d = mine ? load(dout + row * C + c) : zero_pack();
-        float total = 0, squares = 0;
-        for (int i = 0; i < 8; i++) total += n.x[i];
-        const float mean = block_sum(total, shared) / C;
-        for (int i = 0; i < 8; i++) n.x[i] = mine ? n.x[i] - mean : 0;
-        for (int i = 0; i < 8; i++) squares += n.x[i] * n.x[i];
-        const float rstd = rsqrtf(block_sum(squares, shared) / C + 1e-5f);
-        float2 sums = make_float2(0, 0);
-        for (int i = 0; i < 8; i++) {
-            n.x[i] *= rstd;
-            dgain.x[i] += d.x[i] * n.x[i];
-            dbias.x[i] += d.x[i];
-            sums = make_float2(sums.x + d.x[i] * g.x[i], sums.y + d.x[i] * g.x[i] * n.x[i]);
+    for (int64_t row = (int64_t)blockIdx.x * rows_per_block; row < end; row += NORM_ROWS) {
+        RawPack<floatX> raw_x[NORM_ROWS], raw_d[NORM_ROWS];
+        float total[NORM_ROWS], squares[NORM_ROWS], sums[2 * NORM_ROWS];
+#pragma unroll
+        for (int r = 0; r < NORM_ROWS; r++) {
+            const bool there = mine && row + r < end;
+            raw_x[r] = there ? load_raw(x + (index ? index[row + r] : row + r) * C + c) : RawPack<floatX>{};
+            raw_d[r] = there ? load_raw(dout + (row + r) * C + c) : RawPack<floatX>{};
         }
-        sums = block_sum(sums, shared);
-        if (!mine) continue;
-        Pack out = accumulate ? load(dx + row * C + c) : zero_pack();
-        for (int i = 0; i < 8; i++) out.x[i] += rstd * (d.x[i] * g.x[i] - sums.x / C - n.x[i] * sums.y / C);
-        store(dx + row * C + c, out);
+#pragma unroll
+        for (int r = 0; r < NORM_ROWS; r++) {
+            const Pack v = unpack(raw_x[r]);
+            total[r] = 0;
+            for (int i = 0; i < 8; i++) total[r] += v.x[i];
+        }
+        block_sums(total, shared);
+#pragma unroll
+        for (int r = 0; r < NORM_ROWS; r++) {
+            const Pack v = unpack(raw_x[r]);
+            total[r] /= C;                                                  // from here on the mean
+            squares[r] = 0;
+            for (int i = 0; i < 8 && mine; i++) squares[r] += (v.x[i] - total[r]) * (v.x[i] - total[r]);
+        }
+        block_sums(squares, shared);
+#pragma unroll
+        for (int r = 0; r < NORM_ROWS; r++) {
+            const Pack v = unpack(raw_x[r]), d = unpack(raw_d[r]);
+            squares[r] = rsqrtf(squares[r] / C + 1e-5f);                    // from here on 1 / the deviation
+            sums[2 * r] = sums[2 * r + 1] = 0;
+            for (int i = 0; i < 8; i++) {
+                const float n = (v.x[i] - total[r]) * squares[r];
+                dgain.x[i] += d.x[i] * n;
+                dbias.x[i] += d.x[i];
+                sums[2 * r] += d.x[i] * g.x[i];
+                sums[2 * r + 1] += d.x[i] * g.x[i] * n;
+            }
+        }
+        block_sums(sums, shared);
+#pragma unroll
+        for (int r = 0; r < NORM_ROWS; r++) {
+            if (!mine || row + r >= end) continue;
+            const Pack v = unpack(raw_x[r]), d = unpack(raw_d[r]);
+            Pack out = accumulate ? load(dx + (row + r) * C + c) : zero_pack();
+            for (int i = 0; i < 8; i++)
+                out.x[i] += squares[r] * (d.x[i] * g.x[i] - sums[2 * r] / C - (v.x[i] - total[r]) * squares[r] * sums[2 * r + 1] / C);
+            store(dx + (row + r) * C + c, out);
+        }
     }
     if (!mine) return;
     store(partial + (int64_t)blockIdx.x * 2 * C + c, dgain);
@@ -1512,7 +1558,7 @@ low_rank_mix_forward_kernel(Mixes<n> mix, const floatX *x, int BT, int T, int C)
 template <int n> static void mix_forward(Mixes<n> mix, const floatX *x, int BT, int T, int C) {
     if (mix.low.h) {
         const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_THREADS / 2);
-        const int split = (int)ceil_div(528, slices);                               // four blocks a multiprocessor, if there are 132
+        const int split = slices < 528 ? 528 / slices : 1;                          // four blocks a multiprocessor, if there are 132
         allow_smem(low_rank_mix_forward_kernel<n>, sizeof(LowRankMixSmem<n>));
         low_rank_mix_forward_kernel<n><<<dim3(slices, split < tiles ? split : tiles), MIX_THREADS, sizeof(LowRankMixSmem<n>), stream>>>(mix, x, BT, T, C);
         return;
@@ -1571,35 +1617,51 @@ __global__ void token_shift_mix_backward(Mixes<n> mix, TX *dx, float *partial, c
     }
 }
 
-// With low ranks, first dx and dh: a warp takes 16 rows and walks over all channels, 64 at a time, its part of dh in
-// registers. Rows of different warps overlap by one, whose share of dx belongs to the row before it. dh is given as the
-// gradient before the tanh that made h.
+// With low ranks, first dx and dh: a block takes 64 rows, a warp 16 of them, and walks over all channels, 64 at a time, its
+// part of dh in registers. The row after the last is made one channel a thread: all it gives is the shift's part of dx. dh is
+// given as the gradient before the tanh that made h.
+static const int MIX_ROWS = MIX_THREADS / 2;
+
 template <int n> struct LowRankMixBackward {
     LowRankMixSmem<n> w;
-    alignas(16) floatX h[MIX_THREADS / 32][16][RANK * n + PAD];
-    float shifted[MIX_THREADS / 32][16][MIX_CHANNELS + 4];  // sum_i g_i c_i
+    alignas(16) floatX h[MIX_ROWS + 1][RANK * n + PAD];
+    float shifted[MIX_ROWS + 2][MIX_CHANNELS + 4];          // sum_i g_i c_i; the last two: halves of the row after
 };
+
+// sum_i g_i c_i of the row after the block's, of this thread's channel and every second mix
+template <int n> __device__ inline float mix_shifted_after(const LowRankMixBackward<n> &s, const Mixes<n> &mix, int64_t row, int first, int C) {
+    const int c = threadIdx.x % MIX_CHANNELS, half = threadIdx.x / MIX_CHANNELS;
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < n; i++) {
+        if (i % 2 != half) continue;
+        float amount = s.w.mu[i][mix_column(c)];
+        for (int k = 0; k < RANK; k++) amount += (float)s.h[MIX_ROWS][RANK * i + k] * (float)s.w.w2[i][k][mix_column(c)];
+        sum += (float)mix.x[i][row * C + first + c] * amount;
+    }
+    return sum;
+}
 
 template <int n, typename TX, bool accumulate> __global__ void __launch_bounds__(MIX_THREADS)
 low_rank_mix_backward_dx(Mixes<n> mix, TX *dx, floatX *dh, const floatX *x, int BT, int T, int C) {
     LowRankMixBackward<n> &s = *dynamic_smem<LowRankMixBackward<n>>();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row0 = (blockIdx.x * (MIX_THREADS / 32) + warp) * 15;
-    for (int i = lane; i < 16 * RANK * n / 8; i += 32) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row0 = blockIdx.x * MIX_ROWS, after = row0 + MIX_ROWS;
+    for (int i = threadIdx.x; i < (MIX_ROWS + 1) * RANK * n / 8; i += MIX_THREADS) {
         const int row = i / (RANK * n / 8), k = i % (RANK * n / 8) * 8;
-        store(&s.h[warp][row][k], row0 + row < BT ? load(mix.low.h + (int64_t)(row0 + row) * mix.low.ld + k) : zero_pack());
+        store(&s.h[row][k], row0 + row < BT ? load(mix.low.h + (int64_t)(row0 + row) * mix.low.ld + k) : zero_pack());
     }
+    const floatX (*own)[RANK * n + PAD] = s.h + 16 * warp;
     TileC dhidden[n][4] = {};
+    mix_load_w2(s.w, mix, 0, C);
+    __syncthreads();
     for (int first = 0; first < C; first += MIX_CHANNELS) {
-        __syncthreads();
-        mix_load_w2(s.w, mix, first, C);
-        __syncthreads();
         Pack out[2][2];                                     // sum_i g_i (1 - c_i), [group][half of the rows]
 #pragma unroll
         for (int group = 0; group < 2; group++) {
             const int c = first + 32 * group + lane % 4 * 8;
             Pack delta[2], shifted[2];
             for (int half = 0; half < 2; half++) {
-                const int64_t row = row0 + tile_row(2 * half);
+                const int64_t row = row0 + 16 * warp + tile_row(2 * half);
                 const Pack v = row < BT ? load(x + row * C + c) : zero_pack();
                 delta[half] = row < BT && row % T ? load(x + (row - 1) * C + c) : zero_pack();
                 for (int j = 0; j < 8; j++) delta[half].x[j] -= v.x[j];
@@ -1607,11 +1669,11 @@ low_rank_mix_backward_dx(Mixes<n> mix, TX *dx, floatX *dh, const floatX *x, int 
             }
 #pragma unroll
             for (int i = 0; i < n; i++) {
-                const TileA h[2] = {load_a(&s.h[warp][0][RANK * i], RANK * n + PAD), load_a(&s.h[warp][0][RANK * i + 16], RANK * n + PAD)};
+                const TileA h[2] = {load_a(&own[0][RANK * i], RANK * n + PAD), load_a(&own[0][RANK * i + 16], RANK * n + PAD)};
                 TileC amount[4];
                 mix_amounts(amount, s.w, i, 32 * group, h);
                 for (int half = 0; half < 2; half++) {
-                    const int64_t row = row0 + tile_row(2 * half);
+                    const int64_t row = row0 + 16 * warp + tile_row(2 * half);
                     const Pack g = row < BT ? load(mix.x[i] + row * C + c) : zero_pack();
                     for (int j = 0; j < 8; j++) {
                         float &one = amount[j / 2].x[2 * half + j % 2];
@@ -1627,29 +1689,34 @@ low_rank_mix_backward_dx(Mixes<n> mix, TX *dx, floatX *dh, const floatX *x, int 
                 }
             }
             for (int half = 0; half < 2; half++) {
-                store(&s.shifted[warp][tile_row(2 * half)][32 * group + lane % 4 * 8], shifted[half]);
+                store(&s.shifted[16 * warp + tile_row(2 * half)][32 * group + lane % 4 * 8], shifted[half]);
                 for (int j = 0; j < 8; j++) out[group][half].x[j] -= shifted[half].x[j];
             }
         }
-        __syncwarp();
+        if (after < BT && after % T) s.shifted[MIX_ROWS + threadIdx.x / MIX_CHANNELS][threadIdx.x % MIX_CHANNELS] = mix_shifted_after(s, mix, after, first, C);
+        __syncthreads();
+        if (first + MIX_CHANNELS < C) mix_load_w2(s.w, mix, first + MIX_CHANNELS, C);
         for (int i = 0; i < 4; i++) {
-            const int group = i / 2, local = tile_row(i % 2 * 2), c = 32 * group + lane % 4 * 8;
+            const int group = i / 2, local = 16 * warp + tile_row(i % 2 * 2), c = 32 * group + lane % 4 * 8;
             const int64_t row = row0 + local;
-            if (local == 15 || row >= BT) continue;
+            if (row >= BT) continue;
             Pack to = accumulate ? load(dx + row * C + first + c) : zero_pack();
-            const Pack next = (row + 1) % T ? load(&s.shifted[warp][local + 1][c]) : zero_pack();
-            for (int j = 0; j < 8; j++) to.x[j] += out[group][i % 2].x[j] + next.x[j];
+            const bool shifts = (row + 1) % T;
+            const Pack next = shifts ? load(&s.shifted[local + 1][c]) : zero_pack();
+            const Pack rest = shifts && local + 1 == MIX_ROWS ? load(&s.shifted[local + 2][c]) : zero_pack();
+            for (int j = 0; j < 8; j++) to.x[j] += out[group][i % 2].x[j] + next.x[j] + rest.x[j];
             store(dx + row * C + first + c, to);
         }
+        __syncthreads();
     }
     for (int i = 0; i < n; i++)
         for (int j = 0; j < 4; j++)
             for (int e = 0; e < 4; e += 2) {
-                const int local = tile_row(e), k = RANK * i + 8 * j + tile_col(e);
-                if (local == 15 || row0 + local >= BT) continue;
-                const Pair h = load_pair(&s.h[warp][local][k]);
+                const int local = tile_row(e), k = RANK * i + 8 * j + tile_col(e), row = row0 + 16 * warp + local;
+                if (row >= BT) continue;
+                const Pair h = load_pair(&own[local][k]);
                 const float h0 = first_of(h), h1 = second_of(h);
-                store_pair(dh + (int64_t)(row0 + local) * mix.low.ld + k, dhidden[i][j].x[e] * (1 - h0 * h0), dhidden[i][j].x[e + 1] * (1 - h1 * h1));
+                store_pair(dh + (int64_t)row * mix.low.ld + k, dhidden[i][j].x[e] * (1 - h0 * h0), dhidden[i][j].x[e + 1] * (1 - h1 * h1));
             }
 }
 
@@ -1733,7 +1800,7 @@ static void mix_backward(Mixes<n> mix, TX *dx, floatX *dh, float *dw2, Targets d
     if (mix.low.h) {
         const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_W2_ROWS), split = tiles < MIX_SPLITS ? tiles : MIX_SPLITS;
         const size_t smem = sizeof(LowRankMixBackward<n>), smem_w2 = MIX_STAGES * sizeof(LowRankMixTile<n>);
-        const int blocks = (int)ceil_div(BT, MIX_THREADS / 32 * 15);
+        const int blocks = (int)ceil_div(BT, MIX_ROWS);
         allow_smem(low_rank_mix_backward_dx<n, TX, accumulate>, smem);
         low_rank_mix_backward_dx<n, TX, accumulate><<<blocks, MIX_THREADS, smem, stream>>>(mix, dx, dh, x, BT, T, C);
         allow_smem(low_rank_mix_backward_w2<n>, smem_w2);
@@ -2899,28 +2966,33 @@ __global__ void swiglu_backward(floatX *da, floatX *db, const floatX *dout, cons
 //     loss_t = log sum_i exp(z_i) - z_target
 //     dz_i   = scale (softmax(z)_i - [i = target] + 1e-4 z_max [i = first of the largest])        scale = 1 / targets
 //
-// A block takes a row of V logits: reads it once from memory, once more from L2, writes it once. Blocks are large so that
-// the rows under way, two a multiprocessor, stay in L2. losses[row]: loss; right[row]: 1 if the largest logit is the
-// target's. scale 0 leaves the logits as they are (validation).
-__global__ void __launch_bounds__(1024, 2) classifier_kernel(floatX *logits, float *losses, int *right, const int *targets, float scale, int V) {
+// A block takes a row of V logits: reads it once from memory, once more from L2, writes it once. A multiprocessor holds one
+// block of 1024 threads at a time (so much shared memory is asked for), and the rows under way stay in L2. losses[row]: loss;
+// right[row]: 1 if the largest logit is the target's. scale 0 leaves the logits as they are (validation).
+#ifndef CLASSIFIER_ROWS_PER_SM
+#define CLASSIFIER_ROWS_PER_SM 1
+#endif
+static const int CLASSIFIER_SMEM = CLASSIFIER_ROWS_PER_SM == 1 ? 116 << 10 : 0;
+
+__global__ void __launch_bounds__(1024) classifier_kernel(floatX *logits, float *losses, int *right, const int *targets, float scale, int V) {
     __shared__ float tops[32];
     __shared__ float sums[32];
     __shared__ int where[32];
     floatX *z = logits + (int64_t)blockIdx.x * V;
     float top = -INFINITY, sum = 0;
     int at = 0;
-#pragma unroll 2
+#pragma unroll 4
     for (int c = threadIdx.x * 8; c < V; c += blockDim.x * 8) {
         const Pack v = load(z + c);
-        float high = top;
-        for (int i = 0; i < 8; i++)
-            if (v.x[i] > high) {                                            // the lowest id on ties
-                high = v.x[i];
-                at = c + i;
-            }
-        sum *= top == high ? 1 : fast_exp(top - high);
-        top = high;
-        for (int i = 0; i < 8; i++) sum += top > -INFINITY ? fast_exp(v.x[i] - top) : 0;
+        float high = v.x[0];
+        for (int i = 1; i < 8; i++) high = fmaxf(high, v.x[i]);
+        if (high > top) {                                                   // rare after a while
+            sum *= fast_exp(top - high);
+            top = high;
+            for (int i = 7; i >= 0; i--) at = v.x[i] == high ? c + i : at;  // the lowest id on ties
+        }
+        for (int i = 0; i < 8; i++) sum += fast_exp(v.x[i] - top);
+        if (top == -INFINITY) sum = 0;                                      // exp(-inf + inf)
     }
     const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const float warp_top = warp_max(top);
@@ -2939,22 +3011,25 @@ __global__ void __launch_bounds__(1024, 2) classifier_kernel(floatX *logits, flo
         if (tops[i] == top) at = min(at, where[i]);
     }
     const int target = targets[blockIdx.x];
+    const float of_target = (float)z[target], inverse = 1 / sum;
     if (threadIdx.x == 0) {
-        losses[blockIdx.x] = logf(sum) + top - (float)z[target];
+        losses[blockIdx.x] = logf(sum) + top - of_target;
         right[blockIdx.x] = at == target;
     }
     if (scale == 0) return;
     __syncthreads();                                                        // z[target] is read
-    const float inverse = 1 / sum;
-#pragma unroll 2
+    const float factor = scale * inverse;
+#pragma unroll 4
     for (int c = threadIdx.x * 8; c < V; c += blockDim.x * 8) {
         Pack v = load(z + c);
-        for (int i = 0; i < 8; i++) {
-            v.x[i] = fast_exp(v.x[i] - top) * inverse - (c + i == target ? 1 : 0) + (c + i == at ? 1e-4f * top : 0);
-            v.x[i] *= scale;
-        }
+        for (int i = 0; i < 8; i++) v.x[i] = fast_exp(v.x[i] - top) * factor;
         store(z + c, v);
     }
+    __syncthreads();
+    if (threadIdx.x > 0) return;                                            // the two that have more terms
+    const float of_top = inverse + 1e-4f * top, p = fast_exp(of_target - top) * inverse;
+    z[at] = (floatX)(scale * of_top);
+    z[target] = (floatX)(scale * ((at == target ? of_top : p) - 1));
 }
 
 // totals[0] += the sum of losses, totals[1] += the number right; one block, fixed order
@@ -4417,7 +4492,8 @@ static void head_and_loss(Model *m, const floatX *xf, const int *targets, int64_
     const Dims &d = m->d;
     const int threads = d.V < 4096 ? 64 : 1024;
     linear_forward(m->logits, xf, m->top.head, count, d.V, d.C);
-    classifier_kernel<<<count, threads, 0, stream>>>(m->logits, m->losses + row, m->right + row, targets + row, scale, d.V);
+    allow_smem(classifier_kernel, CLASSIFIER_SMEM);
+    classifier_kernel<<<count, threads, CLASSIFIER_SMEM, stream>>>(m->logits, m->losses + row, m->right + row, targets + row, scale, d.V);
 }
 
 // Logits, loss and, with scale > 0, their gradients, in slices of rows: dxf goes to m->dln1, the head's gradient is added.
