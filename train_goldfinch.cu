@@ -2288,7 +2288,7 @@ __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1) wkv_backw
             const int t0 = c0 + q * TILE;
             TileC S0[8];
             if (q == 0 || q == tiles - 1) wkv_state_in(S0, state);
-            else for (int n = 0; n < 8; n++) S0[n] = s.S0[8 * (q - 1) + n][threadIdx.x];
+            else for (int n = 0; n < 8 && TILES > 2; n++) S0[n] = s.S0[8 * (q - 1) + n][threadIdx.x];
             if (q == tiles - 1)                                             // first of a chunk: forwards, to the state before its last tile
                 for (int i = 0; i < tiles - 1; i++) {
                     Share e, d, k, factor;
@@ -2300,7 +2300,7 @@ __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1) wkv_backw
                     wkv_factors(factor, 0, d, products);
                     EACH(n, j) k[n].x[j] *= factor[n].x[j];
                     wkv_update(S0, to_a2(k[0], k[1]), s.v[i], wkv_decay_of_tile(e));
-                    for (int n = 0; n < 8 && i < tiles - 2; n++) s.S0[8 * i + n][threadIdx.x] = S0[n];
+                    for (int n = 0; n < 8 && TILES > 2 && i < tiles - 2; n++) s.S0[8 * i + n][threadIdx.x] = S0[n];
                 }
             Share dr = {}, dk = {}, passing = {};
             float near[2][2], far[2][2];                                    // da of pairs in one half of the tile, and across, both ways
