@@ -26,6 +26,7 @@ static double lab_uniform(uint64_t series, uint64_t i) {
 struct Output {                             // what a kernel writes, and what the CPU expects of it
     const char *name = nullptr;
     double tolerance = 0;
+    bool relative = false;                  // errors count against each number by itself, however small it is
     std::vector<std::pair<int64_t, double>> expected;           // (index, value): of all elements, or of a sample
 
     void expect(int64_t index, double value) { expected.push_back({index, value}); }
@@ -81,7 +82,8 @@ template <typename T> struct Array : Output {
         if (host.empty()) CUDA_CHECK(cudaMemset(p, 0xff, n * sizeof(T)));       // NaN, or -1: all must be written
         else upload();
     }
-    // The largest |found - expected| / (|expected| + root mean square of the expected); infinite if not all are finite.
+    // The largest |found - expected| / (|expected| + the root mean square of all expected, or 0 if `relative`);
+    // infinite if not all are finite.
     double error(void) override {
         std::vector<T> found(n);
         CUDA_CHECK(cudaMemcpy(found.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost));
@@ -90,8 +92,8 @@ template <typename T> struct Array : Output {
         for (int64_t i = 0; i < n; i++) not_finite += !isfinite((float)found[i]);
         double squares = 0, worst = 0;
         for (const auto &e : expected) squares += e.second * e.second;
-        const double rms = sqrt(squares / expected.size());
-        for (const auto &e : expected) worst = fmax(worst, fabs((float)found[e.first] - e.second) / (fabs(e.second) + rms));
+        const double rms = sqrt(squares / expected.size()), least = relative ? 0 : rms;
+        for (const auto &e : expected) worst = fmax(worst, fabs((float)found[e.first] - e.second) / (fabs(e.second) + least + 1e-300));
         return not_finite || !(rms < INFINITY) ? INFINITY : worst;
     }
 };
@@ -115,12 +117,12 @@ static const bool ON_GPU = false;
 static const bool ON_GPU = true;
 #endif
 
-// Median of the times of many runs, in ms. The runs are queued one behind the other, so that the GPU never waits.
+// Median of the times of up to 50 runs, in ms. They are queued one behind the other, so that the GPU never waits.
 template <typename F> static double median_ms(F f) {
     std::vector<cudaEvent_t> events(2);
     std::vector<double> times(1, 0);
     for (int n : {1, 0}) {                                                      // the first run says how many fit 0.2 s
-        if (n == 0) n = (int)std::min(50., std::max(ON_GPU ? 5. : 1., 200 / (times[0] + 1e-3)));
+        if (n == 0) n = (int)std::min(50., std::max(1., 200 / (times[0] + 1e-3)));
         events.resize(n + 1);
         times.resize(n);
         for (cudaEvent_t &event : events) CUDA_CHECK(cudaEventCreate(&event));
