@@ -7,7 +7,6 @@
 #pragma once
 
 #include <algorithm>
-#include <utility>
 #include <vector>
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -27,9 +26,11 @@ struct Output {                             // what a kernel writes, and what th
     const char *name = nullptr;
     double tolerance = 0;
     bool relative = false;                  // errors count against each number by itself, however small it is
-    std::vector<std::pair<int64_t, double>> expected;           // (index, value): of all elements, or of a sample
+    struct Expected { int64_t index; double value, scale; };
+    std::vector<Expected> expected;         // of all elements, or of a sample
 
-    void expect(int64_t index, double value) { expected.push_back({index, value}); }
+    // scale: what an error is to be compared to, beside the value itself; 0: the root mean square of all expected values
+    void expect(int64_t index, double value, double scale = 0) { expected.push_back({index, value, scale}); }
     virtual ~Output() {}
     virtual void reset(void) = 0;           // before a version runs
     virtual double error(void) = 0;         // after it ran
@@ -82,8 +83,7 @@ template <typename T> struct Array : Output {
         if (host.empty()) CUDA_CHECK(cudaMemset(p, 0xff, n * sizeof(T)));       // NaN, or -1: all must be written
         else upload();
     }
-    // The largest |found - expected| / (|expected| + the root mean square of all expected, or 0 if `relative`);
-    // infinite if not all are finite.
+    // The largest |found - expected| / (|expected| + scale, or 0 if `relative`); infinite if not all are finite.
     double error(void) override {
         std::vector<T> found(n);
         CUDA_CHECK(cudaMemcpy(found.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost));
@@ -91,9 +91,12 @@ template <typename T> struct Array : Output {
 #pragma omp parallel for reduction(+ : not_finite)
         for (int64_t i = 0; i < n; i++) not_finite += !isfinite((float)found[i]);
         double squares = 0, worst = 0;
-        for (const auto &e : expected) squares += e.second * e.second;
-        const double rms = sqrt(squares / expected.size()), least = relative ? 0 : rms;
-        for (const auto &e : expected) worst = fmax(worst, fabs((float)found[e.first] - e.second) / (fabs(e.second) + least + 1e-300));
+        for (const Expected &e : expected) squares += e.value * e.value;
+        const double rms = sqrt(squares / expected.size());
+        for (const Expected &e : expected) {
+            const double scale = relative ? 1e-300 : e.scale > 0 ? e.scale : rms + 1e-300;
+            worst = fmax(worst, fabs((float)found[e.index] - e.value) / (fabs(e.value) + scale));
+        }
         return not_finite || !(rms < INFINITY) ? INFINITY : worst;
     }
 };
