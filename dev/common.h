@@ -29,7 +29,7 @@ struct Output {                             // what a kernel writes, and what th
     struct Expected { int64_t index; double value, scale; };
     std::vector<Expected> expected;         // of all elements, or of a sample
 
-    // scale: what an error is to be compared to, beside the value itself; 0: the root mean square of all expected values
+    // Errors are compared to the value itself and to the root mean square of all expected values, or a larger scale
     void expect(int64_t index, double value, double scale = 0) { expected.push_back({index, value, scale}); }
     virtual ~Output() {}
     virtual void reset(void) = 0;           // before a version runs
@@ -83,7 +83,7 @@ template <typename T> struct Array : Output {
         if (host.empty()) CUDA_CHECK(cudaMemset(p, 0xff, n * sizeof(T)));       // NaN, or -1: all must be written
         else upload();
     }
-    // The largest |found - expected| / (|expected| + scale, or 0 if `relative`); infinite if not all are finite.
+    // The largest |found - expected| / (|expected| + scale, none if `relative`); infinite if not all are finite.
     double error(void) override {
         std::vector<T> found(n);
         CUDA_CHECK(cudaMemcpy(found.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost));
@@ -94,7 +94,7 @@ template <typename T> struct Array : Output {
         for (const Expected &e : expected) squares += e.value * e.value;
         const double rms = sqrt(squares / expected.size());
         for (const Expected &e : expected) {
-            const double scale = relative ? 1e-300 : e.scale > 0 ? e.scale : rms + 1e-300;
+            const double scale = relative ? 1e-300 : fmax(e.scale, rms) + 1e-300;
             worst = fmax(worst, fabs((float)found[e.index] - e.value) / (fabs(e.value) + scale));
         }
         return not_finite || !(rms < INFINITY) ? INFINITY : worst;
@@ -109,6 +109,32 @@ static std::vector<int64_t> sample(int64_t n, int64_t most) {
     for (int64_t i = 0; i < std::min(n, most); i++)
         chosen.push_back(n <= most ? i : i == 0 ? 0 : i == 1 ? n - 1 : (int64_t)(lab_uniform(0, i) * n));
     return chosen;
+}
+
+// A model for the subjects that are parts of a layer, of `layers` layers; its weights are zero. Where the kernels in use
+// read and write is set afterwards: layer->p.NAME, layer->gold.k and so on take pointers to arrays.
+static Model *lab_model(int layers, int B, int T, int C) {
+    static std::vector<Model *> made;       // one has memory at a time: the large blocks of the one before go
+    if (!made.empty()) {
+        Model *before = made.back();
+        for (void *p : {(void *)before->activations, (void *)before->master, (void *)before->grads, (void *)before->m, (void *)before->v})
+            CUDA_CHECK(cudaFree(p));
+        if (PRECISION_BF16) CUDA_CHECK(cudaFree(before->params));
+    }
+    Model *m = (Model *)malloc(sizeof *m);
+    made.push_back(m);
+    char numbers[2][16];
+    snprintf(numbers[0], sizeof numbers[0], "%d", layers);
+    snprintf(numbers[1], sizeof numbers[1], "%d", C);
+    const char *flags[] = {"--model.n_layer", numbers[0], "--model.n_embd", numbers[1], "--model.vocab_size", "64",
+                           "--model.inv_other_layer_ratio", "2", "--model.tmix2", layers > 1 ? "gold" : ""};
+    Settings s;
+    settings_default(&s);
+    settings_parse(&s, sizeof flags / sizeof flags[0], flags);
+    settings_check(&s);
+    model_plan(m, &s, B, T);
+    model_allocate(m);
+    return m;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
