@@ -114,7 +114,7 @@ static std::vector<int64_t> sample(int64_t n, int64_t most) {
 // A model for the subjects that are parts of a layer, of `layers` layers; its weights are zero. Where the kernels in use
 // read and write is set afterwards: layer->p.NAME, layer->gold.k and so on take pointers to arrays.
 static Model *lab_model(int layers, int B, int T, int C) {
-    static std::vector<Model *> made;       // one has memory at a time: the large blocks of the one before go
+    static auto &made = *new std::vector<Model *>;             // one has memory at a time: the large blocks of the one before go
     if (!made.empty()) {
         Model *before = made.back();
         for (void *p : {(void *)before->activations, (void *)before->master, (void *)before->grads, (void *)before->m, (void *)before->v})
