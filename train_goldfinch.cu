@@ -95,6 +95,7 @@ void expect(const char *file, const char *field, int64_t index, int64_t low, int
     X(data, INT,  sample_every, "0", -1, 1e15, 1, "steps between samples, utf-8 only (0: one at the end; -1: none)") \
     X(start, INT,  max_steps, "0", 0, 1e15, 1, "stop after so many steps; the schedule stays (0: at my_exit_tokens)") \
     X(start, INT,  save_every, "1000", 0, 1e15, 1, "steps between checkpoints (0: only at the end)") \
+    X(start, INT,  profile_step, "0", 0, 1e15, 1, "step that a profiler records (ncu --profile-from-start off; 0: none)") \
     X(start, PATH, out, "", 0, 0, 0, "folder for checkpoints and log.csv (empty: proj_dir/proj_name-proj_suffix, or out)") \
     X(start, PATH, proj_dir, "", 0, 0, 0, "folder of runs (empty: out); with one of these three set and no out,") \
     X(start, PATH, proj_name, "", 0, 0, 0, "a run's name (empty: as L12-D768-x060c2_gold)") \
@@ -621,6 +622,7 @@ void settings_print(const Settings *s) {
 
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
+#include <cuda_profiler_api.h>
 #include <cuda_runtime.h>
 #include <limits.h>
 #include <initializer_list>
@@ -668,6 +670,16 @@ static void machine_start(void) {           // once, before the first allocation
     CUDA_CHECK(cudaMalloc(&workspace, CUBLAS_WORKSPACE));
     CUBLAS_CHECK(cublasSetWorkspace(cublas, workspace, CUBLAS_WORKSPACE));
     CUBLAS_CHECK(cublasSetMathMode(cublas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));   // and no TF32
+}
+
+// What a profiler sees when it is told to wait for a start (dev/profile.py).
+static void profile_begin(void) {
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaProfilerStart());
+}
+static void profile_end(void) {
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaProfilerStop());
 }
 
 static const char *machine_name(void) {
@@ -739,6 +751,16 @@ template <typename T> __device__ inline void store(T *p, const Pack &v) {
     for (size_t i = 0; i < sizeof(T) / 2; i++) ((uint4 *)p)[i] = raw.q[i];
 }
 
+// Two neighbours, 4 bytes in bf16; a pair of floats is stored in one access too.
+struct alignas(2 * sizeof(floatX)) Pair { floatX x, y; };
+__device__ inline Pair load_pair(const floatX *p) { return *(const Pair *)p; }
+__device__ inline void store_pair(floatX *p, float x, float y) { *(Pair *)p = Pair{(floatX)x, (floatX)y}; }
+#if PRECISION_BF16
+__device__ inline void store_pair(float *p, float x, float y) { *(float2 *)p = make_float2(x, y); }
+#endif
+
+__device__ inline float fast_exp(float x) { return PRECISION_BF16 ? __expf(x) : expf(x); }      // 2 ulp and 1e-7 |x| beside it
+
 __device__ inline Pack zero_pack(void) { return Pack{{0, 0, 0, 0, 0, 0, 0, 0}}; }
 
 // Wrappers with a twin for the CPU (dev/cpu/): the only places that know which machine they run on.
@@ -747,6 +769,7 @@ template <typename T> __device__ inline T *dynamic_smem(void) { return cuda_on_c
 using cuda_on_cpu::Site;                    // where a call stands, for messages
 __device__ inline float warp_sum(float x, int width = 32, Site site = Site::here()) { return cuda_on_cpu::warp_sum(x, width, site); }
 __device__ inline float warp_max(float x, int width = 32, Site site = Site::here()) { return cuda_on_cpu::warp_max(x, width, site); }
+__device__ inline float exp2_fast(float x) { return exp2f(x); }
 __device__ inline void async_copy16(void *to, const void *from, bool valid) { cuda_on_cpu::async_copy16(to, from, valid); }
 __device__ inline void async_commit(void) { cuda_on_cpu::async_commit(); }
 template <int N> __device__ inline void async_wait(void) { cuda_on_cpu::async_wait<N>(); }
@@ -767,6 +790,13 @@ __device__ inline float warp_sum(float x, int width = 32) {
 __device__ inline float warp_max(float x, int width = 32) {
     for (int w = width / 2; w > 0; w /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, w));
     return x;
+}
+
+// 2^x by the one instruction there is for it, to 2 units in the last place; exp2f adds three for results under 2^-126.
+__device__ inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 // 16 bytes from global to shared memory in the background; zeros if not valid. They land at the wait of their group.
@@ -820,7 +850,7 @@ __device__ inline int tile_col(int i) { return 2 * (threadIdx.x % 4) + i % 2; }
 #if PRECISION_BF16 && !defined(CUDA_ON_CPU)
 struct TileA { unsigned x[4]; };
 struct TileB { unsigned x[2]; };
-struct TileB2 { TileB high, low; };         // an operand of twice the precision, for two products instead of one
+struct TileA2 { TileA high, low; };         // an operand of twice the precision, for two products instead of one
 
 __device__ inline unsigned bf16_pair(float low, float high) {
     __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -858,6 +888,19 @@ __device__ inline TileB load_b_t(const floatX *p, int ld) {                     
                  : "=r"(b.x[0]), "=r"(b.x[1]) : "r"(smem_address(p + l * ld)) : "memory");
     return b;
 }
+// Two of them side by side, B[k][n] with n up to 16, by one instruction instead of two.
+__device__ inline void load_b_pair(TileB *b, const floatX *p, int ld) {         // B[k][n] = p[n * ld + k]
+    const int l = threadIdx.x % 32;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(b[0].x[0]), "=r"(b[0].x[1]), "=r"(b[1].x[0]), "=r"(b[1].x[1])
+                 : "r"(smem_address(p + (l % 8 + l / 16 * 8) * ld + l / 8 % 2 * 8)) : "memory");
+}
+__device__ inline void load_b_pair_t(TileB *b, const floatX *p, int ld) {       // B[k][n] = p[k * ld + n]
+    const int l = threadIdx.x % 32;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(b[0].x[0]), "=r"(b[0].x[1]), "=r"(b[1].x[0]), "=r"(b[1].x[1])
+                 : "r"(smem_address(p + l % 16 * ld + l / 16 * 8)) : "memory");
+}
 __device__ inline TileB load_b_global(const floatX *p, int ld) {                // as load_b, from global memory; ld even
     p += threadIdx.x % 32 / 4 * ld + threadIdx.x % 4 * 2;
     return {{*(const unsigned *)p, *(const unsigned *)(p + 8)}};
@@ -867,21 +910,18 @@ __device__ inline TileA to_a(const TileC &left, const TileC &right) {
     return {{bf16_pair(left.x[0], left.x[1]), bf16_pair(left.x[2], left.x[3]),
              bf16_pair(right.x[0], right.x[1]), bf16_pair(right.x[2], right.x[3])}};
 }
-// fp32 numbers as right operand: the bf16 nearest to each, and the bf16 nearest to what that leaves
-__device__ inline TileB2 split_b(float x0, float x1, float x2, float x3) {
-    const TileB high = {{bf16_pair(x0, x1), bf16_pair(x2, x3)}};
-    const float2 h0 = __bfloat1622float2(*(const __nv_bfloat162 *)&high.x[0]), h1 = __bfloat1622float2(*(const __nv_bfloat162 *)&high.x[1]);
-    return {high, {{bf16_pair(x0 - h0.x, x1 - h0.y), bf16_pair(x2 - h1.x, x3 - h1.y)}}};
+// Two results side by side as left operand in twice the precision: the bf16 nearest, and the bf16 nearest to what that leaves
+__device__ inline unsigned bf16_rest(unsigned high, float low_half, float high_half) {
+    const float2 h = __bfloat1622float2(*(const __nv_bfloat162 *)&high);
+    return bf16_pair(low_half - h.x, high_half - h.y);
 }
-__device__ inline TileB2 load_b2(const float *p, int ld) {                      // B[k][n] = p[n * ld + k]
-    p += threadIdx.x % 32 / 4 * ld + threadIdx.x % 4 * 2;
-    return split_b(p[0], p[1], p[8], p[9]);
+__device__ inline TileA2 to_a2(const TileC &left, const TileC &right) {
+    const TileA a = to_a(left, right);
+    return {a, {{bf16_rest(a.x[0], left.x[0], left.x[1]), bf16_rest(a.x[1], left.x[2], left.x[3]),
+                 bf16_rest(a.x[2], right.x[0], right.x[1]), bf16_rest(a.x[3], right.x[2], right.x[3])}}};
 }
-__device__ inline TileB2 load_b2_t(const float *p, int ld) {                    // B[k][n] = p[k * ld + n]
-    p += threadIdx.x % 4 * 2 * ld + threadIdx.x % 32 / 4;
-    return split_b(p[0], p[ld], p[8 * ld], p[9 * ld]);
-}
-__device__ inline TileB load_b(const float *p, int ld) { return load_b2(p, ld).high; }
+__device__ inline TileB make_b(float x0, float x1, float x2, float x3) { return {{bf16_pair(x0, x1), bf16_pair(x2, x3)}}; }
+__device__ inline TileB as_b(const TileA &a, int n) { return {{a.x[n], a.x[n + 2]}}; }     // B[k][column] = A[8 n + column][k]
 template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n]) {   // c[i] += a b[i]
 #pragma unroll
     for (int i = 0; i < n; i++)
@@ -892,7 +932,7 @@ template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const
 #else
 struct TileA { float x[8]; };
 struct TileB { float x[4]; };
-struct TileB2 { TileB high; };              // a float holds it all
+struct TileA2 { TileA high; };              // a float holds it all
 
 __device__ inline int a_row(int i) { return threadIdx.x % 32 / 4 + i / 2 % 2 * 8; }     // A's element i of this lane: row,
 __device__ inline int a_col(int i) { return threadIdx.x % 4 * 2 + i % 2 + i / 4 * 8; }  // column;
@@ -909,9 +949,9 @@ __device__ inline TileA load_a_t(const floatX *p, int ld) {
     for (int i = 0; i < 8; i++) a.x[i] = (float)p[a_col(i) * ld + a_row(i)];
     return a;
 }
-template <typename T> __device__ inline TileB load_b(const T *p, int ld) {
+__device__ inline TileB load_b(const floatX *p, int ld) {
     TileB b;
-    for (int i = 0; i < 4; i++) b.x[i] = (float)(floatX)p[b_col() * ld + b_row(i)];
+    for (int i = 0; i < 4; i++) b.x[i] = (float)p[b_col() * ld + b_row(i)];
     return b;
 }
 __device__ inline TileB load_b_global(const floatX *p, int ld) { return load_b(p, ld); }
@@ -920,10 +960,11 @@ __device__ inline TileB load_b_t(const floatX *p, int ld) {
     for (int i = 0; i < 4; i++) b.x[i] = (float)p[b_row(i) * ld + b_col()];
     return b;
 }
-__device__ inline TileB2 load_b2_t(const float *p, int ld) {
-    TileB2 b;
-    for (int i = 0; i < 4; i++) b.high.x[i] = p[b_row(i) * ld + b_col()];
-    return b;
+__device__ inline void load_b_pair(TileB *b, const floatX *p, int ld) {
+    for (int j = 0; j < 2; j++) b[j] = load_b(p + 8 * j * ld, ld);
+}
+__device__ inline void load_b_pair_t(TileB *b, const floatX *p, int ld) {
+    for (int j = 0; j < 2; j++) b[j] = load_b_t(p + 8 * j, ld);
 }
 __device__ inline TileA to_a(const TileC &left, const TileC &right) {
     TileA a;
@@ -933,6 +974,15 @@ __device__ inline TileA to_a(const TileC &left, const TileC &right) {
     }
     return a;
 }
+__device__ inline TileA2 to_a2(const TileC &left, const TileC &right) {
+    TileA2 a;
+    for (int i = 0; i < 4; i++) a.high.x[i] = left.x[i], a.high.x[4 + i] = right.x[i];
+    return a;
+}
+__device__ inline TileB make_b(float x0, float x1, float x2, float x3) {
+    return {{(float)(floatX)x0, (float)(floatX)x1, (float)(floatX)x2, (float)(floatX)x3}};
+}
+__device__ inline TileB as_b(const TileA &a, int n) { return {{a.x[2 * n], a.x[2 * n + 1], a.x[2 * n + 4], a.x[2 * n + 5]}}; }
 #ifdef CUDA_ON_CPU
 template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n], Site site = Site::here()) {
     cuda_on_cpu::mma(n, c[0].x, a.x, b[0].x, site);
@@ -958,15 +1008,22 @@ template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const
 #endif
 #endif
 
-// c[i] += a b[i] with b in twice the precision
-template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB2 (&b)[n]) {
-    TileB part[n];
+// c[i] += a b[i] with a in twice the precision
+template <int n> __device__ inline void mma(TileC (&c)[n], const TileA2 &a, const TileB (&b)[n]) {
 #if PRECISION_BF16 && !defined(CUDA_ON_CPU)
-    for (int i = 0; i < n; i++) part[i] = b[i].low;
-    mma(c, a, part);
+    mma(c, a.low, b);
 #endif
-    for (int i = 0; i < n; i++) part[i] = b[i].high;
-    mma(c, a, part);
+    mma(c, a.high, b);
+}
+
+// c += a b^T, both (16x16) in twice the precision
+__device__ inline void mma_transposed(TileC (&c)[2], const TileA2 &a, const TileA2 &b) {
+    const TileB high[2] = {as_b(b.high, 0), as_b(b.high, 1)};
+#if PRECISION_BF16 && !defined(CUDA_ON_CPU)
+    const TileB low[2] = {as_b(b.low, 0), as_b(b.low, 1)};
+    mma(c, a.high, low);
+#endif
+    mma(c, a, high);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1360,31 +1417,40 @@ static int pack_blocks(int64_t n) { return (int)ceil_div(n, 8 * 256); }         
 //     y_t[j]   = sum_i r_t[i] (S[i][j] + u[i] k_t[i] v_t[j])
 //     S[i][j] <- d_t[i] S[i][j] + k_t[i] v_t[j]
 //
-// A block owns a head of a sequence and walks it in tiles of 16 tokens. Inside a tile, with W(s,t) the product of the
-// decays strictly between s and t, everything is a matrix product but the 16x16 scores, which are summed pair by pair:
+// A block owns a head of a sequence and walks it in tiles of 16 tokens. With W(s,t) the product of the decays strictly
+// between s and t, a tile is
 //
 //     a[t][s] = sum_i r_t[i] k_s[i] W(s,t)[i]  (s < t),  sum_i r_t[i] u[i] k_t[i]  (s = t)
-//     y       = r~ S + a v          r~_t = r_t * (product of the tile's decays before t)
-//     S       = D S + k~^T v        k~_s = k_s * (product of the tile's decays after s),  D: of all 16
+//     y       = r~ S + a v          r~_t = r_t * (the tile's decays before t)
+//     S       = D S + k~^T v        k~_s = k_s * (the tile's decays after s),  D: all 16
 //
-// All factors are products of numbers in [0, 1]: nothing overflows, whatever w is, and what underflows is zero. S, in
-// fp32, stays in the registers of four warps; warp j owns values 16j..16j+15 as rows of S^T (rows j, columns i):
+// Scores by levels. W(s,t) splits at any token between s and t; we split where the binary numbers of s and t part. Level
+// L = 8, 4, 2, 1 holds the pairs whose highest differing bit is L: t has that bit, s has not, and W(s,t) = (decays after s
+// up to there) * (decays from there up to t). So one matrix X_L (16 tokens x channels) is all that a level needs:
 //
-//          i 0     8    ..  56                     y^T (16 j x 16 t) = S^T (16 j x 64 i) r~^T + v^T a^T
-//     j  [ C0 | C1 | .. | C7 ]  one warp           S^T <- D S^T + v^T (16 j x 16 t) k~
+//     token      0 1 2 3 4 5 6 7 8 9 ..15         X_L[t] = r_t * (decays from its group's middle to t)    if t has bit L
+//     L = 8      k k k k k k k k r r .. r         X_L[s] = k_s * (decays from s to its group's middle)    if not
+//     L = 4      k k k k r r r r k k .. r
+//     L = 2      k k r r k k r r k k .. r         a[t][s] = (X_L X_L^T)[t][s]    on tensor cores
+//     L = 1      k r k r k r k r k r .. r
 //
-// D - 1 = expm1(-sum of e) keeps slow decays exact: S += S (D - 1). e is capped at 128, where exp(-e) is 0 in fp32 anyway.
-// Floor, forward: r, k, v, w in and y out, 5 BTA floatX; 6 N flop of products per number: bytes bind.
+// All factors are products of numbers in [0, 1]: nothing overflows, whatever w is, and what underflows is zero. e is capped
+// at 128, where exp(-e) is 0 in fp32 anyway. D - 1 = -(1 - exp(-sum of e)) keeps slow decays exact: S += S (D - 1).
+//
+// A warp owns 16 channels, a lane 2 of them for 4 tokens: a Share, laid out as two results of mma (channels as rows, tokens
+// as columns), so that it is an operand as it stands. Row g is channel 2 g, row g + 8 channel 2 g + 1: a lane's two are
+// neighbours in memory. A token's bits 1 and 2 are bits of the lane, so decays are multiplied up by two exchanges.
+// Floor, forward: r, k, v, w in, y out, 5 BTA floatX, and 2 for states: bytes bind.
 
 static const int N = 64;                    // head size
 static const int TILE = 16;                 // tokens of a tile
-static const int CHUNK = 64;                // tokens from one state kept for the backward pass to the next
-static const int PAD = 16 / sizeof(floatX), LD = N + PAD, LDF = N + 4;  // rows of operands in shared memory, floatX and fp32:
-                                            // 16 bytes longer than N, so that rows fall into different banks
+static const int CHUNK = PRECISION_BF16 ? 64 : 32;          // tokens from one state kept for the backward pass to the next
+static const int PAD = 16 / sizeof(floatX), LD = N + PAD, LDT = TILE + PAD;     // rows of operands in shared memory: 16 bytes
+                                            // longer than N or TILE, so that rows fall into different banks
 static const int WKV_THREADS = 128;
 
 struct Wkv {                                // (B, T, A) each, head h at channels h N .. h N + N - 1
-    const floatX *r, *k, *v, *w;
+    const floatX *r, *k, *v, *w;            // w null: zero
     const floatX *time_decay;               // (A), added to w; or null
     const floatX *u;                        // (A); or null for zero
     const floatX *v2;                       // added to y; or null
@@ -1394,358 +1460,491 @@ struct Wkv {                                // (B, T, A) each, head h at channel
     int T, H;
 };
 
-struct WkvTile {                            // shared memory of one tile
-    float r[TILE][N], k[TILE][N], d[TILE][N], e[TILE][N];
-    float r_tilde[TILE][LDF], k_tilde[TILE][LDF];
-    alignas(16) floatX v[TILE][LD];
-    alignas(16) floatX a[TILE][TILE + PAD];
-    float partial[8][TILE][TILE];           // scores, summed over eight channels each
-    float D_minus_1[N];
-};
+typedef TileC Share[2];                     // [n].x[i]: token tile_col(i) + 8 n, channel 2 (lane / 4) + i / 2 of the warp's 16
+#define EACH(n, i) for (int n = 0; n < 2; n++) for (int i = 0; i < 4; i++)
 
-// Thread (t, 8 channels) of 16 x 8 brings its share of a tile: r, k, d, e in fp32 and v as operand; zeros past the end.
-__device__ inline void wkv_load(WkvTile &s, const Wkv &p, int64_t base, int t0) {
-    const int t = threadIdx.x / 8, c = threadIdx.x % 8 * 8;
-    const int64_t at = base + (int64_t)t * p.H * N + c;
-    Pack r = zero_pack(), k = r, v = r, d, e = r;
-    if (t0 + t < p.T) {
-        r = load(p.r + at);
-        k = load(p.k + at);
-        v = load(p.v + at);
-        e = load(p.w + at);
-        if (p.time_decay) {
-            const Pack decay = load(p.time_decay + blockIdx.x * N + c);
-            for (int i = 0; i < 8; i++) e.x[i] += decay.x[i];
+struct WkvRaw { Pair r[4], k[4], w[4]; };   // a Share as it stands in memory: pairs of channels; pair m: token wkv_token(m)
+
+__device__ inline int wkv_token(int m) { return threadIdx.x % 4 * 2 + m % 2 + m / 2 * 8; }
+__device__ inline int wkv_channel(void) { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 * 2; }    // the first of two
+
+// base: of this lane's first channel at token t0. Past the end: r = k = 0, and e will be 0.
+__device__ inline void wkv_fetch(WkvRaw &raw, const Wkv &p, int64_t base, int t0) {
+    for (int m = 0; m < 4; m++) {
+        const int t = wkv_token(m);
+        const bool inside = t0 + t < p.T;
+        const int64_t at = base + (int64_t)t * p.H * N;
+        raw.r[m] = inside ? load_pair(p.r + at) : Pair{0, 0};
+        raw.k[m] = inside ? load_pair(p.k + at) : Pair{0, 0};
+        raw.w[m] = inside && p.w ? load_pair(p.w + at) : Pair{0, 0};
+    }
+}
+
+__device__ inline void wkv_share(Share &to, const Pair (&from)[4]) {
+    EACH(n, i) to[n].x[i] = i / 2 ? (float)from[2 * n + i % 2].y : (float)from[2 * n + i % 2].x;
+}
+
+// 1 - exp(-e), with all its digits where e is small
+__device__ inline float one_minus_exp(float e) {
+    const float series = e * (1 - e / 2 * (1 - e / 3 * (1 - e / 4 * (1 - e / 5))));
+    return e < 0.125f ? series : 1 - fast_exp(-e);
+}
+
+__device__ inline void wkv_decay(Share &e, Share &d, const WkvRaw &raw, const float (&decay)[2], int t0, int T) {
+    wkv_share(e, raw.w);
+    EACH(n, i) {
+        const bool inside = t0 + wkv_token(2 * n + i % 2) < T;
+        e[n].x[i] = inside ? fminf(fast_exp(e[n].x[i] + decay[i / 2]), 128.f) : 0;
+        d[n].x[i] = fast_exp(-e[n].x[i]);
+    }
+}
+
+__device__ inline void wkv_keys(Share &k, const WkvRaw &raw, const Share &e, bool one_minus_w) {
+    wkv_share(k, raw.k);
+    if (one_minus_w) EACH(n, i) k[n].x[i] *= one_minus_exp(e[n].x[i]);
+}
+
+// D - 1 of the lane's two channels
+__device__ inline float2 wkv_decay_of_tile(const Share &e) {
+    const float2 sum = {warp_sum(e[0].x[0] + e[0].x[1] + e[1].x[0] + e[1].x[1], 4), warp_sum(e[0].x[2] + e[0].x[3] + e[1].x[2] + e[1].x[3], 4)};
+    return {-one_minus_exp(sum.x), -one_minus_exp(sum.y)};
+}
+
+// The decays from a token to the middle of its group of 2 L tokens (before the token if it has bit L, after it if not); and
+// to the tile's beginning (before) and end (after). Level 1 needs none.
+struct WkvFactors { Share level8, level4, level2, before, after; };
+
+__device__ inline void wkv_factors(WkvFactors &f, const Share &d) {
+    const bool bit2 = threadIdx.x & 1, bit4 = threadIdx.x & 2;      // of the lane's tokens, 2 (lane % 4) + (0, 1) + (0, 8)
+    float half[2][2];                                               // product of 8 tokens: [n][channel]
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+#pragma unroll
+        for (int c = 0; c < 4; c += 2) {
+            const float da = d[n].x[c], db = d[n].x[c + 1], pair = da * db;
+            const float beside = __shfl_xor_sync(0xffffffffu, pair, 1), four = pair * beside;
+            const float beyond = __shfl_xor_sync(0xffffffffu, four, 2);
+            const float before4 = bit2 ? beside : 1, after4 = bit2 ? 1 : beside;            // within four tokens
+            const float before8 = bit4 ? before4 * beyond : before4, after8 = bit4 ? after4 : after4 * beyond;
+            half[n][c / 2] = four * beyond;
+            f.level2[n].x[c] = bit2 ? 1 : db;
+            f.level2[n].x[c + 1] = bit2 ? da : 1;
+            f.level4[n].x[c] = bit4 ? before4 : after4 * db;
+            f.level4[n].x[c + 1] = bit4 ? before4 * da : after4;
+            f.level8[n].x[c] = n ? before8 : after8 * db;
+            f.level8[n].x[c + 1] = n ? before8 * da : after8;
+            f.before[n].x[c] = before8;
+            f.before[n].x[c + 1] = before8 * da;
+            f.after[n].x[c] = after8 * db;
+            f.after[n].x[c + 1] = after8;
         }
-        for (int i = 0; i < 8; i++) e.x[i] = fminf(expf(e.x[i]), 128.f);
-    }
-    for (int i = 0; i < 8; i++) {
-        d.x[i] = expf(-e.x[i]);
-        if (p.one_minus_w) k.x[i] *= -expm1f(-e.x[i]);
-    }
-    store(&s.r[t][c], r);
-    store(&s.k[t][c], k);
-    store(&s.d[t][c], d);
-    store(&s.e[t][c], e);
-    store(&s.v[t][c], v);
-}
-
-// Pairs of a tile: thread (key s, 8 channels) walks t = 0..15 with the decay products of its channels in registers.
-__device__ inline void wkv_pairs(WkvTile &s, const float *u) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, key = lane % 16, c = 16 * warp + lane / 16 * 8;
-    Pack after = load(&s.k[key][c]), before, bonus;         // k times decays since; decays up to key; u k
-    for (int i = 0; i < 8; i++) {
-        before.x[i] = 1;
-        bonus.x[i] = u ? u[c + i] * after.x[i] : 0;
-    }
-    for (int t = 0; t < TILE; t++) {
-        const Pack r = load(&s.r[t][c]), d = load(&s.d[t][c]);
-        float sum = 0;
-        for (int i = 0; i < 8; i++) {
-            sum += r.x[i] * (t > key ? after.x[i] : t == key ? bonus.x[i] : 0);
-            after.x[i] *= t > key ? d.x[i] : 1;
-            before.x[i] *= t < key ? d.x[i] : 1;
-        }
-        s.partial[warp * 2 + lane / 16][t][key] = sum;
-    }
-    store(&s.k_tilde[key][c], after);
-    const Pack r = load(&s.r[key][c]);
-    for (int i = 0; i < 8; i++) before.x[i] *= r.x[i];
-    store(&s.r_tilde[key][c], before);
-}
-
-__device__ inline void wkv_decay_of_tile(WkvTile &s) {      // by the first 64 threads
-    float sum = 0;
-    for (int t = 0; t < TILE; t++) sum += s.e[t][threadIdx.x];
-    s.D_minus_1[threadIdx.x] = expm1f(-sum);
-}
-
-__device__ inline void wkv_sum_scores(WkvTile &s) {
-    for (int i = threadIdx.x; i < TILE * TILE; i += WKV_THREADS) {
-        float sum = 0;
-        for (int j = 0; j < 8; j++) sum += s.partial[j][i / TILE][i % TILE];
-        s.a[i / TILE][i % TILE] = (floatX)sum;
-    }
-}
-
-// S^T <- D S^T + left^T right: left (16 t x 16 values) as operand, right (16 t x N keys) in shared memory; in twice the
-// precision of bf16, because the state is a sum over the whole sequence
-__device__ inline void wkv_update(TileC (&S)[8], const TileA &left, const float (*right)[LDF], const float *D_minus_1) {
-    TileB2 b[8];
-    for (int n = 0; n < 8; n++) {
-        b[n] = load_b2_t(&right[0][8 * n], LDF);
-        for (int i = 0; i < 4; i++) S[n].x[i] += S[n].x[i] * D_minus_1[8 * n + tile_col(i)];
-    }
-    mma(S, left, b);
-}
-
-// to (16 values x 16 t) = S^T rows^T + left^T scores (or its transpose): two tiles of 8 t
-__device__ inline void wkv_out(TileC (&to)[2], const TileC (&S)[8], const float (*rows)[LDF]) {
+#pragma unroll
     for (int i = 0; i < 4; i++) {
-        const TileA a = to_a(S[2 * i], S[2 * i + 1]);
-        const TileB b[2] = {load_b(&rows[0][16 * i], LDF), load_b(&rows[8][16 * i], LDF)};
-        mma(to, a, b);
+        f.before[1].x[i] *= half[0][i / 2];
+        f.after[0].x[i] *= half[1][i / 2];
     }
 }
 
-__device__ inline void wkv_store_state(float *to, int ld, const TileC (&S)[8]) {            // [j][i]
-    for (int n = 0; n < 8; n++)
-        for (int i = 0; i < 4; i++) to[(threadIdx.x / 32 * 16 + tile_row(i)) * ld + 8 * n + tile_col(i)] = S[n].x[i];
+// X_L: r where the token has bit L, else k; times the factors, if any
+__device__ inline void wkv_level(Share &x, int L, const Share &r, const Share &k, const Share *factor) {
+    EACH(n, i) {
+        const bool has = L == 8 ? n == 1 : L == 1 ? i % 2 : threadIdx.x % 4 * 2 & L;
+        x[n].x[i] = (has ? r[n].x[i] : k[n].x[i]) * (factor ? (*factor)[n].x[i] : 1);
+    }
 }
 
-__device__ inline void wkv_load_state(TileC (&S)[8], const float *from, int ld) {
-    for (int n = 0; n < 8; n++)
-        for (int i = 0; i < 4; i++) S[n].x[i] = from[(threadIdx.x / 32 * 16 + tile_row(i)) * ld + 8 * n + tile_col(i)];
+// A Share to rows (channels) of an array in shared memory; `row` is this lane's first channel's, `next` rows before the other
+__device__ inline void wkv_store_share(floatX (*to)[LDT], int row, int next, const Share &x) {
+    for (int n = 0; n < 2; n++) {
+        store_pair(&to[row][8 * n + tile_col(0)], x[n].x[0], x[n].x[1]);
+        store_pair(&to[row + next][8 * n + tile_col(0)], x[n].x[2], x[n].x[3]);
+    }
 }
 
-// Grid (H, B), blocks of 128 threads, dynamic shared memory sizeof(WkvForward).
-struct WkvForward {
-    WkvTile tile;
-    float y[TILE][LDF];
-    float u[N];
+// This warp's part of the scores, summed over its 16 channels; transposed: rows are s. bonus: with u on the diagonal.
+struct WkvScores {
+    alignas(16) floatX x[4][4][TILE][LDT];                  // [level][warp]
+    float part[4][TILE][TILE + 8];                          // [warp]: 8 more, so that rows fall into different banks
 };
+
+__device__ inline void wkv_scores(WkvScores &s, const Share (&level)[4], const Share &r, const Share &k, const float (&u)[2], bool bonus,
+                                  bool transposed) {
+    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
+    TileC a[2] = {};
+    for (int l = 0; l < 4; l++) wkv_store_share(s.x[l][warp], g, 8, level[l]);
+    __syncwarp();
+#pragma unroll
+    for (int l = 0; l < 4; l++) {
+        const TileA x = load_a_t(&s.x[l][warp][0][0], LDT);
+        const TileB b[2] = {as_b(x, 0), as_b(x, 1)};
+        TileC product[2] = {};
+        mma(product, x, b);
+        EACH(n, i) {
+            const int row = tile_row(i), column = 8 * n + tile_col(i);
+            const bool here = (row ^ column) >> (3 - l) == 1 && (transposed ? row < column : row > column);
+            a[n].x[i] = here ? product[n].x[i] : a[n].x[i];
+        }
+    }
+    for (int m = 0; m < 4 && bonus; m++) {                  // the diagonal, one by one: sums over the lanes of a token
+        const int n = m / 2, i = m % 2;
+        float sum = u[0] * r[n].x[i] * k[n].x[i] + u[1] * r[n].x[i + 2] * k[n].x[i + 2];
+        for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+        for (int j = i; j < 4; j += 2)
+            if (tile_row(j) == wkv_token(m)) a[n].x[j] = sum;
+    }
+    for (int n = 0; n < 2; n++)
+        for (int i = 0; i < 4; i += 2) store_pair(&s.part[warp][tile_row(i)][8 * n + tile_col(i)], a[n].x[i], a[n].x[i + 1]);
+}
+
+__device__ inline TileA2 wkv_sum_scores(const WkvScores &s) {
+    TileC a[2];
+    for (int n = 0; n < 2; n++)
+        for (int i = 0; i < 4; i++) {
+            const float *part = &s.part[0][tile_row(i)][8 * n + tile_col(i)];
+            const int next = TILE * (TILE + 8);
+            a[n].x[i] = (part[0] + part[next]) + (part[2 * next] + part[3 * next]);
+        }
+    return to_a2(a[0], a[1]);
+}
+
+// ---- forward: warp j has values 16 j .. 16 j + 15 of the state, as rows of S^T, in fp32 in its registers ----
+//
+//          i 0     8    ..  56
+//     j  [ C0 | C1 | .. | C7 ]  one warp       y (16 t x 16 j) = r~ (16 t x 64 i) S + a v        S^T <- D S^T + v^T (16 j x 16 t) k~
+//
+// Grid (H, B), blocks of 128 threads, dynamic shared memory sizeof(WkvForward). What all warps read of a tile is there
+// twice, for even and odd tiles, so that one barrier a tile is enough.
+struct WkvForward {
+    alignas(16) floatX v[2][TILE][LD];
+    alignas(16) floatX before[2][N][LDT], after[2][N][LDT]; // r~ and k~, rows are channels
+    float D_minus_1[2][N];
+    WkvScores scores[2];
+};
+
+__device__ inline void wkv_copy_tile(floatX (*to)[LD], const floatX *from, int64_t base, int t0, int T, int A) {   // 16 tokens of a head
+    const int per_row = N * sizeof(floatX) / 16, step = 16 / sizeof(floatX);
+    for (int i = threadIdx.x; i < TILE * per_row; i += WKV_THREADS) {
+        const int t = i / per_row, c = i % per_row * step;
+        const bool inside = t0 + t < T;
+        async_copy16(&to[t][c], from + (inside ? base + (int64_t)t * A + c : 0), inside);
+    }
+}
+
+__device__ inline void wkv_state_out(float *to, const TileC (&S)[8]) {                      // (values, keys)
+    for (int n = 0; n < 8; n++)
+        for (int i = 0; i < 4; i += 2)
+            store_pair(to + (threadIdx.x / 32 * 16 + tile_row(i)) * N + 8 * n + tile_col(i), S[n].x[i], S[n].x[i + 1]);
+}
 
 __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv p) {
     WkvForward &s = *dynamic_smem<WkvForward>();
-    WkvTile &tile = s.tile;
-    const int warp = threadIdx.x / 32, h = blockIdx.x, b = blockIdx.y, A = p.H * N;
+    const int warp = threadIdx.x / 32, h = blockIdx.x, b = blockIdx.y, A = p.H * N, channel = wkv_channel();
     const int chunks = (p.T + CHUNK - 1) / CHUNK;
-    if (threadIdx.x < N) s.u[threadIdx.x] = p.u ? (float)p.u[h * N + threadIdx.x] : 0;
+    float u[2] = {0, 0}, decay[2] = {0, 0};
+    for (int c = 0; c < 2; c++) {
+        if (p.u) u[c] = (float)p.u[h * N + channel + c];
+        if (p.time_decay) decay[c] = (float)p.time_decay[h * N + channel + c];
+    }
     TileC S[8] = {};
     float *carry = p.carry ? p.carry + ((int64_t)b * p.H + h) * N * N : nullptr;
-    if (carry) wkv_load_state(S, carry, N);
+    for (int n = 0; n < 8 && carry; n++)
+        for (int i = 0; i < 4; i++) S[n].x[i] = carry[(16 * warp + tile_row(i)) * N + 8 * n + tile_col(i)];
+    const int64_t head = (int64_t)b * p.T * A + h * N;
+    WkvRaw raw;
+    wkv_fetch(raw, p, head + channel, 0);
+    wkv_copy_tile(s.v[0], p.v, head, 0, p.T, A);
+    async_commit();
     for (int t0 = 0; t0 < p.T; t0 += TILE) {
-        const int64_t base = ((int64_t)b * p.T + t0) * A + h * N;
-        if (p.states && t0 % CHUNK == 0)
-            wkv_store_state(p.states + (((int64_t)b * p.H + h) * chunks + t0 / CHUNK) * N * N, N, S);
-        wkv_load(tile, p, base, t0);
-        __syncthreads();
-        wkv_pairs(tile, p.u ? s.u : nullptr);
-        if (threadIdx.x < N) wkv_decay_of_tile(tile);
-        __syncthreads();
-        wkv_sum_scores(tile);
-        __syncthreads();
-        TileC out[2] = {};
-        wkv_out(out, S, tile.r_tilde);
-        const TileA v = load_a_t(&tile.v[0][16 * warp], LD);
-        const TileB a[2] = {load_b(&tile.a[0][0], TILE + PAD), load_b(&tile.a[8][0], TILE + PAD)};
-        mma(out, v, a);
-        wkv_update(S, v, tile.k_tilde, tile.D_minus_1);
-        for (int n = 0; n < 2; n++)
-            for (int i = 0; i < 4; i++) s.y[8 * n + tile_col(i)][16 * warp + tile_row(i)] = out[n].x[i];
-        __syncthreads();
-        const int t = threadIdx.x / 8, c = threadIdx.x % 8 * 8;
-        if (t0 + t < p.T) {
-            Pack sum = load(&s.y[t][c]);
-            const int64_t at = base + (int64_t)t * A + c;
-            const Pack extra = p.v2 ? load(p.v2 + at) : zero_pack();
-            for (int i = 0; i < 8; i++) sum.x[i] += extra.x[i];
-            store(y + at, sum);
+        const int side = t0 / TILE % 2;
+        const int64_t base = head + (int64_t)t0 * A;
+        if (p.states && t0 % CHUNK == 0) wkv_state_out(p.states + (((int64_t)b * p.H + h) * chunks + t0 / CHUNK) * N * N, S);
+        {
+            Share r, k, e, d, level[4];
+            wkv_share(r, raw.r);
+            wkv_decay(e, d, raw, decay, t0, p.T);
+            wkv_keys(k, raw, e, p.one_minus_w);
+            if (t0 + TILE < p.T) wkv_fetch(raw, p, base + (int64_t)TILE * A + channel, t0 + TILE);
+            WkvFactors f;
+            wkv_factors(f, d);
+            wkv_level(level[0], 8, r, k, &f.level8);
+            wkv_level(level[1], 4, r, k, &f.level4);
+            wkv_level(level[2], 2, r, k, &f.level2);
+            wkv_level(level[3], 1, r, k, nullptr);
+            EACH(n, i) {
+                f.before[n].x[i] *= r[n].x[i];
+                f.after[n].x[i] *= k[n].x[i];
+            }
+            wkv_store_share(s.before[side], channel, 1, f.before);
+            wkv_store_share(s.after[side], channel, 1, f.after);
+            const float2 D = wkv_decay_of_tile(e);
+            if (threadIdx.x % 4 == 0) store_pair(&s.D_minus_1[side][channel], D.x, D.y);
+            wkv_scores(s.scores[side], level, r, k, u, p.u != nullptr, false);
         }
+        async_wait<0>();
+        __syncthreads();
+        if (t0 + TILE < p.T) wkv_copy_tile(s.v[1 - side], p.v, base + (int64_t)TILE * A, t0 + TILE, p.T, A);
+        async_commit();
+        TileC out[2] = {};
+        for (int i = 0; i < 4; i++) {
+            const TileA state = to_a(S[2 * i], S[2 * i + 1]);               // rows are values: as right operand, columns
+            const TileB values[2] = {as_b(state, 0), as_b(state, 1)};
+            mma(out, load_a_t(&s.before[side][16 * i][0], LDT), values);
+        }
+        TileB v[2], keys[8];
+        load_b_pair_t(v, &s.v[side][0][16 * warp], LD);
+        mma(out, wkv_sum_scores(s.scores[side]), v);
+        for (int n = 0; n < 8; n++) {
+            if (n % 2 == 0) load_b_pair(&keys[n], &s.after[side][8 * n][0], LDT);
+            for (int i = 0; i < 4; i++) S[n].x[i] += S[n].x[i] * s.D_minus_1[side][8 * n + tile_col(i)];
+        }
+        mma(S, load_a_t(&s.v[side][0][16 * warp], LD), keys);
+        for (int n = 0; n < 2; n++)
+            for (int i = 0; i < 4; i += 2) {
+                const int64_t at = base + (int64_t)tile_row(i) * A + 16 * warp + 8 * n + tile_col(i);
+                if (t0 + tile_row(i) >= p.T) continue;
+                const Pair extra = p.v2 ? load_pair(p.v2 + at) : Pair{0, 0};
+                store_pair(y + at, out[n].x[i] + (float)extra.x, out[n].x[i + 1] + (float)extra.y);
+            }
     }
-    if (carry) wkv_store_state(carry, N, S);
+    if (carry) wkv_state_out(carry, S);
 }
 
-// Backward. dS is the gradient of the state after a tile; it decays backwards as S does forwards. In a tile, with
-// S0 the state before it and dS the gradient after it:
+// ---- backward ----
+//
+// dS is the gradient of the state after a tile; it decays backwards as S does forwards. In a tile, with S0 the state before
+// it and dS the gradient after it:
 //
 //     da[t][s]  = dy_t . v_s             X[t][i] = sum_j dy_t[j] S0[i][j]        Y[s][i] = sum_j v_s[j] dS[i][j]
 //     dv        = k~ dS + a^T dy         dS <- D dS + r~^T dy
 //
-// and per channel i, one thread carries M[t'] = sum_j S_t[i][j] dy_t'[j] for all t' of the tile and Mend = sum_j S_t dS:
-// what the state before token t holds, seen through the gradients that will read it. They start as X and sum_j S0 dS and
-// follow the recurrence itself, M[t'] <- d_t M[t'] + k_t da[t'][t], Mend <- d_t Mend + k_t Y[t]; so
+// r and k get their gradients from S0 and dS and from the levels of the scores. In level L a row of X_L is either r's or
+// k's, so one product with the level's pairs of da serves both: Z_L = (da_L + da_L^T) X_L, and
 //
-//     dr_t = M[t]
-//     dk_t = sum_{t'>t} W(t,t') r_t' da[t'][t] + (decays after t) Y[t]
-//     dd_t = sum_{t'>t} W(t,t') r_t' M[t']     + (decays after t) Mend           = sum_j S_t[i][j] dS_t[i][j]
-//     dw_t = -e_t d_t dd_t
+//     dr_t = (decays before t) X[t] + sum of (t's factor in level L) Z_L[t]  over the levels in which t has the bit
+//     dk_s = (decays after s)  Y[s] + sum of (s's factor in level L) Z_L[s]  over the others
 //
-// and the u terms. Only sums of products: no difference of running sums, which would lose small dw behind large ones.
-// S0 of a chunk's second tile is made again from the chunk's state. Two threads share a channel: odd and even t'. S0 and
-// dS stand in shared memory in fp32 and are multiplied in twice the precision of bf16: dw is a sum in which much cancels.
-struct WkvBackward {                                        // 99 KB at most, what the smaller GPUs give a block
-    WkvTile tile;
-    alignas(16) floatX dy[TILE][LD];
-    float S0[N][LDF], dS[N][LDF];                           // [j][i]
-    float da[TILE][TILE];
-    union { float X[TILE][LDF], dr[TILE][LDF]; };           // each read by the thread that writes the other there
-    union { float Y[TILE][LDF], dk_even[TILE][LDF]; };
-    float dk_odd[TILE][LDF], dd[2][TILE][N];
-    float S0_dS[2][N];                                      // sum over j, in two halves
-    float u[N];
-    __device__ float (*dv())[N] { return (float (*)[N])tile.partial; }      // the scores are summed by then
+// The decay: w_t is felt by every pair s < t < t', dw_t = -e_t sum over them of r_t' k_s W(s,t') da[t'][s], where s may lie
+// before the tile and t' after it. In a level such pairs lie on both sides of a group's middle, so t has its half of the
+// group to itself: if t is in r's half, what passes it is what reaches the tokens t' > t there, sum of X_L[t'] Z_L[t'];
+// if in k's half, what left s < t there, sum of X_L[s] Z_L[s]. The same for r~ X (all t' > t of the tile), k~ Y (all s < t)
+// and sum_j D S0 dS (past the whole tile). These sums are products with a 0/1 matrix. No differences of running sums, which
+// would lose a small dw behind large ones.
+//
+// Here warp i has keys 16 i .. 16 i + 15 of S0 and dS as rows, so that Shares are operands without a detour. S0 of a chunk's
+// tiles is made again from the chunk's state. S0, dS and the sums' terms are multiplied in twice the precision of bf16
+// (TileA2): much cancels in dw. Floor: r, k, v, w, dy in, dr, dk, dv, dw out, 9 BTA floatX, 2 for states: bytes bind.
+static const int TILES = CHUNK / TILE;
+
+struct WkvBackward {
+    alignas(16) floatX v[TILES][TILE][LD], dy[TILES][TILE][LD];
+    alignas(16) floatX dS[N][LD], after[N][LDT];            // rows are keys; after: k~
+    WkvScores scores;
+    TileC S0[TILES > 2 ? TILES - 2 : 1][8][WKV_THREADS];    // states before tiles 1, 2, ..; each thread's own
 };
 
-static_assert(sizeof(WkvBackward) <= 99 * 1024, "shared memory");
+static_assert(sizeof(WkvBackward) <= 99 * 1024, "what the smaller GPUs give a block");
 
 struct WkvGradients {
     const floatX *dy;
-    floatX *dr, *dk, *dv, *dw;              // (B, T, A)
+    floatX *dr, *dk, *dv, *dw;              // (B, T, A); dw may be null
     float *dw_sum, *du;                     // (B, A): summed over T, for time_decay and u
 };
 
-// The state before a tile of the chunk that starts at t0, made from the state before the chunk, into S0.
-__device__ inline void wkv_state_before(WkvBackward &s, const Wkv &p, const float *from, int64_t base, int t0, int q) {
-    WkvTile &tile = s.tile;
-    TileC S[8];
-    wkv_load_state(S, from, N);
-    for (int i = 0; i < q; i++) {
-        wkv_load(tile, p, base + (int64_t)i * TILE * p.H * N, t0 + i * TILE);
-        __syncthreads();
-        if (threadIdx.x < N) {
-            wkv_decay_of_tile(tile);
-        } else {
-            const int channel = threadIdx.x - N;
-            float product = 1;
-            for (int t = TILE - 1; t >= 0; t--) {
-                tile.k_tilde[t][channel] = tile.k[t][channel] * product;
-                product *= tile.d[t][channel];
-            }
+__device__ inline void wkv_state_in(TileC (&S)[8], const float *from) {                     // rows are keys, as in a Share
+    for (int n = 0; n < 8; n++)
+        for (int i = 0; i < 2; i++) {
+            const float2 keys = *(const float2 *)(from + (8 * n + tile_col(i)) * N + wkv_channel());
+            S[n].x[i] = keys.x;
+            S[n].x[i + 2] = keys.y;
         }
-        __syncthreads();
-        wkv_update(S, load_a_t(&tile.v[0][threadIdx.x / 32 * 16], LD), tile.k_tilde, tile.D_minus_1);
-        __syncthreads();
-    }
-    wkv_store_state(&s.S0[0][0], LDF, S);
 }
 
-// to (16 t x N channels, this warp's 16) = rows (16 x N values) state[j][i]
-__device__ inline void wkv_through_state(float (*to)[LDF], const floatX (*rows)[LD], const float (*state)[LDF]) {
-    const int warp = threadIdx.x / 32;
-    TileC out[2] = {};
-    for (int i = 0; i < 4; i++) {
-        const TileA a = load_a(&rows[0][16 * i], LD);
-        const TileB2 b[2] = {load_b2_t(&state[16 * i][16 * warp], LDF), load_b2_t(&state[16 * i][16 * warp + 8], LDF)};
-        mma(out, a, b);
+// S <- D S + left^T rows: left as operand (16 keys x 16 tokens), rows (16 tokens x N values)
+__device__ inline void wkv_update(TileC (&S)[8], const TileA2 &left, const floatX (*rows)[LD], float2 D_minus_1) {
+    TileB b[8];
+    for (int n = 0; n < 8; n++) {
+        if (n % 2 == 0) load_b_pair_t(&b[n], &rows[0][8 * n], LD);
+        for (int i = 0; i < 4; i++) S[n].x[i] += S[n].x[i] * (i / 2 ? D_minus_1.y : D_minus_1.x);
     }
-    for (int n = 0; n < 2; n++)
-        for (int i = 0; i < 4; i++) to[tile_row(i)][16 * warp + 8 * n + tile_col(i)] = out[n].x[i];
+    mma(S, left, b);
 }
 
-// The pass over one channel described above; `half` takes the t' with t' % 2 == half, half 0 also Mend.
-__device__ inline void wkv_channel_backward(WkvBackward &s, int channel, int half) {
-    const WkvTile &tile = s.tile;
-    float M[TILE / 2], r[TILE / 2], d[TILE];
-#pragma unroll
-    for (int m = 0; m < TILE / 2; m++) {
-        M[m] = s.X[2 * m + half][channel];
-        r[m] = tile.r[2 * m + half][channel];
-    }
-#pragma unroll
-    for (int t = 0; t < TILE; t++) d[t] = tile.d[t][channel];
-    float Mend = s.S0_dS[0][channel] + s.S0_dS[1][channel];
-#pragma unroll
-    for (int t = 0; t < TILE; t++) {
-        const float k = tile.k[t][channel];
-        float decay = 1, dk = 0, dd = 0;                    // decay: W(t, t')
-        if (t % 2 == half) s.dr[t][channel] = M[t / 2];
-#pragma unroll
-        for (int m = t / 2; m < TILE / 2; m++) {
-            const float own = half ? decay * (2 * m > t ? d[2 * m] : 1) : decay, a = s.da[2 * m + half][t];
-            if (2 * m + half > t) {
-                dk += own * r[m] * a;
-                dd += own * r[m] * M[m];
-                M[m] = d[t] * M[m] + k * a;
-            }
-            decay *= (2 * m > t ? d[2 * m] : 1) * d[2 * m + 1];
-            if (2 * m + 1 == t) decay = 1;                  // t itself does not decay what it adds
+// passing += the sums over tokens beyond each token that `terms` (X_L Z_L) describe; half: L; 16: r~ (t' > t), 0: k~ (s < t)
+__device__ inline void wkv_passing(Share &passing, const Share &terms, int L) {
+    TileB b[2];
+    for (int n = 0; n < 2; n++) {
+        float one[4];
+        for (int i = 0; i < 4; i++) {                       // B[from][t]
+            const int t = 8 * n + threadIdx.x % 32 / 4, from = tile_col(i) + i / 2 * 8;
+            const bool later = L == 16 || (L && (t & L));
+            one[i] = ((t ^ from) < L || L == 0) && (later ? from > t : from < t) ? 1 : 0;
         }
-        if (half == 0) {
-            const float y = s.Y[t][channel];
-            dk += decay * y;
-            dd += decay * Mend;
-            Mend = d[t] * Mend + k * y;
-        }
-        (half ? s.dk_odd : s.dk_even)[t][channel] = dk;
-        s.dd[half][t][channel] = dd;
+        b[n] = make_b(one[0], one[1], one[2], one[3]);
     }
+    mma(passing, to_a2(terms[0], terms[1]), b);
 }
 
 __global__ void __launch_bounds__(WKV_THREADS) wkv_backward_kernel(WkvGradients g, Wkv p) {
     WkvBackward &s = *dynamic_smem<WkvBackward>();
-    WkvTile &tile = s.tile;
-    const int warp = threadIdx.x / 32, h = blockIdx.x, b = blockIdx.y, A = p.H * N;
-    const int t = threadIdx.x / 8, c = threadIdx.x % 8 * 8;                 // this thread's share of a tile's rows
-    if (threadIdx.x < N) s.u[threadIdx.x] = p.u ? (float)p.u[h * N + threadIdx.x] : 0;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h = blockIdx.x, b = blockIdx.y, A = p.H * N, channel = wkv_channel();
+    const int chunks = (p.T + CHUNK - 1) / CHUNK;
+    float u[2] = {0, 0}, decay[2] = {0, 0}, dw_sum[2] = {0, 0}, du[2] = {0, 0};
+    for (int c = 0; c < 2; c++) {
+        if (p.u) u[c] = (float)p.u[h * N + channel + c];
+        if (p.time_decay) decay[c] = (float)p.time_decay[h * N + channel + c];
+    }
     TileC dS[8] = {};
-    Pack dw_sum = zero_pack(), du = zero_pack();
-    for (int chunk = (p.T - 1) / CHUNK; chunk >= 0; chunk--) {
-        const int tiles = min(CHUNK / TILE, (p.T - chunk * CHUNK + TILE - 1) / TILE);
-        const int64_t chunk_base = ((int64_t)b * p.T + chunk * CHUNK) * A + h * N;
-        const float *state = p.states + (((int64_t)b * p.H + h) * ((p.T + CHUNK - 1) / CHUNK) + chunk) * N * N;
+    for (int chunk = chunks - 1; chunk >= 0; chunk--) {
+        const int c0 = chunk * CHUNK, tiles = min(TILES, (p.T - c0 + TILE - 1) / TILE);
+        const int64_t chunk_base = ((int64_t)b * p.T + c0) * A + h * N;
+        const float *state = p.states + (((int64_t)b * p.H + h) * chunks + chunk) * N * N;
+        for (int q = 0; q < tiles; q++) {
+            const int64_t base = chunk_base + (int64_t)q * TILE * A;
+            wkv_copy_tile(s.v[q], p.v, base, c0 + q * TILE, p.T, A);
+            wkv_copy_tile(s.dy[q], g.dy, base, c0 + q * TILE, p.T, A);
+        }
+        async_commit();
+        TileC S0[8];                                                        // of the tile at hand
+        wkv_state_in(S0, state);
+        async_wait<0>();
+        __syncthreads();
+        for (int q = 0; q < tiles - 1; q++) {
+            WkvRaw raw;
+            Share e, d, k;
+            WkvFactors f;
+            wkv_fetch(raw, p, chunk_base + (int64_t)q * TILE * A + channel, c0 + q * TILE);
+            wkv_decay(e, d, raw, decay, c0 + q * TILE, p.T);
+            wkv_keys(k, raw, e, p.one_minus_w);
+            wkv_factors(f, d);
+            EACH(n, i) k[n].x[i] *= f.after[n].x[i];
+            wkv_update(S0, to_a2(k[0], k[1]), s.v[q], wkv_decay_of_tile(e));
+            for (int n = 0; n < 8 && q < tiles - 2; n++) s.S0[q][n][threadIdx.x] = S0[n];
+        }
         for (int q = tiles - 1; q >= 0; q--) {
-            const int t0 = chunk * CHUNK + q * TILE;
-            const int64_t base = chunk_base + (int64_t)q * TILE * A, at = base + (int64_t)t * A + c;
-            __syncthreads();
-            wkv_state_before(s, p, state, chunk_base, chunk * CHUNK, q);
-            wkv_load(tile, p, base, t0);
-            store(&s.dy[t][c], t0 + t < p.T ? load(g.dy + at) : zero_pack());
-            wkv_store_state(&s.dS[0][0], LDF, dS);
-            __syncthreads();
-            wkv_pairs(tile, p.u ? s.u : nullptr);
-            wkv_through_state(s.X, s.dy, s.S0);
-            wkv_through_state(s.Y, tile.v, s.dS);
-            if (warp < 2) {                                                 // da: warp 0 its columns 0..7, warp 1 8..15
-                TileC out[1] = {};
-                for (int i = 0; i < 4; i++) {
-                    const TileB v[1] = {load_b(&tile.v[8 * warp][16 * i], LD)};
-                    mma(out, load_a(&s.dy[0][16 * i], LD), v);
-                }
-                for (int i = 0; i < 4; i++) s.da[tile_row(i)][8 * warp + tile_col(i)] = out[0].x[i];
+            const int t0 = c0 + q * TILE;
+            const int64_t base = chunk_base + (int64_t)q * TILE * A;
+            WkvRaw raw;
+            Share r, k, e, d, level[4], dr = {}, dk = {}, da = {}, da_t = {}, passing = {};
+            WkvFactors f;
+            wkv_fetch(raw, p, base + channel, t0);
+            if (q == 0 && tiles > 1) wkv_state_in(S0, state);
+            for (int n = 0; n < 8 && q > 0 && q < tiles - 1; n++) S0[n] = s.S0[q - 1][n][threadIdx.x];
+            wkv_share(r, raw.r);
+            wkv_decay(e, d, raw, decay, t0, p.T);
+            wkv_keys(k, raw, e, p.one_minus_w);
+            wkv_factors(f, d);
+            const float2 D = wkv_decay_of_tile(e);
+            float past[2] = {0, 0};                                         // sum_j S0 dS
+            for (int i = 0; i < 4; i++) {                                   // 16 values at a time
+                const TileA dy = load_a(&s.dy[q][0][16 * i], LD), v = load_a(&s.v[q][0][16 * i], LD);
+                const TileB dy_b[2] = {as_b(dy, 0), as_b(dy, 1)}, v_b[2] = {as_b(v, 0), as_b(v, 1)};
+                mma(dr, to_a2(S0[2 * i], S0[2 * i + 1]), dy_b);             // X^T
+                mma(dk, to_a2(dS[2 * i], dS[2 * i + 1]), v_b);              // Y^T
+                mma(da, dy, v_b);
+                mma(da_t, v, dy_b);
             }
-            float sum = 0;
-            const int channel = threadIdx.x % N, half = threadIdx.x / N;
-            for (int j = half * N / 2; j < (half + 1) * N / 2; j++) sum += s.S0[j][channel] * s.dS[j][channel];
-            s.S0_dS[half][channel] = sum;
-            if (threadIdx.x < N) wkv_decay_of_tile(tile);
+            for (int n = 0; n < 8; n++)
+                for (int i = 0; i < 4; i++) past[i / 2] += S0[n].x[i] * dS[n].x[i];
+            for (int n = 0; n < 8; n++)
+                for (int i = 0; i < 4; i += 2) store_pair(&s.dS[channel + i / 2][8 * n + tile_col(i)], dS[n].x[i], dS[n].x[i + 1]);
+            wkv_level(level[0], 8, r, k, &f.level8);
+            wkv_level(level[1], 4, r, k, &f.level4);
+            wkv_level(level[2], 2, r, k, &f.level2);
+            wkv_level(level[3], 1, r, k, nullptr);
+            Share r_tilde, k_tilde;
+            EACH(n, i) {
+                r_tilde[n].x[i] = r[n].x[i] * f.before[n].x[i];
+                k_tilde[n].x[i] = k[n].x[i] * f.after[n].x[i];
+            }
+            wkv_store_share(s.after, channel, 1, k_tilde);
+            wkv_scores(s.scores, level, r, k, u, p.u != nullptr, true);
             __syncthreads();
-            wkv_sum_scores(tile);
-            wkv_channel_backward(s, channel, half);
-            __syncthreads();
-            TileC out[2] = {};                                              // dv, then dS
-            wkv_out(out, dS, tile.k_tilde);
-            const TileA dy = load_a_t(&s.dy[0][16 * warp], LD);
-            const TileB a[2] = {load_b_t(&tile.a[0][0], TILE + PAD), load_b_t(&tile.a[0][8], TILE + PAD)};
-            mma(out, dy, a);
-            wkv_update(dS, dy, tile.r_tilde, tile.D_minus_1);
+
+            TileC dv[2] = {};                                               // 16 tokens x this warp's 16 values
+            for (int i = 0; i < 4; i++) {
+                TileB state_b[2];
+                load_b_pair_t(state_b, &s.dS[16 * i][16 * warp], LD);
+                mma(dv, load_a_t(&s.after[16 * i][0], LDT), state_b);
+            }
+            TileB dy_b[2];
+            load_b_pair_t(dy_b, &s.dy[q][0][16 * warp], LD);
+            mma(dv, wkv_sum_scores(s.scores), dy_b);
             for (int n = 0; n < 2; n++)
-                for (int i = 0; i < 4; i++) s.dv()[8 * n + tile_col(i)][16 * warp + tile_row(i)] = out[n].x[i];
-            __syncthreads();
-            if (t0 + t >= p.T) continue;
-            Pack dr = load(&s.dr[t][c]), dk = load(&s.dk_even[t][c]), dw = load(&s.dd[0][t][c]);
-            const Pack r = load(&tile.r[t][c]), k = load(&tile.k[t][c]), e = load(&tile.e[t][c]), d = load(&tile.d[t][c]);
-            const Pack k_plain = p.one_minus_w ? load(p.k + at) : k;
-            for (int i = 0; i < 8; i++) {
-                const float bonus = s.u[c + i] * s.da[t][t];
-                dr.x[i] += bonus * k.x[i];
-                dk.x[i] += s.dk_odd[t][c + i] + bonus * r.x[i];
-                dw.x[i] = -e.x[i] * d.x[i] * (dw.x[i] + s.dd[1][t][c + i]);
-                du.x[i] += r.x[i] * k.x[i] * s.da[t][t];
-                if (p.one_minus_w) {                                        // k was k_plain (1 - exp(-e)), e = exp(w)
-                    dw.x[i] += dk.x[i] * k_plain.x[i] * e.x[i] * d.x[i];
-                    dk.x[i] *= -expm1f(-e.x[i]);
-                }
-                dw_sum.x[i] += dw.x[i];
+                for (int i = 0; i < 4; i += 2)
+                    if (t0 + tile_row(i) < p.T)
+                        store_pair(g.dv + base + (int64_t)tile_row(i) * A + 16 * warp + 8 * n + tile_col(i), dv[n].x[i], dv[n].x[i + 1]);
+            wkv_update(dS, to_a2(r_tilde[0], r_tilde[1]), s.dy[q], D);
+
+            EACH(n, i) {                                                    // through S0 and dS
+                r_tilde[n].x[i] *= dr[n].x[i];
+                k_tilde[n].x[i] *= dk[n].x[i];
+                dr[n].x[i] *= f.before[n].x[i];
+                dk[n].x[i] *= f.after[n].x[i];
             }
-            store(g.dr + at, dr);
-            store(g.dk + at, dk);
-            store(g.dw + at, dw);
-            store(g.dv + at, load(&s.dv()[t][c]));
+            wkv_passing(passing, r_tilde, 16);
+            wkv_passing(passing, k_tilde, 0);
+#pragma unroll
+            for (int l = 0; l < 4; l++) {                                   // through the levels of the scores
+                const int L = 8 >> l;
+                TileC pairs[2];
+                EACH(n, i) {
+                    const int row = tile_row(i), column = 8 * n + tile_col(i);
+                    pairs[n].x[i] = (row ^ column) >> (3 - l) != 1 ? 0 : row > column ? da[n].x[i] : da_t[n].x[i];
+                }
+                Share z = {};
+                mma_transposed(z, to_a2(level[l][0], level[l][1]), to_a2(pairs[0], pairs[1]));
+                const Share *factor = l == 0 ? &f.level8 : l == 1 ? &f.level4 : l == 2 ? &f.level2 : nullptr;
+                EACH(n, i) {
+                    const bool has = L == 8 ? n == 1 : L == 1 ? i % 2 : threadIdx.x % 4 * 2 & L;
+                    const float own = z[n].x[i] * (factor ? (*factor)[n].x[i] : 1);
+                    dr[n].x[i] += has ? own : 0;
+                    dk[n].x[i] += has ? 0 : own;
+                    z[n].x[i] *= level[l][n].x[i];
+                }
+                if (L > 1) wkv_passing(passing, z, L);
+            }
+            if (p.u) {                                                      // da[t][t] of the lane's tokens, from who has it
+                for (int m = 0; m < 4; m++) {
+                    const int n = m / 2, t = m % 2, from = (threadIdx.x % 4 * 2 + t) * 4 + threadIdx.x % 4;
+                    const float own = __shfl_sync(0xffffffffu, da[n].x[2 * n + t], from);
+                    for (int c = 0; c < 2; c++) {
+                        const int i = 2 * c + t;
+                        dr[n].x[i] += u[c] * k[n].x[i] * own;
+                        dk[n].x[i] += u[c] * r[n].x[i] * own;
+                        du[c] += r[n].x[i] * k[n].x[i] * own;
+                    }
+                }
+            }
+            past[0] = warp_sum(past[0], 4), past[1] = warp_sum(past[1], 4);
+            past[0] += past[0] * D.x, past[1] += past[1] * D.y;
+            Share dw, k_plain;
+            wkv_share(k_plain, raw.k);
+            EACH(n, i) {
+                dw[n].x[i] = -e[n].x[i] * (passing[n].x[i] + past[i / 2]);
+                if (p.one_minus_w) {                                        // k was k_plain (1 - exp(-e)), e = exp(w)
+                    dw[n].x[i] += dk[n].x[i] * k_plain[n].x[i] * e[n].x[i] * d[n].x[i];
+                    dk[n].x[i] *= one_minus_exp(e[n].x[i]);
+                }
+                dw_sum[i / 2] += dw[n].x[i];
+            }
+            for (int m = 0; m < 4; m++) {
+                const int n = m / 2, i = m % 2;
+                const int64_t at = base + channel + (int64_t)wkv_token(m) * A;
+                if (t0 + wkv_token(m) >= p.T) continue;
+                store_pair(g.dr + at, dr[n].x[i], dr[n].x[i + 2]);
+                store_pair(g.dk + at, dk[n].x[i], dk[n].x[i + 2]);
+                if (g.dw) store_pair(g.dw + at, dw[n].x[i], dw[n].x[i + 2]);
+            }
+            __syncthreads();
         }
     }
-    __syncthreads();
-    store(&s.dr[t][c], dw_sum);                                             // sums over the 16 threads of a channel
-    store(&s.dk_odd[t][c], du);
-    __syncthreads();
-    if (threadIdx.x >= N) return;
-    float w = 0, u = 0;
-    for (int i = 0; i < TILE; i++) {
-        w += s.dr[i][threadIdx.x];
-        u += s.dk_odd[i][threadIdx.x];
+    for (int c = 0; c < 2; c++) {
+        dw_sum[c] = warp_sum(dw_sum[c], 4);
+        du[c] = warp_sum(du[c], 4);
+        if (lane % 4 > 0) continue;
+        g.dw_sum[(int64_t)b * A + h * N + channel + c] = dw_sum[c];
+        g.du[(int64_t)b * A + h * N + channel + c] = du[c];
     }
-    g.dw_sum[(int64_t)b * A + h * N + threadIdx.x] = w;
-    g.du[(int64_t)b * A + h * N + threadIdx.x] = u;
 }
 
 template <typename Kernel> static void allow_smem(Kernel kernel, size_t bytes) {     // more than 48 KB a block must be asked for
@@ -1766,113 +1965,168 @@ static void wkv_backward(const WkvGradients &g, const Wkv &p, int B) {
 //
 //     y_t = sum_{s<=t} p_ts v_s,   p_ts = exp(q_t . k_s / sqrt(N) - l_t),   l_t = log sum_{s<=t} exp(q_t . k_s / sqrt(N))
 //
-// q, k, v, y are (B, T, A), head h at channels h N; l (B, H, T) in units of log 2. A block takes 64 queries of a head, a
-// warp 16 of them, and walks the keys in tiles of 64 with a running maximum and sum (FlashAttention-2, arXiv 2307.08691);
-// the next tile is copied while this one is multiplied. Flops: 2 N T^2 forward, 7/2 of that backward (scores twice).
+// q, k, v, y are (B, T, A), head h at channels h N; l (B, H, T) in units of log 2. A block takes 128 queries of a head, each of
+// its four warps 32, and walks the keys with a running maximum and sum (FlashAttention-2, arXiv 2307.08691); the next 64 are
+// copied while these are multiplied. Squares of 32 queries by 32 keys that lie above the diagonal are left out:
+//
+//                   keys  0   32   64   96  128
+//     queries  0 warp 0   \    .    .    .
+//             32 warp 1   #    \    .    .         # all 32 x 32 scores     \ those with s <= t     . none
+//             64 warp 2   #    #    \    .
+//             96 warp 3   #    #    #    \         (and the same shifted by 128, 256, .. for the next blocks)
+//
+// Floor: flops, 2 N for each product of each pair. Forward has 2 products, backward 5, of which we do 7: scores and their
+// gradients twice, so that every sum stays in one warp, without atomics. Beside a tile product (16 x 8 x 16), which costs an H100
+// 1 clock by its data sheet and 1.6 by mma.sync, it must load 128 bytes from shared memory, 1 clock, because a fragment (256
+// bytes) feeds two products and the left operands stay in registers; and make 16 exponentials forward, 1 clock.
 
-static const int QT = 64;                   // queries or keys of a tile
-static const int ATTENTION_THREADS = 128;
+static const int ATTENTION_THREADS = 128, ATTENTION_ROWS = 128;             // of a block: threads; queries or keys
 #define SCALE_LOG2 (0.125f * 1.4426950408889634f)           // 1/sqrt(N) log2(e): exp(x/sqrt(N)) = exp2(x SCALE_LOG2)
 
-typedef floatX AttentionTile[QT][LD];
+typedef floatX HeadRow[LD];                 // a token's N channels of a head in shared memory
+static const size_t ATTENTION_SMEM = 256 * sizeof(HeadRow);                 // 36 KB in bf16: blocks are limited by registers
 
-// 64 rows of a head, starting at row t0, on their way to shared memory; zeros past the end
-__device__ inline void attention_load(AttentionTile &to, const floatX *from, int t0, int T, int A) {
-    const int per_row = N * sizeof(floatX) / 16, step = 16 / sizeof(floatX);
-    for (int i = threadIdx.x; i < QT * per_row; i += ATTENTION_THREADS) {
-        const int row = i / per_row, c = i % per_row * step;
-        const bool valid = t0 + row < T;
-        async_copy16(&to[row][c], from + (valid ? (int64_t)(t0 + row) * A + c : 0), valid);
+// `count` tokens of a head, starting at t0, on their way to shared memory; zeros past the end
+template <int count> __device__ inline void attention_load(HeadRow *to, const floatX *from, int t0, int T, int A) {
+    const int per_row = N * sizeof(floatX) / 16, row = threadIdx.x / per_row, c = threadIdx.x % per_row * (N / per_row);
+    const floatX *p = from + (int64_t)(t0 + row) * A + c;
+#pragma unroll
+    for (int i = 0; i < count; i += ATTENTION_THREADS / per_row) {
+        async_copy16(&to[row + i][c], p + (int64_t)i * A, t0 + row + i < T);
     }
 }
 
-// 16 rows of a tile as left operands (16 x N in four steps of 16)
-__device__ inline void attention_rows(TileA (&a)[4], const AttentionTile &tile, int row) {
-    for (int i = 0; i < 4; i++) a[i] = load_a(&tile[row][16 * i], LD);
+// 32 rows as left operands: two row tiles of four 16 x 16 pieces
+struct Left { TileA x[2][4]; };
+__device__ inline void attention_left(Left &a, const HeadRow *rows) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) a.x[i / 4][i % 4] = load_a(&rows[i / 4 * 16][i % 4 * 16], LD);
 }
 
-// out (16 x 8 n) = a (16 x N) tile[row..row + 8 n)^T
-template <int n> __device__ inline void attention_scores(TileC (&out)[n], const TileA (&a)[4], const AttentionTile &tile, int row) {
+// out (32 x 8 n) = a (32 x N) rows[0..8 n)^T
+template <int n> __device__ inline void attention_scores(TileC (&out)[2][n], const Left &a, const HeadRow *rows) {
+#pragma unroll
     for (int i = 0; i < 4; i++) {
         TileB b[n];
-        for (int j = 0; j < n; j++) b[j] = load_b(&tile[row + 8 * j][16 * i], LD);
-        mma(out, a[i], b);
+#pragma unroll
+        for (int j = 0; j < n; j += 2) load_b_pair(&b[j], &rows[8 * j][16 * i], LD);
+        mma(out[0], a.x[0][i], b);
+        mma(out[1], a.x[1][i], b);
     }
 }
 
-// out (16 x N) += p (16 x 8 n) tile[row..row + 8 n)
-template <int n> __device__ inline void attention_values(TileC (&out)[8], const TileC (&p)[n], const AttentionTile &tile, int row) {
+// out (32 x N) += p (32 x 8 n) rows[0..8 n)
+template <int n> __device__ inline void attention_values(TileC (&out)[2][8], const TileC (&p)[2][n], const HeadRow *rows) {
+#pragma unroll
     for (int i = 0; i < n / 2; i++) {
         TileB b[8];
-        for (int j = 0; j < 8; j++) b[j] = load_b_t(&tile[row + 16 * i][8 * j], LD);
-        mma(out, to_a(p[2 * i], p[2 * i + 1]), b);
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) load_b_pair_t(&b[j], &rows[16 * i][8 * j], LD);
+        mma(out[0], to_a(p[0][2 * i], p[0][2 * i + 1]), b);
+        mma(out[1], to_a(p[1][2 * i], p[1][2 * i + 1]), b);
     }
 }
 
-// this warp's 16 rows, times a factor for each half row of the lane, from its tiles to memory
-__device__ inline void attention_store(floatX *to, const TileC (&x)[8], const float (&factor)[2], int t0, int T, int A) {
-    for (int i = 0; i < 4; i++) {
-        const int t = t0 + tile_row(i);
-        for (int n = 0; n < 8 && t < T; n++) to[(int64_t)t * A + 8 * n + tile_col(i)] = (floatX)(x[n].x[i] * factor[i / 2]);
+// this warp's 32 rows, times a factor for each row of the lane, from its tiles to memory
+__device__ inline void attention_store(floatX *to, const TileC (&x)[2][8], const float (&factor)[4], int t0, int T, int A) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int t = t0 + i / 4 * 16 + tile_row(i % 4);
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+            if (t < T) to[(int64_t)t * A + 8 * n + tile_col(i)] = (floatX)(x[i / 4][n].x[i % 4] * factor[i / 2]);
     }
 }
 
-__global__ void __launch_bounds__(ATTENTION_THREADS)
+// A square on the diagonal, `offset` columns in: scores of keys after their query become -infinity.
+template <bool rows_are_keys, int n> __device__ inline void attention_mask(TileC (&p)[2][n], int offset) {
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int j = 0; j < n; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int row = 16 * m + tile_row(i), column = offset + 8 * j + tile_col(i);
+                if (rows_are_keys ? row > column : column > row) p[m][j].x[i] = -INFINITY;
+            }
+}
+
+// The running softmax of this lane's four rows. exp2(score - top) needs top near the maximum only to stay in range, and y is the
+// same for any top. So top is moved, and out and sum are scaled anew, only when a score is more than 2^8 times too large: rarely.
+struct Softmax { float top[4], sum[4]; };
+static const float ATTENTION_MARGIN = 8;
+
+template <int n> __device__ inline void attention_softmax(Softmax &s, TileC (&p)[2][n], TileC (&out)[2][8]) {
+    float high[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+    bool grows = false;
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+#pragma unroll
+        for (int j = 0; j < n; j++) high[r] = fmaxf(high[r], fmaxf(p[r / 2][j].x[r % 2 * 2], p[r / 2][j].x[r % 2 * 2 + 1]));
+        grows |= high[r] * SCALE_LOG2 > s.top[r] + ATTENTION_MARGIN;
+    }
+    if (__any_sync(0xffffffffu, grows)) {
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const float top = fmaxf(s.top[r], warp_max(high[r], 4) * SCALE_LOG2), shrink = exp2_fast(s.top[r] - top);
+            s.top[r] = top;
+            s.sum[r] *= shrink;
+#pragma unroll
+            for (int j = 0; j < 16; j++) out[r / 2][j / 2].x[r % 2 * 2 + j % 2] *= shrink;
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+#pragma unroll
+        for (int j = 0; j < 2 * n; j++) {
+            float &x = p[r / 2][j / 2].x[r % 2 * 2 + j % 2];
+            x = exp2_fast(x * SCALE_LOG2 - s.top[r]);
+            s.sum[r] += x;
+        }
+}
+
+__global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 attention_forward_kernel(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
-    AttentionTile *tiles = dynamic_smem<AttentionTile>();   // K, V; K, V of the next tile; the queries
+    HeadRow *smem = dynamic_smem<HeadRow>();                // 64 keys, 64 values; the next 64 of each, at first the queries
     const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
-    const int last = gridDim.x - 1 - blockIdx.x, t0 = last * QT + 16 * warp;    // the longest rows first
+    const int t0 = (gridDim.x - 1 - blockIdx.x) * ATTENTION_ROWS, mine = t0 + 32 * warp;        // the longest rows first
+    const int end = min(T, t0 + ATTENTION_ROWS);
     const int64_t head = (int64_t)b * T * A + h * N;
-    attention_load(tiles[4], q + head, last * QT, T, A);
-    attention_load(tiles[0], k + head, 0, T, A);
-    attention_load(tiles[1], v + head, 0, T, A);
+    attention_load<128>(smem + 128, q + head, t0, T, A);
+    attention_load<64>(smem, k + head, 0, T, A);
+    attention_load<64>(smem + 64, v + head, 0, T, A);
     async_commit();
-    TileA queries[4];
-    TileC out[8] = {};
-    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};                 // of the two rows in this lane
-    for (int tile = 0; tile <= last; tile++) {
-        const AttentionTile &keys = tiles[tile % 2 * 2], &values = tiles[tile % 2 * 2 + 1];
-        if (tile < last) {
-            attention_load(tiles[(tile + 1) % 2 * 2], k + head, (tile + 1) * QT, T, A);
-            attention_load(tiles[(tile + 1) % 2 * 2 + 1], v + head, (tile + 1) * QT, T, A);
+    async_wait<0>();
+    __syncthreads();
+    Left queries;
+    attention_left(queries, smem + 128 + 32 * warp);
+    TileC out[2][8] = {};
+    Softmax s = {{-INFINITY, -INFINITY, -INFINITY, -INFINITY}, {0, 0, 0, 0}};
+    for (int tile = 0; tile * 64 < end; tile++) {
+        const HeadRow *keys = smem + tile % 2 * 128, *values = keys + 64;
+        HeadRow *next = smem + (tile + 1) % 2 * 128;
+        async_wait<0>();
+        __syncthreads();                                    // this tile is there for all, and nobody needs the last one
+        if ((tile + 1) * 64 < end) {
+            attention_load<64>(next, k + head, (tile + 1) * 64, T, A);
+            attention_load<64>(next + 64, v + head, (tile + 1) * 64, T, A);
+            async_commit();
         }
-        async_commit();
-        async_wait<1>();
-        __syncthreads();
-        if (tile == 0) attention_rows(queries, tiles[4], 16 * warp);
-        TileC p[8] = {};
-        attention_scores(p, queries, keys, 0);
-        float high[2] = {top[0], top[1]};
-        for (int n = 0; n < 8; n++)
-            for (int i = 0; i < 4; i++) {
-                if (tile == last && 8 * n + tile_col(i) > 16 * warp + tile_row(i)) p[n].x[i] = -INFINITY;
-                high[i / 2] = fmaxf(high[i / 2], p[n].x[i]);
-            }
-        for (int i = 0; i < 2; i++) {
-            high[i] = warp_max(high[i], 4);
-            const float shrink = exp2f((top[i] - high[i]) * SCALE_LOG2);
-            sum[i] *= shrink;
-            for (int n = 0; n < 8; n++) {
-                out[n].x[2 * i] *= shrink;
-                out[n].x[2 * i + 1] *= shrink;
-            }
-            top[i] = high[i];
+        for (int part = 0; part < 64 && tile * 64 + part <= mine; part += 32) {
+            TileC p[2][4] = {};
+            attention_scores(p, queries, keys + part);
+            if (tile * 64 + part == mine) attention_mask<false>(p, 0);
+            attention_softmax(s, p, out);
+            attention_values(out, p, values + part);
         }
-        for (int n = 0; n < 8; n++)
-            for (int i = 0; i < 4; i++) {
-                p[n].x[i] = exp2f((p[n].x[i] - top[i / 2]) * SCALE_LOG2);
-                sum[i / 2] += p[n].x[i];
-            }
-        attention_values(out, p, values, 0);
-        __syncthreads();
     }
-    for (int i = 0; i < 2; i++) {
-        sum[i] = warp_sum(sum[i], 4);
-        const int t = t0 + tile_row(2 * i);
-        if (threadIdx.x % 4 == 0 && t < T) l[((int64_t)b * H + h) * T + t] = top[i] * SCALE_LOG2 + log2f(sum[i]);
-        sum[i] = 1 / sum[i];
+    for (int r = 0; r < 4; r++) {
+        const int t = mine + r / 2 * 16 + tile_row(r % 2 * 2);
+        s.sum[r] = warp_sum(s.sum[r], 4);
+        if (threadIdx.x % 4 == 0 && t < T) l[((int64_t)b * H + h) * T + t] = s.top[r] + log2f(s.sum[r]);
+        s.sum[r] = 1 / s.sum[r];
     }
-    attention_store(y + head, out, sum, t0, T, A);
+    attention_store(y + head, out, s.sum, mine, T, A);
 }
 
 // delta (B, H, T): dy_t . y_t per head, what the softmax's gradient subtracts. Blocks of a row; 8 lanes hold a head.
@@ -1887,121 +2141,134 @@ __global__ void attention_delta(float *delta, const floatX *dy, const floatX *y,
     if (mine && threadIdx.x % 8 == 0) delta[(row / T * H + c / N) * T + row % T] = sum;
 }
 
-// With ds = p * (dy v^T - delta):   dv = p^T dy,  dk = ds^T q / sqrt(N)     (a block: 64 keys, walking the queries)
-//                                   dq = ds k / sqrt(N)                     (a block: 64 queries, walking the keys)
-// Each sum stays in one block: no atomics, at the price of the scores made twice.
+// With ds = p * (dy v^T - delta):   dv = p^T dy,  dk = ds^T q / sqrt(N)     (a block: 128 keys, walking the queries)
+//                                   dq = ds k / sqrt(N)                     (a block: 128 queries, walking the keys)
 struct AttentionGradients { floatX *dq, *dk, *dv; const floatX *dy; const float *l, *delta; };
 
-struct AttentionBackward {
-    AttentionTile tile[4];
-    float l[QT], delta[QT];
-};
-
-__global__ void __launch_bounds__(ATTENTION_THREADS)
-attention_backward_kv(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
-    AttentionBackward &s = *dynamic_smem<AttentionBackward>();              // K, V, Q, dY
-    const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N, first = blockIdx.x;
-    const int64_t head = (int64_t)b * T * A + h * N, stats = ((int64_t)b * H + h) * T;
-    attention_load(s.tile[0], k + head, first * QT, T, A);
-    attention_load(s.tile[1], v + head, first * QT, T, A);
-    TileA keys[4], values[4];
-    TileC dk[8] = {}, dv[8] = {};
-    for (int tile = first; tile * QT < T; tile++) {
-        attention_load(s.tile[2], q + head, tile * QT, T, A);
-        attention_load(s.tile[3], g.dy + head, tile * QT, T, A);
-        async_commit();
-        if (threadIdx.x < QT) {
-            const int t = tile * QT + threadIdx.x;
-            s.l[threadIdx.x] = t < T ? g.l[stats + t] : INFINITY;           // past the end: p = 0
-            s.delta[threadIdx.x] = t < T ? g.delta[stats + t] : 0;
-        }
-        async_wait<0>();
-        __syncthreads();
-        if (tile == first) {
-            attention_rows(keys, s.tile[0], 16 * warp);
-            attention_rows(values, s.tile[1], 16 * warp);
-        }
-        for (int part = 0; part < QT; part += 32) {                         // 32 queries at a time: registers
-            TileC p[4] = {}, ds[4] = {};                                    // transposed: rows are keys
-            attention_scores(p, keys, s.tile[2], part);
-            attention_scores(ds, values, s.tile[3], part);
-            for (int n = 0; n < 4; n++)
-                for (int i = 0; i < 4; i++) {
-                    const int query = part + 8 * n + tile_col(i);
-                    const bool seen = tile > first || 16 * warp + tile_row(i) <= query;
-                    p[n].x[i] = seen ? exp2f(p[n].x[i] * SCALE_LOG2 - s.l[query]) : 0;
-                    ds[n].x[i] = p[n].x[i] * (ds[n].x[i] - s.delta[query]);
-                }
-            attention_values(dv, p, s.tile[3], part);
-            attention_values(dk, ds, s.tile[2], part);
-        }
-        __syncthreads();
-    }
-    const float one[2] = {1, 1}, scale[2] = {0.125f, 0.125f};
-    attention_store(g.dv + head, dv, one, first * QT + 16 * warp, T, A);
-    attention_store(g.dk + head, dk, scale, first * QT + 16 * warp, T, A);
+// The block's own 128 rows of two arrays, of which each warp takes 32 into registers
+__device__ inline void attention_own(Left &a, Left &b, HeadRow *smem, const floatX *pa, const floatX *pb, int t0, int T, int A) {
+    attention_load<128>(smem, pa, t0, T, A);
+    attention_load<128>(smem + 128, pb, t0, T, A);
+    async_commit();
+    async_wait<0>();
+    __syncthreads();
+    attention_left(a, smem + threadIdx.x / 32 * 32);
+    attention_left(b, smem + 128 + threadIdx.x / 32 * 32);
+    __syncthreads();
 }
 
-__global__ void __launch_bounds__(ATTENTION_THREADS)
-attention_backward_q(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
-    AttentionBackward &s = *dynamic_smem<AttentionBackward>();              // Q, dY, K, V
+__global__ void __launch_bounds__(ATTENTION_THREADS, 2)
+attention_backward_kv(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+    HeadRow *smem = dynamic_smem<HeadRow>();                // 64 queries, 64 dy; the next 64 of each
+    __shared__ float2 stats[2][64];                         // l, delta of these queries
     const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
-    const int last = gridDim.x - 1 - blockIdx.x, t0 = last * QT + 16 * warp;
-    const int64_t head = (int64_t)b * T * A + h * N, stats = ((int64_t)b * H + h) * T;
-    attention_load(s.tile[0], q + head, last * QT, T, A);
-    attention_load(s.tile[1], g.dy + head, last * QT, T, A);
-    TileA queries[4], dy[4];
-    TileC dq[8] = {};
-    float l[2], delta[2];
-    for (int i = 0; i < 2; i++) {
-        const int t = t0 + tile_row(2 * i);
-        l[i] = t < T ? g.l[stats + t] : INFINITY;
-        delta[i] = t < T ? g.delta[stats + t] : 0;
-    }
-    for (int tile = 0; tile <= last; tile++) {
-        attention_load(s.tile[2], k + head, tile * QT, T, A);
-        attention_load(s.tile[3], v + head, tile * QT, T, A);
+    const int t0 = blockIdx.x * ATTENTION_ROWS, mine = t0 + 32 * warp;
+    const int64_t head = (int64_t)b * T * A + h * N, row = ((int64_t)b * H + h) * T;
+    Left keys, values;
+    attention_own(keys, values, smem, k + head, v + head, t0, T, A);
+    auto fetch = [&](int t) {
+        attention_load<64>(smem + t % 128 * 2, q + head, t, T, A);
+        attention_load<64>(smem + t % 128 * 2 + 64, g.dy + head, t, T, A);
         async_commit();
+        const int mine = t + threadIdx.x % 64;
+        return mine < T ? make_float2(g.l[row + mine], g.delta[row + mine]) : make_float2(INFINITY, 0);     // past the end: p = 0
+    };
+    float2 next = fetch(t0);
+    TileC dk[2][8] = {}, dv[2][8] = {};
+    for (int t = t0; t < T; t += 64) {
+        if (threadIdx.x < 64) stats[t / 64 % 2][threadIdx.x] = next;
+        async_wait<0>();
+        __syncthreads();                                    // this tile is there for all, and nobody needs the last one
+        if (t + 64 < T) next = fetch(t + 64);
+#pragma unroll 1
+        for (int part = max(0, mine - t); part < 64; part += 16) {              // 16 queries at a time: registers
+            const HeadRow *queries = smem + t % 128 * 2 + part, *dy = queries + 64;
+            TileC p[2][2] = {}, ds[2][2] = {};              // transposed: rows are keys
+            attention_scores(p, keys, queries);
+            attention_scores(ds, values, dy);
+            if (t + part < mine + 32) attention_mask<true>(p, t + part - mine);
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float2 s = stats[t / 64 % 2][part + j / 2 * 8 + tile_col(j % 2)];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float &weight = p[i / 2][j / 2].x[i % 2 * 2 + j % 2], &gradient = ds[i / 2][j / 2].x[i % 2 * 2 + j % 2];
+                    weight = exp2_fast(weight * SCALE_LOG2 - s.x);
+                    gradient = weight * (gradient - s.y);
+                }
+            }
+            attention_values(dv, p, dy);
+            attention_values(dk, ds, queries);
+        }
+    }
+    const float one[4] = {1, 1, 1, 1}, scale[4] = {0.125f, 0.125f, 0.125f, 0.125f};
+    attention_store(g.dv + head, dv, one, mine, T, A);
+    attention_store(g.dk + head, dk, scale, mine, T, A);
+}
+
+__global__ void __launch_bounds__(ATTENTION_THREADS, 2)
+attention_backward_q(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+    HeadRow *smem = dynamic_smem<HeadRow>();                // 64 keys, 64 values; the next 64 of each
+    const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
+    const int t0 = (gridDim.x - 1 - blockIdx.x) * ATTENTION_ROWS, mine = t0 + 32 * warp;        // the longest rows first
+    const int end = min(T, t0 + ATTENTION_ROWS);
+    const int64_t head = (int64_t)b * T * A + h * N, row = ((int64_t)b * H + h) * T;
+    Left queries, dy;
+    attention_own(queries, dy, smem, q + head, g.dy + head, t0, T, A);
+    auto fetch = [&](int t) {
+        attention_load<64>(smem + t % 128 * 2, k + head, t, T, A);
+        attention_load<64>(smem + t % 128 * 2 + 64, v + head, t, T, A);
+        async_commit();
+    };
+    fetch(0);
+    float l[4], delta[4];                                   // of this lane's rows
+    for (int r = 0; r < 4; r++) {
+        const int t = mine + r / 2 * 16 + tile_row(r % 2 * 2);
+        l[r] = t < T ? g.l[row + t] : INFINITY;
+        delta[r] = t < T ? g.delta[row + t] : 0;
+    }
+    TileC dq[2][8] = {};
+    for (int t = 0; t < end; t += 64) {
         async_wait<0>();
         __syncthreads();
-        if (tile == 0) {
-            attention_rows(queries, s.tile[0], 16 * warp);
-            attention_rows(dy, s.tile[1], 16 * warp);
-        }
-        for (int part = 0; part < QT; part += 32) {
-            TileC p[4] = {}, ds[4] = {};
-            attention_scores(p, queries, s.tile[2], part);
-            attention_scores(ds, dy, s.tile[3], part);
-            for (int n = 0; n < 4; n++)
-                for (int i = 0; i < 4; i++) {
-                    const bool seen = tile < last || part + 8 * n + tile_col(i) <= 16 * warp + tile_row(i);
-                    const float weight = seen ? exp2f(p[n].x[i] * SCALE_LOG2 - l[i / 2]) : 0;
-                    ds[n].x[i] = weight * (ds[n].x[i] - delta[i / 2]);
+        if (t + 64 < end) fetch(t + 64);
+#pragma unroll 1
+        for (int part = 0; part < min(64, mine + 32 - t); part += 32) {
+            const HeadRow *keys = smem + t % 128 * 2 + part, *values = keys + 64;
+            TileC p[2][4] = {}, ds[2][4] = {};
+            attention_scores(p, queries, keys);
+            attention_scores(ds, dy, values);
+            if (t + part == mine) attention_mask<false>(p, 0);
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    float &gradient = ds[r / 2][j / 2].x[r % 2 * 2 + j % 2];
+                    const float weight = exp2_fast(p[r / 2][j / 2].x[r % 2 * 2 + j % 2] * SCALE_LOG2 - l[r]);
+                    gradient = weight * (gradient - delta[r]);
                 }
-            attention_values(dq, ds, s.tile[2], part);
+            attention_values(dq, ds, keys);
         }
-        __syncthreads();
     }
-    const float scale[2] = {0.125f, 0.125f};
-    attention_store(g.dq + head, dq, scale, t0, T, A);
+    const float scale[4] = {0.125f, 0.125f, 0.125f, 0.125f};
+    attention_store(g.dq + head, dq, scale, mine, T, A);
 }
 
 static void attention_forward(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int B, int T, int H) {
-    const size_t smem = 5 * sizeof(AttentionTile);
-    allow_smem(attention_forward_kernel, smem);
-    attention_forward_kernel<<<dim3((int)ceil_div(T, QT), H, B), ATTENTION_THREADS, smem, stream>>>(y, l, q, k, v, T, H);
+    allow_smem(attention_forward_kernel, ATTENTION_SMEM);
+    const dim3 grid((int)ceil_div(T, ATTENTION_ROWS), H, B);
+    attention_forward_kernel<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(y, l, q, k, v, T, H);
 }
 
 static void attention_backward(floatX *dq, floatX *dk, floatX *dv, float *delta, const floatX *dy, const floatX *y, const float *l,
                                const floatX *q, const floatX *k, const floatX *v, int B, int T, int H) {
-    const size_t smem = sizeof(AttentionBackward);
-    const dim3 grid((int)ceil_div(T, QT), H, B);
+    const dim3 grid((int)ceil_div(T, ATTENTION_ROWS), H, B);
     const AttentionGradients g = {dq, dk, dv, dy, l, delta};
     attention_delta<<<B * T, row_threads(H * N), 0, stream>>>(delta, dy, y, T, H);
-    allow_smem(attention_backward_kv, smem);
-    attention_backward_kv<<<grid, ATTENTION_THREADS, smem, stream>>>(g, q, k, v, T, H);
-    allow_smem(attention_backward_q, smem);
-    attention_backward_q<<<grid, ATTENTION_THREADS, smem, stream>>>(g, q, k, v, T, H);
+    allow_smem(attention_backward_kv, ATTENTION_SMEM);
+    attention_backward_kv<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(g, q, k, v, T, H);
+    allow_smem(attention_backward_q, ATTENTION_SMEM);
+    attention_backward_q<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(g, q, k, v, T, H);
 }
 
 // ---- channel mix (spec section 4) ----
@@ -2901,7 +3168,7 @@ __global__ void fill_normal(float *x, int64_t n, uint64_t key) {                
 static const int PANEL = 16;
 
 // Makes the `count` <= 16 rows of a panel (length n) orthonormal by Gram-Schmidt, each row twice. One block.
-__global__ void orthonormalize_panel(float *panel, int count, int64_t n) {
+__global__ void __launch_bounds__(1024) orthonormalize_panel(float *panel, int count, int64_t n) {
     __shared__ float2 shared[32];
     for (int row = 0; row < count; row++) {
         float *x = panel + row * n;
@@ -2986,8 +3253,8 @@ static void tensor_init(const Model *m, const Tensor *t, float *x, uint64_t key)
 }
 
 static void model_params_changed(Model *m) {                                        // masters were written: round them again
-    if (!PRECISION_BF16) return;
-    round_params<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->pieces);
+    if (PRECISION_BF16) round_params<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->pieces);
+    CUDA_CHECK(cudaGetLastError());
     CUDA_CHECK(cudaStreamSynchronize(stream));
 }
 
@@ -3168,6 +3435,7 @@ static void model_update(Model *m, int64_t step, double lr, double weight_decay)
     const AdamW a = {(float)lr, (float)s.beta1, (float)s.beta2, (float)s.adam_eps, (float)weight_decay,
                      (float)(1 - pow(s.beta1, step + 1.0)), (float)(1 - pow(s.beta2, step + 1.0))};
     adamw_kernel<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->m, m->v, m->grads, m->pieces, m->state, a);
+    CUDA_CHECK(cudaGetLastError());                                                 // of all launches of the step
     CUDA_CHECK(cudaMemcpyAsync(&m->results[step % 2], m->state, sizeof(UpdateState), cudaMemcpyDeviceToHost, stream));
     CUDA_CHECK(cudaEventRecord(m->result_done[step % 2], stream));
 }
@@ -3187,6 +3455,7 @@ static void model_evaluate(Model *m, const int *tokens, int B, int T, double *lo
     stage_tokens(m, tokens, B, T);
     model_forward(m);
     model_classifier(m, 0);
+    CUDA_CHECK(cudaGetLastError());
     CUDA_CHECK(cudaStreamSynchronize(stream));
     CUDA_CHECK(cudaMemcpy(totals, m->totals, sizeof totals, cudaMemcpyDeviceToHost));
     *loss_sum = totals[0];
@@ -4239,7 +4508,10 @@ bool train(Run *r) {
     bool first = true, waiting = false, stop = false;
     Step late;                                                  // if waiting: the step whose result is still to be read
     while (r->p.step < r->n_steps && !stop) {
+        const bool profiled = r->p.step + 1 == r->s.profile_step;
+        if (profiled) { profile_begin(); }
         const Step step = begin_step(r);
+        if (profiled) { profile_end(); }
         if (waiting) { end_step(r, &late, false); }
         stop = stop_requested;
         const bool last = r->p.step == r->n_steps, saves = last || stop || due(r->p.step, r->s.save_every);
@@ -4405,7 +4677,7 @@ static void model_free(Model *m) {
         cudaFreeHost(m->staged[i]);
         cudaEventDestroy(m->staged_done[i]);
     }
-    for (int i = 0; i < 2; i++) cudaEventDestroy(m->result_done[i]);
+    for (int i = 0; i < 2 && m->results; i++) cudaEventDestroy(m->result_done[i]);             // null where only inference was asked for
     cudaFreeHost(m->results);
     model_free_plan(m);
 }
