@@ -68,12 +68,12 @@ __global__ void mix_2(Mixes<MIXES> mix, const floatX *x, int BT, int T, int C) {
 }
 
 // A block owns 64 channels, keeps their share of w2 in shared memory and walks 256 tokens, 64 at a time, a warp 16 of them.
-static const int WALK = 256, LDH = HIDDEN + PAD;
+static const int WALK = 256, LDH = HIDDEN + PAD, LDW = 64 + PAD, LDM = 64 + 4;
 
 struct MixTile {
-    alignas(16) floatX w2[HIDDEN][LD];
+    alignas(16) floatX w2[HIDDEN][LDW];
     alignas(16) floatX h[64][LDH];
-    float m[4][16][LDF];                                                // of each warp: 16 tokens x 64 channels of one mix
+    float m[4][16][LDM];                                                // of each warp: 16 tokens x 64 channels of one mix
 };
 
 __global__ void __launch_bounds__(128) mix_3(Mixes<MIXES> mix, const floatX *x, const floatX *h, const floatX *w2, int BT, int T, int C) {
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(128) mix_3(Mixes<MIXES> mix, const floatX *x, 
             TileC product[8] = {};
             for (int k = RANK * i; k < RANK * (i + 1); k += 16) {
                 TileB b[8];
-                for (int n = 0; n < 8; n++) b[n] = load_b_t(&s.w2[k][8 * n], LD);
+                for (int n = 0; n < 8; n++) b[n] = load_b_t(&s.w2[k][8 * n], LDW);
                 mma(product, load_a(&s.h[16 * warp][k], LDH), b);
             }
             for (int n = 0; n < 8; n++)

@@ -91,15 +91,16 @@ __global__ void wkv_2(floatX *y, const floatX *r, const floatX *k, const floatX 
 
 // ---- 3: chunks of matrix products ----
 
-static const int TOKENS = 16;               // of a chunk
+static const int TOKENS = 16, WIDTH = N + PAD, SQUARE = TOKENS + PAD;   // tokens of a chunk; rows of operands in shared memory
 
 struct Chunk {
-    float r[TOKENS][N], k[TOKENS][N], d[TOKENS][N], u[N], D[N], S[N][LDF];
+    float r[TOKENS][N], k[TOKENS][N], d[TOKENS][N], u[N], D[N], S[N][N + 4];
     float partial[8][TOKENS][TOKENS];                                   // the scores, over 8 channels each
-    alignas(16) floatX v[TOKENS][LD];
-    alignas(16) floatX rP[TOKENS][LD];
-    alignas(16) floatX kW[TOKENS][LD];
-    alignas(16) floatX a[TOKENS][TOKENS + PAD];
+    alignas(16) floatX v[TOKENS][WIDTH];
+    alignas(16) floatX rP[TOKENS][WIDTH];
+    alignas(16) floatX kW[TOKENS][WIDTH];
+    alignas(16) floatX a[TOKENS][SQUARE];
+    alignas(16) floatX S_operand[N][WIDTH];                             // S, rounded
 };
 
 // Thread (s, 8 channels): k_s goes through the tokens after s, and decays on the way.
@@ -124,7 +125,10 @@ __global__ void wkv_3(floatX *y, const floatX *r, const floatX *k, const floatX 
     Chunk &c = *dynamic_smem<Chunk>();
     const int h = blockIdx.x, warp = threadIdx.x / 32;
     if (threadIdx.x < N) c.u[threadIdx.x] = (float)u[h * N + threadIdx.x];
-    for (int i = threadIdx.x; i < N * LDF; i += blockDim.x) c.S[0][i] = 0;
+    for (int i = threadIdx.x; i < N * N; i += blockDim.x) {
+        c.S[i / N][i % N] = 0;
+        c.S_operand[i / N][i % N] = (floatX)0.f;
+    }
     for (int t0 = 0; t0 < T; t0 += TOKENS) {
         const int64_t base = ((int64_t)blockIdx.y * T + t0) * A + h * N;
         for (int at = threadIdx.x; at < TOKENS * N; at += blockDim.x) {
@@ -155,23 +159,29 @@ __global__ void wkv_3(floatX *y, const floatX *r, const floatX *k, const floatX 
         __syncthreads();
         TileC out[2] = {};                                              // (16 tokens x this warp's 16 values) = (r P) S + a v
         for (int i = 0; i < N; i += 16) {
-            const TileB2 S[2] = {load_b2_t(&c.S[i][16 * warp], LDF), load_b2_t(&c.S[i][16 * warp + 8], LDF)};
-            mma(out, load_a(&c.rP[0][i], LD), S);
+            const TileB S[2] = {load_b_t(&c.S_operand[i][16 * warp], WIDTH), load_b_t(&c.S_operand[i][16 * warp + 8], WIDTH)};
+            mma(out, load_a(&c.rP[0][i], WIDTH), S);
         }
-        const TileB values[2] = {load_b_t(&c.v[0][16 * warp], LD), load_b_t(&c.v[0][16 * warp + 8], LD)};
-        mma(out, load_a(&c.a[0][0], TOKENS + PAD), values);
+        const TileB values[2] = {load_b_t(&c.v[0][16 * warp], WIDTH), load_b_t(&c.v[0][16 * warp + 8], WIDTH)};
+        mma(out, load_a(&c.a[0][0], SQUARE), values);
         for (int n = 0; n < 2; n++)
             for (int e = 0; e < 4; e++)
                 if (t0 + tile_row(e) < T) y[base + (int64_t)tile_row(e) * A + 16 * warp + 8 * n + tile_col(e)] = (floatX)out[n].x[e];
         __syncthreads();
-        const TileA keys = load_a_t(&c.kW[0][16 * warp], LD);           // S: this warp's 16 keys x all values
+        const TileA keys = load_a_t(&c.kW[0][16 * warp], WIDTH);           // S: this warp's 16 keys x all values
         for (int n = 0; n < 8; n++) {
-            float *S = &c.S[16 * warp][8 * n];
             TileC sum[1];
-            const TileB value[1] = {load_b_t(&c.v[0][8 * n], LD)};
-            for (int e = 0; e < 4; e++) sum[0].x[e] = c.D[16 * warp + tile_row(e)] * S[tile_row(e) * LDF + tile_col(e)];
+            const TileB value[1] = {load_b_t(&c.v[0][8 * n], WIDTH)};
+            for (int e = 0; e < 4; e++) {
+                const int i = 16 * warp + tile_row(e);
+                sum[0].x[e] = c.D[i] * c.S[i][8 * n + tile_col(e)];
+            }
             mma(sum, keys, value);
-            for (int e = 0; e < 4; e++) S[tile_row(e) * LDF + tile_col(e)] = sum[0].x[e];
+            for (int e = 0; e < 4; e++) {
+                const int i = 16 * warp + tile_row(e), j = 8 * n + tile_col(e);
+                c.S[i][j] = sum[0].x[e];
+                c.S_operand[i][j] = (floatX)sum[0].x[e];
+            }
         }
         __syncthreads();
     }
