@@ -3,7 +3,7 @@
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := train
 .DELETE_ON_ERROR:
-.PHONY: help train infer train_goldfinch infer_goldfinch test_goldfinch test clean
+.PHONY: help train infer train_goldfinch infer_goldfinch test_goldfinch test cache-table clean
 
 define HELP
 make [train]           build ./train_goldfinch: for the GPU if nvcc and a GPU (sm_80 or newer) are here, else the CPU
@@ -11,6 +11,7 @@ make infer             build ./infer_goldfinch
 make test_goldfinch    build ./test_goldfinch, the checks; run it alone or with golden tables: ./test_goldfinch FILE...
 make test              build all, run ./test_goldfinch and dev/test.sh
 make dev/NAME          build one program of the kernel lab (dev/README.md)
+make cache-table       print how large the caches of the paper's models are, from 1 k to 1 M tokens
 make clean             remove what was built (not out/ and data/)
 
 GPU=0                  the same kernels on the CPU; needs g++ only, no CUDA toolkit (dev/cpu/README.md)
@@ -46,6 +47,9 @@ ifeq ($(origin NVCC),undefined)
 NVCC := $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
 endif
 
+ifneq ($(filter cache-table,$(MAKECMDGOALS)),)
+PRECISION ?= BF16
+endif
 ifneq ($(GPU),0)
 # "90" for every kind of GPU here, the oldest first; empty without one
 FOUND := $(shell nvidia-smi -L >/dev/null 2>&1 && \
@@ -137,6 +141,9 @@ train_goldfinch infer_goldfinch test_goldfinch fuzz_config: %: $(DIR)/%
 test: train_goldfinch infer_goldfinch test_goldfinch
 	./test_goldfinch
 	dev/test.sh
+
+cache-table: $(DIR)/infer_goldfinch
+	@$< --cache-table
 
 $(DIR)/train_goldfinch $(DIR)/infer_goldfinch $(DIR)/fuzz_config: %: %.o
 	$(LINK)

@@ -49,8 +49,8 @@ void expect(const char *file, const char *field, int64_t index, int64_t low, int
 // Kinds: whole (INT) and REAL numbers with their least and largest value (whole ones with what they are a multiple of),
 // a WORD (a name) and a PATH. The defaults are the paper's L12 D768 model. The settings of the part "start" say how a
 // run is started and stopped, not what it computes: a checkpoint carries all others, and --train.resume 1 takes those
-// from there.
-#define SETTINGS(X) \
+// from there. NESTED rows are those whose name has a dot.
+#define SETTINGS(X, NESTED) \
     X(model, INT,  n_layer, "12", 1, 4096, 1, "layers") \
     X(model, INT,  n_embd, "768", 64, 65536, 64, "channels C") \
     X(model, INT,  ctx_len, "1024", 1, 4194304, 1, "tokens of one training sequence") \
@@ -68,6 +68,10 @@ void expect(const char *file, const char *field, int64_t index, int64_t low, int
     X(model, INT,  use_v2, "1", 0, 1, 1, "Finch-C2: second value instead of the bonus u") \
     X(model, INT,  parallel, "0", 0, 1, 1, "time and channel mixer read the same input") \
     X(model, REAL, head_size_divisor, "8", 1e-3, 1e3, 0, "of the group norms of Finch and Eagle") \
+    NESTED(model, REAL, rope.base, "0", 0, 1e30, 0, "of the rotary positions of attention layers (0: none), usually 10000") \
+    NESTED(model, REAL, rope.rebase, "1", 1e-9, 1e30, 0, "a factor on base") \
+    NESTED(model, REAL, rope.rescale, "1", 1e-9, 1e9, 0, "angles are divided by it") \
+    NESTED(model, REAL, brope.rescale, "0", 0, 1e9, 0, "binary rotary positions: angles are divided by it (0: none)") \
     X(model, REAL, dropout, "0", 0, 0, 0, "only 0") \
     X(optimizer, INT,  micro_bsz, "32", 1, 65536, 1, "sequences of one micro-batch") \
     X(optimizer, INT,  accumulate_grad_batches, "1", 1, 1e6, 1, "micro-batches of one step") \
@@ -110,8 +114,12 @@ typedef char WORD[16], PATH[1024], LONG_PATH[1024 + 272];        // LONG_PATH: a
 
 typedef struct Settings {
 #define FIELD(part, kind, name, ...) kind name;
-    SETTINGS(FIELD)
+#define NO_FIELD(...)
+    SETTINGS(FIELD, NO_FIELD)
 #undef FIELD
+#undef NO_FIELD
+    struct { REAL base, rebase, rescale; } rope;
+    struct { REAL rescale; } brope;
 } Settings;
 
 typedef struct Setting {
@@ -124,7 +132,7 @@ typedef struct Setting {
 const Setting settings_table[] = {
 #define ROW(part, kind, name, initial, low, high, multiple, help) \
     {#part, #kind, #name, initial, low, high, multiple, help, offsetof(Settings, name), sizeof(kind)},
-    SETTINGS(ROW)
+    SETTINGS(ROW, ROW)
 #undef ROW
 };
 const int n_settings = sizeof(settings_table) / sizeof(settings_table[0]);
@@ -343,7 +351,7 @@ typedef struct Config {                                         // a file that i
     Settings *s;
     const char *path;
     int line;
-    bool read_before, tmix, tmix2;                              // the command line was read before; it says something of these
+    bool read_before, tmix, tmix2, rope, brope;                 // the command line was read before; it says something of these
     bool seen[sizeof(settings_table) / sizeof(settings_table[0])];
 } Config;
 
@@ -355,12 +363,11 @@ typedef struct Config {                                         // a file that i
 // A value of the file; key with its path, "model.rope.base". An empty value stands for null: the default.
 void config_set(Config *c, const char *key, const char *value) {
     const size_t n = strlen(key), type = strlen(".__type__");
-    if (n > type && strcmp(key + n - type, ".__type__") == 0) {             // a section of the reference's classes
-        const bool rope = strcmp(key, "model.rope.__type__") == 0, brope = strcmp(key, "model.brope.__type__") == 0;
-        const Setting *row = rope ? setting_find("model.rope.base") : brope ? setting_find("model.brope.rescale") : NULL;
-        if (row && !c->seen[row - settings_table]) { setting_set(c->s, row, rope ? "10000" : "1"); }   // these classes' defaults
-        return;
-    }
+    if (!*value && strcmp(key, "model.rope") == 0) { c->s->rope.base = 0; return; }
+    if (!*value && strcmp(key, "model.brope") == 0) { c->s->brope.rescale = 0; return; }
+    c->rope = c->rope || strncmp(key, "model.rope.", 11) == 0;
+    c->brope = c->brope || strncmp(key, "model.brope.", 12) == 0;
+    if (n > type && strcmp(key + n - type, ".__type__") == 0) { return; }   // names one of the reference's classes
     if (strcmp(key, "train.val_check_interval") == 0) { key = "train.val_every"; }
     bool unused = strncmp(key, "runtime.", 8) == 0;
     for (const char *name : unused_keys) { unused = unused || strcmp(name, key) == 0; }
@@ -482,7 +489,7 @@ void config_json(Config *c, Json *j, PATH path) {                           // a
 
 // A built-in config, or a file in YAML or JSON, on top of what s holds.
 void config_read(Settings *s, const char *name, bool read_before) {
-    Config config = {s, name, 0, read_before, false, false, {}}, *c = &config;
+    Config config = {s, name, 0, read_before, false, false, false, false, {}}, *c = &config;
     char *text = NULL;
     for (const auto &known : built_in_configs) {
         if (strcmp(known.name, name) == 0) { text = strdup(known.yaml); }
@@ -508,6 +515,9 @@ void config_read(Settings *s, const char *name, bool read_before) {
         config_yaml(c, text);
     }
     if (c->tmix && !c->tmix2) { memset(s->tmix2, 0, sizeof(s->tmix2)); }     // the reference's default: one mixer everywhere
+    auto seen = [&](const char *key) { return c->seen[setting_find(key) - settings_table]; };
+    if (c->rope && s->rope.base == 0 && !seen("model.rope.base")) { s->rope.base = 10000; }     // a section's defaults
+    if (c->brope && s->brope.rescale == 0 && !seen("model.brope.rescale")) { s->brope.rescale = 1; }
     free(text);
 }
 
@@ -570,6 +580,12 @@ void settings_check(Settings *s) {
     if (s->kv_cache_compression_ratio > (double)s->n_embd) {
         die(2, "--model.kv_cache_compression_ratio: expected at most n_embd %ld, found %g", s->n_embd,
             s->kv_cache_compression_ratio);
+    }
+    if (s->rope.base > 0 && s->rope.base * s->rope.rebase < 1) {
+        die(2, "--model.rope.base: expected 0, or with rebase as a factor at least 1, found %g", s->rope.base * s->rope.rebase);
+    }
+    if (s->rope.base > 0 && s->brope.rescale > 0) {
+        die(2, "--model.rope.base: expected 0 where brope.rescale is set, found %g", s->rope.base);
     }
     if (strcmp(type, "cos") && strcmp(type, "linear") && strcmp(type, "exp") && strcmp(type, "oneminussqrt")) {
         die(2, "--train.lr_decay_type: expected cos, linear, exp or oneminussqrt, found \"%s\"", type);
@@ -921,6 +937,7 @@ __device__ inline TileA2 to_a2(const TileC &left, const TileC &right) {
                  bf16_rest(a.x[2], right.x[0], right.x[1]), bf16_rest(a.x[3], right.x[2], right.x[3])}}};
 }
 __device__ inline TileB make_b(float x0, float x1, float x2, float x3) { return {{bf16_pair(x0, x1), bf16_pair(x2, x3)}}; }
+__device__ inline TileB join_b(const TileB &upper, const TileB &lower) { return {{upper.x[0], lower.x[1]}}; }  // rows 0..7 | 8..15
 __device__ inline TileB as_b(const TileA &a, int n) { return {{a.x[n], a.x[n + 2]}}; }     // B[k][column] = A[8 n + column][k]
 template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n]) {   // c[i] += a b[i]
 #pragma unroll
@@ -982,6 +999,7 @@ __device__ inline TileA2 to_a2(const TileC &left, const TileC &right) {
 __device__ inline TileB make_b(float x0, float x1, float x2, float x3) {
     return {{(float)(floatX)x0, (float)(floatX)x1, (float)(floatX)x2, (float)(floatX)x3}};
 }
+__device__ inline TileB join_b(const TileB &upper, const TileB &lower) { return {{upper.x[0], upper.x[1], lower.x[2], lower.x[3]}}; }
 __device__ inline TileB as_b(const TileA &a, int n) { return {{a.x[2 * n], a.x[2 * n + 1], a.x[2 * n + 4], a.x[2 * n + 5]}}; }
 #ifdef CUDA_ON_CPU
 template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n], Site site = Site::here()) {
@@ -1030,10 +1048,11 @@ __device__ inline void mma_transposed(TileC (&c)[2], const TileA2 &a, const Tile
 // 3. Tensors: every parameter of the model, named once
 
 // Initial values (spec section 7). For layer l: p = l/(L-1), q = 1 - l/L; d = i/C over channels.
-enum InitKind { CONSTANT, CURVE, UNIFORM, ORTHOGONAL, HEAD_ORTHOGONAL, TIME_DECAY, TIME_FAAAA, LN_X_GAIN };
+enum InitKind { CONSTANT, CURVE, POWER, UNIFORM, ORTHOGONAL, HEAD_ORTHOGONAL, TIME_DECAY, TIME_FAAAA, LN_X_GAIN };
 typedef struct Init { InitKind kind; double a, b; } Init;
 static Init constant(double value) { return {CONSTANT, value, 0}; }
 static Init curve(double a, double b) { return {CURVE, a, b}; }                 // 1 - (d^(a q) + b p)
+static Init power(double a, double b) { return {POWER, a, b}; }                 // d^(a q) + b p
 static Init uniform(double range) { return {UNIFORM, range, 0}; }
 static Init orthogonal(double gain) { return {ORTHOGONAL, gain, 0}; }
 
@@ -1042,10 +1061,16 @@ enum Group { VECTOR, SHIFT, DECAY, MATRIX };
 static const double GROUP_LR[4][2] = {{1, 1}, {1, 2}, {2, 3}, {1, 1}};
 
 // Which layers have a tensor: once at the top; once with TokenCat; in block 0; in every block; or in blocks of a mixer.
-enum Where { TOP = 1, KV = 2, FIRST = 4, BLOCK = 8, FINCH_C2 = 16, GOLD = 32, CMIX = 64 };
+enum Where {
+    TOP = 1, KV = 2, FIRST = 4, BLOCK = 8,
+    FINCH_C2 = 16, GOLD = 32, FINCH = 64, FINCH_B = 128, EAGLE = 256, GPTALPHA = 512, LLAMA = 1024,     // time mixers
+    CMIX = 2048, CMIX_EAGLE = 4096, CMIX_LLAMA = 8192,                                                  // channel mixers
+    FINCHES = FINCH_C2 | FINCH | FINCH_B, RWKV = FINCHES | EAGLE
+};
 
 // The table: field, name in a checkpoint, shape, initial values, group, where. Letters as in the spec, beside
-// R: numbers per token in the cache; mixes: how many inputs a time mixer mixes; rank: of GOLD's key and value.
+// R: numbers per token in the cache; mixes: how many inputs a time mixer mixes; rank: of GOLD's key and value;
+// FL: width of Llama's channel mixer.
 //  field            name                       shape                  initial values                 group   where
 #define TENSORS(X) \
 X(emb,              "emb.weight",              V, C, 1,               uniform(1e-4),                  MATRIX, TOP) \
@@ -1060,48 +1085,71 @@ X(ln1_weight,       "ln1.weight",              C, 0, 0,               constant(1
 X(ln1_bias,         "ln1.bias",                C, 0, 0,               constant(0),                    VECTOR, BLOCK) \
 X(ln2_weight,       "ln2.weight",              C, 0, 0,               constant(1),                    VECTOR, BLOCK) \
 X(ln2_bias,         "ln2.bias",                C, 0, 0,               constant(0),                    VECTOR, BLOCK) \
-X(time_maa_x,       "att.time_maa_x",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCH_C2 | GOLD) \
-X(time_maa_r,       "att.time_maa_r",          1, 1, C,               curve(0.5, 0),                  SHIFT,  FINCH_C2) \
+X(time_maa_x,       "att.time_maa_x",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCHES | GOLD | GPTALPHA) \
+X(time_maa_r,       "att.time_maa_r",          1, 1, C,               curve(0.5, 0),                  SHIFT,  FINCHES | GPTALPHA) \
 X(time_maa_q,       "att.time_maa_q",          1, 1, C,               curve(0.5, 0),                  SHIFT,  GOLD) \
 X(time_maa_v_cache, "att.time_maa_v_cache",    1, 1, C,               curve(1, 0),                    SHIFT,  GOLD) \
-X(time_maa_k,       "att.time_maa_k",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCH_C2 | GOLD) \
-X(time_maa_v,       "att.time_maa_v",          1, 1, C,               curve(1, 0.3),                  SHIFT,  FINCH_C2 | GOLD) \
-X(time_maa_w,       "att.time_maa_w",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCH_C2) \
+X(time_maa_k,       "att.time_maa_k",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCHES | GOLD | GPTALPHA) \
+X(time_maa_v,       "att.time_maa_v",          1, 1, C,               curve(1, 0.3),                  SHIFT,  FINCHES | GOLD | GPTALPHA) \
+X(time_maa_w,       "att.time_maa_w",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCHES) \
+X(time_maa_g,       "att.time_maa_g",          1, 1, C,               curve(0.5, 0),                  SHIFT,  FINCH) \
 X(time_maa_v2,      "att.time_maa_v2",         1, 1, C,               curve(1, 0.3),                  SHIFT,  FINCH_C2) \
-X(time_maa_w1,      "att.time_maa_w1",         C, 32 * mixes, 1,      constant(0),                    VECTOR, FINCH_C2) \
-X(time_maa_w2,      "att.time_maa_w2",         mixes, 32, C,          uniform(0.01),                  VECTOR, FINCH_C2) \
+X(time_maa_w1,      "att.time_maa_w1",         C, 32 * mixes, 1,      constant(0),                    VECTOR, FINCH_C2 | FINCH | GPTALPHA) \
+X(time_maa_w2,      "att.time_maa_w2",         mixes, 32, C,          uniform(0.01),                  VECTOR, FINCH_C2 | FINCH | GPTALPHA) \
 X(time_maa_q_w1,    "att.time_maa_q_w1",       C, 32, 1,              constant(0),                    VECTOR, GOLD) \
 X(time_maa_q_w2,    "att.time_maa_q_w2",       32, C, 1,              uniform(0.01),                  VECTOR, GOLD) \
 X(time_maa_kv_w1,   "att.time_maa_kv_w1",      C, 64, 1,              constant(0),                    VECTOR, GOLD) \
 X(time_maa_kv_w2,   "att.time_maa_kv_w2",      2, 32, C,              uniform(0.01),                  VECTOR, GOLD) \
-X(time_decay,       "att.time_decay",          1, 1, A,               (Init{TIME_DECAY, 0, 0}),       DECAY,  FINCH_C2) \
-X(time_decay_w1,    "att.time_decay_w1",       C, 64, 1,              constant(0),                    VECTOR, FINCH_C2) \
-X(time_decay_w2,    "att.time_decay_w2",       64, A, 1,              uniform(0.01),                  VECTOR, FINCH_C2) \
+X(time_decay,       "att.time_decay",          1, 1, A,               (Init{TIME_DECAY, 0, 0}),       DECAY,  FINCHES) \
+X(time_decay_w1,    "att.time_decay_w1",       C, 64, 1,              constant(0),                    VECTOR, FINCHES) \
+X(time_decay_w2,    "att.time_decay_w2",       64, A, 1,              uniform(0.01),                  VECTOR, FINCHES) \
 X(time_value2_w1,   "att.time_value2_w1",      C, 64, 1,              constant(0),                    VECTOR, FINCH_C2) \
 X(time_value2_w2,   "att.time_value2_w2",      64, A, 1,              uniform(0.01),                  VECTOR, FINCH_C2) \
-X(time_faaaa,       "att.time_faaaa",          H, 64, 1,              (Init{TIME_FAAAA, 0, 0}),       SHIFT,  FINCH_C2) \
+X(time_faaaa,       "att.time_faaaa",          H, 64, 1,              (Init{TIME_FAAAA, 0, 0}),       SHIFT,  RWKV) \
 X(time_key_w1,      "att.time_key_w1",         C, rank, 1,            constant(0),                    VECTOR, GOLD) \
 X(time_key_w2,      "att.time_key_w2",         rank, C, 1,            uniform(0.01),                  VECTOR, GOLD) \
 X(time_value_w1,    "att.time_value_w1",       C, rank, 1,            constant(0),                    VECTOR, GOLD) \
 X(time_value_w2,    "att.time_value_w2",       rank, C, 1,            uniform(0.01),                  VECTOR, GOLD) \
-X(receptance,       "att.receptance.weight",   A, C, 1,               orthogonal(1),                  MATRIX, FINCH_C2) \
-X(key,              "att.key.weight",          A, C, 1,               orthogonal(0.1),                MATRIX, FINCH_C2) \
-X(value,            "att.value.weight",        A, C, 1,               orthogonal(1),                  MATRIX, FINCH_C2) \
-X(query,            "att.query.weight",        A, C, 1,               orthogonal(1),                  MATRIX, GOLD) \
-X(output,           "att.output.weight",       C, A, 1,               constant(0),                    MATRIX, FINCH_C2 | GOLD) \
+X(receptance,       "att.receptance.weight",   A, C, 1,               orthogonal(1),                  MATRIX, RWKV) \
+X(key,              "att.key.weight",          A, C, 1,               orthogonal(0.1),                MATRIX, RWKV | GPTALPHA) \
+X(value,            "att.value.weight",        A, C, 1,               orthogonal(1),                  MATRIX, RWKV | GPTALPHA) \
+X(query,            "att.query.weight",        A, C, 1,               orthogonal(1),                  MATRIX, GOLD | GPTALPHA) \
+X(gate,             "att.gate.weight",         A, C, 1,               orthogonal(0.1),                MATRIX, FINCH | EAGLE) \
+X(output,           "att.output.weight",       C, A, 1,               constant(0),                    MATRIX, RWKV | GOLD | GPTALPHA) \
 X(ln_q_weight,      "att.ln_q.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD) \
 X(ln_q_bias,        "att.ln_q.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD) \
-X(ln_k_weight,      "att.ln_k.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD) \
-X(ln_k_bias,        "att.ln_k.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD) \
-X(ln_v_weight,      "att.ln_v.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD) \
-X(ln_v_bias,        "att.ln_v.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD) \
-X(ln_x_weight,      "att.ln_x.weight",         A, 0, 0,               (Init{LN_X_GAIN, 0, 0}),        VECTOR, FINCH_C2 | GOLD) \
-X(ln_x_bias,        "att.ln_x.bias",           A, 0, 0,               constant(0),                    VECTOR, FINCH_C2 | GOLD) \
+X(ln_k_weight,      "att.ln_k.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD | GPTALPHA) \
+X(ln_k_bias,        "att.ln_k.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD | GPTALPHA) \
+X(ln_v_weight,      "att.ln_v.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD | GPTALPHA) \
+X(ln_v_bias,        "att.ln_v.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD | GPTALPHA) \
+X(ln_x_weight,      "att.ln_x.weight",         A, 0, 0,               (Init{LN_X_GAIN, 0, 0}),        VECTOR, RWKV | GOLD | GPTALPHA) \
+X(ln_x_bias,        "att.ln_x.bias",           A, 0, 0,               constant(0),                    VECTOR, RWKV | GOLD | GPTALPHA) \
 X(ffn_time_maa_k,   "ffn.time_maa_k",          1, 1, C,               curve(1, 0),                    SHIFT,  CMIX) \
 X(ffn_time_maa_r,   "ffn.time_maa_r",          1, 1, C,               curve(1, 0),                    SHIFT,  CMIX) \
-X(ffn_key,          "ffn.key.weight",          F, C, 1,               orthogonal(1),                  MATRIX, CMIX) \
-X(ffn_receptance,   "ffn.receptance.weight",   C, C, 1,               constant(0),                    MATRIX, CMIX) \
-X(ffn_value,        "ffn.value.weight",        C, F, 1,               constant(0),                    MATRIX, CMIX)
+X(ffn_key,          "ffn.key.weight",          F, C, 1,               orthogonal(1),                  MATRIX, CMIX | CMIX_EAGLE) \
+X(ffn_receptance,   "ffn.receptance.weight",   C, C, 1,               constant(0),                    MATRIX, CMIX | CMIX_EAGLE) \
+X(ffn_value,        "ffn.value.weight",        C, F, 1,               constant(0),                    MATRIX, CMIX | CMIX_EAGLE) \
+X(ffn_w1,           "ffn.w1.weight",           FL, C, 1,              orthogonal(1),                  MATRIX, CMIX_LLAMA) \
+X(ffn_w2,           "ffn.w2.weight",           C, FL, 1,              orthogonal(1),                  MATRIX, CMIX_LLAMA) \
+X(ffn_w3,           "ffn.w3.weight",           FL, C, 1,              orthogonal(1),                  MATRIX, CMIX_LLAMA)
+
+// Fields that have another name, shape or beginning in some models.
+#define VARIANTS(X) \
+X(time_maa_w1,      "att.time_maa_rkvw_w1",    C, 32 * mixes, 1,      constant(0),                    VECTOR, FINCH_B) \
+X(time_maa_w2,      "att.time_maa_rkvw_w2",    mixes, 32, C,          uniform(0.01),                  VECTOR, FINCH_B) \
+X(time_maa_r,       "att.time_mix_r",          1, 1, C,               power(0.5, 0),                  SHIFT,  EAGLE) \
+X(time_maa_k,       "att.time_mix_k",          1, 1, C,               power(1, 0),                    SHIFT,  EAGLE) \
+X(time_maa_v,       "att.time_mix_v",          1, 1, C,               power(1, 0.3),                  SHIFT,  EAGLE) \
+X(time_maa_g,       "att.time_mix_g",          1, 1, C,               power(0.5, 0),                  SHIFT,  EAGLE) \
+X(time_decay,       "att.time_decay",          H, 64, 1,              (Init{TIME_DECAY, 0, 0}),       DECAY,  EAGLE) \
+X(ln_q_weight,      "att.ln_r.weight",         A, 0, 0,               constant(1),                    VECTOR, GPTALPHA) \
+X(ln_q_bias,        "att.ln_r.bias",           A, 0, 0,               constant(0),                    VECTOR, GPTALPHA) \
+X(query,            "att.wq.weight",           A, C, 1,               orthogonal(1),                  MATRIX, LLAMA) \
+X(key,              "att.wk.weight",           A, C, 1,               orthogonal(1),                  MATRIX, LLAMA) \
+X(value,            "att.wv.weight",           A, C, 1,               orthogonal(1),                  MATRIX, LLAMA) \
+X(output,           "att.wo.weight",           C, A, 1,               orthogonal(1),                  MATRIX, LLAMA) \
+X(ffn_time_maa_k,   "ffn.time_mix_k",          1, 1, C,               power(1, 0),                    SHIFT,  CMIX_EAGLE) \
+X(ffn_time_maa_r,   "ffn.time_mix_r",          1, 1, C,               power(1, 0),                    SHIFT,  CMIX_EAGLE)
 
 // One tensor of this model. offset: in elements, the same in the blocks of weights, gradients, masters and moments.
 typedef struct Tensor {
@@ -1296,13 +1344,20 @@ template <int n> struct Mixes {
     const floatX *mu[n];
     const floatX *m;
     floatX *x[n];                           // the outputs; in the backward pass their gradients
+    bool complement = false;                // Eagle: the parameters are 1 - mu
 };
+
+template <int n> __device__ inline Pack load_mu(const Mixes<n> &mix, int i, int c) {
+    Pack mu = load(mix.mu[i] + c);
+    for (int j = 0; j < 8 && mix.complement; j++) mu.x[j] = 1 - mu.x[j];
+    return mu;
+}
 
 template <int n> __global__ void token_shift_mix_forward(Mixes<n> mix, const floatX *x, int BT, int T, int C, int rows_per_block) {
     const int c = threadIdx.x * 8;
     if (c >= C) return;
     Pack mu[n];
-    for (int i = 0; i < n; i++) mu[i] = load(mix.mu[i] + c);
+    for (int i = 0; i < n; i++) mu[i] = load_mu(mix, i, c);
     const int64_t begin = (int64_t)blockIdx.x * rows_per_block, end = min((int64_t)BT, begin + rows_per_block);
     Pack before = begin % T ? load(x + (begin - 1) * C + c) : zero_pack();
     for (int64_t row = begin; row < end; row++) {
@@ -1335,7 +1390,7 @@ __global__ void token_shift_mix_backward(Mixes<n> mix, TX *dx, floatX *dm, float
     if (c >= C) return;
     Pack mu[n], dmu[n], later = zero_pack();                // later: what the next token gives to this one
     for (int i = 0; i < n; i++) {
-        mu[i] = load(mix.mu[i] + c);
+        mu[i] = load_mu(mix, i, c);
         dmu[i] = zero_pack();
     }
     const int64_t begin = (int64_t)blockIdx.x * rows_per_block, end = min((int64_t)BT, begin + rows_per_block);
@@ -1369,7 +1424,10 @@ __global__ void token_shift_mix_backward(Mixes<n> mix, TX *dx, floatX *dm, float
         store(dx + at, out);
         v = before;
     }
-    for (int i = 0; i < n; i++) store(partial + ((int64_t)blockIdx.x * n + i) * C + c, dmu[i]);
+    for (int i = 0; i < n; i++) {
+        for (int j = 0; j < 8 && mix.complement; j++) dmu[i].x[j] = -dmu[i].x[j];
+        store(partial + ((int64_t)blockIdx.x * n + i) * C + c, dmu[i]);
+    }
 }
 
 template <int n, typename TX, bool accumulate>
@@ -1468,15 +1526,27 @@ struct WkvRaw { Pair r[4], k[4], w[4]; };   // a Share as it stands in memory: p
 __device__ inline int wkv_token(int m) { return threadIdx.x % 4 * 2 + m % 2 + m / 2 * 8; }
 __device__ inline int wkv_channel(void) { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 * 2; }    // the first of two
 
-// base: of this lane's first channel at token t0. Past the end: r = k = 0, and e will be 0.
+// The tile at token t0. Past the end: r = k = 0, and w such that e is 0.
 __device__ inline void wkv_fetch(WkvRaw &raw, const Wkv &p, int64_t base, int t0) {
+    const int A = p.H * N;
+    const int64_t at = base + wkv_channel() + wkv_token(0) * A;
+    if (t0 + TILE <= p.T) {
+#pragma unroll
+        for (int m = 0; m < 4; m++) {
+            const int next = (m % 2 + m / 2 * 8) * A;
+            raw.r[m] = load_pair(p.r + at + next);
+            raw.k[m] = load_pair(p.k + at + next);
+            raw.w[m] = p.w ? load_pair(p.w + at + next) : Pair{0, 0};
+        }
+        return;
+    }
+#pragma unroll
     for (int m = 0; m < 4; m++) {
-        const int t = wkv_token(m);
-        const bool inside = t0 + t < p.T;
-        const int64_t at = base + (int64_t)t * p.H * N;
-        raw.r[m] = inside ? load_pair(p.r + at) : Pair{0, 0};
-        raw.k[m] = inside ? load_pair(p.k + at) : Pair{0, 0};
-        raw.w[m] = inside && p.w ? load_pair(p.w + at) : Pair{0, 0};
+        const bool inside = t0 + wkv_token(m) < p.T;
+        const int next = (m % 2 + m / 2 * 8) * A;
+        raw.r[m] = inside ? load_pair(p.r + at + next) : Pair{0, 0};
+        raw.k[m] = inside ? load_pair(p.k + at + next) : Pair{0, 0};
+        raw.w[m] = !inside ? Pair{-INFINITY, -INFINITY} : p.w ? load_pair(p.w + at + next) : Pair{0, 0};
     }
 }
 
@@ -1484,30 +1554,28 @@ __device__ inline void wkv_share(Share &to, const Pair (&from)[4]) {
     EACH(n, i) to[n].x[i] = i / 2 ? (float)from[2 * n + i % 2].y : (float)from[2 * n + i % 2].x;
 }
 
-// 1 - exp(-e), with all its digits where e is small
-__device__ inline float one_minus_exp(float e) {
-    const float series = e * (1 - e / 2 * (1 - e / 3 * (1 - e / 4 * (1 - e / 5))));
-    return e < 0.125f ? series : 1 - fast_exp(-e);
+// 1 - exp(-e), with all its digits where e is small; d = exp(-e)
+__device__ inline float one_minus(float d, float e) {
+    return e < 0.125f ? e * (1 + e * (-1 / 2.f + e * (1 / 6.f + e * (-1 / 24.f + e * (1 / 120.f))))) : 1 - d;
 }
 
-__device__ inline void wkv_decay(Share &e, Share &d, const WkvRaw &raw, const float (&decay)[2], int t0, int T) {
+__device__ inline void wkv_decay(Share &e, Share &d, const WkvRaw &raw, const float (&decay)[2]) {
     wkv_share(e, raw.w);
     EACH(n, i) {
-        const bool inside = t0 + wkv_token(2 * n + i % 2) < T;
-        e[n].x[i] = inside ? fminf(fast_exp(e[n].x[i] + decay[i / 2]), 128.f) : 0;
+        e[n].x[i] = fminf(fast_exp(e[n].x[i] + decay[i / 2]), 128.f);
         d[n].x[i] = fast_exp(-e[n].x[i]);
     }
 }
 
-__device__ inline void wkv_keys(Share &k, const WkvRaw &raw, const Share &e, bool one_minus_w) {
+__device__ inline void wkv_keys(Share &k, const WkvRaw &raw, const Share &e, const Share &d, bool one_minus_w) {
     wkv_share(k, raw.k);
-    if (one_minus_w) EACH(n, i) k[n].x[i] *= one_minus_exp(e[n].x[i]);
+    if (one_minus_w) EACH(n, i) k[n].x[i] *= one_minus(d[n].x[i], e[n].x[i]);
 }
 
 // D - 1 of the lane's two channels
 __device__ inline float2 wkv_decay_of_tile(const Share &e) {
     const float2 sum = {warp_sum(e[0].x[0] + e[0].x[1] + e[1].x[0] + e[1].x[1], 4), warp_sum(e[0].x[2] + e[0].x[3] + e[1].x[2] + e[1].x[3], 4)};
-    return {-one_minus_exp(sum.x), -one_minus_exp(sum.y)};
+    return {-one_minus(fast_exp(-sum.x), sum.x), -one_minus(fast_exp(-sum.y), sum.y)};
 }
 
 // The decays from a token to the middle of its group of 2 L tokens (before the token if it has bit L, after it if not); and
@@ -1562,28 +1630,34 @@ __device__ inline void wkv_store_share(floatX (*to)[LDT], int row, int next, con
 }
 
 // This warp's part of the scores, summed over its 16 channels; transposed: rows are s. bonus: with u on the diagonal.
-struct WkvScores {
-    alignas(16) floatX x[4][4][TILE][LDT];                  // [level][warp]
-    float part[4][TILE][TILE + 8];                          // [warp]: 8 more, so that rows fall into different banks
-};
+__device__ inline float wkv_of_level(int differing, float level4, float level2, float level1) {     // bits of a pair of tokens
+    return differing >= 4 ? level4 : differing >= 2 ? level2 : level1;
+}
 
-__device__ inline void wkv_scores(WkvScores &s, const Share (&level)[4], const Share &r, const Share &k, const float (&u)[2], bool bonus,
-                                  bool transposed) {
+struct WkvScores { alignas(16) floatX x[4][4][TILE][LDT]; };         // X_L: [level][warp]
+typedef float WkvPart[4][TILE][TILE + 8];                   // [warp]: 8 more, so that rows fall into different banks
+
+__device__ inline void wkv_scores(WkvScores &s, WkvPart &part, const Share (&level)[4], const Share &r, const Share &k,
+                                  const float (&u)[2], bool bonus, bool transposed) {
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
-    TileC a[2] = {};
     for (int l = 0; l < 4; l++) wkv_store_share(s.x[l][warp], g, 8, level[l]);
     __syncwarp();
+    TileC product[4][2] = {}, a[2] = {};
 #pragma unroll
     for (int l = 0; l < 4; l++) {
         const TileA x = load_a_t(&s.x[l][warp][0][0], LDT);
         const TileB b[2] = {as_b(x, 0), as_b(x, 1)};
-        TileC product[2] = {};
-        mma(product, x, b);
-        EACH(n, i) {
-            const int row = tile_row(i), column = 8 * n + tile_col(i);
-            const bool here = (row ^ column) >> (3 - l) == 1 && (transposed ? row < column : row > column);
-            a[n].x[i] = here ? product[n].x[i] : a[n].x[i];
+        mma(product[l], x, b);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const bool below = transposed ? g < tile_col(i) : g > tile_col(i);
+        for (int n = 0; n < 2; n++) {                       // between tokens of one half
+            const int j = 2 * n + i;
+            a[n].x[j] = below ? wkv_of_level(g ^ tile_col(i), product[1][n].x[j], product[2][n].x[j], product[3][n].x[j]) : 0;
         }
+        if (transposed) a[1].x[i] = product[0][1].x[i];     // from one half to the other
+        else a[0].x[2 + i] = product[0][0].x[2 + i];
     }
     for (int m = 0; m < 4 && bonus; m++) {                  // the diagonal, one by one: sums over the lanes of a token
         const int n = m / 2, i = m % 2;
@@ -1593,14 +1667,14 @@ __device__ inline void wkv_scores(WkvScores &s, const Share (&level)[4], const S
             if (tile_row(j) == wkv_token(m)) a[n].x[j] = sum;
     }
     for (int n = 0; n < 2; n++)
-        for (int i = 0; i < 4; i += 2) store_pair(&s.part[warp][tile_row(i)][8 * n + tile_col(i)], a[n].x[i], a[n].x[i + 1]);
+        for (int i = 0; i < 4; i += 2) store_pair(&part[warp][tile_row(i)][8 * n + tile_col(i)], a[n].x[i], a[n].x[i + 1]);
 }
 
-__device__ inline TileA2 wkv_sum_scores(const WkvScores &s) {
+__device__ inline TileA2 wkv_sum_scores(const WkvPart &parts) {
     TileC a[2];
     for (int n = 0; n < 2; n++)
         for (int i = 0; i < 4; i++) {
-            const float *part = &s.part[0][tile_row(i)][8 * n + tile_col(i)];
+            const float *part = &parts[0][tile_row(i)][8 * n + tile_col(i)];
             const int next = TILE * (TILE + 8);
             a[n].x[i] = (part[0] + part[next]) + (part[2 * next] + part[3 * next]);
         }
@@ -1618,7 +1692,8 @@ struct WkvForward {
     alignas(16) floatX v[2][TILE][LD];
     alignas(16) floatX before[2][N][LDT], after[2][N][LDT]; // r~ and k~, rows are channels
     float D_minus_1[2][N];
-    WkvScores scores[2];
+    WkvScores scores;
+    WkvPart part[2];
 };
 
 __device__ inline void wkv_copy_tile(floatX (*to)[LD], const floatX *from, int64_t base, int t0, int T, int A) {   // 16 tokens of a head
@@ -1651,7 +1726,7 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
         for (int i = 0; i < 4; i++) S[n].x[i] = carry[(16 * warp + tile_row(i)) * N + 8 * n + tile_col(i)];
     const int64_t head = (int64_t)b * p.T * A + h * N;
     WkvRaw raw;
-    wkv_fetch(raw, p, head + channel, 0);
+    wkv_fetch(raw, p, head, 0);
     wkv_copy_tile(s.v[0], p.v, head, 0, p.T, A);
     async_commit();
     for (int t0 = 0; t0 < p.T; t0 += TILE) {
@@ -1661,9 +1736,9 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
         {
             Share r, k, e, d, level[4];
             wkv_share(r, raw.r);
-            wkv_decay(e, d, raw, decay, t0, p.T);
-            wkv_keys(k, raw, e, p.one_minus_w);
-            if (t0 + TILE < p.T) wkv_fetch(raw, p, base + (int64_t)TILE * A + channel, t0 + TILE);
+            wkv_decay(e, d, raw, decay);
+            wkv_keys(k, raw, e, d, p.one_minus_w);
+            if (t0 + TILE < p.T) wkv_fetch(raw, p, base + (int64_t)TILE * A, t0 + TILE);
             WkvFactors f;
             wkv_factors(f, d);
             wkv_level(level[0], 8, r, k, &f.level8);
@@ -1678,7 +1753,13 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
             wkv_store_share(s.after[side], channel, 1, f.after);
             const float2 D = wkv_decay_of_tile(e);
             if (threadIdx.x % 4 == 0) store_pair(&s.D_minus_1[side][channel], D.x, D.y);
-            wkv_scores(s.scores[side], level, r, k, u, p.u != nullptr, false);
+            wkv_scores(s.scores, s.part[side], level, r, k, u, p.u != nullptr, false);
+        }
+        const int64_t at = base + (int64_t)tile_row(0) * A + 16 * warp + tile_col(0);      // of y's element out[0].x[0]
+        Pair v2[4];
+        for (int m = 0; m < 4; m++) {
+            const bool there = p.v2 && t0 + tile_row(m) < p.T;              // out[m % 2].x[m / 2 * 2], and its neighbour
+            v2[m] = there ? load_pair(p.v2 + at + m / 2 * 8 * A + m % 2 * 8) : Pair{0, 0};
         }
         async_wait<0>();
         __syncthreads();
@@ -1692,19 +1773,17 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
         }
         TileB v[2], keys[8];
         load_b_pair_t(v, &s.v[side][0][16 * warp], LD);
-        mma(out, wkv_sum_scores(s.scores[side]), v);
+        mma(out, wkv_sum_scores(s.part[side]), v);
         for (int n = 0; n < 8; n++) {
             if (n % 2 == 0) load_b_pair(&keys[n], &s.after[side][8 * n][0], LDT);
             for (int i = 0; i < 4; i++) S[n].x[i] += S[n].x[i] * s.D_minus_1[side][8 * n + tile_col(i)];
         }
         mma(S, load_a_t(&s.v[side][0][16 * warp], LD), keys);
-        for (int n = 0; n < 2; n++)
-            for (int i = 0; i < 4; i += 2) {
-                const int64_t at = base + (int64_t)tile_row(i) * A + 16 * warp + 8 * n + tile_col(i);
-                if (t0 + tile_row(i) >= p.T) continue;
-                const Pair extra = p.v2 ? load_pair(p.v2 + at) : Pair{0, 0};
-                store_pair(y + at, out[n].x[i] + (float)extra.x, out[n].x[i + 1] + (float)extra.y);
-            }
+        for (int m = 0; m < 4; m++) {
+            const float *from = &out[m % 2].x[m / 2 * 2];
+            if (t0 + tile_row(m) >= p.T) continue;
+            store_pair(y + at + m / 2 * 8 * A + m % 2 * 8, from[0] + (float)v2[m].x, from[1] + (float)v2[m].y);
+        }
     }
     if (carry) wkv_state_out(carry, S);
 }
@@ -1733,13 +1812,14 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
 // Here warp i has keys 16 i .. 16 i + 15 of S0 and dS as rows, so that Shares are operands without a detour. S0 of a chunk's
 // tiles is made again from the chunk's state. S0, dS and the sums' terms are multiplied in twice the precision of bf16
 // (TileA2): much cancels in dw. Floor: r, k, v, w, dy in, dr, dk, dv, dw out, 9 BTA floatX, 2 for states: bytes bind.
-static const int TILES = CHUNK / TILE;
+static const int TILES = CHUNK / TILE, SIDES = PRECISION_BF16 ? 2 : 1;     // SIDES: what all warps read, twice if there is room
 
 struct WkvBackward {
     alignas(16) floatX v[TILES][TILE][LD], dy[TILES][TILE][LD];
-    alignas(16) floatX dS[N][LD], after[N][LDT];            // rows are keys; after: k~
+    alignas(16) floatX dS[SIDES][N][LD], after[SIDES][N][LDT];      // rows are keys; after: k~
     WkvScores scores;
-    TileC S0[TILES > 2 ? TILES - 2 : 1][8][WKV_THREADS];    // states before tiles 1, 2, ..; each thread's own
+    WkvPart part[SIDES];
+    TileC S0[TILES > 2 ? (TILES - 2) * 8 : 1][WKV_THREADS]; // states before tiles 1, 2, ..; each thread's own
 };
 
 static_assert(sizeof(WkvBackward) <= 99 * 1024, "what the smaller GPUs give a block");
@@ -1749,6 +1829,12 @@ struct WkvGradients {
     floatX *dr, *dk, *dv, *dw;              // (B, T, A); dw may be null
     float *dw_sum, *du;                     // (B, A): summed over T, for time_decay and u
 };
+
+__device__ inline void wkv_copy_tiles(WkvBackward &s, const Wkv &p, const WkvGradients &g, int64_t head, int c0, int q) {
+    const int t0 = c0 + q * TILE, A = p.H * N;
+    wkv_copy_tile(s.v[q], p.v, head + (int64_t)t0 * A, t0, p.T, A);
+    wkv_copy_tile(s.dy[q], g.dy, head + (int64_t)t0 * A, t0, p.T, A);
+}
 
 __device__ inline void wkv_state_in(TileC (&S)[8], const float *from) {                     // rows are keys, as in a Share
     for (int n = 0; n < 8; n++)
@@ -1769,18 +1855,29 @@ __device__ inline void wkv_update(TileC (&S)[8], const TileA2 &left, const float
     mma(S, left, b);
 }
 
-// passing += the sums over tokens beyond each token that `terms` (X_L Z_L) describe; half: L; 16: r~ (t' > t), 0: k~ (s < t)
-__device__ inline void wkv_passing(Share &passing, const Share &terms, int L) {
-    TileB b[2];
-    for (int n = 0; n < 2; n++) {
-        float one[4];
-        for (int i = 0; i < 4; i++) {                       // B[from][t]
-            const int t = 8 * n + threadIdx.x % 32 / 4, from = tile_col(i) + i / 2 * 8;
-            const bool later = L == 16 || (L && (t & L));
-            one[i] = ((t ^ from) < L || L == 0) && (later ? from > t : from < t) ? 1 : 0;
-        }
-        b[n] = make_b(one[0], one[1], one[2], one[3]);
+// The sums that dw needs, as right operands: ones where token `from` (row) passes token t (column). inner: within a half of
+// the tile, one pattern for both halves; upward: from > t, downward: from < t.
+struct WkvPassing { TileB upward, downward, level4, level2, all, none; };
+
+__device__ inline WkvPassing wkv_passing_patterns(void) {
+    const int t = threadIdx.x % 32 / 4;
+    float one[4][2];
+    for (int i = 0; i < 2; i++) {
+        const int from = tile_col(i);
+        const bool up = from > t, down = from < t;
+        one[0][i] = up, one[1][i] = down;
+        one[2][i] = (t ^ from) < 4 && (t & 4 ? up : down);
+        one[3][i] = (t ^ from) < 2 && (t & 2 ? up : down);
     }
+    TileB b[4];
+    for (int l = 0; l < 4; l++) b[l] = make_b(one[l][0], one[l][1], one[l][0], one[l][1]);
+    return {b[0], b[1], b[2], b[3], make_b(1, 1, 1, 1), make_b(0, 0, 0, 0)};
+}
+
+// passing += terms (16 channels x 16 tokens) [ first_first first_second ; second_first second_second ], each 8 tokens x 8
+__device__ inline void wkv_pass(Share &passing, const Share &terms, TileB first_first, TileB second_first, TileB first_second,
+                                TileB second_second) {
+    const TileB b[2] = {join_b(first_first, second_first), join_b(first_second, second_second)};
     mma(passing, to_a2(terms[0], terms[1]), b);
 }
 
@@ -1788,53 +1885,54 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_backward_kernel(WkvGradients 
     WkvBackward &s = *dynamic_smem<WkvBackward>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h = blockIdx.x, b = blockIdx.y, A = p.H * N, channel = wkv_channel();
     const int chunks = (p.T + CHUNK - 1) / CHUNK;
+    const int64_t head = (int64_t)b * p.T * A + h * N;
+    const WkvPassing pass = wkv_passing_patterns();
     float u[2] = {0, 0}, decay[2] = {0, 0}, dw_sum[2] = {0, 0}, du[2] = {0, 0};
     for (int c = 0; c < 2; c++) {
         if (p.u) u[c] = (float)p.u[h * N + channel + c];
         if (p.time_decay) decay[c] = (float)p.time_decay[h * N + channel + c];
     }
-    TileC dS[8] = {};
+    TileC dS[8] = {}, S0[8];                                                // S0: of the tile at hand
+    WkvRaw raw;
+    wkv_fetch(raw, p, head + (int64_t)(chunks - 1) * CHUNK * A, (chunks - 1) * CHUNK);
+    for (int q = 0; q < TILES; q++) wkv_copy_tiles(s, p, g, head, (chunks - 1) * CHUNK, q);
+    async_commit();
     for (int chunk = chunks - 1; chunk >= 0; chunk--) {
         const int c0 = chunk * CHUNK, tiles = min(TILES, (p.T - c0 + TILE - 1) / TILE);
-        const int64_t chunk_base = ((int64_t)b * p.T + c0) * A + h * N;
         const float *state = p.states + (((int64_t)b * p.H + h) * chunks + chunk) * N * N;
-        for (int q = 0; q < tiles; q++) {
-            const int64_t base = chunk_base + (int64_t)q * TILE * A;
-            wkv_copy_tile(s.v[q], p.v, base, c0 + q * TILE, p.T, A);
-            wkv_copy_tile(s.dy[q], g.dy, base, c0 + q * TILE, p.T, A);
-        }
-        async_commit();
-        TileC S0[8];                                                        // of the tile at hand
         wkv_state_in(S0, state);
         async_wait<0>();
         __syncthreads();
-        for (int q = 0; q < tiles - 1; q++) {
-            WkvRaw raw;
+        for (int q = 0; q < tiles - 1; q++) {                               // forwards, for the states between the tiles
             Share e, d, k;
             WkvFactors f;
-            wkv_fetch(raw, p, chunk_base + (int64_t)q * TILE * A + channel, c0 + q * TILE);
-            wkv_decay(e, d, raw, decay, c0 + q * TILE, p.T);
-            wkv_keys(k, raw, e, p.one_minus_w);
+            wkv_decay(e, d, raw, decay);
+            wkv_keys(k, raw, e, d, p.one_minus_w);
+            wkv_fetch(raw, p, head + (int64_t)(c0 + (q + 1) * TILE) * A, c0 + (q + 1) * TILE);
             wkv_factors(f, d);
             EACH(n, i) k[n].x[i] *= f.after[n].x[i];
             wkv_update(S0, to_a2(k[0], k[1]), s.v[q], wkv_decay_of_tile(e));
-            for (int n = 0; n < 8 && q < tiles - 2; n++) s.S0[q][n][threadIdx.x] = S0[n];
+            for (int n = 0; n < 8 && q < tiles - 2; n++) s.S0[8 * q + n][threadIdx.x] = S0[n];
         }
         for (int q = tiles - 1; q >= 0; q--) {
-            const int t0 = c0 + q * TILE;
-            const int64_t base = chunk_base + (int64_t)q * TILE * A;
-            WkvRaw raw;
-            Share r, k, e, d, level[4], dr = {}, dk = {}, da = {}, da_t = {}, passing = {};
-            WkvFactors f;
-            wkv_fetch(raw, p, base + channel, t0);
+            const int t0 = c0 + q * TILE, side = q % SIDES;
             if (q == 0 && tiles > 1) wkv_state_in(S0, state);
-            for (int n = 0; n < 8 && q > 0 && q < tiles - 1; n++) S0[n] = s.S0[q - 1][n][threadIdx.x];
+            for (int n = 0; n < 8 && q > 0 && q < tiles - 1; n++) S0[n] = s.S0[8 * (q - 1) + n][threadIdx.x];
+            Share r, k, k_plain, e, d, dr = {}, dk = {}, da = {}, da_t = {}, passing = {};
             wkv_share(r, raw.r);
-            wkv_decay(e, d, raw, decay, t0, p.T);
-            wkv_keys(k, raw, e, p.one_minus_w);
+            wkv_share(k_plain, raw.k);
+            wkv_decay(e, d, raw, decay);
+            wkv_keys(k, raw, e, d, p.one_minus_w);
+            const int next = q > 0 ? t0 - TILE : c0 - CHUNK;                // the tile after this one, here or in the next chunk
+            if (next >= 0) wkv_fetch(raw, p, head + (int64_t)next * A, next);
+            WkvFactors f;
             wkv_factors(f, d);
             const float2 D = wkv_decay_of_tile(e);
-            float past[2] = {0, 0};                                         // sum_j S0 dS
+            float past[2] = {0, 0};                                         // sum_j D S0 dS
+            for (int n = 0; n < 8; n++)
+                for (int i = 0; i < 4; i++) past[i / 2] += S0[n].x[i] * dS[n].x[i];
+            past[0] = warp_sum(past[0] + past[0] * D.x, 4), past[1] = warp_sum(past[1] + past[1] * D.y, 4);
+#pragma unroll
             for (int i = 0; i < 4; i++) {                                   // 16 values at a time
                 const TileA dy = load_a(&s.dy[q][0][16 * i], LD), v = load_a(&s.v[q][0][16 * i], LD);
                 const TileB dy_b[2] = {as_b(dy, 0), as_b(dy, 1)}, v_b[2] = {as_b(v, 0), as_b(v, 1)};
@@ -1844,54 +1942,43 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_backward_kernel(WkvGradients 
                 mma(da_t, v, dy_b);
             }
             for (int n = 0; n < 8; n++)
-                for (int i = 0; i < 4; i++) past[i / 2] += S0[n].x[i] * dS[n].x[i];
-            for (int n = 0; n < 8; n++)
-                for (int i = 0; i < 4; i += 2) store_pair(&s.dS[channel + i / 2][8 * n + tile_col(i)], dS[n].x[i], dS[n].x[i + 1]);
+                for (int i = 0; i < 4; i += 2)
+                    store_pair(&s.dS[side][channel + i / 2][8 * n + tile_col(i)], dS[n].x[i], dS[n].x[i + 1]);
+            {                                                               // r~, k~: through S0 and dS
+                Share r_tilde, k_tilde;
+                EACH(n, i) {
+                    r_tilde[n].x[i] = r[n].x[i] * f.before[n].x[i];
+                    k_tilde[n].x[i] = k[n].x[i] * f.after[n].x[i];
+                }
+                wkv_store_share(s.after[side], channel, 1, k_tilde);
+                wkv_update(dS, to_a2(r_tilde[0], r_tilde[1]), s.dy[q], D);
+                EACH(n, i) {
+                    r_tilde[n].x[i] *= dr[n].x[i];
+                    k_tilde[n].x[i] *= dk[n].x[i];
+                    dr[n].x[i] *= f.before[n].x[i];
+                    dk[n].x[i] *= f.after[n].x[i];
+                }
+                wkv_pass(passing, r_tilde, pass.upward, pass.all, pass.none, pass.upward);
+                wkv_pass(passing, k_tilde, pass.downward, pass.none, pass.all, pass.downward);
+            }
+            Share level[4];
             wkv_level(level[0], 8, r, k, &f.level8);
             wkv_level(level[1], 4, r, k, &f.level4);
             wkv_level(level[2], 2, r, k, &f.level2);
             wkv_level(level[3], 1, r, k, nullptr);
-            Share r_tilde, k_tilde;
-            EACH(n, i) {
-                r_tilde[n].x[i] = r[n].x[i] * f.before[n].x[i];
-                k_tilde[n].x[i] = k[n].x[i] * f.after[n].x[i];
-            }
-            wkv_store_share(s.after, channel, 1, k_tilde);
-            wkv_scores(s.scores, level, r, k, u, p.u != nullptr, true);
-            __syncthreads();
-
-            TileC dv[2] = {};                                               // 16 tokens x this warp's 16 values
-            for (int i = 0; i < 4; i++) {
-                TileB state_b[2];
-                load_b_pair_t(state_b, &s.dS[16 * i][16 * warp], LD);
-                mma(dv, load_a_t(&s.after[16 * i][0], LDT), state_b);
-            }
-            TileB dy_b[2];
-            load_b_pair_t(dy_b, &s.dy[q][0][16 * warp], LD);
-            mma(dv, wkv_sum_scores(s.scores), dy_b);
-            for (int n = 0; n < 2; n++)
-                for (int i = 0; i < 4; i += 2)
-                    if (t0 + tile_row(i) < p.T)
-                        store_pair(g.dv + base + (int64_t)tile_row(i) * A + 16 * warp + 8 * n + tile_col(i), dv[n].x[i], dv[n].x[i + 1]);
-            wkv_update(dS, to_a2(r_tilde[0], r_tilde[1]), s.dy[q], D);
-
-            EACH(n, i) {                                                    // through S0 and dS
-                r_tilde[n].x[i] *= dr[n].x[i];
-                k_tilde[n].x[i] *= dk[n].x[i];
-                dr[n].x[i] *= f.before[n].x[i];
-                dk[n].x[i] *= f.after[n].x[i];
-            }
-            wkv_passing(passing, r_tilde, 16);
-            wkv_passing(passing, k_tilde, 0);
+            wkv_scores(s.scores, s.part[side], level, r, k, u, p.u != nullptr, true);
 #pragma unroll
             for (int l = 0; l < 4; l++) {                                   // through the levels of the scores
                 const int L = 8 >> l;
-                TileC pairs[2];
-                EACH(n, i) {
-                    const int row = tile_row(i), column = 8 * n + tile_col(i);
-                    pairs[n].x[i] = (row ^ column) >> (3 - l) != 1 ? 0 : row > column ? da[n].x[i] : da_t[n].x[i];
+                Share pairs = {}, z = {};
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const int g8 = lane / 4, differing = g8 ^ tile_col(i);
+                    const bool here = differing / L == 1;
+                    for (int n = 0; n < 2 && L < 8; n++)
+                        pairs[n].x[2 * n + i] = !here ? 0 : g8 > tile_col(i) ? da[n].x[2 * n + i] : da_t[n].x[2 * n + i];
+                    if (L == 8) pairs[0].x[2 + i] = da[0].x[2 + i], pairs[1].x[i] = da_t[1].x[i];
                 }
-                Share z = {};
                 mma_transposed(z, to_a2(level[l][0], level[l][1]), to_a2(pairs[0], pairs[1]));
                 const Share *factor = l == 0 ? &f.level8 : l == 1 ? &f.level4 : l == 2 ? &f.level2 : nullptr;
                 EACH(n, i) {
@@ -1901,42 +1988,64 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_backward_kernel(WkvGradients 
                     dk[n].x[i] += has ? 0 : own;
                     z[n].x[i] *= level[l][n].x[i];
                 }
-                if (L > 1) wkv_passing(passing, z, L);
+                if (L == 8) wkv_pass(passing, z, pass.downward, pass.none, pass.none, pass.upward);
+                if (L == 4) wkv_pass(passing, z, pass.level4, pass.none, pass.none, pass.level4);
+                if (L == 2) wkv_pass(passing, z, pass.level2, pass.none, pass.none, pass.level2);
             }
-            if (p.u) {                                                      // da[t][t] of the lane's tokens, from who has it
-                for (int m = 0; m < 4; m++) {
-                    const int n = m / 2, t = m % 2, from = (threadIdx.x % 4 * 2 + t) * 4 + threadIdx.x % 4;
-                    const float own = __shfl_sync(0xffffffffu, da[n].x[2 * n + t], from);
-                    for (int c = 0; c < 2; c++) {
-                        const int i = 2 * c + t;
-                        dr[n].x[i] += u[c] * k[n].x[i] * own;
-                        dk[n].x[i] += u[c] * r[n].x[i] * own;
-                        du[c] += r[n].x[i] * k[n].x[i] * own;
-                    }
+            for (int m = 0; m < 4 && p.u; m++) {                            // da[t][t] of the lane's tokens, from who has it
+                const int n = m / 2, t = m % 2, from = (threadIdx.x % 4 * 2 + t) * 4 + threadIdx.x % 4;
+                const float own = __shfl_sync(0xffffffffu, da[n].x[2 * n + t], from);
+                for (int c = 0; c < 2; c++) {
+                    const int i = 2 * c + t;
+                    dr[n].x[i] += u[c] * k[n].x[i] * own;
+                    dk[n].x[i] += u[c] * r[n].x[i] * own;
+                    du[c] += r[n].x[i] * k[n].x[i] * own;
                 }
             }
-            past[0] = warp_sum(past[0], 4), past[1] = warp_sum(past[1], 4);
-            past[0] += past[0] * D.x, past[1] += past[1] * D.y;
-            Share dw, k_plain;
-            wkv_share(k_plain, raw.k);
             EACH(n, i) {
-                dw[n].x[i] = -e[n].x[i] * (passing[n].x[i] + past[i / 2]);
+                float dw = -e[n].x[i] * (passing[n].x[i] + past[i / 2]);
                 if (p.one_minus_w) {                                        // k was k_plain (1 - exp(-e)), e = exp(w)
-                    dw[n].x[i] += dk[n].x[i] * k_plain[n].x[i] * e[n].x[i] * d[n].x[i];
-                    dk[n].x[i] *= one_minus_exp(e[n].x[i]);
+                    dw += dk[n].x[i] * k_plain[n].x[i] * e[n].x[i] * d[n].x[i];
+                    dk[n].x[i] *= one_minus(d[n].x[i], e[n].x[i]);
                 }
-                dw_sum[i / 2] += dw[n].x[i];
+                dw_sum[i / 2] += dw;
+                passing[n].x[i] = dw;
             }
+            const int64_t at = head + (int64_t)t0 * A + channel + wkv_token(0) * A;
+#pragma unroll
             for (int m = 0; m < 4; m++) {
-                const int n = m / 2, i = m % 2;
-                const int64_t at = base + channel + (int64_t)wkv_token(m) * A;
+                const int n = m / 2, i = m % 2, next_token = (m % 2 + m / 2 * 8) * A;
                 if (t0 + wkv_token(m) >= p.T) continue;
-                store_pair(g.dr + at, dr[n].x[i], dr[n].x[i + 2]);
-                store_pair(g.dk + at, dk[n].x[i], dk[n].x[i + 2]);
-                if (g.dw) store_pair(g.dw + at, dw[n].x[i], dw[n].x[i + 2]);
+                store_pair(g.dr + at + next_token, dr[n].x[i], dr[n].x[i + 2]);
+                store_pair(g.dk + at + next_token, dk[n].x[i], dk[n].x[i + 2]);
+                if (g.dw) store_pair(g.dw + at + next_token, passing[n].x[i], passing[n].x[i + 2]);
             }
             __syncthreads();
+
+            TileC dv[2] = {};                                               // 16 tokens x this warp's 16 values
+            for (int i = 0; i < 4; i++) {
+                TileB state_b[2];
+                load_b_pair_t(state_b, &s.dS[side][16 * i][16 * warp], LD);
+                mma(dv, load_a_t(&s.after[side][16 * i][0], LDT), state_b);
+            }
+            TileB dy_b[2];
+            load_b_pair_t(dy_b, &s.dy[q][0][16 * warp], LD);
+            mma(dv, wkv_sum_scores(s.part[side]), dy_b);
+            const int64_t at_v = head + (int64_t)(t0 + tile_row(0)) * A + 16 * warp + tile_col(0);
+#pragma unroll
+            for (int m = 0; m < 4; m++) {
+                const float *from = &dv[m % 2].x[m / 2 * 2];
+                if (t0 + tile_row(m) < p.T) store_pair(g.dv + at_v + m / 2 * 8 * A + m % 2 * 8, from[0], from[1]);
+            }
+            if (SIDES == 1) __syncthreads();
+            if (chunk == 0) continue;
+            // v and dy of the tile before this one have been read by all: room for the next chunk's
+            for (int slot = q + 1; slot < TILES && (slot == q + 1 || q == tiles - 1); slot++) wkv_copy_tiles(s, p, g, head, c0 - CHUNK, slot);
+            async_commit();
         }
+        __syncthreads();
+        if (chunk > 0) wkv_copy_tiles(s, p, g, head, c0 - CHUNK, 0);
+        async_commit();
     }
     for (int c = 0; c < 2; c++) {
         dw_sum[c] = warp_sum(dw_sum[c], 4);
@@ -2315,6 +2424,152 @@ __global__ void gate_backward(floatX *dr, floatX *dv, const floatX *dout, const 
     store(dv + at, value);
 }
 
+// ---- rope: positions as rotations (spec section 3) ----
+//
+//     (a, b) = channels (2i, 2i + 1) of each head  ->  (a cos z - b sin z, a sin z + b cos z),   z = position * velocity_i
+//     rope:  velocity_i = base^(-2i/N) / rescale          brope:  velocity_i = pi 2^-i / rescale,  0 for i >= log2(ctx_len)
+//
+// An fp32 z would be off by 1e-2 at position 262,144: whole turns are taken away in fp64 first. The gradient turns back.
+struct Rope {
+    bool used;
+    double turns[N / 2];                    // of each pair, per token: velocity / 2 pi
+};
+
+static Rope make_rope(const Settings *s) {
+    const bool rope = s->rope.base > 0, brope = s->brope.rescale > 0;
+    Rope r = {rope || brope, {}};
+    for (int i = 0; i < N / 2; i++) {
+        if (rope) r.turns[i] = pow(s->rope.base * s->rope.rebase, -2.0 * i / N) / s->rope.rescale / (2 * M_PI);
+        if (brope) r.turns[i] = i < (int)log2((double)s->ctx_len) ? 0.5 * pow(2, -i) / s->brope.rescale : 0;
+    }
+    return r;
+}
+
+// Channels c.. of a row at this position. direction: 1, or -1 to turn back.
+__device__ inline Pack rope_pack(Pack v, const Rope &rope, int64_t position, int c, float direction) {
+    for (int i = 0; i < 8; i += 2) {
+        const double turns = (double)position * rope.turns[c % N / 2 + i / 2];
+        float sine, cosine;
+        sincospif(2 * (float)(turns - rint(turns)), &sine, &cosine);
+        sine *= direction;
+        const float a = v.x[i], b = v.x[i + 1];
+        v.x[i] = a * cosine - b * sine;
+        v.x[i + 1] = a * sine + b * cosine;
+    }
+    return v;
+}
+
+// x (rows, A) in place; row 0 has position `first`, every T rows it begins again.
+__global__ void rope_rotate(floatX *x, Rope rope, int64_t first, int T, int A, float direction) {
+    const int c = threadIdx.x * 8;
+    if (c >= A) return;
+    floatX *at = x + (int64_t)blockIdx.x * A + c;
+    store(at, rope_pack(load(at), rope, first + blockIdx.x % T, c, direction));
+}
+
+// ---- group norm and gate of Finch and Eagle (spec section 3) ----
+//
+//     out = GroupNorm(y) * silu(g):  every head normed by itself, eps 1e-5 divisor^2;  silu(g) = g sigmoid(g)
+//
+// Eagle's GroupNorm(y / divisor) with eps 1e-5 is the same function. Eight lanes hold a head. Bytes a row: 3 A floatX.
+__device__ inline float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+__device__ inline float silu_gradient(float x) { return sigmoid(x) * (1 + x * (1 - sigmoid(x))); }
+
+__device__ inline Pack head_norm(Pack y, float eps, float *rstd) {              // (y - mean) / sqrt(var + eps)
+    float total = 0, squares = 0;
+    for (int i = 0; i < 8; i++) total += y.x[i];
+    const float mean = warp_sum(total, 8) / N;
+    for (int i = 0; i < 8; i++) squares += (y.x[i] - mean) * (y.x[i] - mean);
+    *rstd = rsqrtf(warp_sum(squares, 8) / N + eps);
+    for (int i = 0; i < 8; i++) y.x[i] = (y.x[i] - mean) * *rstd;
+    return y;
+}
+
+__global__ void gated_group_norm_forward_kernel(floatX *out, const floatX *y, const floatX *g, const floatX *gain, const floatX *bias,
+                                                float eps, int A) {
+    const int c = threadIdx.x * 8;
+    const bool mine = c < A;
+    const int64_t at = (int64_t)blockIdx.x * A + c;
+    float rstd;
+    Pack n = head_norm(mine ? load(y + at) : zero_pack(), eps, &rstd);
+    if (!mine) return;
+    const Pack gate = load(g + at), a = load(gain + c), b = load(bias + c);
+    for (int i = 0; i < 8; i++) n.x[i] = (n.x[i] * a.x[i] + b.x[i]) * gate.x[i] * sigmoid(gate.x[i]);
+    store(out + at, n);
+}
+
+static void gated_group_norm_forward(floatX *out, const floatX *y, const floatX *g, Param gain, Param bias, float eps, int rows, int A) {
+    gated_group_norm_forward_kernel<<<rows, row_threads(A), 0, stream>>>(out, y, g, gain.w, bias.w, eps, A);
+}
+
+// With d = dout silu(g), n = the head's norm, dn = d gain:   dy = (dn - mean(dn) - n mean(dn n)) rstd,
+// dg = dout (n gain + bias) silu'(g);   partial (blocks, 2, A): sums of d n and of d.
+__global__ void gated_group_norm_backward_kernel(floatX *dy, floatX *dg, float *partial, const floatX *dout, const floatX *y,
+                                                 const floatX *g, const floatX *gain, const floatX *bias, float eps,
+                                                 int rows, int rows_per_block, int A) {
+    const int c = threadIdx.x * 8;
+    const bool mine = c < A;
+    const Pack a = mine ? load(gain + c) : zero_pack(), b = mine ? load(bias + c) : zero_pack();
+    Pack dgain = zero_pack(), dbias = zero_pack();
+    const int64_t end = min((int64_t)rows, (int64_t)(blockIdx.x + 1) * rows_per_block);
+    for (int64_t row = (int64_t)blockIdx.x * rows_per_block; row < end; row++) {
+        const int64_t at = row * A + c;
+        float rstd, sum = 0, sum_n = 0;
+        const Pack n = head_norm(mine ? load(y + at) : zero_pack(), eps, &rstd);
+        Pack d = mine ? load(dout + at) : zero_pack(), gate = mine ? load(g + at) : zero_pack();
+        for (int i = 0; i < 8; i++) {
+            const float all = d.x[i], z = gate.x[i];
+            gate.x[i] = all * (n.x[i] * a.x[i] + b.x[i]) * silu_gradient(z);
+            d.x[i] = all * z * sigmoid(z);
+            dgain.x[i] += d.x[i] * n.x[i];
+            dbias.x[i] += d.x[i];
+            d.x[i] *= a.x[i];
+            sum += d.x[i];
+            sum_n += d.x[i] * n.x[i];
+        }
+        const float mean = warp_sum(sum, 8) / N, mean_n = warp_sum(sum_n, 8) / N;
+        for (int i = 0; i < 8; i++) d.x[i] = (d.x[i] - mean - n.x[i] * mean_n) * rstd;
+        if (!mine) continue;
+        store(dg + at, gate);
+        store(dy + at, d);
+    }
+    if (!mine) return;
+    store(partial + (int64_t)blockIdx.x * 2 * A + c, dgain);
+    store(partial + (int64_t)blockIdx.x * 2 * A + A + c, dbias);
+}
+
+static void gated_group_norm_backward(floatX *dy, floatX *dg, float *partial, const floatX *dout, const floatX *y, const floatX *g,
+                                      Param gain, Param bias, float eps, int rows, int A) {
+    const int blocks = row_blocks(rows), per = rows_per_block(rows), threads = row_threads(A);
+    gated_group_norm_backward_kernel<<<blocks, threads, 0, stream>>>(dy, dg, partial, dout, y, g, gain.w, bias.w, eps, rows, per, A);
+    add_partials({{gain.g, bias.g}}, partial, blocks, 2, A);
+}
+
+// ---- Llama's gate ----
+
+__global__ void swiglu_forward(floatX *out, const floatX *a, const floatX *b, int64_t n) {              // out = silu(a) b
+    const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (at >= n) return;
+    Pack v = load(a + at);
+    const Pack w = load(b + at);
+    for (int i = 0; i < 8; i++) v.x[i] *= sigmoid(v.x[i]) * w.x[i];
+    store(out + at, v);
+}
+
+__global__ void swiglu_backward(floatX *da, floatX *db, const floatX *dout, const floatX *a, const floatX *b, int64_t n) {
+    const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (at >= n) return;
+    const Pack d = load(dout + at);
+    Pack v = load(a + at), w = load(b + at);
+    for (int i = 0; i < 8; i++) {
+        const float x = v.x[i];
+        v.x[i] = d.x[i] * w.x[i] * silu_gradient(x);
+        w.x[i] = d.x[i] * x * sigmoid(x);
+    }
+    store(da + at, v);
+    store(db + at, w);
+}
+
 // ---- classifier (spec section 5): loss and its gradient on the logits in one kernel, in place ----
 //
 //     loss_t = log sum_i exp(z_i) - z_target
@@ -2481,7 +2736,9 @@ __global__ void round_params(floatX *params, const float *master, const Piece *p
 // Inference goes on from what came before. There, row 0 stands for the token before the first (lead = 1, otherwise 0):
 // its normed input is all that a shift needs of it, and what the row gives after the shift is not used.
 
-typedef struct Dims { int B, T, BT, C, A, F, H, V, R, L, G0, lead; } Dims;
+// `first`: the position of row 0, 0 in training.
+
+typedef struct Dims { int B, T, BT, C, A, F, H, V, R, L, G0, lead; int64_t first; } Dims;
 
 // A block of memory handed out piece by piece; without a base it only counts. Under the sanitizers a guarded gap follows
 // each piece of memory that is handed out once.
@@ -2532,7 +2789,46 @@ typedef struct Cmix {
     struct { floatX *dxk, *dxr, *dk, *dv, *dr; } tmp;
 } Cmix;
 
+typedef struct CmixLlama {
+    floatX *a, *b, *k;                      // (BT, FL): w1 x, w3 x, silu(a) b
+    struct { floatX *da, *db, *dk; } tmp;
+} CmixLlama;
+
+typedef struct LowRankMix {                 // mixes whose amounts depend on the data, of n inputs
+    floatX *xx, *h;                         // (BT, C), (BT, 32 n): input and hidden layer
+    struct { floatX *m, *dm, *dxx, *dh; } tmp;          // (n, BT, C) twice, (BT, C), (BT, 32 n)
+} LowRankMix;
+
+typedef struct Finch {                      // Finch, its gateless variant and Eagle
+    LowRankMix mix;                         // not Eagle's
+    floatX *xr, *xk, *xv, *xw, *xg;         // (BT, C)
+    floatX *r, *k, *v, *w, *g;              // (BT, A)
+    floatX *hw;                             // (BT, 64): hidden layer of w
+    floatX *y, *yn;                         // (BT, A): WKV's output; normed and gated
+    float *states;                          // WKV's states at the start of every chunk
+    struct {
+        floatX *dxr, *dxk, *dxv, *dxw, *dxg;
+        floatX *dr, *dk, *dv, *dw, *dg, *dy, *dyn;
+        floatX *dh;                         // (BT, 64)
+        float *dw_sum, *du;                 // (B, A)
+    } tmp;
+} Finch;
+
+typedef struct Attention {                  // GPTAlpha and Llama
+    LowRankMix mix;                         // GPTAlpha: the mix, mixed inputs, queries, keys and values before their norms
+    floatX *xq, *xk, *xv, *q0, *k0, *v0;
+    floatX *q, *k, *v;                      // (BT, A), q and k rotated
+    floatX *y, *yn;                         // (BT, A): attention's output; GPTAlpha: normed
+    float *l;                               // (B, H, T): attention's log sums
+    struct {
+        floatX *dxq, *dxk, *dxv, *dq0, *dk0, *dv0;
+        floatX *dq, *dk, *dv, *dy, *dyn;
+        float *delta;                       // (B, H, T)
+    } tmp;
+} Attention;
+
 struct Mixer;
+struct Model;
 typedef struct Layer {
     int l;
     const struct Mixer *tmix, *cmix;
@@ -2540,15 +2836,20 @@ typedef struct Layer {
     floatX *x, *ln1, *x_mid, *ln2;          // (BT, C): residual stream before the layer, normed; after its time mixer, normed
     floatX *tmix_shift, *cmix_shift;        // (C), inference: ln1 and ln2 of the last token; null in training
     float *wkv_state;                       // (H, N, N), inference: WKV's state; null in training
+    void (*attend)(Model *, Layer *);       // inference: attention over all keys and values so far; null in training
     FinchC2 finch_c2;
     Gold gold;
+    Finch finch;
+    Attention attention;
     Cmix ffn;
+    CmixLlama ffn_llama;
 } Layer;
 
 typedef struct Model {
     Settings s;
     int B, T;                               // capacity: sequences of a micro-batch, tokens of a sequence
     Dims d;                                 // sizes of the micro-batch at hand
+    Rope rope;
     Tensor *tensors;
     Param **fields;                         // where the layers keep each tensor's pointers
     int n_tensors;
@@ -2582,6 +2883,17 @@ typedef struct Model {
     int distinct;                           // ids in the micro-batch at hand
 } Model;
 
+typedef struct Mixer {
+    const char *name;
+    int tensors, mixes;                     // mixes: inputs mixed by time_maa_w1
+    bool needs_cache;                       // K0, so layers before it
+    bool keeps_kv;                          // attention with its own keys and values
+    bool complement;                        // its time_mix is 1 - time_maa
+    void (*plan)(Model *, Layer *, Arena *kept, Arena *scratch);
+    void (*forward)(Model *, Layer *, floatX *out, const floatX *x);
+    void (*backward)(Model *, Layer *, floatX *dx, const floatX *dout, const floatX *x);
+} Mixer;
+
 // ---- products with weights ----
 
 // out (M, O) = x (M, I) W^T + beta out, W (O, I)
@@ -2613,6 +2925,15 @@ static void low_rank_backward(floatX *dx, floatX *dh, const floatX *dout, const 
     matmul(w1.g, w1.ld, columns(x, I), rows(dh, R * n), I, R * n, M, 1);
     matmul(dx, I, rows(dh, R * n), columns(w1.w, w1.ld), M, I, R * n, beta);
 }
+
+// ---- positions: q and k (BT, A) of an attention turn in place, their gradients turn back ----
+
+static void rope_turn(const Model *m, floatX *x, float direction) {
+    const Dims &d = m->d;
+    if (m->rope.used) rope_rotate<<<d.BT, row_threads(d.A), 0, stream>>>(x, m->rope, d.first, d.T, d.A, direction);
+}
+static void rope_forward(const Model *m, floatX *q_or_k) { rope_turn(m, q_or_k, 1); }
+static void rope_backward(const Model *m, floatX *gradient) { rope_turn(m, gradient, -1); }
 
 // ---- Finch-C2 time mix, x060c2 ----
 //
@@ -2753,7 +3074,7 @@ static void token_cat_backward(Model *m, floatX *dx, const floatX *x) {
 //         m   = tanh((xo + dxo * time_maa_v_cache) @ time_maa_kv_w1);  m_k = m[:, :32] @ time_maa_kv_w2[0];  m_v = m[:, 32:] @ ..[1]
 //     k   = K0 + (shift(K0) - K0) * (time_maa_k + m_k);   v = xo + dxo * (time_maa_v + m_v)
 //     k   = LayerNorm_ln_k(k + tanh(k @ time_key_w1) @ time_key_w2);   v = LayerNorm_ln_v(v + tanh(v @ time_value_w1) @ time_value_w2)
-//     out = output LayerNorm_ln_x(causal_attention(q, k, v))
+//     out = output LayerNorm_ln_x(causal_attention(q, k, v))                 with rope, q and k are turned first
 //
 // No key or value projection: k and v depend on K0 and the token ids alone.
 
@@ -2784,6 +3105,7 @@ static void gold_queries(Model *m, Layer *layer, const floatX *x) {             
     mix_forward<1>({{p.time_maa_q.w}, a.tmp.m, {a.xq}}, x, d.BT, d.T, d.C);
     linear_forward(a.q0, a.xq, p.query, d.BT, d.A, d.C);
     layernorm_forward(a.q, nullptr, a.q0, nullptr, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
+    rope_forward(m, a.q);
 }
 
 static void gold_keys_values(Model *m, Layer *layer) {                              // a.k, a.v from m->k0 and m->xo
@@ -2799,6 +3121,7 @@ static void gold_keys_values(Model *m, Layer *layer) {                          
     mix_forward<1>({{p.time_maa_v.w}, a.tmp.m + E, {a.v1}}, m->xo, d.BT, d.T, d.C);
     low_rank_forward(low_rank, a.hk, a.k1, p.time_key_w1, p.time_key_w2, d.BT, d.C, rank, d.C);
     layernorm_forward(a.k, a.k2, a.k1, nullptr, low_rank, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
+    rope_forward(m, a.k);
     low_rank_forward(low_rank, a.hv, a.v1, p.time_value_w1, p.time_value_w2, d.BT, d.C, rank, d.C);
     layernorm_forward(a.v, a.v2, a.v1, nullptr, low_rank, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
 }
@@ -2830,6 +3153,7 @@ static void gold_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
     linear_backward(t.dyn, dout, a.yn, p.output, d.BT, d.C, d.A);
     layernorm_backward<false>(t.dy, m->partial, t.dyn, a.y, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
     attention_backward(t.dq, t.dk, t.dv, t.delta, t.dy, a.y, a.l, a.q, a.k, a.v, d.B, d.T, d.H);
+    for (floatX *gradient : {t.dq, t.dk}) rope_backward(m, gradient);
 
     layernorm_backward<false>(t.dk2, m->partial, t.dk, a.k2, nullptr, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
     layernorm_backward<false>(t.dv2, m->partial, t.dv, a.v2, nullptr, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
@@ -2851,9 +3175,11 @@ static void gold_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
     mix_backward<1, floatX, true>({{p.time_maa_x.w}, nullptr, {t.dxx}}, dx, nullptr, {{p.time_maa_x.g}}, m->partial, x, d.BT, d.T, d.C);
 }
 
-// ---- channel mix, x060 ----
+// ---- channel mixes, x060 and x052 ----
 //
 //     k = relu(key (x + dx * time_maa_k))^2;   out = sigmoid(receptance (x + dx * time_maa_r)) * (value k)
+//
+// x052, Eagle's, with x * time_mix_i + shift(x) * (1 - time_mix_i) for x + dx * time_maa_i: it keeps 1 - time_maa.
 
 static void cmix_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
     const Dims &d = m->d;
@@ -2870,7 +3196,8 @@ static void cmix_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
     const Params &p = layer->p;
     Cmix &a = layer->ffn;
     const int64_t E = (int64_t)d.BT * d.C, EF = (int64_t)d.BT * d.F;
-    mix_forward<2>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, nullptr, {a.xk, a.xr}}, x, d.BT, d.T, d.C);
+    const bool eagle = layer->cmix->complement;
+    mix_forward<2>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, nullptr, {a.xk, a.xr}, eagle}, x, d.BT, d.T, d.C);
     linear_forward(a.k, a.xk, p.ffn_key, d.BT, d.F, d.C);
     relu_squared_forward<<<pack_blocks(EF), 256, 0, stream>>>(a.k, EF);
     linear_forward(a.v, a.k, p.ffn_value, d.BT, d.C, d.F);
@@ -2884,37 +3211,398 @@ static void cmix_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
     Cmix &a = layer->ffn;
     auto &t = a.tmp;
     const int64_t E = (int64_t)d.BT * d.C, EF = (int64_t)d.BT * d.F;
+    const bool eagle = layer->cmix->complement;
     gate_backward<<<pack_blocks(E), 256, 0, stream>>>(t.dr, t.dv, dout, a.r, a.v, E);
     linear_backward(t.dxr, t.dr, a.xr, p.ffn_receptance, d.BT, d.C, d.C);
     linear_backward(t.dk, t.dv, a.k, p.ffn_value, d.BT, d.C, d.F);
     relu_squared_backward<<<pack_blocks(EF), 256, 0, stream>>>(t.dk, a.k, EF);
     linear_backward(t.dxk, t.dk, a.xk, p.ffn_key, d.BT, d.F, d.C);
-    mix_backward<2, floatX, false>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, nullptr, {t.dxk, t.dxr}}, dx, nullptr,
+    mix_backward<2, floatX, false>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, nullptr, {t.dxk, t.dxr}, eagle}, dx, nullptr,
                                    {{p.ffn_time_maa_k.g, p.ffn_time_maa_r.g}}, m->partial, x, d.BT, d.T, d.C);
 }
 
-// The mixers, under the names that settings use. `mixes`: inputs mixed by time_maa_w1.
-typedef struct Mixer {
-    const char *name;
-    int tensors, mixes;
-    bool needs_cache;                       // K0, so layers before it
-    void (*plan)(Model *, Layer *, Arena *kept, Arena *scratch);
-    void (*forward)(Model *, Layer *, floatX *out, const floatX *x);
-    void (*backward)(Model *, Layer *, floatX *dx, const floatX *dout, const floatX *x);
-} Mixer;
+// ---- what the mixers below share: mixes by low-rank functions of the data ----
+//
+//     m   = tanh((x + dx * time_maa_x) @ time_maa_w1);  m_i = m[:, 32 i : 32 i + 32] @ time_maa_w2[i],  i = 0 .. n-1
+//     x_i = x + dx * (time_maa_i + m_i)
+
+static void low_rank_mix_plan(const Dims &d, LowRankMix *a, int n, Arena *kept, Arena *scratch) {
+    const int64_t E = (int64_t)d.BT * d.C;
+    take(kept, &a->xx, E);
+    take(kept, &a->h, (int64_t)d.BT * 32 * n);
+    for (floatX **p : {&a->tmp.m, &a->tmp.dm}) take(scratch, p, n * E);
+    take(scratch, &a->tmp.dxx, E);
+    take(scratch, &a->tmp.dh, (int64_t)d.BT * 32 * n);
+}
+
+template <int n> static void low_rank_mix_forward(const Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix, const floatX *x) {
+    const Dims &d = m->d;
+    mix_forward<1>({{p.time_maa_x.w}, nullptr, {a.xx}}, x, d.BT, d.T, d.C);
+    low_rank_forward(a.tmp.m, a.h, a.xx, p.time_maa_w1, p.time_maa_w2, d.BT, d.C, 32, d.C, n);
+    mix_forward<n>(mix, x, d.BT, d.T, d.C);
+}
+
+template <int n> static void low_rank_mix_backward(const Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix, Targets dmu,
+                                                   floatX *dx, const floatX *x) {
+    const Dims &d = m->d;
+    const auto &t = a.tmp;                                                          // m is made again: it is cheap, and large
+    matmul(t.m, d.C, rows(a.h, 32 * n, 32), rows(p.time_maa_w2.w, d.C, 32 * d.C), d.BT, d.C, 32, 0, n, (int64_t)d.BT * d.C);
+    mix_backward<n, floatX, false>(mix, dx, t.dm, dmu, m->partial, x, d.BT, d.T, d.C);
+    low_rank_backward(t.dxx, t.dh, t.dm, a.h, a.xx, p.time_maa_w1, p.time_maa_w2, d.BT, d.C, 32, d.C, n);
+    mix_backward<1, floatX, true>({{p.time_maa_x.w}, nullptr, {t.dxx}}, dx, nullptr, {{p.time_maa_x.g}}, m->partial, x, d.BT, d.T, d.C);
+}
+
+// ---- Finch (RWKV-6) time mix, x060 ----
+//
+//     x_i = the mixes above, i: w, k, v, r, g
+//     r = receptance x_r;  k = key x_k;  v = value x_v;  g = gate x_g
+//     w = time_decay + tanh(x_w @ time_decay_w1) @ time_decay_w2
+//     y = WKV(r, k, v, w, time_faaaa)
+//     out = output (GroupNorm_ln_x(y) * silu(g))               H groups, eps 1e-5 head_size_divisor^2
+
+static void finch_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {       // x060b and x052 too
+    const Dims &d = m->d;
+    Finch &a = layer->finch;
+    auto &t = a.tmp;
+    const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
+    const bool w = layer->p.time_decay_w1.ld > 0, g = layer->p.gate.ld > 0;         // has these tensors
+    if (layer->tmix->mixes) low_rank_mix_plan(d, &a.mix, layer->tmix->mixes, kept, scratch);
+    for (floatX **p : {&a.xr, &a.xk, &a.xv}) take(kept, p, E);
+    for (floatX **p : {&a.r, &a.k, &a.v, &a.y, &a.yn}) take(kept, p, EA);
+    take(kept, &a.states, d.B * d.H * ceil_div(d.T, CHUNK) * N * N);
+    for (floatX **p : {&t.dxr, &t.dxk, &t.dxv}) take(scratch, p, E);
+    for (floatX **p : {&t.dr, &t.dk, &t.dv, &t.dy, &t.dyn}) take(scratch, p, EA);
+    for (float **p : {&t.dw_sum, &t.du}) take(scratch, p, (int64_t)d.B * d.A);
+    if (w) {                                                                        // decays that depend on the data
+        take(kept, &a.xw, E), take(kept, &a.w, EA), take(kept, &a.hw, (int64_t)d.BT * 64);
+        take(scratch, &t.dxw, E), take(scratch, &t.dw, EA), take(scratch, &t.dh, (int64_t)d.BT * 64);
+    }
+    if (g) {                                                                        // a gate
+        take(kept, &a.xg, E), take(kept, &a.g, EA);
+        take(scratch, &t.dxg, E), take(scratch, &t.dg, EA);
+    }
+}
+
+static Wkv finch_wkv(const Model *m, const Layer *layer) {
+    const Finch &a = layer->finch;
+    const int64_t lead = m->d.lead * (int64_t)m->d.A;
+    return {a.r + lead, a.k + lead, a.v + lead, a.w ? a.w + lead : nullptr, layer->p.time_decay.w, layer->p.time_faaaa.w, nullptr, false,
+            layer->wkv_state ? nullptr : a.states, layer->wkv_state, m->d.T - m->d.lead, m->d.H};
+}
+
+// From dy: dr, dk, dv, dw, and the gradients of time_decay and time_faaaa
+static void finch_wkv_backward(const Model *m, const Layer *layer) {
+    const Dims &d = m->d;
+    const auto &t = layer->finch.tmp;
+    wkv_backward({t.dy, t.dr, t.dk, t.dv, t.dw, t.dw_sum, t.du}, finch_wkv(m, layer), d.B);
+    add_partials({{layer->p.time_decay.g}}, t.dw_sum, d.B, 1, d.A);
+    add_partials({{layer->p.time_faaaa.g}}, t.du, d.B, 1, d.A);
+}
+
+static float group_norm_eps(const Model *m) { return (float)(1e-5 * m->s.head_size_divisor * m->s.head_size_divisor); }
+
+static void finch_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Finch &a = layer->finch;
+    low_rank_mix_forward<5>(m, p, a.mix, {{p.time_maa_w.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, a.mix.tmp.m,
+                                          {a.xw, a.xk, a.xv, a.xr, a.xg}}, x);
+    linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
+    linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
+    linear_forward(a.v, a.xv, p.value, d.BT, d.A, d.C);
+    linear_forward(a.g, a.xg, p.gate, d.BT, d.A, d.C);
+    low_rank_forward(a.w, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
+    wkv_forward(a.y + d.lead * (int64_t)d.A, finch_wkv(m, layer), d.B);
+    gated_group_norm_forward(a.yn, a.y, a.g, p.ln_x_weight, p.ln_x_bias, group_norm_eps(m), d.BT, d.A);
+    linear_forward(out, a.yn, p.output, d.BT, d.C, d.A);
+}
+
+static void finch_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Finch &a = layer->finch;
+    auto &t = a.tmp;
+    linear_backward(t.dyn, dout, a.yn, p.output, d.BT, d.C, d.A);
+    gated_group_norm_backward(t.dy, t.dg, m->partial, t.dyn, a.y, a.g, p.ln_x_weight, p.ln_x_bias, group_norm_eps(m), d.BT, d.A);
+    finch_wkv_backward(m, layer);
+    linear_backward(t.dxr, t.dr, a.xr, p.receptance, d.BT, d.A, d.C);
+    linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
+    linear_backward(t.dxv, t.dv, a.xv, p.value, d.BT, d.A, d.C);
+    linear_backward(t.dxg, t.dg, a.xg, p.gate, d.BT, d.A, d.C);
+    low_rank_backward(t.dxw, t.dh, t.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
+    low_rank_mix_backward<5>(m, p, a.mix, {{p.time_maa_w.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w},
+                                           a.mix.tmp.m, {t.dxw, t.dxk, t.dxv, t.dxr, t.dxg}},
+                             {{p.time_maa_w.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_r.g, p.time_maa_g.g}}, dx, x);
+}
+
+// ---- Finch without a gate, x060b ----
+//
+//     as x060, with i: r, k, v, w (time_maa_rkvw_w1, _w2);   out = output LayerNorm_ln_x(y)
+
+static void finch_b_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Finch &a = layer->finch;
+    low_rank_mix_forward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, a.mix.tmp.m,
+                                          {a.xr, a.xk, a.xv, a.xw}}, x);
+    linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
+    linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
+    linear_forward(a.v, a.xv, p.value, d.BT, d.A, d.C);
+    low_rank_forward(a.w, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
+    wkv_forward(a.y + d.lead * (int64_t)d.A, finch_wkv(m, layer), d.B);
+    layernorm_forward(a.yn, nullptr, a.y, nullptr, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
+    linear_forward(out, a.yn, p.output, d.BT, d.C, d.A);
+}
+
+static void finch_b_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Finch &a = layer->finch;
+    auto &t = a.tmp;
+    linear_backward(t.dyn, dout, a.yn, p.output, d.BT, d.C, d.A);
+    layernorm_backward<false>(t.dy, m->partial, t.dyn, a.y, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
+    finch_wkv_backward(m, layer);
+    linear_backward(t.dxr, t.dr, a.xr, p.receptance, d.BT, d.A, d.C);
+    linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
+    linear_backward(t.dxv, t.dv, a.xv, p.value, d.BT, d.A, d.C);
+    low_rank_backward(t.dxw, t.dh, t.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
+    low_rank_mix_backward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, a.mix.tmp.m,
+                                           {t.dxr, t.dxk, t.dxv, t.dxw}},
+                             {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g}}, dx, x);
+}
+
+// ---- Eagle (RWKV-5) time mix, x052 ----
+//
+//     x_i = x * time_mix_i + shift(x) * (1 - time_mix_i),  i: k, v, r, g          nothing depends on the data,
+//     r = receptance x_r;  k = key x_k;  v = value x_v;  g = gate x_g
+//     y = WKV(r, k, v, time_decay, time_faaaa)                                    nor does the decay
+//     out = output (GroupNorm_ln_x(y / head_size_divisor) * silu(g))              H groups, eps 1e-5
+//
+// The fields are x060's: time_maa_i holds time_mix_i, which is one minus what x060 would mix by.
+
+static void eagle_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Finch &a = layer->finch;
+    mix_forward<4>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, nullptr, {a.xk, a.xv, a.xr, a.xg},
+                    layer->tmix->complement}, x, d.BT, d.T, d.C);
+    linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
+    linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
+    linear_forward(a.v, a.xv, p.value, d.BT, d.A, d.C);
+    linear_forward(a.g, a.xg, p.gate, d.BT, d.A, d.C);
+    wkv_forward(a.y + d.lead * (int64_t)d.A, finch_wkv(m, layer), d.B);
+    gated_group_norm_forward(a.yn, a.y, a.g, p.ln_x_weight, p.ln_x_bias, group_norm_eps(m), d.BT, d.A);
+    linear_forward(out, a.yn, p.output, d.BT, d.C, d.A);
+}
+
+static void eagle_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Finch &a = layer->finch;
+    auto &t = a.tmp;
+    linear_backward(t.dyn, dout, a.yn, p.output, d.BT, d.C, d.A);
+    gated_group_norm_backward(t.dy, t.dg, m->partial, t.dyn, a.y, a.g, p.ln_x_weight, p.ln_x_bias, group_norm_eps(m), d.BT, d.A);
+    finch_wkv_backward(m, layer);
+    linear_backward(t.dxr, t.dr, a.xr, p.receptance, d.BT, d.A, d.C);
+    linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
+    linear_backward(t.dxv, t.dv, a.xv, p.value, d.BT, d.A, d.C);
+    linear_backward(t.dxg, t.dg, a.xg, p.gate, d.BT, d.A, d.C);
+    mix_backward<4, floatX, false>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, nullptr,
+                                    {t.dxk, t.dxv, t.dxr, t.dxg}, layer->tmix->complement}, dx, nullptr,
+                                   {{p.time_maa_k.g, p.time_maa_v.g, p.time_maa_r.g, p.time_maa_g.g}}, m->partial, x, d.BT, d.T, d.C);
+}
+
+// ---- GPTAlpha time mix, gptalpha ----
+//
+//     x_i = the mixes above, i: r, k, v
+//     q = LayerNorm_ln_r(query x_r);  k = LayerNorm_ln_k(key x_k);  v = LayerNorm_ln_v(value x_v);  rope turns q and k
+//     out = output LayerNorm_ln_x(causal_attention(q, k, v))
+
+static void attention_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {   // llama's too
+    const Dims &d = m->d;
+    Attention &a = layer->attention;
+    auto &t = a.tmp;
+    const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
+    for (floatX **p : {&a.q, &a.k, &a.v, &a.y}) take(kept, p, EA);
+    take(kept, &a.l, (int64_t)d.BT * d.H);
+    for (floatX **p : {&t.dq, &t.dk, &t.dv, &t.dy}) take(scratch, p, EA);
+    take(scratch, &t.delta, (int64_t)d.BT * d.H);
+    if (!layer->tmix->mixes) return;
+    low_rank_mix_plan(d, &a.mix, layer->tmix->mixes, kept, scratch);
+    for (floatX **p : {&a.xq, &a.xk, &a.xv}) take(kept, p, E);
+    for (floatX **p : {&a.q0, &a.k0, &a.v0, &a.yn}) take(kept, p, EA);
+    for (floatX **p : {&t.dxq, &t.dxk, &t.dxv}) take(scratch, p, E);
+    for (floatX **p : {&t.dq0, &t.dk0, &t.dv0, &t.dyn}) take(scratch, p, EA);
+}
+
+static void attend_forward(Model *m, Layer *layer) {                                // y from q, k and v
+    const Dims &d = m->d;
+    Attention &a = layer->attention;
+    for (floatX *x : {a.q, a.k}) rope_forward(m, x);
+    if (layer->attend) layer->attend(m, layer);
+    else attention_forward(a.y, a.l, a.q, a.k, a.v, d.B, d.T, d.H);
+}
+
+static void attend_backward(Model *m, Layer *layer) {                               // dq, dk and dv from dy
+    const Dims &d = m->d;
+    Attention &a = layer->attention;
+    auto &t = a.tmp;
+    attention_backward(t.dq, t.dk, t.dv, t.delta, t.dy, a.y, a.l, a.q, a.k, a.v, d.B, d.T, d.H);
+    for (floatX *gradient : {t.dq, t.dk}) rope_backward(m, gradient);
+}
+
+static void gptalpha_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Attention &a = layer->attention;
+    low_rank_mix_forward<3>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w}, a.mix.tmp.m, {a.xq, a.xk, a.xv}}, x);
+    linear_forward(a.q0, a.xq, p.query, d.BT, d.A, d.C);
+    linear_forward(a.k0, a.xk, p.key, d.BT, d.A, d.C);
+    linear_forward(a.v0, a.xv, p.value, d.BT, d.A, d.C);
+    layernorm_forward(a.q, nullptr, a.q0, nullptr, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
+    layernorm_forward(a.k, nullptr, a.k0, nullptr, nullptr, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
+    layernorm_forward(a.v, nullptr, a.v0, nullptr, nullptr, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
+    attend_forward(m, layer);
+    layernorm_forward(a.yn, nullptr, a.y, nullptr, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
+    linear_forward(out, a.yn, p.output, d.BT, d.C, d.A);
+}
+
+static void gptalpha_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Attention &a = layer->attention;
+    auto &t = a.tmp;
+    linear_backward(t.dyn, dout, a.yn, p.output, d.BT, d.C, d.A);
+    layernorm_backward<false>(t.dy, m->partial, t.dyn, a.y, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
+    attend_backward(m, layer);
+    layernorm_backward<false>(t.dq0, m->partial, t.dq, a.q0, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
+    layernorm_backward<false>(t.dk0, m->partial, t.dk, a.k0, nullptr, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
+    layernorm_backward<false>(t.dv0, m->partial, t.dv, a.v0, nullptr, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
+    linear_backward(t.dxq, t.dq0, a.xq, p.query, d.BT, d.A, d.C);
+    linear_backward(t.dxk, t.dk0, a.xk, p.key, d.BT, d.A, d.C);
+    linear_backward(t.dxv, t.dv0, a.xv, p.value, d.BT, d.A, d.C);
+    low_rank_mix_backward<3>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w}, a.mix.tmp.m, {t.dxq, t.dxk, t.dxv}},
+                             {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g}}, dx, x);
+}
+
+// ---- Llama's attention, llama ----
+//
+//     q = wq x;  k = wk x;  v = wv x;  rope turns q and k;   out = wo causal_attention(q, k, v)          no token shift
+
+static void llama_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Attention &a = layer->attention;
+    linear_forward(a.q, x, p.query, d.BT, d.A, d.C);
+    linear_forward(a.k, x, p.key, d.BT, d.A, d.C);
+    linear_forward(a.v, x, p.value, d.BT, d.A, d.C);
+    attend_forward(m, layer);
+    linear_forward(out, a.y, p.output, d.BT, d.C, d.A);
+}
+
+static void llama_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Attention &a = layer->attention;
+    auto &t = a.tmp;
+    linear_backward(t.dy, dout, a.y, p.output, d.BT, d.C, d.A);
+    attend_backward(m, layer);
+    linear_backward(dx, t.dq, x, p.query, d.BT, d.A, d.C);
+    linear_backward(dx, t.dk, x, p.key, d.BT, d.A, d.C, 1);
+    linear_backward(dx, t.dv, x, p.value, d.BT, d.A, d.C, 1);
+}
+
+// ---- Llama's channel mix, llama ----
+//
+//     out = w2 (silu(w1 x) * (w3 x))            FL = 8C/3 wide, rounded down to a multiple of 32; no token shift
+
+static int llama_width(const Dims &d) { return d.C * 4 * 2 / 3 / 32 * 32; }
+
+static void cmix_llama_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
+    CmixLlama &a = layer->ffn_llama;
+    const int64_t EF = (int64_t)m->d.BT * llama_width(m->d);
+    for (floatX **p : {&a.a, &a.b, &a.k}) take(kept, p, EF);
+    for (floatX **p : {&a.tmp.da, &a.tmp.db, &a.tmp.dk}) take(scratch, p, EF);
+}
+
+static void cmix_llama_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    CmixLlama &a = layer->ffn_llama;
+    const int FL = llama_width(d);
+    const int64_t EF = (int64_t)d.BT * FL;
+    linear_forward(a.a, x, p.ffn_w1, d.BT, FL, d.C);
+    linear_forward(a.b, x, p.ffn_w3, d.BT, FL, d.C);
+    swiglu_forward<<<pack_blocks(EF), 256, 0, stream>>>(a.k, a.a, a.b, EF);
+    linear_forward(out, a.k, p.ffn_w2, d.BT, d.C, FL);
+}
+
+static void cmix_llama_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    CmixLlama &a = layer->ffn_llama;
+    auto &t = a.tmp;
+    const int FL = llama_width(d);
+    const int64_t EF = (int64_t)d.BT * FL;
+    linear_backward(t.dk, dout, a.k, p.ffn_w2, d.BT, d.C, FL);
+    swiglu_backward<<<pack_blocks(EF), 256, 0, stream>>>(t.da, t.db, t.dk, a.a, a.b, EF);
+    linear_backward(dx, t.da, x, p.ffn_w1, d.BT, FL, d.C);
+    linear_backward(dx, t.db, x, p.ffn_w3, d.BT, FL, d.C, 1);
+}
+
+// The mixers, under the names that settings use.
 
 static const Mixer TIME_MIXERS[] = {
-    {"x060c2", FINCH_C2, 5, false, finch_c2_plan, finch_c2_forward, finch_c2_backward},
-    {"gold", GOLD, 0, true, gold_plan, gold_forward, gold_backward},
+    //                        mixes  K0     own K, V  complement
+    {"x060c2",   FINCH_C2, 5, false, false, false, finch_c2_plan, finch_c2_forward, finch_c2_backward},
+    {"gold",     GOLD,     0, true,  false, false, gold_plan, gold_forward, gold_backward},
+    {"x060",     FINCH,    5, false, false, false, finch_plan, finch_forward, finch_backward},
+    {"x060b",    FINCH_B,  4, false, false, false, finch_plan, finch_b_forward, finch_b_backward},
+    {"x052",     EAGLE,    0, false, false, true,  finch_plan, eagle_forward, eagle_backward},
+    {"gptalpha", GPTALPHA, 3, false, true,  false, attention_plan, gptalpha_forward, gptalpha_backward},
+    {"llama",    LLAMA,    0, false, true,  false, attention_plan, llama_forward, llama_backward},
 };
 static const Mixer CHANNEL_MIXERS[] = {
-    {"x060", CMIX, 0, false, cmix_plan, cmix_forward, cmix_backward},
+    {"x060",  CMIX,       0, false, false, false, cmix_plan, cmix_forward, cmix_backward},
+    {"x052",  CMIX_EAGLE, 0, false, false, true,  cmix_plan, cmix_forward, cmix_backward},
+    {"llama", CMIX_LLAMA, 0, false, false, false, cmix_llama_plan, cmix_llama_forward, cmix_llama_backward},
 };
 
 template <size_t n> static const Mixer *find_mixer(const Mixer (&table)[n], const char *name) {     // NULL if there is none
     for (const Mixer &mixer : table)
         if (strcmp(mixer.name, name) == 0) return &mixer;
     return nullptr;
+}
+
+template <size_t n> static const Mixer *check_mixer(const Mixer (&table)[n], const char *key, const char *name) {
+    const Mixer *mixer = find_mixer(table, name);
+    char known[128] = "";
+    for (const Mixer &row : table) snprintf(known + strlen(known), sizeof known - strlen(known), " %s", row.name);
+    if (!mixer) die(2, "--model.%s: expected one of%s, found \"%s\"", key, known, name);
+    return mixer;
+}
+
+// First layer of the last ones, which have tmix2 and cmix2
+static int second_layers_begin(const Settings *s) {
+    const double ratio = s->inv_other_layer_ratio;
+    return s->tmix2[0] ? (int)(s->n_layer * (ratio - 1) / ratio) : (int)s->n_layer;
+}
+
+// Turns away mixers that do not exist or do not go together; after settings_check.
+void settings_check_mixers(const Settings *s) {
+    const Mixer *tmix = check_mixer(TIME_MIXERS, "tmix", s->tmix), *last = tmix;
+    check_mixer(CHANNEL_MIXERS, "cmix", s->cmix);
+    if (s->tmix2[0]) last = check_mixer(TIME_MIXERS, "tmix2", s->tmix2);
+    if (s->cmix2[0]) check_mixer(CHANNEL_MIXERS, "cmix2", s->cmix2);
+    const bool rope = s->rope.base > 0, attends = tmix->keeps_kv || last->keeps_kv || last->needs_cache;
+    if ((rope || s->brope.rescale > 0) && !attends)
+        die(2, "--model.%s: expected 0, as %s has no attention that could use positions, found %g", rope ? "rope.base" : "brope.rescale",
+            s->tmix, rope ? s->rope.base : s->brope.rescale);
+    if (tmix->needs_cache || (last->needs_cache && second_layers_begin(s) == 0))
+        die(2, "--model.%s: '%s' needs a layer before it: n_layer %ld is too small for inv_other_layer_ratio %g",
+            tmix->needs_cache ? "tmix" : "tmix2", last->name, s->n_layer, s->inv_other_layer_ratio);
+    if (last->needs_cache && s->dim_att != s->n_embd)
+        die(2, "--model.dim_att: with gold layers it must be n_embd, %ld, found %ld", s->n_embd, s->dim_att);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2943,10 +3631,11 @@ static void add_tensor(Model *m, int layer, Param *field, const char *name, int6
 }
 
 static void add_tensors(Model *m, int layer, Params *params, int where, int mixes) {
-    const int64_t V = m->d.V, C = m->d.C, A = m->d.A, F = m->d.F, R = m->d.R, H = m->d.H, rank = gold_rank(m->d);
+    const int64_t V = m->d.V, C = m->d.C, A = m->d.A, F = m->d.F, R = m->d.R, H = m->d.H, rank = gold_rank(m->d), FL = llama_width(m->d);
 #define ROW(field, name, s0, s1, s2, init, group, places) \
     if ((places) & where) add_tensor(m, layer, &params->field, name, s0, s1, s2, init, group);
     TENSORS(ROW)
+    VARIANTS(ROW)
 #undef ROW
 }
 
@@ -3004,10 +3693,12 @@ static void model_plan(Model *m, const Settings *s, int B, int T) {
     memset(m, 0, sizeof *m);
     m->s = *s;
     m->B = B, m->T = T;
+    m->rope = make_rope(s);
     Dims &d = m->d;
     d.L = (int)s->n_layer, d.C = (int)s->n_embd, d.A = (int)s->dim_att, d.F = (int)s->dim_ffn, d.V = (int)s->vocab_size;
     d.H = d.A / N, d.R = (int)(d.C / s->kv_cache_compression_ratio);
-    d.G0 = s->tmix2[0] ? (int)(d.L * (s->inv_other_layer_ratio - 1) / s->inv_other_layer_ratio) : d.L;
+    d.G0 = second_layers_begin(s);
+    settings_check_mixers(s);
     if ((int64_t)B * T > INT_MAX / 8) die(2, "micro_bsz x ctx_len is %lld tokens, expected at most %d", (long long)B * T, INT_MAX / 8);
     set_batch(m, B, T);
     m->layers = (Layer *)calloc(d.L, sizeof(Layer));
@@ -3017,13 +3708,6 @@ static void model_plan(Model *m, const Settings *s, int B, int T) {
         layer->l = l;
         layer->tmix = find_mixer(TIME_MIXERS, tmix);
         layer->cmix = find_mixer(CHANNEL_MIXERS, cmix);
-        if (!layer->tmix) die(2, "unknown time mixer '%s', expected x060c2 or gold", tmix);
-        if (!layer->cmix) die(2, "unknown channel mixer '%s', expected x060", cmix);
-        if (layer->tmix->needs_cache && d.A != d.C)
-            die(2, "dim_att is %d: with gold layers it must be n_embd, %d", d.A, d.C);
-        if (layer->tmix->needs_cache && (l == 0 || d.G0 == 0))
-            die(2, "layer %d would be '%s', which needs a layer before it: n_layer %d is too small for inv_other_layer_ratio %g",
-                l, tmix, d.L, s->inv_other_layer_ratio);
         if (layer->tmix->needs_cache && d.R < 1)
             die(2, "kv_cache_compression_ratio is %g, expected at most n_embd, %d", s->kv_cache_compression_ratio, d.C);
     }
@@ -3167,22 +3851,20 @@ __global__ void fill_normal(float *x, int64_t n, uint64_t key) {                
 
 static const int PANEL = 16;
 
-// Makes the `count` <= 16 rows of a panel (length n) orthonormal by Gram-Schmidt, each row twice. One block.
+// Makes the `count` <= 16 rows of a panel (length n) orthonormal by Gram-Schmidt. One block.
 __global__ void __launch_bounds__(1024) orthonormalize_panel(float *panel, int count, int64_t n) {
     __shared__ float2 shared[32];
     for (int row = 0; row < count; row++) {
         float *x = panel + row * n;
-        for (int pass = 0; pass < 2; pass++) {
-            float dots[PANEL] = {};
-            for (int64_t i = threadIdx.x; i < n; i += blockDim.x)
-                for (int j = 0; j < PANEL; j++)
-                    if (j < row) dots[j] += x[i] * panel[j * n + i];
+        float dots[PANEL] = {};
+        for (int64_t i = threadIdx.x; i < n; i += blockDim.x)
             for (int j = 0; j < PANEL; j++)
-                if (j < row) dots[j] = block_sum(dots[j], shared);
-            for (int64_t i = threadIdx.x; i < n; i += blockDim.x)
-                for (int j = 0; j < PANEL; j++)
-                    if (j < row) x[i] -= dots[j] * panel[j * n + i];
-        }
+                if (j < row) dots[j] += x[i] * panel[j * n + i];
+        for (int j = 0; j < PANEL; j++)
+            if (j < row) dots[j] = block_sum(dots[j], shared);
+        for (int64_t i = threadIdx.x; i < n; i += blockDim.x)
+            for (int j = 0; j < PANEL; j++)
+                if (j < row) x[i] -= dots[j] * panel[j * n + i];
         float squares = 0;
         for (int64_t i = threadIdx.x; i < n; i += blockDim.x) squares += x[i] * x[i];
         const float scale = rsqrtf(block_sum(squares, shared));
@@ -3198,11 +3880,13 @@ static void orthonormal_rows(float *work, int count, int n, uint64_t key) {
     for (int done = 0; done < count; done += PANEL) {
         const int here = count - done < PANEL ? count - done : PANEL;
         float *panel = work + (int64_t)done * n;
-        for (int pass = 0; pass < 2 && done > 0; pass++) {                          // panel -= (panel doneᵀ) done, twice
-            matmul(dots, done, rows(panel, n), columns(work, n), here, done, n);
-            matmul(panel, n, rows(dots, done), rows(work, n), here, n, done, 1, 1, 0, -1);
+        for (int pass = 0; pass < 2; pass++) {          // twice: a row of which little is left has large errors beside it
+            if (done > 0) {                                                         // panel -= (panel doneᵀ) done
+                matmul(dots, done, rows(panel, n), columns(work, n), here, done, n);
+                matmul(panel, n, rows(dots, done), rows(work, n), here, n, done, 1, 1, 0, -1);
+            }
+            orthonormalize_panel<<<1, threads, 0, stream>>>(panel, here, n);
         }
-        orthonormalize_panel<<<1, threads, 0, stream>>>(panel, here, n);
     }
 }
 
@@ -3221,6 +3905,9 @@ static void tensor_init(const Model *m, const Tensor *t, float *x, uint64_t key)
         return;
     case CURVE:
         for (int64_t i = 0; i < n; i++) x[i] = (float)(1 - (pow(i / C, t->init.a * q) + t->init.b * p));
+        return;
+    case POWER:
+        for (int64_t i = 0; i < n; i++) x[i] = (float)(pow(i / C, t->init.a * q) + t->init.b * p);
         return;
     case UNIFORM:
 #pragma omp parallel for
@@ -3485,7 +4172,7 @@ static void model_logits_last(Model *m, const int *tokens, int n, float *logits)
 static double model_flops_per_token(const Model *m) {
     double flops = 6.0 * (m->n_parameters - (double)m->d.V * m->d.C);
     for (int l = 0; l < m->d.L; l++)
-        if (m->layers[l].tmix->needs_cache) flops += 6.0 * m->d.A * m->T;           // 2 products of A T / 2, three times
+        if (m->layers[l].tmix->needs_cache || m->layers[l].tmix->keeps_kv) flops += 6.0 * m->d.A * m->T;           // 2 products of A T / 2, three times
     return flops;
 }
 
@@ -4557,6 +5244,7 @@ int main(int argc, char **argv) {
         snprintf(s->out, sizeof(s->out), "%s", folder);
     }
     settings_check(s);
+    settings_check_mixers(s);
     if (print_config) {
         settings_print_config(s);
         return 0;
