@@ -1,6 +1,7 @@
 // The classifier's loss and its gradient on the logits, in place. For each row z of V logits:
 //
-//     loss = log sum_i exp(z_i) - z_target,     dz_i = scale (softmax(z)_i - [i = target] + 1e-4 z_max [i = first of the largest])
+//     loss = log sum_i exp(z_i) - z_target
+//     dz_i = scale (softmax(z)_i - [i = target] + 1e-4 z_max [i = first of the largest])
 //
 // Floor: bytes. The logits are read once and written once, 2 V floatX a row. (What comes before and after are the head's
 // matrix products: matmul.cu.)
@@ -8,7 +9,8 @@
 //     1 three passes over the row, each the obvious way: the maximum, then the sum of exp(z - maximum), then the gradient
 //     2 online softmax (arXiv 1805.02867): one pass for both, a running sum that shrinks whenever the maximum grows;
 //       then the gradient
-//     3 in use: the same with 16-byte loads, so that a row of 128 KB is read from memory once, and a second time from L2
+//     3 the same with 16-byte loads, more of them under way at a time; the second reading of a row may still find it in L2
+//     4 in use: the row stays in registers between its two uses (65536 bf16 numbers are 64 a thread): read once
 //
 //     make -C dev classifier && dev/classifier [VERSION [ROWS V]]
 
@@ -76,8 +78,43 @@ __global__ void classifier_2(floatX *logits, float *losses, int *right, const in
     loss_and_gradient(z, losses, right, targets[blockIdx.x], top, block_sum(sum * expf(mine - top), sums), scale, V);
 }
 
+__global__ void classifier_3(floatX *logits, float *losses, int *right, const int *targets, float scale, int V) {
+    __shared__ float shared[32];
+    __shared__ float2 sums[32];
+    floatX *z = logits + (int64_t)blockIdx.x * V;
+    const int target = targets[blockIdx.x], begin = threadIdx.x * 8, step = blockDim.x * 8;
+    float mine = -FLT_MAX, sum = 0, first = -(float)V;
+    for (int c = begin; c < V; c += step) {
+        const Pack v = load(z + c);
+        float high = mine;
+        for (int i = 0; i < 8; i++) high = fmaxf(high, v.x[i]);
+        sum *= expf(mine - high);                                       // once for eight numbers
+        mine = high;
+        for (int i = 0; i < 8; i++) sum += expf(v.x[i] - high);
+    }
+    const float top = block_max(mine, shared), total = block_sum(sum * expf(mine - top), sums);
+    if (mine == top)                                                    // few threads look again, for the place
+        for (int i = threadIdx.x; i < V / 8; i += blockDim.x)
+            for (int j = 0; j < 8; j++)
+                if ((float)z[8 * i + j] == top) first = fmaxf(first, -(float)(8 * i + j));
+    first = -block_max(first, shared);
+    if (threadIdx.x == 0) {
+        losses[blockIdx.x] = logf(total) + top - (float)z[target];
+        right[blockIdx.x] = (int)first == target;
+    }
+    __syncthreads();
+    for (int c = begin; c < V; c += step) {
+        Pack v = load(z + c);
+        for (int i = 0; i < 8; i++) {
+            const float extra = (c + i == (int)first ? 1e-4f * top : 0) - (c + i == target ? 1 : 0);
+            v.x[i] = scale * (expf(v.x[i] - top) / total + extra);
+        }
+        store(z + c, v);
+    }
+}
+
 static void classifier_in_use(float scale) {
-    const int threads = V < 4096 ? 64 : 512;                            // as head_and_loss has it
+    const int threads = V < 4096 ? 64 : 1024;                           // as head_and_loss has it
     classifier_kernel<<<n_rows, threads, 0, stream>>>(logits.p, losses.p, right.p, targets.p, scale, V);
 }
 
@@ -85,7 +122,8 @@ static void run(int version) {
     const float scale = 1.f / n_rows;
     if (version == 1) classifier_1<<<n_rows, 512, 0, stream>>>(logits.p, losses.p, right.p, targets.p, scale, V);
     if (version == 2) classifier_2<<<n_rows, 512, 0, stream>>>(logits.p, losses.p, right.p, targets.p, scale, V);
-    if (version == 3) classifier_in_use(scale);
+    if (version == 3) classifier_3<<<n_rows, 512, 0, stream>>>(logits.p, losses.p, right.p, targets.p, scale, V);
+    if (version == 4) classifier_in_use(scale);
 }
 
 static void setup(const int *shape) {
@@ -120,6 +158,6 @@ static Cost cost(const int *shape) {
 }
 
 int main(int argc, char **argv) {
-    return lab_main({{"classifier", {{"ROWS", 1}, {"V", 8}}, {"three passes", "online softmax", "in use: 16-byte loads"},
+    return lab_main({{"classifier", {{"ROWS", 1}, {"V", 8}}, {"three passes", "online softmax", "16-byte loads", "in use: read once"},
                       {{1, 8}, {37, 328}, {3, 65528}}, {{4096, 65536}}, setup, run, cost}}, argc, argv);
 }
