@@ -25,7 +25,8 @@ static Array<floatX> params;
 static Array<float> master, first, second, grads;
 static Array<char> piece_bytes, state_bytes;                            // arrays of one Piece each, one UpdateState
 
-__global__ void adamw_1(floatX *params, float *master, float *m, float *v, const float *grads, const Piece *pieces, float clip, AdamW a) {
+__global__ void adamw_1(floatX *params, float *master, float *m, float *v, const float *grads, const Piece *pieces, float clip,
+                        AdamW a) {
     const Piece piece = pieces[blockIdx.x];
     const float lr = a.lr * piece.lr_scale, decay = a.weight_decay * piece.decay;
     for (int64_t i = piece.offset + threadIdx.x; i < piece.offset + piece.count; i += blockDim.x) {
@@ -37,7 +38,8 @@ __global__ void adamw_1(floatX *params, float *master, float *m, float *v, const
     }
 }
 
-__global__ void adamw_2(floatX *params, float *master, float *m, float *v, const float *grads, const Piece *pieces, float clip, AdamW a) {
+__global__ void adamw_2(floatX *params, float *master, float *m, float *v, const float *grads, const Piece *pieces, float clip,
+                        AdamW a) {
     const Piece piece = pieces[blockIdx.x];
     const float lr = a.lr * piece.lr_scale, decay = a.weight_decay * piece.decay;
     for (int64_t i = piece.offset + threadIdx.x * 8; i < piece.offset + piece.count; i += blockDim.x * 8) {

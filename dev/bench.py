@@ -199,7 +199,8 @@ def wkv_backward(B, T, H):
 
 
 PEERS = [layernorm_forward, layernorm_backward, token_shift_mix_forward, token_shift_mix_backward, channel_mix_forward,
-         channel_mix_backward, gold_kv, classifier, adamw, matmul, attention_forward, attention_backward, wkv_forward, wkv_backward]
+         channel_mix_backward, gold_kv, classifier, adamw, matmul, attention_forward, attention_backward, wkv_forward,
+         wkv_backward]
 
 
 def median_ms(f):
@@ -227,10 +228,10 @@ def run_peers(rows):
             for name, f in known[kernel](*map(int, shape.split("x"))):
                 ms = median_ms(f)
                 print(f"peer kernel={kernel} shape={shape} ms={ms:.4g} name=\"{name}\"", flush=True)
-                found.append({"kernel": kernel, "shape": shape, "version": "peer", "name": name, "precision": "BF16", "ms": f"{ms:.4g}",
-                              "floor_ms": floor, "floor_percent": f"{100 * float(floor) / ms:.1f}"})
+                found.append({"kernel": kernel, "shape": shape, "version": "peer", "name": name, "precision": "BF16",
+                              "ms": f"{ms:.4g}", "floor_ms": floor, "floor_percent": f"{100 * float(floor) / ms:.1f}"})
         except Exception as error:          # a peer that is not installed, or not for this GPU, is no reason to stop
-            print(f"no peer for {kernel} {shape}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", flush=True)
+            print(f"no peer for {kernel} {shape}: {type(error).__name__}: {str(error)[:200]}", flush=True)
         torch.cuda.empty_cache()
     return found
 
@@ -295,7 +296,8 @@ def draw(path, header, rows):
         ax.set_title(f"{kernel}  {shape}", fontsize=9)
         for side in ("top", "right"):
             ax.spines[side].set_visible(False)
-    figure.suptitle(f"ms (log): versions, the one in use (dark), peers (yellow), floor (red line)\n{header[0] if header else ''}", fontsize=10)
+    legend = "ms (log): versions, the one in use (dark), peers (yellow), floor (red line)"
+    figure.suptitle("\n".join([legend, *header]), fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     print(f"wrote {os.path.relpath(path)}")
@@ -310,9 +312,9 @@ def table(header, rows, picture):
         if not ours:
             continue
         first, last = ours[0], ours[-1]
-        peer = f"{float(peers[0]['ms']):.3g} ({peers[0]['name']}) | {float(peers[0]['ms']) / float(last['ms']):.2f}" if peers else "|"
-        lines.append(f"| {kernel} | {shape} | {float(last['floor_ms']):.3g} | {float(first['ms']):.3g} | {float(last['ms']):.3g} | "
-                     f"{float(last['floor_percent']):.0f} % | {peer} |")
+        floor, slow, fast = float(last["floor_ms"]), float(first["ms"]), float(last["ms"])
+        peer = f"{float(peers[0]['ms']):.3g} ({peers[0]['name']}) | {float(peers[0]['ms']) / fast:.2f}" if peers else "|"
+        lines.append(f"| {kernel} | {shape} | {floor:.3g} | {slow:.3g} | {fast:.3g} | {100 * floor / fast:.0f} % | {peer} |")
     if os.path.exists(picture):
         lines += ["", f"![each kernel's versions, the floor and the peers]({os.path.relpath(picture, HERE)})"]
     return "\n".join(lines)
@@ -341,7 +343,8 @@ def main():
         base = args.source[:-4]
     else:
         names = args.names or programs()
-        if subprocess.run(["make", "-C", HERE, *names]).returncode != 0:
+        jobs = max(1, (os.cpu_count() or 1) // 2)
+        if subprocess.run(["make", f"-j{jobs}", "-C", f"{HERE}/..", *(f"dev/{name}" for name in names)]).returncode != 0:
             sys.exit("bench.py: the build failed")
         rows, machine, failed = run_lab(names)
         if not rows:

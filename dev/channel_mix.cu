@@ -61,7 +61,8 @@ __global__ void sigmoid_gradient(floatX *dr, const floatX *dout, const floatX *g
     if (i < n) dr[i] = (floatX)((float)dout[i] * (float)v[i] * (float)gate[i] * (1 - (float)gate[i]));
 }
 
-__global__ void mix_gradient(floatX *dx, const floatX *dxk, const floatX *dxr, const floatX *mu_k, const floatX *mu_r, int T, int C, int64_t n) {
+__global__ void mix_gradient(floatX *dx, const floatX *dxk, const floatX *dxr, const floatX *mu_k, const floatX *mu_r, int T,
+                             int C, int64_t n) {
     const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (i >= n) return;
     const float k = (float)mu_k[i % C], r = (float)mu_r[i % C], next = (i / C + 1) % T ? 1.f : 0.f;
@@ -187,7 +188,7 @@ static void forward_setup(const int *shape) {
     }
 }
 
-struct Sum { double sum = 0, squares = 0; };                            // of a gradient's terms; of their squares: the errors' scale
+struct Sum { double sum = 0, squares = 0; };                            // of a gradient's terms; of their squares: for the scale
 
 static void add_outer(std::vector<Sum> &to, const Row &d, const Row &x) {
     to.resize(d.size() * x.size());
@@ -241,9 +242,10 @@ static Cost cost(const int *shape) {
 static Cost backward_cost(const int *shape) { return {1.5 * cost(shape).bytes, 2 * cost(shape).flops}; }
 
 int main(int argc, char **argv) {
-    const std::vector<std::vector<int>> small = {{2, 1, 64}, {3, 37, 64}, {1, 50, 192}}, large = {{32, 1024, 768}, {8, 2048, 2048}};
+    const Shapes small = {{2, 1, 64}, {3, 37, 64}, {1, 50, 192}}, large = {{32, 1024, 768}, {8, 2048, 2048}};
+    const std::vector<const char *> versions = {"a kernel an operation", "in use"};
     const std::vector<Dimension> dimensions = {{"B", 1}, {"T", 1}, {"C", 64}};
-    return lab_main({{"channel_mix_forward", dimensions, {"a kernel an operation", "in use"}, small, large, forward_setup, forward_run, cost},
-                     {"channel_mix_backward", dimensions, {"a kernel an operation", "in use"}, small, large, backward_setup, backward_run,
-                      backward_cost}}, argc, argv);
+    return lab_main({{"channel_mix_forward", dimensions, versions, small, large, forward_setup, forward_run, cost},
+                     {"channel_mix_backward", dimensions, versions, small, large, backward_setup, backward_run, backward_cost}},
+                    argc, argv);
 }

@@ -33,7 +33,8 @@ __device__ inline float block_max(float x, float *shared) {             // share
 }
 
 // The end of 1 and 2, once the row's maximum and sum are known.
-__device__ inline void loss_and_gradient(floatX *z, float *losses, int *right, int target, float top, float sum, float scale, int V) {
+__device__ inline void loss_and_gradient(floatX *z, float *losses, int *right, int target, float top, float sum, float scale,
+                                         int V) {
     __shared__ float shared[32];
     float first = -(float)V;
     for (int i = threadIdx.x; i < V; i += blockDim.x)
@@ -158,6 +159,7 @@ static Cost cost(const int *shape) {
 }
 
 int main(int argc, char **argv) {
-    return lab_main({{"classifier", {{"ROWS", 1}, {"V", 8}}, {"three passes", "online softmax", "16-byte loads", "in use: read once"},
+    return lab_main({{"classifier", {{"ROWS", 1}, {"V", 8}},
+                      {"three passes", "online softmax", "16-byte loads", "in use: read once"},
                       {{1, 8}, {37, 328}, {3, 65528}}, {{4096, 65536}}, setup, run, cost}}, argc, argv);
 }

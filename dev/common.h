@@ -13,6 +13,7 @@
 // Arrays on the device
 
 static uint64_t lab_seed;                   // of all random numbers: from the clock, or the environment's SEED
+static uint64_t lab_series = 1;             // the next array's are of its own; 0 to 4 are free for other uses
 
 // A number uniform in [0, 1) that depends on (seed, series, i) alone, so that loops may draw in any order (splitmix64).
 static double lab_uniform(uint64_t series, uint64_t i) {
@@ -60,8 +61,7 @@ template <typename T> struct Array : Output {
         upload();
     }
     void random(int64_t count, double deviation = 1, double mean = 0) {         // a bell curve, nearly: a sum of four
-        static uint64_t series = 1;
-        series += 4;
+        const uint64_t series = lab_series += 4;
         fill(count, [=](int64_t i) {
             double sum = -2;
             for (int j = 0; j < 4; j++) sum += lab_uniform(series + j, i);
@@ -117,9 +117,9 @@ static Model *lab_model(int layers, int B, int T, int C) {
     static auto &made = *new std::vector<Model *>;             // one has memory at a time: the large blocks of the one before go
     if (!made.empty()) {
         Model *before = made.back();
-        for (void *p : {(void *)before->activations, (void *)before->master, (void *)before->grads, (void *)before->m, (void *)before->v})
-            CUDA_CHECK(cudaFree(p));
+        for (float *p : {before->master, before->grads, before->m, before->v}) CUDA_CHECK(cudaFree(p));
         if (PRECISION_BF16) CUDA_CHECK(cudaFree(before->params));
+        CUDA_CHECK(cudaFree(before->activations));
     }
     Model *m = (Model *)malloc(sizeof *m);
     made.push_back(m);
@@ -184,7 +184,8 @@ static Cost machine_rates(void) {
     Array<floatX> a, b, c;
     from.allocate(bytes);
     to.allocate(bytes);
-    rates.bytes = 2e3 * bytes / median_ms([&] { CUDA_CHECK(cudaMemcpyAsync(to.p, from.p, bytes, cudaMemcpyDeviceToDevice, stream)); });
+    const auto copy = [&] { CUDA_CHECK(cudaMemcpyAsync(to.p, from.p, bytes, cudaMemcpyDeviceToDevice, stream)); };
+    rates.bytes = 2e3 * bytes / median_ms(copy);
     a.random((int64_t)n * n);
     b.random((int64_t)n * n);
     c.allocate((int64_t)n * n);
@@ -198,12 +199,13 @@ static Cost machine_rates(void) {
 // The program
 
 struct Dimension { const char *name; int multiple; };           // of a shape, and what it must be a multiple of
+typedef std::vector<std::vector<int>> Shapes;
 
 struct Lab {
     const char *name;
     std::vector<Dimension> dimensions;
     std::vector<const char *> versions;                         // number 1 is the naive one, the last one is in use
-    std::vector<std::vector<int>> check_shapes, time_shapes;    // small and odd; as in training
+    Shapes check_shapes, time_shapes;       // small and odd; as in training
     void (*setup)(const int *shape);                            // inputs, outputs, what to expect
     void (*run)(int version);                                   // launches it on `stream`
     Cost (*cost)(const int *shape);
@@ -231,7 +233,8 @@ static void lab_time(const Lab &lab, int version, const std::vector<int> &shape)
     const double ms = median_ms([&] { lab.run(version); });
     printf("result kernel=%s version=%d shape=", lab.name, version);
     for (size_t i = 0; i < shape.size(); i++) printf("%s%d", i ? "x" : "", shape[i]);
-    printf(" precision=%s ms=%.4g GB/s=%.4g TFLOP/s=%.4g", PRECISION_BF16 ? "BF16" : "FP32", ms, cost.bytes / ms / 1e6, cost.flops / ms / 1e9);
+    printf(" precision=%s ms=%.4g", PRECISION_BF16 ? "BF16" : "FP32", ms);
+    printf(" GB/s=%.4g TFLOP/s=%.4g", cost.bytes / ms / 1e6, cost.flops / ms / 1e9);
     if (ON_GPU) {
         const double floor = 1e3 * fmax(cost.bytes / rates.bytes, cost.flops / rates.flops);
         printf(" floor_ms=%.4g floor=%.1f%%", floor, 100 * floor / ms);
@@ -260,7 +263,7 @@ static int lab_main(const std::vector<Lab> &labs, int argc, char **argv) {
     int passed = 0, failed = 0;
     for (const Lab &lab : labs) {
         const int n = (int)lab.versions.size();
-        std::vector<std::vector<int>> shapes = lab.check_shapes;
+        Shapes shapes = lab.check_shapes;
         size_t timed_from = shapes.size();                      // the shapes from here on are timed
         if (numbers.size() > 1) {
             shapes = {{numbers.begin() + 1, numbers.end()}};
@@ -270,7 +273,8 @@ static int lab_main(const std::vector<Lab> &labs, int argc, char **argv) {
         }
         std::vector<bool> good(n + 1, true);
         for (size_t i = 0; i < shapes.size(); i++) {
-            if (shapes[i].size() != lab.dimensions.size()) die(2, "%s: expected a shape of %zu numbers", lab.name, lab.dimensions.size());
+            if (shapes[i].size() != lab.dimensions.size())
+                die(2, "%s: expected a shape of %zu numbers", lab.name, lab.dimensions.size());
             printf("%s", lab.name);
             for (size_t j = 0; j < shapes[i].size(); j++) {
                 const Dimension &d = lab.dimensions[j];
@@ -287,7 +291,8 @@ static int lab_main(const std::vector<Lab> &labs, int argc, char **argv) {
             }
         }
     }
-    if (!ON_GPU && !check_only && numbers.size() < 2) printf("no times: this is no GPU (%s VERSION SHAPE.. times them all the same)\n", argv[0]);
+    if (!ON_GPU && !check_only && numbers.size() < 2)
+        printf("no times: this is no GPU (%s VERSION SHAPE.. times them all the same)\n", argv[0]);
     if (passed + failed == 0) die(2, "there is no version %d", only);
     printf("%s: %d passed, %d failed\n", program_name, passed, failed);
     return failed > 0;

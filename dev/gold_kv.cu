@@ -8,9 +8,10 @@
 // 4 rank) flops a token, which take a third of that time at D768.
 //
 //     1 each operation a kernel, a thread an element, products by cuBLAS: 25 units go through memory
-//     2 in use, for training: mixes 16 bytes at a time, the sums made by the norms that read them
+//     2 in use, for training: m is made inside the mixes (token_shift_mix.cu), the sums by the norms that read them
 //
-// Inference makes them tile by tile in shared memory as its attention needs them, and never writes them out: dev/decode.cu.
+// Inference makes them tile by tile in shared memory as its attention needs them, and never writes them out:
+// infer_goldfinch.cu, section 2.
 //
 //     make -C dev gold_kv && dev/gold_kv [VERSION [B T C]]
 
@@ -28,7 +29,7 @@ static Array<floatX> mixed, hidden, m, low;                             // scrat
 
 static const int THREADS = 256;
 
-__global__ void mix(floatX *out, const floatX *x, const floatX *mu, const floatX *m, int T, int C, int64_t n) {      // m may be null
+__global__ void mix(floatX *out, const floatX *x, const floatX *mu, const floatX *m, int T, int C, int64_t n) {  // m may be null
     const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (i >= n) return;
     const float here = (float)x[i], before = i / C % T ? (float)x[i - C] : 0;
@@ -53,14 +54,15 @@ __global__ void norm(floatX *out, const floatX *x, const floatX *gain, const flo
     const float mean = block_sum(sum, shared) / C;
     for (int c = threadIdx.x; c < C; c += blockDim.x) squares += ((float)x[row + c] - mean) * ((float)x[row + c] - mean);
     const float rstd = rsqrtf(block_sum(squares, shared) / C + 1e-5f);
-    for (int c = threadIdx.x; c < C; c += blockDim.x) out[row + c] = (floatX)(((float)x[row + c] - mean) * rstd * (float)gain[c] + (float)bias[c]);
+    for (int c = threadIdx.x; c < C; c += blockDim.x)
+        out[row + c] = (floatX)(((float)x[row + c] - mean) * rstd * (float)gain[c] + (float)bias[c]);
 }
 
 static int blocks(int64_t n) { return (int)ceil_div(n, THREADS); }
 
 // out (BT, C) from x, its mu and the m_i of its mix
-static void side_1(floatX *out, const floatX *x, const floatX *mu, const floatX *m_i, const floatX *down, const floatX *up, const floatX *gain,
-                   const floatX *bias) {
+static void side_1(floatX *out, const floatX *x, const floatX *mu, const floatX *m_i, const floatX *down, const floatX *up,
+                   const floatX *gain, const floatX *bias) {
     const int64_t E = (int64_t)BT * C, h = (int64_t)BT * rank_;
     mix<<<blocks(E), THREADS, 0, stream>>>(mixed.p, x, mu, m_i, T, C, E);
     matmul(hidden.p, rank_, rows(mixed.p, C), rows(down, rank_), BT, rank_, C);
@@ -96,18 +98,18 @@ static double mixed_with_before(const Array<floatX> &x, int64_t t, int c, double
     return here + ((t % T ? x[(t - 1) * C + c] : 0) - here) * by;
 }
 
-static void add_low_rank(Row &to, const Row &x, const Array<floatX> &down, const Array<floatX> &up, int rank) {      // += tanh(x down) up
-    for (int l = 0; l < rank; l++) {
+static void add_low_rank(Row &to, const Row &x, const Array<floatX> &down, const Array<floatX> &up) {       // += tanh(x down) up
+    for (int l = 0; l < rank_; l++) {
         double h = 0;
-        for (int c = 0; c < C; c++) h += x[c] * down[(int64_t)c * rank + l];
+        for (int c = 0; c < C; c++) h += x[c] * down[(int64_t)c * rank_ + l];
         for (int c = 0; c < C; c++) to[c] += tanh(h) * up[(int64_t)l * C + c];
     }
 }
 
-static void expect_side(Array<floatX> &out, int64_t t, Row x, const Array<floatX> &down, const Array<floatX> &up, const Array<floatX> &gain,
-                        const Array<floatX> &bias) {
+static void expect_side(Array<floatX> &out, int64_t t, Row x, const Array<floatX> &down, const Array<floatX> &up,
+                        const Array<floatX> &gain, const Array<floatX> &bias) {
     double mean = 0, var = 0;
-    add_low_rank(x, Row(x), down, up, rank_);
+    add_low_rank(x, Row(x), down, up);
     for (double each : x) mean += each / C;
     for (double each : x) var += (each - mean) * (each - mean) / C;
     for (int c = 0; c < C; c++) out.expect(t * C + c, (x[c] - mean) / sqrt(var + 1e-5) * gain[c] + bias[c]);
@@ -167,5 +169,6 @@ static Cost cost(const int *shape) {
 
 int main(int argc, char **argv) {
     return lab_main({{"gold_kv", {{"B", 1}, {"T", 1}, {"C", 64}}, {"a kernel an operation", "in use, for training"},
-                      {{2, 1, 64}, {3, 37, 192}, {1, 50, 1088}}, {{32, 1024, 768}, {8, 2048, 2048}}, setup, run, cost}}, argc, argv);
+                      {{2, 1, 64}, {3, 37, 192}, {1, 50, 1088}}, {{32, 1024, 768}, {8, 2048, 2048}},
+                      setup, run, cost}}, argc, argv);
 }

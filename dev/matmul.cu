@@ -57,7 +57,8 @@ static const int SIDE = 128;                                            // of a 
 // 128 rows of p from row0, 8 columns from i0, transposed to [column][row]; zeros outside. A thread brings half a row.
 __device__ inline void load_columns(float (*to)[SIDE], const floatX *p, int row0, int i0, int rows, int I) {
     const int row = threadIdx.x / 2, i = threadIdx.x % 2 * 4;
-    for (int j = i; j < i + 4; j++) to[j][row] = row0 + row < rows && i0 + j < I ? (float)p[(int64_t)(row0 + row) * I + i0 + j] : 0;
+    for (int j = i; j < i + 4; j++)
+        to[j][row] = row0 + row < rows && i0 + j < I ? (float)p[(int64_t)(row0 + row) * I + i0 + j] : 0;
 }
 
 __global__ void __launch_bounds__(256) matmul_3(floatX *out, const floatX *x, const floatX *W, int M, int O, int I) {
@@ -137,8 +138,8 @@ __global__ void __launch_bounds__(256) matmul_4(floatX *out, const floatX *x, co
 static void matmul_in_use(void) { linear_forward(out.p, x.p, Param{W.p, nullptr, I}, M, O, I); }
 
 static void run(int version) {
-    const dim3 tiles((int)ceil_div(O, SIDE), (int)ceil_div(M, SIDE));
-    if (version == 1) matmul_1<<<dim3((int)ceil_div(O, 32), (int)ceil_div(M, 8)), dim3(32, 8), 0, stream>>>(out.p, x.p, W.p, M, O, I);
+    const dim3 grid((int)ceil_div(O, 32), (int)ceil_div(M, 8)), tiles((int)ceil_div(O, SIDE), (int)ceil_div(M, SIDE));
+    if (version == 1) matmul_1<<<grid, dim3(32, 8), 0, stream>>>(out.p, x.p, W.p, M, O, I);
     if (version == 2) matmul_2<<<dim3((int)ceil_div(O, 32), (int)ceil_div(M, 32)), 1024, 0, stream>>>(out.p, x.p, W.p, M, O, I);
     if (version == 3) matmul_3<<<tiles, 256, 0, stream>>>(out.p, x.p, W.p, M, O, I);
     if (version == 4) {
@@ -167,6 +168,8 @@ static Cost cost(const int *shape) {
 
 int main(int argc, char **argv) {
     return lab_main({{"matmul", {{"M", 1}, {"O", 8}, {"I", 8}},
-                      {"a thread a number", "tiles in shared memory", "8 x 8 in registers", "tensor cores, two buffers", "in use: cuBLAS"},
-                      {{1, 8, 8}, {37, 136, 88}, {130, 72, 200}}, {{4096, 4096, 4096}, {32768, 2688, 768}}, setup, run, cost}}, argc, argv);
+                      {"a thread a number", "tiles in shared memory", "8 x 8 in registers", "tensor cores, two buffers",
+                       "in use: cuBLAS"},
+                      {{1, 8, 8}, {37, 136, 88}, {130, 72, 200}}, {{4096, 4096, 4096}, {32768, 2688, 768}},
+                      setup, run, cost}}, argc, argv);
 }

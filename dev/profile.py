@@ -67,8 +67,7 @@ def short(name, each_product):
         if c == "(" and depth == 0:
             name = name[:i]
             break
-    if re.match(r"(nvjet|sm\d+_xmma|cutlass|ampere_|gemm|gemv|splitKreduce|cublasLt|volta_|turing_|hopper_)", name.split("::")[-1].split("<")[0]) \
-            or name.startswith(("cutlass::", "cublasLt::")):
+    if re.match(r"nvjet|sm\d+_xmma|cutlass|cublasLt|ampere_|gemm|gemv|.*splitKreduce", name):
         return name[:60] if each_product else "matrix products (cuBLAS)"
     return name.replace("__nv_bfloat16", "bf16")
 

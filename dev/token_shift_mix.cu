@@ -83,7 +83,8 @@ struct MixTile {
 __global__ void __launch_bounds__(128) mix_3(Five mix, const floatX *x, const floatX *h, const floatX *w2, int BT, int T, int C) {
     MixTile &s = *dynamic_smem<MixTile>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c0 = blockIdx.x * 64, c = lane % 8 * 8;
-    for (int i = threadIdx.x; i < HIDDEN * 8; i += 128) store(&s.w2[i / 8][i % 8 * 8], load(w2 + (int64_t)(i / 8) * C + c0 + i % 8 * 8));
+    for (int i = threadIdx.x; i < HIDDEN * 8; i += 128)
+        store(&s.w2[i / 8][i % 8 * 8], load(w2 + (int64_t)(i / 8) * C + c0 + i % 8 * 8));
     const int64_t begin = (int64_t)blockIdx.y * WALK, end = min((int64_t)BT, begin + WALK);
     for (int64_t t0 = begin; t0 < end; t0 += 64) {
         __syncthreads();
@@ -124,9 +125,10 @@ static Mixes<MIXES> mixes_in_use(Array<floatX> *to) {
 static void mix_forward_in_use(void) { mix_forward<MIXES>(mixes_in_use(out), x.p, BT, T, C); }
 
 static void forward_run(int version) {
+    const int64_t E = (int64_t)BT * C;
     if (version == 1 || version == 2) make_m();
     for (int i = 0; i < MIXES && version == 1; i++)
-        mix_1<<<(int)ceil_div((int64_t)BT * C, 256), 256, 0, stream>>>(out[i].p, x.p, mu[i].p, m.p + (int64_t)i * BT * C, BT, T, C);
+        mix_1<<<(int)ceil_div(E, 256), 256, 0, stream>>>(out[i].p, x.p, mu[i].p, m.p + i * E, BT, T, C);
     if (version == 2) mix_2<<<(int)ceil_div(BT, ROWS), row_threads(C), 0, stream>>>(five(out), x.p, BT, T, C);
     if (version == 3) {
         allow_smem(mix_3, sizeof(MixTile));
@@ -264,9 +266,10 @@ static Cost forward_cost(const int *shape) { return cost(shape, 6, 1); }
 static Cost backward_cost(const int *shape) { return cost(shape, 7, 3); }
 
 int main(int argc, char **argv) {
-    const std::vector<std::vector<int>> small = {{1, 1, 64}, {3, 37, 192}, {2, 150, 320}}, large = {{32, 1024, 768}, {8, 2048, 2048}};
+    const Shapes small = {{1, 1, 64}, {3, 37, 192}, {2, 150, 320}}, large = {{32, 1024, 768}, {8, 2048, 2048}};
     const std::vector<Dimension> dimensions = {{"B", 1}, {"T", 1}, {"C", 64}};
-    return lab_main({{"token_shift_mix_forward", dimensions, {"a launch a mix", "five mixes in one pass", "with the product inside", "in use"},
+    return lab_main({{"token_shift_mix_forward", dimensions,
+                      {"a launch a mix", "five mixes in one pass", "with the product inside", "in use"},
                       small, large, forward_setup, forward_run, forward_cost},
                      {"token_shift_mix_backward", dimensions, {"a thread an element", "in use"},
                       small, large, backward_setup, backward_run, backward_cost}}, argc, argv);

@@ -169,7 +169,9 @@ __global__ void __launch_bounds__(2 * N) wkv_backward_2(Out out, In in, const fl
 // ---- 3: in use; the forward pass left its states ----
 
 static Wkv wkv_in_use(void) { return {r.p, k.p, v.p, w.p, nullptr, u.p, nullptr, false, states.p, nullptr, T, H}; }
-static void wkv_backward_in_use(void) { wkv_backward(WkvGradients{dy.p, dr.p, dk.p, dv.p, dw.p, dw_sum.p, du.p}, wkv_in_use(), B); }
+static void wkv_backward_in_use(void) {
+    wkv_backward(WkvGradients{dy.p, dr.p, dk.p, dv.p, dw.p, dw_sum.p, du.p}, wkv_in_use(), B);
+}
 
 static void run(int version) {
     const dim3 grid(H, B);
@@ -244,6 +246,7 @@ static Cost cost(const int *shape) {
 }
 
 int main(int argc, char **argv) {
-    return lab_main({{"wkv_backward", {{"B", 1}, {"T", 1}, {"H", 1}}, {"walk back, and forward again", "16 tokens in shared memory", "in use"},
+    return lab_main({{"wkv_backward", {{"B", 1}, {"T", 1}, {"H", 1}},
+                      {"walk back, and forward again", "16 tokens in shared memory", "in use"},
                       {{2, 1, 3}, {2, 37, 1}, {1, 150, 3}}, {{32, 1024, 12}, {8, 2048, 32}}, setup, run, cost}}, argc, argv);
 }

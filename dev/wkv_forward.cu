@@ -27,9 +27,12 @@ static int B, T, H, A;
 static Array<floatX> r, k, v, w, u, y;
 static Array<float> states;
 
+struct In { const floatX *r, *k, *v, *w, *u; };
+
 // ---- 1: token by token ----
 
-__global__ void wkv_1(floatX *y, const floatX *r, const floatX *k, const floatX *v, const floatX *w, const floatX *u, int T, int A) {
+__global__ void wkv_1(floatX *y, In in, int T, int A) {
+    const floatX *r = in.r, *k = in.k, *v = in.v, *w = in.w, *u = in.u;
     const int h = blockIdx.x, j = threadIdx.x;
     float S[N] = {};                                                    // column j
     for (int t = 0; t < T; t++) {
@@ -50,7 +53,8 @@ __global__ void wkv_1(floatX *y, const floatX *r, const floatX *k, const floatX 
 
 static const int AHEAD = 8;                 // tokens that are loaded together
 
-__global__ void wkv_2(floatX *y, const floatX *r, const floatX *k, const floatX *v, const floatX *w, const floatX *u, int T, int A) {
+__global__ void wkv_2(floatX *y, In in, int T, int A) {
+    const floatX *r = in.r, *k = in.k, *v = in.v, *w = in.w, *u = in.u;
     __shared__ float shared_r[AHEAD][N];
     __shared__ float shared_k[AHEAD][N];
     __shared__ float shared_d[AHEAD][N];
@@ -121,7 +125,8 @@ __device__ inline void pairs(Chunk &c) {
     for (int t = 0; t < TOKENS; t++) c.partial[group][t][s] = score[t];
 }
 
-__global__ void wkv_3(floatX *y, const floatX *r, const floatX *k, const floatX *v, const floatX *w, const floatX *u, int T, int A) {
+__global__ void wkv_3(floatX *y, In in, int T, int A) {
+    const floatX *r = in.r, *k = in.k, *v = in.v, *w = in.w, *u = in.u;
     Chunk &c = *dynamic_smem<Chunk>();
     const int h = blockIdx.x, warp = threadIdx.x / 32;
     if (threadIdx.x < N) c.u[threadIdx.x] = (float)u[h * N + threadIdx.x];
@@ -166,7 +171,8 @@ __global__ void wkv_3(floatX *y, const floatX *r, const floatX *k, const floatX 
         mma(out, load_a(&c.a[0][0], SQUARE), values);
         for (int n = 0; n < 2; n++)
             for (int e = 0; e < 4; e++)
-                if (t0 + tile_row(e) < T) y[base + (int64_t)tile_row(e) * A + 16 * warp + 8 * n + tile_col(e)] = (floatX)out[n].x[e];
+                if (t0 + tile_row(e) < T)
+                    y[base + (int64_t)tile_row(e) * A + 16 * warp + 8 * n + tile_col(e)] = (floatX)out[n].x[e];
         __syncthreads();
         const TileA keys = load_a_t(&c.kW[0][16 * warp], WIDTH);           // S: this warp's 16 keys x all values
         for (int n = 0; n < 8; n++) {
@@ -195,11 +201,12 @@ static void wkv_forward_in_use(void) {
 
 static void run(int version) {
     const dim3 grid(H, B);
-    if (version == 1) wkv_1<<<grid, N, 0, stream>>>(y.p, r.p, k.p, v.p, w.p, u.p, T, A);
-    if (version == 2) wkv_2<<<grid, N, 0, stream>>>(y.p, r.p, k.p, v.p, w.p, u.p, T, A);
+    const In in = {r.p, k.p, v.p, w.p, u.p};
+    if (version == 1) wkv_1<<<grid, N, 0, stream>>>(y.p, in, T, A);
+    if (version == 2) wkv_2<<<grid, N, 0, stream>>>(y.p, in, T, A);
     if (version == 3) {
         allow_smem(wkv_3, sizeof(Chunk));
-        wkv_3<<<grid, 2 * N, sizeof(Chunk), stream>>>(y.p, r.p, k.p, v.p, w.p, u.p, T, A);
+        wkv_3<<<grid, 2 * N, sizeof(Chunk), stream>>>(y.p, in, T, A);
     }
     if (version == 4) wkv_forward_in_use();
 }
