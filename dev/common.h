@@ -7,13 +7,13 @@
 #pragma once
 
 #include <algorithm>
-#include <utility>
 #include <vector>
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Arrays on the device
 
 static uint64_t lab_seed;                   // of all random numbers: from the clock, or the environment's SEED
+static uint64_t lab_series = 1;             // the next array's are of its own; 0 to 4 are free for other uses
 
 // A number uniform in [0, 1) that depends on (seed, series, i) alone, so that loops may draw in any order (splitmix64).
 static double lab_uniform(uint64_t series, uint64_t i) {
@@ -26,9 +26,12 @@ static double lab_uniform(uint64_t series, uint64_t i) {
 struct Output {                             // what a kernel writes, and what the CPU expects of it
     const char *name = nullptr;
     double tolerance = 0;
-    std::vector<std::pair<int64_t, double>> expected;           // (index, value): of all elements, or of a sample
+    bool relative = false;                  // errors count against each number by itself, however small it is
+    struct Expected { int64_t index; double value, scale; };
+    std::vector<Expected> expected;         // of all elements, or of a sample
 
-    void expect(int64_t index, double value) { expected.push_back({index, value}); }
+    // Errors are compared to the value itself and to the root mean square of all expected values, or a larger scale
+    void expect(int64_t index, double value, double scale = 0) { expected.push_back({index, value, scale}); }
     virtual ~Output() {}
     virtual void reset(void) = 0;           // before a version runs
     virtual double error(void) = 0;         // after it ran
@@ -58,8 +61,7 @@ template <typename T> struct Array : Output {
         upload();
     }
     void random(int64_t count, double deviation = 1, double mean = 0) {         // a bell curve, nearly: a sum of four
-        static uint64_t series = 1;
-        series += 4;
+        const uint64_t series = lab_series += 4;
         fill(count, [=](int64_t i) {
             double sum = -2;
             for (int j = 0; j < 4; j++) sum += lab_uniform(series + j, i);
@@ -81,7 +83,7 @@ template <typename T> struct Array : Output {
         if (host.empty()) CUDA_CHECK(cudaMemset(p, 0xff, n * sizeof(T)));       // NaN, or -1: all must be written
         else upload();
     }
-    // The largest |found - expected| / (|expected| + root mean square of the expected); infinite if not all are finite.
+    // The largest |found - expected| / (|expected| + scale, none if `relative`); infinite if not all are finite.
     double error(void) override {
         std::vector<T> found(n);
         CUDA_CHECK(cudaMemcpy(found.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost));
@@ -89,9 +91,12 @@ template <typename T> struct Array : Output {
 #pragma omp parallel for reduction(+ : not_finite)
         for (int64_t i = 0; i < n; i++) not_finite += !isfinite((float)found[i]);
         double squares = 0, worst = 0;
-        for (const auto &e : expected) squares += e.second * e.second;
+        for (const Expected &e : expected) squares += e.value * e.value;
         const double rms = sqrt(squares / expected.size());
-        for (const auto &e : expected) worst = fmax(worst, fabs((float)found[e.first] - e.second) / (fabs(e.second) + rms));
+        for (const Expected &e : expected) {
+            const double scale = relative ? 1e-300 : fmax(e.scale, rms) + 1e-300;
+            worst = fmax(worst, fabs((float)found[e.index] - e.value) / (fabs(e.value) + scale));
+        }
         return not_finite || !(rms < INFINITY) ? INFINITY : worst;
     }
 };
@@ -106,6 +111,32 @@ static std::vector<int64_t> sample(int64_t n, int64_t most) {
     return chosen;
 }
 
+// A model for the subjects that are parts of a layer, of `layers` layers; its weights are zero. Where the kernels in use
+// read and write is set afterwards: layer->p.NAME, layer->gold.k and so on take pointers to arrays.
+static Model *lab_model(int layers, int B, int T, int C) {
+    static auto &made = *new std::vector<Model *>;             // one has memory at a time: the large blocks of the one before go
+    if (!made.empty()) {
+        Model *before = made.back();
+        for (float *p : {before->master, before->grads, before->m, before->v}) CUDA_CHECK(cudaFree(p));
+        if (PRECISION_BF16) CUDA_CHECK(cudaFree(before->params));
+        CUDA_CHECK(cudaFree(before->activations));
+    }
+    Model *m = (Model *)malloc(sizeof *m);
+    made.push_back(m);
+    char numbers[2][16];
+    snprintf(numbers[0], sizeof numbers[0], "%d", layers);
+    snprintf(numbers[1], sizeof numbers[1], "%d", C);
+    const char *flags[] = {"--model.n_layer", numbers[0], "--model.n_embd", numbers[1], "--model.vocab_size", "64",
+                           "--model.inv_other_layer_ratio", "2", "--model.tmix2", layers > 1 ? "gold" : ""};
+    Settings s;
+    settings_default(&s);
+    settings_parse(&s, sizeof flags / sizeof flags[0], flags);
+    settings_check(&s);
+    model_plan(m, &s, B, T);
+    model_allocate(m);
+    return m;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Time and floor
 
@@ -115,12 +146,12 @@ static const bool ON_GPU = false;
 static const bool ON_GPU = true;
 #endif
 
-// Median of the times of many runs, in ms. The runs are queued one behind the other, so that the GPU never waits.
+// Median of the times of up to 50 runs, in ms. They are queued one behind the other, so that the GPU never waits.
 template <typename F> static double median_ms(F f) {
     std::vector<cudaEvent_t> events(2);
     std::vector<double> times(1, 0);
     for (int n : {1, 0}) {                                                      // the first run says how many fit 0.2 s
-        if (n == 0) n = (int)std::min(50., std::max(ON_GPU ? 5. : 1., 200 / (times[0] + 1e-3)));
+        if (n == 0) n = (int)std::min(50., std::max(1., 200 / (times[0] + 1e-3)));
         events.resize(n + 1);
         times.resize(n);
         for (cudaEvent_t &event : events) CUDA_CHECK(cudaEventCreate(&event));
@@ -153,7 +184,8 @@ static Cost machine_rates(void) {
     Array<floatX> a, b, c;
     from.allocate(bytes);
     to.allocate(bytes);
-    rates.bytes = 2e3 * bytes / median_ms([&] { CUDA_CHECK(cudaMemcpyAsync(to.p, from.p, bytes, cudaMemcpyDeviceToDevice, stream)); });
+    const auto copy = [&] { CUDA_CHECK(cudaMemcpyAsync(to.p, from.p, bytes, cudaMemcpyDeviceToDevice, stream)); };
+    rates.bytes = 2e3 * bytes / median_ms(copy);
     a.random((int64_t)n * n);
     b.random((int64_t)n * n);
     c.allocate((int64_t)n * n);
@@ -167,12 +199,13 @@ static Cost machine_rates(void) {
 // The program
 
 struct Dimension { const char *name; int multiple; };           // of a shape, and what it must be a multiple of
+typedef std::vector<std::vector<int>> Shapes;
 
 struct Lab {
     const char *name;
     std::vector<Dimension> dimensions;
     std::vector<const char *> versions;                         // number 1 is the naive one, the last one is in use
-    std::vector<std::vector<int>> check_shapes, time_shapes;    // small and odd; as in training
+    Shapes check_shapes, time_shapes;       // small and odd; as in training
     void (*setup)(const int *shape);                            // inputs, outputs, what to expect
     void (*run)(int version);                                   // launches it on `stream`
     Cost (*cost)(const int *shape);
@@ -200,7 +233,8 @@ static void lab_time(const Lab &lab, int version, const std::vector<int> &shape)
     const double ms = median_ms([&] { lab.run(version); });
     printf("result kernel=%s version=%d shape=", lab.name, version);
     for (size_t i = 0; i < shape.size(); i++) printf("%s%d", i ? "x" : "", shape[i]);
-    printf(" precision=%s ms=%.4g GB/s=%.4g TFLOP/s=%.4g", PRECISION_BF16 ? "BF16" : "FP32", ms, cost.bytes / ms / 1e6, cost.flops / ms / 1e9);
+    printf(" precision=%s ms=%.4g", PRECISION_BF16 ? "BF16" : "FP32", ms);
+    printf(" GB/s=%.4g TFLOP/s=%.4g", cost.bytes / ms / 1e6, cost.flops / ms / 1e9);
     if (ON_GPU) {
         const double floor = 1e3 * fmax(cost.bytes / rates.bytes, cost.flops / rates.flops);
         printf(" floor_ms=%.4g floor=%.1f%%", floor, 100 * floor / ms);
@@ -229,7 +263,7 @@ static int lab_main(const std::vector<Lab> &labs, int argc, char **argv) {
     int passed = 0, failed = 0;
     for (const Lab &lab : labs) {
         const int n = (int)lab.versions.size();
-        std::vector<std::vector<int>> shapes = lab.check_shapes;
+        Shapes shapes = lab.check_shapes;
         size_t timed_from = shapes.size();                      // the shapes from here on are timed
         if (numbers.size() > 1) {
             shapes = {{numbers.begin() + 1, numbers.end()}};
@@ -239,7 +273,8 @@ static int lab_main(const std::vector<Lab> &labs, int argc, char **argv) {
         }
         std::vector<bool> good(n + 1, true);
         for (size_t i = 0; i < shapes.size(); i++) {
-            if (shapes[i].size() != lab.dimensions.size()) die(2, "%s: expected a shape of %zu numbers", lab.name, lab.dimensions.size());
+            if (shapes[i].size() != lab.dimensions.size())
+                die(2, "%s: expected a shape of %zu numbers", lab.name, lab.dimensions.size());
             printf("%s", lab.name);
             for (size_t j = 0; j < shapes[i].size(); j++) {
                 const Dimension &d = lab.dimensions[j];
@@ -256,7 +291,8 @@ static int lab_main(const std::vector<Lab> &labs, int argc, char **argv) {
             }
         }
     }
-    if (!ON_GPU && !check_only && numbers.size() < 2) printf("no times: this is no GPU (%s VERSION SHAPE.. times them all the same)\n", argv[0]);
+    if (!ON_GPU && !check_only && numbers.size() < 2)
+        printf("no times: this is no GPU (%s VERSION SHAPE.. times them all the same)\n", argv[0]);
     if (passed + failed == 0) die(2, "there is no version %d", only);
     printf("%s: %d passed, %d failed\n", program_name, passed, failed);
     return failed > 0;

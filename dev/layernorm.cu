@@ -169,9 +169,10 @@ static Cost forward_cost(const int *shape) { return {2. * sizeof(floatX) * shape
 static Cost backward_cost(const int *shape) { return {3. * sizeof(floatX) * shape[0] * shape[1], 16. * shape[0] * shape[1]}; }
 
 int main(int argc, char **argv) {
-    const std::vector<std::vector<int>> small = {{1, 64}, {37, 320}, {1030, 192}}, large = {{32768, 768}, {16384, 2048}};
+    const Shapes small = {{1, 64}, {37, 320}, {1030, 192}}, large = {{32768, 768}, {16384, 2048}};
     return lab_main({{"layernorm_forward", {{"ROWS", 1}, {"C", 64}}, {"a thread a row", "a warp a row", "in use: a block a row"},
                       small, large, forward_setup, forward_run, forward_cost},
-                     {"layernorm_backward", {{"ROWS", 1}, {"C", 64}}, {"a thread a row, a thread a column", "in use: a block some rows"},
+                     {"layernorm_backward", {{"ROWS", 1}, {"C", 64}},
+                      {"a thread a row, a thread a column", "in use: a block some rows"},
                       small, large, backward_setup, backward_run, backward_cost}}, argc, argv);
 }
