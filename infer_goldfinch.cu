@@ -6,8 +6,9 @@
 //
 //     1. Cache       what is carried from token to token, and nothing else
 //     2. Attention   of a GOLD layer over keys and values made on the fly from the cache
-//     3. Engine      pre-fill, decode, scoring, saved states
-//     4. Tokenizer   5. Sampler   6. Command line
+//     3. One token   at a time: decode
+//     4. Engine      pre-fill, scoring, saved states
+//     5. Tokenizer   6. Sampler   7. Command line
 //
 // How a prompt goes through (spec section 10): all tokens through the layers before the GOLD layers, in chunks of fixed
 // size, leaving states and, per token, its id and c = w_kv_cache_a x. The GOLD layers see only the last 2 G + 1 tokens
@@ -29,41 +30,66 @@ struct GoldSource {
     const floatX *c;                        // (T, R)                   KV_COMPRESSED
     const int8_t *c8;                       // (T, R) and (T): c = c8 * scale       KV_INT8
     const float *scales;
-    const floatX *keys, *values;            // (T, C)                   KV_FULL
     const floatX *id_k0, *id_xo;            // (V, C): W_b[:, :C] x0 and xo = rms_norm(x0)
     const floatX *id_h, *id_h_before;       // (V, 64): the mixes' hidden layer, from the token's id and the one before
     const floatX *w_c;                      // (C, R16): W_b[:, C:], rows padded with zeros to R16, a multiple of 16
     struct Side {                           // of keys; of values
-        const floatX *mu, *mix;             // (C): time_maa_k or _v; (C, 32): time_maa_kv_w2[0 or 1] transposed
+        const floatX *mu, *mix, *mix_rows;  // (C): time_maa_k or _v; (C, 32): time_maa_kv_w2[0 or 1] transposed; (32, C): as it is
         const floatX *w1, *w2;              // (rank16, C), (C, rank16): time_key_w1, _w2 or time_value_.. transposed
         const floatX *gain, *bias;          // (C): ln_k or ln_v
+        floatX *ring;                       // (window, C): keys or values of the newest tokens
     } k, v;
     int C, H, R, R16, rank16;
 };
+
+// What blocks that share a context have found: per split and query, (.., C), (.., H), (.., H)
+struct SplitSums { float *out, *top, *sum; };           // sums of exp2(score - top) v, and without v
+
+// Where a step stands, in device memory: a recorded step must not have it in its arguments.
+struct Place { int64_t first, begin; };      // context position of the first query; of the first token in the window
+
+struct Row {                                // vectors of the token at hand
+    float *x, *x_mid;                       // (C): the residual stream before a layer, and after its time mixer
+    floatX *ln, *xs;                        // (C), (5, C): normed; mixed
+    float *hidden;                          // (288): hidden layers of the mixes; of Finch-C2's w and v2
+    float *r, *k, *v, *v2, *y, *q, *gate;   // (A) each; gate (C)
+    floatX *ffn;                            // (F)
+    float *c, *z, *kv2;                     // (R); (2, C): K0 of two tokens before its norm; (G, 2, C): keys and values before theirs
+    floatX *kv1, *u;                        // (G, 2, C), (G, 2, rank16): mixed; hidden layer
+};
+
+struct Packed { floatX *mix_w1, *decay_w1, *value2_w1; };       // a layer's first low-rank matrices, transposed: rows of C
 
 typedef struct Infer {
     Model m;                                // the first member: a layer's forward function finds the rest through it
     KvKind kv;
     int chunk, tail, G;                     // tokens of a pre-fill chunk; 2 G + 1; number of GOLD layers
     int64_t capacity, position;             // most tokens of context; tokens so far
+    int64_t window, window_begin, window_end;               // tokens that the window can hold; those it holds
     int64_t row_position;                   // context position of the first row that the GOLD layers work on
+    Place *place;
     uint64_t model_hash;
-    GoldSource *sources;                    // (G)
+    GoldSource *sources, *device_sources;   // (G)
+    Row row;
+    Packed *packed;                         // (L)
+    bool decodes;                           // all mixers can decode
+    int *token;                             // the token of a step that is not drawn on the device
+    Recording recordings[2];                // of such a step: with a context that fits the window, and with a longer one
     int *ids;                               // the cache: (capacity), ..
     floatX *c;
     int8_t *c8;
     float *scales;
-    floatX *k0_last, *xo_last;              // (C), KV_FULL: of the last token
     floatX *tail_x[2];                      // (tail, C): residual stream before the GOLD layers of the last tokens; two, to shift
     int tail_rows, tail_now;
     floatX *w_c, *id_k0, *id_xo;            // shared by all GOLD layers
     int tile_rows, queries;                 // of an attention block: cached tokens at a time, plus one; queries at a time
-    float *partial_out, *partial_top, *partial_sum;         // (splits, queries, C), (splits, queries, H)
+    SplitSums sums;
     float *logits;                          // (V), fp32
     int shared_limit;                       // bytes of shared memory a block can have
 } Infer;
 
 static const int READ_SPLITS = 264;         // blocks that share a context: two for each of an H100's multiprocessors
+static const int WINDOW = 2048;             // most tokens whose keys and values are kept
 
 __global__ void append_tokens(int *to, const int *ids, int n) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -112,6 +138,124 @@ static int multiple_of_16(int n) { return (n + 15) / 16 * 16; }
 // ---------------------------------------------------------------------------------------------------------------------
 // 2. Attention of a GOLD layer over its cache
 //
+// Two sources: the window, where keys and values are ready, and all that is older.
+//
+// ---- the window ----
+//
+// Making keys and values costs as much for one token as for a hundred (the weights must be read), so those of the newest
+// `window` tokens are kept, in a ring: token t's in row t % window. It holds nothing that (id, c) do not give: scratch of
+// a fixed size. With KV_FULL it is as long as the context, and the rest of this section has nothing to do.
+
+static const int WINDOW_THREADS = 256, WINDOW_SPLITS = 8, WINDOW_GROUPS = WINDOW_THREADS / 8;
+
+struct WindowTask {
+    const floatX *q;                        // (M, C), normed; or null:
+    const float *q0;                        // (C), not normed yet, with ln_q's gain and bias (M = 1)
+    const floatX *gain, *bias;
+    const floatX *keys, *values;            // (window, C)
+    floatX *shift;                          // what the next token's shift sees of this one, and where it lies now; or null
+    const floatX *ln;
+    SplitSums to;
+    const Place *place;
+    int64_t window;
+    int m0, M, C, H;                        // m0: number of the first query here
+};
+
+// Mean and 1/deviation of x (C), over the block
+template <typename T> __device__ inline float2 block_norm(const T *x, int C, float2 *shared) {
+    float total = 0, squares = 0;
+    for (int c = threadIdx.x * 8; c < C; c += blockDim.x * 8) {
+        const Pack v = load(x + c);
+        for (int i = 0; i < 8; i++) total += v.x[i];
+    }
+    const float mean = block_sum(total, shared) / C;
+    for (int c = threadIdx.x * 8; c < C; c += blockDim.x * 8) {
+        const Pack v = load(x + c);
+        for (int i = 0; i < 8; i++) squares += (v.x[i] - mean) * (v.x[i] - mean);
+    }
+    return make_float2(mean, rsqrtf(block_sum(squares, shared) / C + 1e-5f));
+}
+
+// Grid: (H, splits, M). Eight lanes hold a token, each eight channels; such a group of lanes keeps its own running sums of
+// every 32nd token, four tokens on their way at a time. Floor: bytes, 2 floatX a channel and token.
+__global__ void __launch_bounds__(WINDOW_THREADS) window_attention_kernel(WindowTask p) {
+    __shared__ float2 shared[32];
+    __shared__ float tops[WINDOW_GROUPS];
+    __shared__ float sums[WINDOW_GROUPS];
+    __shared__ __align__(16) float outs[WINDOW_GROUPS][N];
+    const int group = threadIdx.x / 8, lane = threadIdx.x % 8, h = blockIdx.x, split = blockIdx.y, m = blockIdx.z, c = h * N + lane * 8;
+    let_next_start();
+    wait_for_previous();
+    Pack q, out = zero_pack();
+    if (p.q) {
+        q = load(p.q + (int64_t)m * p.C + c);
+    } else {
+        const float2 norm = block_norm(p.q0, p.C, shared);
+        const Pack gain = load(p.gain + c), bias = load(p.bias + c);
+        q = load(p.q0 + c);
+        for (int i = 0; i < 8; i++) q.x[i] = (float)(floatX)((q.x[i] - norm.x) * norm.y * gain.x[i] + bias.x[i]);
+    }
+    for (int i = (split * p.H + h) * WINDOW_THREADS + threadIdx.x; p.shift && i < p.C; i += gridDim.y * p.H * WINDOW_THREADS)
+        p.shift[i] = p.ln[i];
+    const int64_t end = p.place->first + p.m0 + m + 1;                       // of what this query sees
+    const int step = WINDOW_GROUPS * gridDim.y;
+    float top = -INFINITY, sum = 0;
+    for (int64_t t0 = p.place->begin + split * WINDOW_GROUPS + group, rounds = (end - p.place->begin + 4 * step - 1) / (4 * step); rounds > 0; rounds--) {
+        RawPack<floatX> k[4], v[4];
+        float score[4], high = top;
+        for (int i = 0; i < 4; i++) {
+            const int64_t at = (t0 + i * step < end ? t0 + i * step : end - 1) % p.window * p.C + c;
+            k[i] = load_raw(p.keys + at);
+            v[i] = load_raw(p.values + at);
+        }
+        for (int i = 0; i < 4; i++) {
+            const Pack key = unpack(k[i]);
+            float dot = 0;
+            for (int j = 0; j < 8; j++) dot += q.x[j] * key.x[j];
+            dot = warp_sum(dot, 8);
+            score[i] = t0 + i * step < end ? dot * SCALE_LOG2 : -INFINITY;
+            high = fmaxf(high, score[i]);
+        }
+        const float shrink = high > -INFINITY ? exp2f(top - high) : 1;
+        sum *= shrink;
+        for (int j = 0; j < 8; j++) out.x[j] *= shrink;
+        for (int i = 0; i < 4; i++) {
+            const Pack value = unpack(v[i]);
+            const float weight = high > -INFINITY ? exp2f(score[i] - high) : 0;
+            sum += weight;
+            for (int j = 0; j < 8; j++) out.x[j] += weight * value.x[j];
+        }
+        top = high;
+        t0 += 4 * step;
+    }
+    if (lane == 0) {
+        tops[group] = top;
+        sums[group] = sum;
+    }
+    store(&outs[group][lane * 8], out);
+    __syncthreads();
+    if (threadIdx.x >= N) return;
+    float all = 0, y = 0, high = -INFINITY;
+    for (int i = 0; i < WINDOW_GROUPS; i++) high = fmaxf(high, tops[i]);
+    for (int i = 0; i < WINDOW_GROUPS && high > -INFINITY; i++) {
+        const float weight = exp2f(tops[i] - high);
+        all += sums[i] * weight;
+        y += outs[i][threadIdx.x] * weight;
+    }
+    const int64_t row = (int64_t)split * p.M + m;
+    p.to.out[row * p.C + h * N + threadIdx.x] = y;
+    if (threadIdx.x > 0) return;
+    p.to.top[row * p.H + h] = high;
+    p.to.sum[row * p.H + h] = all;
+}
+
+__global__ void append_to_ring(floatX *ring, const floatX *from, int64_t at, int64_t window, int C) {   // rows at.., a block a row
+    const int c = threadIdx.x * 8;
+    if (c < C) store(ring + (at + blockIdx.x) % window * C + c, load(from + (int64_t)blockIdx.x * C + c));
+}
+
+// ---- older tokens: keys and values from (id, c) ----
+//
 // A block takes a share of the context and walks it in tiles: rows - 1 new tokens, row 0 being the token before them, to
 // which the first one's shift looks back. Per tile, in shared memory and nowhere else:
 //
@@ -128,8 +272,8 @@ static const int READ_THREADS = 256, READ_WARPS = READ_THREADS / 32;
 
 struct ReadTask {
     const floatX *q;                        // (M, C)
-    int64_t first, T;                       // query m sees tokens 0 .. first + m; tokens in the cache
-    float *out, *top, *sum;                 // per split: (M, C), (M, H)
+    int64_t first, T;                       // query m sees tokens 0 .. first + m; tokens before the window
+    SplitSums to;
     int M, tiles_per_split;
 };
 
@@ -307,7 +451,7 @@ template <int tiles, KvKind kind>
 __global__ void __launch_bounds__(READ_THREADS) cached_attention_kernel(GoldSource g, ReadTask task) {
     const int rows = 16 * tiles, step = rows - 1, warp = threadIdx.x / 32, lane = threadIdx.x % 32, pairs = task.M * g.H;
     const ReadSmem s = read_smem(dynamic_smem<char>(), g, rows, task.M);
-    float *out = task.out + (int64_t)blockIdx.x * task.M * g.C;
+    float *out = task.to.out + (int64_t)blockIdx.x * task.M * g.C;
     for (int i = threadIdx.x; i < pairs; i += READ_THREADS) {
         s.top[i] = -INFINITY;
         s.sum[i] = 0;
@@ -317,13 +461,8 @@ __global__ void __launch_bounds__(READ_THREADS) cached_attention_kernel(GoldSour
         if (t0 >= task.T) break;
         __syncthreads();
         read_ids(s, g, rows, t0, task.T);
-        if constexpr (kind == KV_FULL) {
-            read_rows(s, g, rows, g.keys, nullptr, t0 - 1);
-            __syncthreads();
-        } else {
-            read_c_and_h<kind>(s, g, rows, t0);
-            read_keys<tiles>(s, g);
-        }
+        read_c_and_h<kind>(s, g, rows, t0);
+        read_keys<tiles>(s, g);
         for (int i = threadIdx.x; i < rows * g.H; i += READ_THREADS) {      // scores: a thread, a key of a head
             const int row = i % rows, h = i / rows;
             float k[N];
@@ -357,12 +496,7 @@ __global__ void __launch_bounds__(READ_THREADS) cached_attention_kernel(GoldSour
             }
         }
         __syncthreads();
-        if constexpr (kind == KV_FULL) {
-            read_rows(s, g, rows, g.values, nullptr, t0 - 1);
-            __syncthreads();
-        } else {
-            read_values<tiles>(s, g, t0);
-        }
+        read_values<tiles>(s, g, t0);
         for (int c = threadIdx.x; c < g.C; c += READ_THREADS) {             // sums: a thread, a channel
             float v[rows];
             for (int row = 0; row < rows; row++) v[row] = (float)s.x[row * (g.C + PAD) + c];
@@ -376,25 +510,8 @@ __global__ void __launch_bounds__(READ_THREADS) cached_attention_kernel(GoldSour
     }
     __syncthreads();
     for (int i = threadIdx.x; i < pairs; i += READ_THREADS) {
-        task.top[(int64_t)blockIdx.x * pairs + i] = s.top[i];
-        task.sum[(int64_t)blockIdx.x * pairs + i] = s.sum[i];
-    }
-}
-
-// y (M, C) from the splits' sums; a block a query
-__global__ void combine_splits(floatX *y, ReadTask task, int splits, int C, int H) {
-    const int m = blockIdx.x;
-    for (int c = threadIdx.x; c < C; c += blockDim.x) {
-        const int pair = m * H + c / N, pairs = task.M * H;
-        float top = -INFINITY, sum = 0, out = 0;
-        for (int i = 0; i < splits; i++) top = fmaxf(top, task.top[i * pairs + pair]);
-        for (int i = 0; i < splits; i++) {
-            const float weight = exp2f(task.top[i * pairs + pair] - top);
-            if (weight == 0) continue;                                      // a split that this query does not see
-            sum += task.sum[i * pairs + pair] * weight;
-            out += task.out[((int64_t)i * task.M + m) * C + c] * weight;
-        }
-        y[(int64_t)m * C + c] = (floatX)(out / sum);
+        task.to.top[(int64_t)blockIdx.x * pairs + i] = s.top[i];
+        task.to.sum[(int64_t)blockIdx.x * pairs + i] = s.sum[i];
     }
 }
 
@@ -405,24 +522,51 @@ template <int tiles, KvKind kind> static void cached_attention_launch(const Gold
     kernel<<<splits, READ_THREADS, smem, stream>>>(g, task);
 }
 
-// y (M, C) = causal attention of queries q (M, C), the first at position `first`, over all that is in the cache
-static void cached_attention(Infer *f, const GoldSource &g, floatX *y, const floatX *q, int M, int64_t first) {
-    const int C = g.C, step = f->tile_rows - 1;
+// ---- both ----
+
+// y (M, C) from the splits' sums; a block a head of a query
+template <typename T> __global__ void __launch_bounds__(N) combine_splits(T *y, SplitSums p, int splits, int C, int H) {
+    const int h = blockIdx.x, m = blockIdx.y, M = gridDim.y;
+    let_next_start();
+    wait_for_previous();
+    float top = -INFINITY, sum = 0, out = 0;
+    for (int i = 0; i < splits; i++) top = fmaxf(top, p.top[(i * M + m) * H + h]);
+    for (int i = 0; i < splits; i++) {
+        const float weight = exp2f(p.top[(i * M + m) * H + h] - top);
+        if (weight == 0) continue;                                      // a split that this query does not see
+        sum += p.sum[(i * M + m) * H + h] * weight;
+        out += p.out[((int64_t)i * M + m) * C + h * N + threadIdx.x] * weight;
+    }
+    y[(int64_t)m * C + h * N + threadIdx.x] = (T)(out / sum);
+}
+
+// y (M, C) = causal attention of queries over all that is in the cache. task: what the caller knows of the queries.
+template <typename T> static void gold_attention(Infer *f, const GoldSource &g, T *y, WindowTask task) {
+    const int M = task.M, step = f->tile_rows - 1;
+    task.keys = g.k.ring, task.values = g.v.ring, task.to = f->sums, task.place = f->place, task.window = f->window;
+    task.C = g.C, task.H = g.H;
     for (int m = 0; m < M; m += f->queries) {
-        const int here = M - m < f->queries ? M - m : f->queries;
-        const int64_t T = first + m + here, tiles = ceil_div(T, step), per = ceil_div(tiles, READ_SPLITS);      // later ones unseen
-        const int splits = (int)ceil_div(tiles, per);
-        const ReadTask task = {q + (int64_t)m * C, first + m, T, f->partial_out, f->partial_top, f->partial_sum, here, (int)per};
-        if (f->tile_rows == 16) {
-            if (f->kv == KV_COMPRESSED) cached_attention_launch<1, KV_COMPRESSED>(g, task, splits);
-            else if (f->kv == KV_INT8) cached_attention_launch<1, KV_INT8>(g, task, splits);
-            else cached_attention_launch<1, KV_FULL>(g, task, splits);
-        } else {
-            if (f->kv == KV_COMPRESSED) cached_attention_launch<2, KV_COMPRESSED>(g, task, splits);
-            else if (f->kv == KV_INT8) cached_attention_launch<2, KV_INT8>(g, task, splits);
-            else cached_attention_launch<2, KV_FULL>(g, task, splits);
+        task.M = M - m < f->queries ? M - m : f->queries;
+        task.m0 = m;
+        if (m > 0) task.q += (int64_t)f->queries * g.C;
+        launch_early(window_attention_kernel, dim3(g.H, WINDOW_SPLITS, task.M), WINDOW_THREADS, 0, task);
+        int splits = WINDOW_SPLITS;
+        if (f->window_begin > 0) {
+            const int64_t tiles = ceil_div(f->window_begin, step), per = ceil_div(tiles, READ_SPLITS);
+            const int64_t skip = (int64_t)splits * task.M;
+            const ReadTask past = {task.q, f->row_position + m, f->window_begin, {f->sums.out + skip * g.C, f->sums.top + skip * g.H,
+                                   f->sums.sum + skip * g.H}, task.M, (int)per};
+            const int more = (int)ceil_div(tiles, per);
+            splits += more;
+            if (f->tile_rows == 16) {
+                if (f->kv == KV_INT8) cached_attention_launch<1, KV_INT8>(g, past, more);
+                else cached_attention_launch<1, KV_COMPRESSED>(g, past, more);
+            } else {
+                if (f->kv == KV_INT8) cached_attention_launch<2, KV_INT8>(g, past, more);
+                else cached_attention_launch<2, KV_COMPRESSED>(g, past, more);
+            }
         }
-        combine_splits<<<here, 256, 0, stream>>>(y + (int64_t)m * C, task, splits, C, g.H);
+        launch_early(combine_splits<T>, dim3(g.H, task.M), N, 0, y + (int64_t)m * g.C, f->sums, splits, g.C, g.H);
     }
 }
 
@@ -432,22 +576,604 @@ static void gold_cached_forward(Model *m, Layer *layer, floatX *out, const float
     const Dims &d = m->d;
     const int64_t lead = d.lead * (int64_t)d.C;
     gold_queries(m, layer, x);
-    cached_attention(f, f->sources[layer->l - d.G0], layer->gold.y + lead, layer->gold.q + lead, d.BT - d.lead, f->row_position);
+    WindowTask task = {};
+    task.q = layer->gold.q + lead, task.M = d.BT - d.lead;
+    gold_attention(f, f->sources[layer->l - d.G0], layer->gold.y + lead, task);
     gold_output(m, layer, out);
 }
 
 static const Mixer GOLD_FROM_CACHE = {"gold", GOLD, 0, true, gold_plan, gold_cached_forward, nullptr};
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 3. Engine
+// 3. One token at a time
+//
+// With one row there are no tiles to multiply: every weight is read once and used once. Floor: bytes, those of all weights
+// but the embedding; at 3 TB/s 0.9 ms for the 1.3 billion of L24 D2048. So a step is a chain of kernels that each read a few
+// matrices as fast as memory gives them, about seven a layer, recorded as one CUDA graph. Three things keep the memory busy:
+//
+//   - a warp takes a row of weights and has 2048 of its elements on their way at once, 16 bytes a load
+//   - what goes on between two products (norm, shift, mix, gate) is done by every block of the next product for itself:
+//     C numbers, from L2, instead of a launch of its own
+//   - kernels are launched early: a block asks for its first row of weights, and only then waits for the vector that the
+//     kernel before is still making
+//
+// The residual stream is fp32 here; a product's inputs are rounded to floatX, as everywhere.
+
+static const int MV_THREADS = 256, MV_WARPS = MV_THREADS / 32, MV_PART = 2048;
+
+// The lane's share of a part of a row of weights, on its way: 8 packs, 32 apart
+__device__ inline void request(RawPack<floatX> (&raw)[8], const floatX *row, int k, int K) {
+    for (int i = 0; i < 8; i++) {
+        const int at = k + (32 * i + threadIdx.x % 32) * 8;
+        if (at < K) raw[i] = load_raw(row + at);
+    }
+}
+
+__device__ inline void add_products(float &sum, const RawPack<floatX> (&raw)[8], const floatX *x, int k, int K) {
+    for (int i = 0; i < 8; i++) {
+        const int at = k + (32 * i + threadIdx.x % 32) * 8;
+        if (at >= K) break;
+        const Pack a = unpack(raw[i]), b = load(x + at);
+        for (int j = 0; j < 8; j++) sum += a.x[j] * b.x[j];
+    }
+}
+
+// y[row] = weights(row) . x for rows 0..rows-1, x made by `before` in shared memory, y handed to `after`. A row may have a
+// second x. Grid: (any number of blocks, problems).
+template <typename Job> __global__ void __launch_bounds__(MV_THREADS, 3) matvec_kernel(Job job) {
+    floatX *x = dynamic_smem<floatX>();
+    int row = blockIdx.x * MV_WARPS + threadIdx.x / 32;
+    RawPack<floatX> raw[8];
+    let_next_start();
+    if (row < job.rows) request(raw, job.weights(row), 0, job.K);
+    wait_for_previous();
+    job.before(x);
+    __syncthreads();
+    while (row < job.rows) {
+        const floatX *w = job.weights(row), *first = x + job.first(row), *second = x + job.second(row);
+        float2 sum = make_float2(0, 0);
+        for (int k = 0; k < job.K; k += MV_PART) {
+            if (k > 0) request(raw, w, k, job.K);
+            add_products(sum.x, raw, first, k, job.K);
+            if (second != x) add_products(sum.y, raw, second, k, job.K);
+        }
+        const int done = row;
+        row += gridDim.x * MV_WARPS;
+        if (row < job.rows) request(raw, job.weights(row), 0, job.K);
+        sum.x = warp_sum(sum.x);
+        if (second != x) sum.y = warp_sum(sum.y);
+        if (threadIdx.x % 32 == 0) job.after(done, sum);
+    }
+}
+
+// `vectors`: how many floatX `before` makes
+template <typename Job> static void matvec(const Job &job, int vectors, int problems = 1) {
+    const int64_t blocks = ceil_div(job.rows, MV_WARPS), most = 2 * multiprocessors;
+    const size_t smem = vectors * sizeof(floatX);
+    if (smem > 48 << 10) allow_smem(matvec_kernel<Job>, smem);
+    launch_early(matvec_kernel<Job>, dim3((int)(blocks < most ? blocks : most), problems), MV_THREADS, smem, job);
+}
+
+struct OneVector {                                          // what most jobs have in common
+    __device__ int first(int) const { return 0; }
+    __device__ int second(int) const { return 0; }          // 0: there is none
+};
+
+template <typename T> __device__ inline void copy_vector(floatX *to, const T *from, int n) {
+    for (int i = threadIdx.x * 8; i < n; i += blockDim.x * 8) store(to + i, load(from + i));
+}
+
+// to = LayerNorm(x), rounded to floatX
+template <typename T> __device__ inline void norm_vector(floatX *to, const T *x, const floatX *gain, const floatX *bias, int C) {
+    __shared__ float2 shared[32];
+    const float2 norm = block_norm(x, C, shared);
+    for (int c = threadIdx.x * 8; c < C; c += blockDim.x * 8) {
+        const Pack g = load(gain + c), b = load(bias + c);
+        Pack v = load(x + c);
+        for (int i = 0; i < 8; i++) v.x[i] = (v.x[i] - norm.x) * norm.y * g.x[i] + b.x[i];
+        store(to + c, v);
+    }
+}
+
+struct ShiftMix { const floatX *shift, *mu[2]; };           // the token before, normed; up to two mixes
+
+// x_i = ln + (shift - ln) * mu_i for i in 0..n-1 at x, ln = LayerNorm(from), which block 0 also stores
+template <int n> __device__ inline void norm_shift_mix(floatX *x, floatX *ln, const float *from, const floatX *gain, const floatX *bias,
+                                                       const ShiftMix &mix, int C) {
+    norm_vector(x, from, gain, bias, C);                    // a thread's packs stay its own: no barrier
+    for (int c = threadIdx.x * 8; c < C; c += blockDim.x * 8) {
+        const Pack v = load(x + c), before = load(mix.shift + c);
+        if (blockIdx.x == 0) store(ln + c, v);
+        for (int i = 0; i < n; i++) {
+            Pack mu = load(mix.mu[i] + c);
+            for (int j = 0; j < 8; j++) mu.x[j] = v.x[j] + (before.x[j] - v.x[j]) * mu.x[j];
+            store(x + i * C + c, mu);
+        }
+    }
+}
+
+// ---- jobs ----
+
+// hidden = tanh(w (ln1 + dx * time_maa_x)): the hidden layer of a time mixer's mixes
+struct MixHidden : OneVector {
+    const float *x;
+    const floatX *gain, *bias, *w;
+    ShiftMix mix;
+    floatX *ln;
+    float *hidden;
+    int rows, K;
+    __device__ const floatX *weights(int row) const { return w + (int64_t)row * K; }
+    __device__ void before(floatX *v) const { norm_shift_mix<1>(v, ln, x, gain, bias, mix, K); }
+    __device__ void after(int row, float2 sum) const { hidden[row] = tanhf(sum.x); }
+};
+
+// Finch-C2's products: v and v2 (which share their weights), r, k, and the hidden layers of w and v2
+struct FinchProducts {
+    const floatX *xs;                                       // (5 or 4, C): x_r, x_k, x_v, x_w, x_v2
+    const floatX *value, *receptance, *key, *decay_w1, *value2_w1;
+    float *v, *v2, *r, *k, *hidden;                         // (A) each, (128)
+    bool use_v2;
+    int A, rows, K;
+    __device__ const floatX *weights(int row) const {
+        if (row < A) return value + (int64_t)row * K;
+        if (row < 2 * A) return receptance + (int64_t)(row - A) * K;
+        if (row < 3 * A) return key + (int64_t)(row - 2 * A) * K;
+        return row < 3 * A + 64 ? decay_w1 + (int64_t)(row - 3 * A) * K : value2_w1 + (int64_t)(row - 3 * A - 64) * K;
+    }
+    __device__ int first(int row) const { return (row < A ? 2 : row < 2 * A ? 0 : row < 3 * A ? 1 : row < 3 * A + 64 ? 3 : 4) * K; }
+    __device__ int second(int row) const { return row < A && use_v2 ? 4 * K : 0; }
+    __device__ void before(floatX *x) const { copy_vector(x, xs, (use_v2 ? 5 : 4) * K); }
+    __device__ void after(int row, float2 sum) const {
+        if (row < A) {
+            v[row] = sum.x;
+            v2[row] = sum.y;
+        } else if (row < 2 * A) {
+            r[row - A] = sum.x;
+        } else if (row < 3 * A) {
+            k[row - 2 * A] = sum.x;
+        } else {
+            hidden[row - 3 * A] = tanhf(sum.x);
+        }
+    }
+};
+
+struct Product : OneVector {                                // out = w x
+    const floatX *x, *w;
+    float *out;
+    int rows, K;
+    __device__ const floatX *weights(int row) const { return w + (int64_t)row * K; }
+    __device__ void before(floatX *v) const { copy_vector(v, x, K); }
+    __device__ void after(int row, float2 sum) const { out[row] = sum.x; }
+};
+
+struct NormProduct : OneVector {                            // out = w LayerNorm(x), plus residual if there is one
+    const float *x, *residual;
+    const floatX *gain, *bias, *w;
+    float *out;
+    int rows, K;
+    __device__ const floatX *weights(int row) const { return w + (int64_t)row * K; }
+    __device__ void before(floatX *v) const { norm_vector(v, x, gain, bias, K); }
+    __device__ void after(int row, float2 sum) const { out[row] = (residual ? residual[row] : 0) + sum.x; }
+};
+
+// k = relu(key x_k)^2,  gate = sigmoid(receptance x_r)
+struct CmixIn {
+    const float *x;
+    const floatX *gain, *bias, *key, *receptance;
+    ShiftMix mix;
+    floatX *ln, *k;
+    float *gate;
+    int F, rows, K;
+    __device__ const floatX *weights(int row) const { return row < F ? key + (int64_t)row * K : receptance + (int64_t)(row - F) * K; }
+    __device__ int first(int row) const { return row < F ? 0 : K; }
+    __device__ int second(int) const { return 0; }
+    __device__ void before(floatX *v) const { norm_shift_mix<2>(v, ln, x, gain, bias, mix, K); }
+    __device__ void after(int row, float2 sum) const {
+        if (row < F) k[row] = (floatX)(sum.x > 0 ? sum.x * sum.x : 0);
+        else gate[row - F] = 1 / (1 + expf(-sum.x));
+    }
+};
+
+// out = residual + gate * (value k); and ln2 becomes what the next token's shift sees
+struct CmixOut : OneVector {
+    const floatX *k, *value, *ln;
+    const float *gate, *residual;
+    floatX *shift;
+    float *out;
+    int rows, K;
+    __device__ const floatX *weights(int row) const { return value + (int64_t)row * K; }
+    __device__ void before(floatX *x) const {
+        copy_vector(x, k, K);
+        for (int c = blockIdx.x * MV_THREADS + threadIdx.x; c < rows; c += gridDim.x * MV_THREADS) shift[c] = ln[c];
+    }
+    __device__ void after(int row, float2 sum) const { out[row] = residual[row] + gate[row] * sum.x; }
+};
+
+// ---- the small kernels between ----
+
+// The token's place in the context, and x = x0 = LayerNorm_ln0(emb[token]). One block.
+__global__ void __launch_bounds__(MV_THREADS) decode_begin(float *x, Place *place, int *ids, const int *token, const floatX *emb,
+                                                           const floatX *gain, const floatX *bias, int64_t window, int C) {
+    __shared__ float2 shared[32];
+    const floatX *from = emb + (int64_t)*token * C;
+    const float2 norm = block_norm(from, C, shared);
+    for (int c = threadIdx.x * 8; c < C; c += MV_THREADS * 8) {
+        const Pack g = load(gain + c), b = load(bias + c);
+        Pack v = load(from + c);
+        for (int i = 0; i < 8; i++) v.x[i] = (v.x[i] - norm.x) * norm.y * g.x[i] + b.x[i];
+        store(x + c, v);
+    }
+    if (threadIdx.x > 0) return;
+    const int64_t t = ++place->first;
+    if (ids) ids[t] = *token;
+    if (place->begin < t + 1 - window) place->begin = t + 1 - window;
+}
+
+// A pack of 8 columns of h (32) w (32, C): the block's four warps take 8 of the 32 rows each, on the same 256 columns; the
+// sums come to warp 0.
+struct MixSum {
+    RawPack<floatX> raw[8];
+    __device__ void request(const floatX *w, int c, int C) {
+        for (int j = 0; j < 8; j++)
+            if (c < C) raw[j] = load_raw(w + (int64_t)(threadIdx.x / 32 * 8 + j) * C + c);
+    }
+    __device__ Pack sum(const float *h, float (&parts)[4][256]) const {
+        const int warp = threadIdx.x / 32, at = threadIdx.x % 32 * 8;
+        Pack total = zero_pack();
+        for (int j = 0; j < 8; j++) {
+            const Pack w = unpack(raw[j]);
+            for (int i = 0; i < 8; i++) total.x[i] += h[8 * warp + j] * w.x[i];
+        }
+        store(&parts[warp][at], total);
+        __syncthreads();
+        for (int other = 1; other < 4 && warp == 0; other++) {
+            const Pack part = load(&parts[other][at]);
+            for (int i = 0; i < 8; i++) total.x[i] += part.x[i];
+        }
+        return total;
+    }
+};
+
+// x_i = ln + dx * (mu_i + hidden_i w_i): grid (columns / 256, mixes), 128 threads
+struct Mixed {
+    const floatX *ln, *shift, *mu[5], *w;                   // w (mixes, 32, C)
+    const float *hidden;                                    // (mixes, 32)
+    floatX *xs;                                             // (mixes, C)
+};
+
+__global__ void __launch_bounds__(128) decode_mixes(Mixed p, int C) {
+    __shared__ __align__(16) float parts[4][256];
+    const int i = blockIdx.y, c = blockIdx.x * 256 + threadIdx.x % 32 * 8;
+    MixSum mix = {};
+    let_next_start();
+    mix.request(p.w + (int64_t)i * 32 * C, c, C);
+    wait_for_previous();
+    Pack m = mix.sum(p.hidden + 32 * i, parts);
+    if (threadIdx.x >= 32 || c >= C) return;
+    const Pack v = load(p.ln + c), before = load(p.shift + c), mu = load(p.mu[i] + c);
+    for (int j = 0; j < 8; j++) m.x[j] = v.x[j] + (before.x[j] - v.x[j]) * (mu.x[j] + m.x[j]);
+    store(p.xs + (int64_t)i * C + c, m);
+}
+
+// One step of WKV. Grid (H, 4): 16 values j of a head, all its keys i; S^T in registers, a thread one j and eight i.
+struct WkvStep {
+    const float *r, *k, *v, *v2, *hidden;                   // (A); hidden layers of w and v2 (64) each
+    const floatX *decay_w2, *value2_w2, *time_decay, *u;    // (64, A) twice, (A), (A) or null
+    const floatX *ln;
+    floatX *shift;                                          // ln1 becomes what the next token's shift sees
+    float *state, *y;                                       // (H, N values, N keys), (A)
+    bool use_v2, one_minus_w;
+    int H, C;
+};
+
+__global__ void __launch_bounds__(128) wkv_step(WkvStep p) {
+    __shared__ __align__(16) float parts[16][N];
+    __shared__ __align__(16) float parts2[64][16];
+    __shared__ float r[N];
+    __shared__ float k[N];
+    __shared__ float d_minus_1[N];
+    __shared__ float u[N];
+    __shared__ float v2[16];
+    const int t = threadIdx.x, h = blockIdx.x, A = p.H * N, head = h * N, j0 = head + 16 * blockIdx.y, j = t / 8, i0 = t % 8 * 8;
+    float *at = p.state + ((int64_t)j0 + j) * N + i0;
+    RawPack<floatX> w[4], w2;
+    let_next_start();
+    for (int i = 0; i < 4; i++) w[i] = load_raw(p.decay_w2 + (int64_t)(4 * j + i) * A + head + i0);
+    w2 = load_raw(p.value2_w2 + (int64_t)(t / 2) * A + j0 + t % 2 * 8);
+    Pack S = load(at);
+    wait_for_previous();
+    Pack sum = zero_pack(), extra = unpack(w2);
+    for (int i = 0; i < 4; i++) {
+        const Pack row = unpack(w[i]);
+        for (int e = 0; e < 8; e++) sum.x[e] += p.hidden[4 * j + i] * row.x[e];
+    }
+    for (int e = 0; e < 8; e++) extra.x[e] *= p.use_v2 ? p.hidden[64 + t / 2] : 0;
+    store(&parts[j][i0], sum);
+    store(&parts2[t / 2][t % 2 * 8], extra);
+    __syncthreads();
+    if (t < N) {
+        float decay = (float)p.time_decay[head + t];
+        for (int i = 0; i < 16; i++) decay += parts[i][t];
+        d_minus_1[t] = expm1f(-fminf(expf(decay), 128.f));
+        r[t] = p.r[head + t];
+        k[t] = p.k[head + t] * (p.one_minus_w ? -d_minus_1[t] : 1);
+        u[t] = p.u ? (float)p.u[head + t] : 0;
+    } else if (t < N + 16) {
+        float value = p.use_v2 ? p.v2[j0 + t - N] : 0;
+        for (int i = 0; i < 64; i++) value += parts2[i][t - N];
+        v2[t - N] = value;
+    }
+    __syncthreads();
+    const float v = p.v[j0 + j];
+    float y = 0;
+    for (int e = 0; e < 8; e++) {
+        const float kv = k[i0 + e] * v;
+        y += r[i0 + e] * (S.x[e] + u[i0 + e] * kv);
+        S.x[e] += S.x[e] * d_minus_1[i0 + e] + kv;
+    }
+    store(at, S);
+    y = warp_sum(y, 8);
+    if (t % 8 == 0) p.y[j0 + j] = y + v2[j];
+    for (int c = (blockIdx.y * p.H + h) * 128 + t; c < p.C; c += gridDim.y * p.H * 128) p.shift[c] = p.ln[c];
+}
+
+// ---- the new token's entry in the cache, and its keys and values for the window, all GOLD layers at once ----
+
+// c = w_kv_cache_a x
+struct CacheEntry : OneVector {
+    const float *x;
+    const floatX *w;
+    float *c;
+    int rows, K;
+    __device__ const floatX *weights(int row) const { return w + (int64_t)row * K; }
+    __device__ void before(floatX *v) const { copy_vector(v, x, K); }
+    __device__ void after(int row, float2 sum) const { c[row] = sum.x; }
+};
+
+// z = id_k0[id] + w_c c, K0 before its norm, of this token and the one before. Block 0 writes c to the cache; what counts
+// is what can be read from there.
+struct KeySums {
+    GoldSource g;
+    floatX *cache;                                          // writable: KV_COMPRESSED and KV_FULL
+    int8_t *cache8;                                         // KV_INT8
+    float *scales;
+    const float *c;
+    float *z;                                               // (2, C): of this token, of the one before (zeros at first)
+    const Place *place;
+    int rows, K;                                            // C, R16
+    __device__ const floatX *weights(int row) const { return g.w_c + (int64_t)row * K; }
+    __device__ int first(int) const { return 0; }
+    __device__ int second(int) const { return K; }
+    __device__ void before(floatX *x) const {
+        const int64_t t = place->first;
+        float largest = 0;
+        for (int i = threadIdx.x % 32; i < g.R; i += 32) largest = fmaxf(largest, fabsf((float)(floatX)c[i]));      // every warp
+        const float scale = warp_max(largest) / 127;
+        for (int i = threadIdx.x; i < K; i += MV_THREADS) {
+            float now = i < g.R ? (float)(floatX)c[i] : 0, last = 0;
+            if (cache8) {
+                const float whole = scale > 0 ? rintf(now / scale) : 0;
+                if (blockIdx.x == 0 && i < g.R) cache8[t * g.R + i] = (int8_t)whole;
+                now = whole * scale;
+                if (t > 0 && i < g.R) last = cache8[(t - 1) * g.R + i] * scales[t - 1];
+            } else {
+                if (blockIdx.x == 0 && i < g.R) cache[t * g.R + i] = (floatX)now;
+                if (t > 0 && i < g.R) last = (float)cache[(t - 1) * g.R + i];
+            }
+            x[i] = (floatX)now;
+            x[K + i] = (floatX)last;
+        }
+        if (cache8 && blockIdx.x == 0 && threadIdx.x == 0) scales[t] = scale;
+    }
+    __device__ void after(int row, float2 sum) const {
+        const int64_t t = place->first;
+        z[row] = sum.x + (float)g.id_k0[(int64_t)g.ids[t] * rows + row];
+        z[rows + row] = t > 0 ? sum.y + (float)g.id_k0[(int64_t)g.ids[t - 1] * rows + row] : 0;
+    }
+};
+
+// k1 = K0 + (shift(K0) - K0) * (time_maa_k + m_k), and v1 likewise from xo. Grid (columns / 256, 2 G): layer, side
+__global__ void __launch_bounds__(128) decode_keys_values(floatX *kv1, const GoldSource *sources, const float *z, const Place *place, int C) {
+    __shared__ __align__(16) float parts[4][256];
+    __shared__ float2 shared[32];
+    __shared__ float h[32];
+    const int side = blockIdx.y % 2, lane = threadIdx.x % 32, c = blockIdx.x * 256 + lane * 8;
+    const GoldSource &g = sources[blockIdx.y / 2];
+    const GoldSource::Side &s = side ? g.v : g.k;
+    MixSum mix = {};
+    let_next_start();
+    mix.request(s.mix_rows, c, C);
+    wait_for_previous();
+    const int64_t t = place->first, id = g.ids[t], id_before = t > 0 ? g.ids[t - 1] : -1;
+    if (threadIdx.x < 32) {
+        float hidden = (float)g.id_h[id * 64 + 32 * side + lane];
+        if (t > 0) hidden += (float)g.id_h_before[id_before * 64 + 32 * side + lane];
+        h[lane] = tanhf(hidden);
+    }
+    float2 squares = make_float2(0, 0);                     // of z: this token's, the one's before
+    for (int i = threadIdx.x; i < C && side == 0; i += 128) {
+        squares.x += z[i] * z[i];
+        squares.y += z[C + i] * z[C + i];
+    }
+    squares = block_sum(squares, shared);
+    __syncthreads();                                        // h
+    Pack m = mix.sum(h, parts);
+    if (threadIdx.x >= 32 || c >= C) return;
+    Pack now, before = zero_pack();
+    if (side) {
+        now = load(g.id_xo + id * C + c);
+        if (t > 0) before = load(g.id_xo + id_before * C + c);
+    } else {
+        const float scale = 1 / (sqrtf(squares.x / C) + 1e-8f), scale_before = 1 / (sqrtf(squares.y / C) + 1e-8f);
+        now = load(z + c);
+        before = load(z + C + c);
+        for (int i = 0; i < 8; i++) {
+            now.x[i] *= scale;
+            before.x[i] *= scale_before;
+        }
+    }
+    const Pack mu = load(s.mu + c);
+    for (int i = 0; i < 8; i++) m.x[i] = now.x[i] + (before.x[i] - now.x[i]) * (mu.x[i] + m.x[i]);
+    store(kv1 + (int64_t)blockIdx.y * C + c, m);
+}
+
+struct KvHidden : OneVector {                               // u = tanh(w1 x), x: k1 or v1 of a layer
+    const GoldSource *sources;
+    const floatX *kv1;
+    floatX *u;
+    int rows, K;
+    __device__ const GoldSource::Side &side(void) const { return blockIdx.y % 2 ? sources[blockIdx.y / 2].v : sources[blockIdx.y / 2].k; }
+    __device__ const floatX *weights(int row) const { return side().w1 + (int64_t)row * K; }
+    __device__ void before(floatX *x) const { copy_vector(x, kv1 + (int64_t)blockIdx.y * K, K); }
+    __device__ void after(int row, float2 sum) const { u[blockIdx.y * rows + row] = (floatX)tanhf(sum.x); }
+};
+
+struct KvLowRank : OneVector {                              // x + w2 u
+    const GoldSource *sources;
+    const floatX *kv1, *u;
+    float *kv2;
+    int rows, K;
+    __device__ const GoldSource::Side &side(void) const { return blockIdx.y % 2 ? sources[blockIdx.y / 2].v : sources[blockIdx.y / 2].k; }
+    __device__ const floatX *weights(int row) const { return side().w2 + (int64_t)row * K; }
+    __device__ void before(floatX *x) const { copy_vector(x, u + (int64_t)blockIdx.y * K, K); }
+    __device__ void after(int row, float2 sum) const {
+        const int64_t at = (int64_t)blockIdx.y * rows + row;
+        kv2[at] = (float)kv1[at] + sum.x;
+    }
+};
+
+// Their norms, into the window. A block for each layer and side.
+__global__ void __launch_bounds__(MV_THREADS) decode_window_append(const GoldSource *sources, const float *kv2, const Place *place,
+                                                                   int64_t window, int C) {
+    const GoldSource &g = sources[blockIdx.x / 2];
+    const GoldSource::Side &s = blockIdx.x % 2 ? g.v : g.k;
+    let_next_start();
+    wait_for_previous();
+    norm_vector(s.ring + place->first % window * C, kv2 + (int64_t)blockIdx.x * C, s.gain, s.bias, C);
+}
+
+// ---- layers ----
+
+static void finch_c2_decode(Infer *f, Layer *layer) {
+    const Dims &d = f->m.d;
+    const Params &p = layer->p;
+    const Packed &packed = f->packed[layer->l];
+    const Row &row = f->row;
+    const bool v2 = f->m.s.use_v2;
+    const int mixes = v2 ? 5 : 4;
+    MixHidden hidden = {};
+    hidden.x = row.x, hidden.gain = p.ln1_weight.w, hidden.bias = p.ln1_bias.w, hidden.w = packed.mix_w1;
+    hidden.mix = {layer->tmix_shift, {p.time_maa_x.w}}, hidden.ln = row.ln, hidden.hidden = row.hidden, hidden.rows = 32 * mixes, hidden.K = d.C;
+    matvec(hidden, d.C);
+    const Mixed mixed = {row.ln, layer->tmix_shift, {p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w, p.time_maa_v2.w},
+                         p.time_maa_w2.w, row.hidden, row.xs};
+    launch_early(decode_mixes, dim3((int)ceil_div(d.C, 256), mixes), 128, 0, mixed, d.C);
+    FinchProducts products = {row.xs, p.value.w, p.receptance.w, p.key.w, packed.decay_w1, packed.value2_w1,
+                              row.v, row.v2, row.r, row.k, row.hidden + 160, v2, d.A, 3 * d.A + (v2 ? 128 : 64), d.C};
+    matvec(products, mixes * d.C);
+    const WkvStep step = {row.r, row.k, row.v, row.v2, row.hidden + 160, p.time_decay_w2.w, p.time_value2_w2.w, p.time_decay.w,
+                          v2 ? nullptr : p.time_faaaa.w, row.ln, layer->tmix_shift, layer->wkv_state, row.y, v2,
+                          f->m.s.use_one_minus_w != 0, d.H, d.C};
+    launch_early(wkv_step, dim3(d.H, 4), 128, 0, step);
+}
+
+// The token's id and c are in x now, all that the GOLD layers will ever know of it.
+static void cache_decode(Infer *f) {
+    const Dims &d = f->m.d;
+    const Row &row = f->row;
+    const GoldSource &g = f->sources[0];
+    CacheEntry entry = {};
+    entry.x = row.x, entry.w = f->m.top.w_kv_cache_a.w, entry.c = row.c, entry.rows = d.R, entry.K = d.C;
+    matvec(entry, d.C);
+    matvec(KeySums{g, f->c, f->c8, f->scales, row.c, row.z, f->place, d.C, g.R16}, 2 * g.R16);
+    launch_early(decode_keys_values, dim3((int)ceil_div(d.C, 256), 2 * f->G), 128, 0, row.kv1, f->device_sources, row.z, f->place, d.C);
+    KvHidden hidden = {};
+    hidden.sources = f->device_sources, hidden.kv1 = row.kv1, hidden.u = row.u, hidden.rows = g.rank16, hidden.K = d.C;
+    matvec(hidden, d.C, 2 * f->G);
+    KvLowRank low_rank = {};
+    low_rank.sources = f->device_sources, low_rank.kv1 = row.kv1, low_rank.u = row.u, low_rank.kv2 = row.kv2, low_rank.rows = d.C;
+    low_rank.K = g.rank16;
+    matvec(low_rank, g.rank16, 2 * f->G);
+    launch_early(decode_window_append, dim3(2 * f->G), MV_THREADS, 0, f->device_sources, row.kv2, f->place, f->window, d.C);
+}
+
+static void gold_decode(Infer *f, Layer *layer) {
+    const Dims &d = f->m.d;
+    const Params &p = layer->p;
+    const Row &row = f->row;
+    const GoldSource &g = f->sources[layer->l - d.G0];
+    MixHidden hidden = {};
+    hidden.x = row.x, hidden.gain = p.ln1_weight.w, hidden.bias = p.ln1_bias.w, hidden.w = f->packed[layer->l].mix_w1;
+    hidden.mix = {layer->tmix_shift, {p.time_maa_x.w}}, hidden.ln = row.ln, hidden.hidden = row.hidden, hidden.rows = 32, hidden.K = d.C;
+    matvec(hidden, d.C);
+    const Mixed mixed = {row.ln, layer->tmix_shift, {p.time_maa_q.w}, p.time_maa_q_w2.w, row.hidden, row.xs};
+    launch_early(decode_mixes, dim3((int)ceil_div(d.C, 256), 1), 128, 0, mixed, d.C);
+    Product query = {};
+    query.x = row.xs, query.w = p.query.w, query.out = row.q, query.rows = d.C, query.K = d.C;
+    matvec(query, d.C);
+    WindowTask task = {};
+    task.q0 = row.q, task.gain = p.ln_q_weight.w, task.bias = p.ln_q_bias.w, task.shift = layer->tmix_shift, task.ln = row.ln;
+    task.M = 1;
+    gold_attention(f, g, row.y, task);
+}
+
+static void cmix_decode(Infer *f, Layer *layer) {                           // row.x = row.x_mid + ..
+    const Dims &d = f->m.d;
+    const Params &p = layer->p;
+    const Row &row = f->row;
+    const CmixIn in = {f->m.s.parallel ? row.x : row.x_mid, p.ln2_weight.w, p.ln2_bias.w, p.ffn_key.w, p.ffn_receptance.w,
+                       {layer->cmix_shift, {p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}}, row.ln, row.ffn, row.gate, d.F, d.F + d.C, d.C};
+    matvec(in, 2 * d.C);
+    CmixOut out = {};
+    out.k = row.ffn, out.value = p.ffn_value.w, out.ln = row.ln, out.gate = row.gate, out.residual = row.x_mid;
+    out.shift = layer->cmix_shift, out.out = row.x, out.rows = d.C, out.K = d.F;
+    matvec(out, d.F);
+}
+
+// How the mixers decode. A time mixer leaves row.y, before ln_x and `output`; a model with another mixer decodes as it pre-fills.
+typedef struct Decoder { const char *name; void (*decode)(Infer *, Layer *); } Decoder;
+static const Decoder TIME_DECODERS[] = {{"x060c2", finch_c2_decode}, {"gold", gold_decode}};
+static const Decoder CHANNEL_DECODERS[] = {{"x060", cmix_decode}};
+
+template <size_t n> static const Decoder *find_decoder(const Decoder (&table)[n], const char *name) {       // NULL if there is none
+    for (const Decoder &decoder : table)
+        if (strcmp(decoder.name, name) == 0) return &decoder;
+    return nullptr;
+}
+
+// Queues a step: *token goes on from the context, f->logits are what comes next. The same launches every time.
+static void queue_step(Infer *f, const int *token) {
+    const Model *m = &f->m;
+    const Dims &d = m->d;
+    const Row &row = f->row;
+    const Params &top = m->top, &first = m->layers[0].p;
+    decode_begin<<<1, MV_THREADS, 0, stream>>>(row.x, f->place, f->ids, token, top.emb.w, first.ln0_weight.w, first.ln0_bias.w, f->window, d.C);
+    for (int l = 0; l < d.L; l++) {
+        Layer *layer = &f->m.layers[l];
+        if (f->G && l == d.G0) cache_decode(f);
+        find_decoder(TIME_DECODERS, layer->tmix->name)->decode(f, layer);
+        NormProduct output = {};
+        output.x = row.y, output.residual = row.x, output.gain = layer->p.ln_x_weight.w, output.bias = layer->p.ln_x_bias.w;
+        output.w = layer->p.output.w, output.out = row.x_mid, output.rows = d.C, output.K = d.A;
+        matvec(output, d.A);
+        find_decoder(CHANNEL_DECODERS, layer->cmix->name)->decode(f, layer);
+    }
+    NormProduct head = {};
+    head.x = row.x, head.gain = top.ln_out_weight.w, head.bias = top.ln_out_bias.w, head.w = top.head.w, head.out = f->logits;
+    head.rows = d.V, head.K = d.C;
+    matvec(head, d.C);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 4. Engine
 
 // ---- memory ----
 
 static int64_t cache_bytes_per_token(const Infer *f) {
     const int64_t C = f->m.d.C, R = f->m.d.R;
     if (!has_cache(&f->m)) return 0;
-    if (f->kv == KV_FULL) return sizeof(int) + 2 * f->G * C * (int64_t)sizeof(floatX);
-    return sizeof(int) + (f->kv == KV_INT8 ? R + (int64_t)sizeof(float) : R * (int64_t)sizeof(floatX));
+    const int64_t full = f->kv == KV_FULL ? 2 * f->G * C * (int64_t)sizeof(floatX) : 0;
+    return sizeof(int) + full + (f->kv == KV_INT8 ? R + (int64_t)sizeof(float) : R * (int64_t)sizeof(floatX));
 }
 
 static void alloc_floats(floatX **p, int64_t n) { device_alloc((void **)p, n * sizeof(floatX)); }
@@ -469,10 +1195,39 @@ static void choose_attention_shape(Infer *f) {
         die(2, "n_embd %d does not fit the %zu bytes of shared memory that a block has here", g.C, limit);
     f->queries = 1;
     while (f->queries < f->tail && read_smem(nullptr, g, f->tile_rows, f->queries + 1).bytes <= limit) f->queries++;
-    const int64_t sums = (int64_t)READ_SPLITS * f->queries;
-    device_alloc((void **)&f->partial_out, sums * g.C * sizeof(float));
-    device_alloc((void **)&f->partial_top, sums * g.H * sizeof(float));
-    device_alloc((void **)&f->partial_sum, sums * g.H * sizeof(float));
+    const int64_t sums = (int64_t)(WINDOW_SPLITS + READ_SPLITS) * f->queries;
+    device_alloc((void **)&f->sums.out, sums * g.C * sizeof(float));
+    device_alloc((void **)&f->sums.top, sums * g.H * sizeof(float));
+    device_alloc((void **)&f->sums.sum, sums * g.H * sizeof(float));
+}
+
+// Matrices that a step reads by rows of C, and its vectors.
+static void prepare_decode(Infer *f) {
+    const Dims &d = f->m.d;
+    f->packed = (Packed *)calloc(d.L, sizeof(Packed));
+    f->decodes = true;
+    for (int l = 0; l < d.L; l++) {
+        const Layer &layer = f->m.layers[l];
+        const Params &p = layer.p;
+        if (!find_decoder(TIME_DECODERS, layer.tmix->name) || !find_decoder(CHANNEL_DECODERS, layer.cmix->name)) f->decodes = false;
+        if (p.time_maa_q_w1.w) f->packed[l].mix_w1 = packed(32, d.C, p.time_maa_q_w1, d.C, 32, true);
+        if (!p.time_maa_w1.w || !p.time_value2_w1.w) continue;
+        f->packed[l] = {packed(160, d.C, p.time_maa_w1, d.C, 160, true), packed(64, d.C, p.time_decay_w1, d.C, 64, true),
+                        packed(64, d.C, p.time_value2_w1, d.C, 64, true)};
+    }
+    Row &row = f->row;
+    const int64_t kv = 2 * f->G, rank16 = multiple_of_16(gold_rank(d));
+    alloc_floats(&row.ln, d.C);
+    alloc_floats(&row.xs, 5 * d.C);
+    alloc_floats(&row.ffn, d.F);
+    alloc_floats(&row.kv1, kv * d.C);
+    alloc_floats(&row.u, kv * rank16);
+    for (float **p : {&row.r, &row.k, &row.v, &row.v2, &row.y, &row.q}) device_alloc((void **)p, d.A * sizeof(float));
+    for (float **p : {&row.x, &row.x_mid, &row.gate}) device_alloc((void **)p, d.C * sizeof(float));
+    device_alloc((void **)&row.hidden, 288 * sizeof(float));
+    device_alloc((void **)&row.c, d.R * sizeof(float));
+    device_alloc((void **)&row.z, 2 * d.C * sizeof(float));
+    device_alloc((void **)&row.kv2, kv * d.C * sizeof(float));
 }
 
 // Tables over the vocabulary and weights in the layout that attention reads; once, after the weights are in place.
@@ -497,10 +1252,12 @@ static void prepare_gold(Infer *f) {
         g.C = d.C, g.H = d.H, g.R = d.R, g.R16 = R16, g.rank16 = rank16;
         Param mix_v = p.time_maa_kv_w2;
         mix_v.w += 32 * C;
-        g.k = {p.time_maa_k.w, packed(d.C, 32, p.time_maa_kv_w2, 32, d.C, true), packed(rank16, d.C, p.time_key_w1, d.C, rank, true),
-               packed(d.C, rank16, p.time_key_w2, rank, d.C, true), p.ln_k_weight.w, p.ln_k_bias.w};
-        g.v = {p.time_maa_v.w, packed(d.C, 32, mix_v, 32, d.C, true), packed(rank16, d.C, p.time_value_w1, d.C, rank, true),
-               packed(d.C, rank16, p.time_value_w2, rank, d.C, true), p.ln_v_weight.w, p.ln_v_bias.w};
+        g.k = {p.time_maa_k.w, packed(d.C, 32, p.time_maa_kv_w2, 32, d.C, true), p.time_maa_kv_w2.w,
+               packed(rank16, d.C, p.time_key_w1, d.C, rank, true), packed(d.C, rank16, p.time_key_w2, rank, d.C, true),
+               p.ln_k_weight.w, p.ln_k_bias.w, g.k.ring};
+        g.v = {p.time_maa_v.w, packed(d.C, 32, mix_v, 32, d.C, true), mix_v.w,
+               packed(rank16, d.C, p.time_value_w1, d.C, rank, true), packed(d.C, rank16, p.time_value_w2, rank, d.C, true),
+               p.ln_v_weight.w, p.ln_v_bias.w, g.v.ring};
         // (xo + dxo mu) @ w1 = xo_t @ (1 - mu) w1 + xo_{t-1} @ mu w1
         for (int before = 0; before < 2; before++)
             scale_rows<<<blocks_of(C * 64), 256, 0, stream>>>(w1[before], p.time_maa_kv_w1.w, p.time_maa_v_cache.w, !before, C * 64, 64);
@@ -517,6 +1274,7 @@ static void prepare_gold(Infer *f) {
             matmul(id_h_before + first * 64, 64, rows(m->xo, C), rows(w1[1], 64), here, 64, d.C);
         }
     }
+    CUDA_CHECK(cudaMemcpyAsync(f->device_sources, f->sources, f->G * sizeof(GoldSource), cudaMemcpyHostToDevice, stream));
     CUDA_CHECK(cudaStreamSynchronize(stream));
     for (floatX *w : w1) cudaFree(w);
 }
@@ -549,10 +1307,73 @@ static void settings_from_tensors(Settings *s, const SafeTensors *file) {
         s->kv_cache_compression_ratio = (double)s->n_embd / (double)shape_of(file, "w_kv_cache_a.weight", 0);
 }
 
+// ---- the window ----
+
+// Rows of the cache: c of tokens first.. (zeros before the context) for a block each, as the trainer's layers want it
+__global__ void read_cache_rows(floatX *to, int *ids, GoldSource g, int64_t first) {
+    const int64_t t = first + blockIdx.x;
+    for (int i = threadIdx.x; i < g.R; i += blockDim.x) {
+        float c = 0;
+        if (t >= 0) c = g.c8 ? g.c8[t * g.R + i] * g.scales[t] : (float)g.c[t * g.R + i];
+        to[(int64_t)blockIdx.x * g.R + i] = (floatX)c;
+    }
+    if (threadIdx.x == 0) ids[blockIdx.x] = t >= 0 ? g.ids[t] : 0;
+}
+
+// Keys and values of tokens begin..end-1, which are in the cache, into the window: by the trainer's layers, in chunks, row 0
+// being the token before.
+static void fill_window(Infer *f, int64_t begin, int64_t end) {
+    Model *m = &f->m;
+    const Dims &d = m->d;
+    const Param W = m->top.w_kv_cache_b;
+    for (int64_t at = begin; at < end; at += f->chunk) {
+        const int n = (int)(end - at < f->chunk ? end - at : f->chunk);
+        m->d.lead = 1;
+        set_batch(m, 1, n + 1);
+        read_cache_rows<<<n + 1, 128, 0, stream>>>(m->cache, m->tokens, f->sources[0], at - 1);
+        model_embed(m);
+        linear_forward(m->k0_sum, m->x0, W, d.BT, d.A, d.C);
+        linear_forward(m->k0_sum, m->cache, columns_from(W, d.C), d.BT, d.A, d.R, 1);
+        rms_norm_forward<<<d.BT, row_threads(d.A), 0, stream>>>(m->k0, m->k0_sum, d.A);
+        for (floatX *row : {m->k0, m->xo})                                  // before the first token there is nothing
+            if (at == 0) CUDA_CHECK(cudaMemsetAsync(row, 0, d.C * sizeof(floatX), stream));
+        for (int i = 0; i < f->G; i++) {
+            Layer *layer = &m->layers[d.G0 + i];
+            gold_keys_values(m, layer);
+            append_to_ring<<<n, row_threads(d.C), 0, stream>>>(f->sources[i].k.ring, layer->gold.k + d.C, at, f->window, d.C);
+            append_to_ring<<<n, row_threads(d.C), 0, stream>>>(f->sources[i].v.ring, layer->gold.v + d.C, at, f->window, d.C);
+        }
+    }
+    if (begin != f->window_end) f->window_begin = begin;                    // no longer joined to what was there
+    if (f->window_begin < end - f->window) f->window_begin = end - f->window;
+    f->window_end = end;
+}
+
+// The newest tokens, as far as they are not there yet.
+static void extend_window(Infer *f) {
+    const int64_t begin = f->position - f->window > f->window_end ? f->position - f->window : f->window_end;
+    if (f->G && begin < f->position) fill_window(f, begin, f->position);
+}
+
+__global__ void set_place(Place *place, Place now) { *place = now; }
+
+// Tells the device where the context stands; first: the position of the first query to come, less one for a recorded step.
+static void move_place(Infer *f, int64_t first) {
+    const Place now = {first, f->window_begin};
+    set_place<<<1, 1, 0, stream>>>(f->place, now);
+}
+
+static void make_window(Infer *f) {                                         // from what is saved
+    f->window_begin = f->window_end = 0;
+    extend_window(f);
+    move_place(f, f->position - 1);
+}
+
 // ---- start ----
 
 // Everything but the weights' values: plan, memory, the cache for `capacity` tokens (0: as many as fit, a million at most).
-static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity, int chunk) {
+// chunk: tokens of a pre-fill chunk; window: most tokens whose keys and values are kept (KV_FULL: all).
+static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity, int chunk, int64_t window) {
     Infer *f = (Infer *)calloc(1, sizeof(Infer));
     Model *m = &f->m;
     Settings s = *settings;
@@ -573,7 +1394,8 @@ static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity
     CUDA_CHECK(cudaMemGetInfo(&available, &total));
     const int64_t weights = m->n_block * (int64_t)(sizeof(floatX) + 4), per_token = cache_bytes_per_token(f);
     const int64_t tables = f->G ? (int64_t)d.V * (2 * d.C + 128 * f->G) * sizeof(floatX) : 0, small = CUBLAS_WORKSPACE + (256 << 20);
-    const int64_t need = weights + tables + m->activation_bytes + small;
+    const int64_t ring = kv == KV_FULL ? 0 : window * 2 * f->G * d.C * (int64_t)sizeof(floatX);
+    const int64_t need = weights + tables + ring + m->activation_bytes + small;
     if (need > (int64_t)available)
         die(2, "%s has %.2f GiB free, and the model needs %.2f GiB", machine_name(), available / 1073741824.0, need / 1073741824.0);
     const int64_t fits = per_token ? ((int64_t)available - need) / per_token : INT64_MAX;
@@ -590,25 +1412,27 @@ static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity
         else device_alloc((void **)&layer->wkv_state, (int64_t)d.H * N * N * sizeof(float));
     }
     device_alloc((void **)&f->logits, d.V * sizeof(float));
+    device_alloc((void **)&f->place, sizeof(Place));
+    device_alloc((void **)&f->token, sizeof(int));
+    f->window = kv == KV_FULL || window > f->capacity ? f->capacity : window;
     if (!f->G) return f;
     f->sources = (GoldSource *)calloc(f->G, sizeof(GoldSource));
+    device_alloc((void **)&f->device_sources, f->G * sizeof(GoldSource));
     device_alloc((void **)&f->ids, f->capacity * sizeof(int));
-    if (kv == KV_COMPRESSED) alloc_floats(&f->c, f->capacity * d.R);
+    if (kv != KV_INT8) alloc_floats(&f->c, f->capacity * d.R);
     if (kv == KV_INT8) device_alloc((void **)&f->c8, f->capacity * d.R);
     if (kv == KV_INT8) device_alloc((void **)&f->scales, f->capacity * sizeof(float));
     for (int i = 0; i < f->G; i++) {
         GoldSource &g = f->sources[i];
-        floatX *keys = nullptr, *values = nullptr;
-        if (kv == KV_FULL) alloc_floats(&keys, f->capacity * d.C);
-        if (kv == KV_FULL) alloc_floats(&values, f->capacity * d.C);
-        g.ids = f->ids, g.c = f->c, g.c8 = f->c8, g.scales = f->scales, g.keys = keys, g.values = values;
+        g.ids = f->ids, g.c = f->c, g.c8 = f->c8, g.scales = f->scales;
+        for (floatX **p : {&g.k.ring, &g.v.ring}) alloc_floats(p, f->window * d.C);
     }
     for (floatX **p : {&f->tail_x[0], &f->tail_x[1]}) alloc_floats(p, (int64_t)f->tail * d.C);
-    for (floatX **p : {&f->k0_last, &f->xo_last}) alloc_floats(p, d.C);
     return f;
 }
 
 static void infer_prepare(Infer *f) {                                       // after the weights have their values
+    prepare_decode(f);
     if (!f->G) return;
     prepare_gold(f);
     choose_attention_shape(f);
@@ -625,7 +1449,7 @@ Infer *infer_open(const char *path, KvKind kv, int64_t capacity) {
         settings_from_tensors(&s, &file);
     }
     settings_check(&s);
-    Infer *f = infer_create(&s, kv, capacity, 256);
+    Infer *f = infer_create(&s, kv, capacity, 256, WINDOW);
     f->model_hash = hash_bytes(hash_start, file.data, (size_t)file.data_size);
     safetensors_close(&file);
     load_weights(&f->m, path, false);
@@ -663,32 +1487,29 @@ static int infer_carried(const Infer *f, Carried *list) {                   // l
     }
     add("logits", 0, "F32", f->logits, d.V, 4);
     if (!f->G) return n;
-    add("k0_last", 0, type, f->k0_last, d.C, sizeof(floatX));
-    add("xo_last", 0, type, f->xo_last, d.C, sizeof(floatX));
     add("ids", 0, "I32", f->ids, T, 4);
     add("c", 0, type, f->c, T * d.R, sizeof(floatX));
     add("c8", 0, "I8", f->c8, T * d.R, 1);
     add("scales", 0, "F32", f->scales, T, 4);
-    for (int i = 0; i < f->G; i++) {
-        add("blocks.%d.keys", d.G0 + i, type, f->sources[i].keys, T * d.C, sizeof(floatX));
-        add("blocks.%d.values", d.G0 + i, type, f->sources[i].values, T * d.C, sizeof(floatX));
-    }
     return n;
 }
 
 static Carried *carried_room(const Infer *f) { return (Carried *)calloc(16 + 5 * f->m.d.L, sizeof(Carried)); }
 
 void infer_reset(Infer *f) {                                                // forget the context
-    f->position = 0;
+    f->position = f->window_begin = f->window_end = 0;
     f->tail_rows = 0;
+    move_place(f, -1);
     Carried *list = carried_room(f);
     const int n = infer_carried(f, list);
     for (int i = 0; i < n; i++) CUDA_CHECK(cudaMemsetAsync(list[i].p, 0, list[i].count * list[i].width, stream));
     free(list);
 }
 
-// The context to a safetensors file, bound to its model by the hash of the weights.
-void infer_save_state(const Infer *f, const char *path) {
+// The context to a safetensors file, bound to its model by the hash of the weights. Whoever loads it makes the window
+// anew, to bits that may differ from those it has grown to here: so it is made anew here as well, and both go on alike.
+void infer_save_state(Infer *f, const char *path) {
+    make_window(f);
     Carried *list = carried_room(f);
     const int n = infer_carried(f, list);
     char *header = nullptr;
@@ -744,6 +1565,7 @@ void infer_load_state(Infer *f, const char *path) {
     }
     free(list);
     safetensors_close(&file);
+    make_window(f);
 }
 
 void infer_cache_bytes(const Infer *f, int64_t *total, double *per_token, double *transformer_per_token) {
@@ -772,26 +1594,12 @@ static void stage_rows(Infer *f, const int *ids, int n) {
     set_batch(m, 1, n + 1);
 }
 
-// The rows' ids and c, or keys and values, into the cache at the present position. x: before the GOLD layers.
+// The rows' ids and c into the cache at the present position. x: before the GOLD layers.
 static void append_to_cache(Infer *f, const floatX *x, int n) {
     Model *m = &f->m;
     const Dims &d = m->d;
     const int64_t at = f->position;
     append_tokens<<<blocks_of(n), 256, 0, stream>>>(f->ids + at, m->tokens + 1, n);
-    if (f->kv == KV_FULL) {
-        token_cat_forward(m, x);
-        carry_shift(m, m->k0, f->k0_last);
-        carry_shift(m, m->xo, f->xo_last);
-        for (int i = 0; i < f->G; i++) {
-            Layer *layer = &m->layers[d.G0 + i];
-            gold_keys_values(m, layer);
-            const size_t bytes = (size_t)n * d.C * sizeof(floatX);
-            floatX *keys = (floatX *)f->sources[i].keys + at * d.C, *values = (floatX *)f->sources[i].values + at * d.C;
-            CUDA_CHECK(cudaMemcpyAsync(keys, layer->gold.k + d.C, bytes, cudaMemcpyDeviceToDevice, stream));
-            CUDA_CHECK(cudaMemcpyAsync(values, layer->gold.v + d.C, bytes, cudaMemcpyDeviceToDevice, stream));
-        }
-        return;
-    }
     linear_forward(m->cache, x + d.C, m->top.w_kv_cache_a, n, d.R, d.C);
     if (f->kv == KV_INT8) append_int8<<<n, 32, 0, stream>>>(f->c8 + at * d.R, f->scales + at, m->cache, d.R);
     else append_floats<<<blocks_of((int64_t)n * d.R), 256, 0, stream>>>(f->c + at * d.R, m->cache, (int64_t)n * d.R);
@@ -824,10 +1632,17 @@ static void infer_chunk(Infer *f, const int *ids, int n, bool all) {
     const int64_t E = (int64_t)d.BT * d.C;
     add_forward<<<pack_blocks(E), 256, 0, stream>>>(x, m->layers[d.G0 - 1].x_mid, m->branch, E);
     append_to_cache(f, x, n);
-    f->row_position = f->position;
     f->position += n;
-    if (all) model_layers(m, d.G0, d.L);
-    else keep_tail(f, x, n);
+    if (!all) {
+        keep_tail(f, x, n);
+        return;
+    }
+    extend_window(f);
+    set_batch(m, 1, n + 1);
+    f->row_position = f->position - n;
+    move_place(f, f->row_position);
+    model_layers(m, d.G0, d.L);
+    move_place(f, f->position - 1);
 }
 
 // Logits (fp32) of `count` rows, the first of them `row`, to device memory.
@@ -837,6 +1652,17 @@ static void infer_head(Infer *f, float *logits, int row, int count) {
     matmul(logits, d.V, rows(xf, d.C), columns(head, d.C), count, d.V, d.C);
 }
 
+static bool infer_decodes(const Infer *f) { return f->decodes && f->position < f->window; }
+
+// A step, recorded: `queue` is queue_step and perhaps more.
+template <typename F> static void infer_step(Infer *f, Recording (&recordings)[2], const F &queue) {
+    if (f->position == f->capacity && f->G) die(2, "the context has %ld tokens, the most that it can", f->capacity);
+    f->position++;
+    if (f->window_end < f->position) f->window_end = f->position;
+    if (f->window_begin < f->position - f->window) f->window_begin = f->position - f->window;
+    run_recorded(&recordings[f->window_begin > 0], queue);
+}
+
 // n tokens go on from the context; afterwards the logits of the last one are ready. What the GOLD layers' shifts carry is
 // exact before and after: short input goes through them as it stands, of longer input the last 2 G + 1 tokens do.
 void infer_feed(Infer *f, const int *ids, int64_t n) {
@@ -844,17 +1670,25 @@ void infer_feed(Infer *f, const int *ids, int64_t n) {
     const Dims &d = m->d;
     if (f->position + n > f->capacity && f->G)
         die(2, "the context would be %ld tokens long, expected at most %ld", f->position + n, f->capacity);
+    if (n == 1 && infer_decodes(f)) {
+        CUDA_CHECK(cudaMemcpyAsync(f->token, ids, sizeof(int), cudaMemcpyHostToDevice, stream));
+        infer_step(f, f->recordings, [=] { queue_step(f, f->token); });
+        return;
+    }
     f->tail_rows = 0;
     for (int64_t done = 0; done < n; done += f->chunk) infer_chunk(f, ids + done, (int)(n - done < f->chunk ? n - done : f->chunk), false);
     if (f->G) {
+        extend_window(f);
         set_batch(m, 1, f->tail_rows + 1);
         CUDA_CHECK(cudaMemcpyAsync(m->layers[d.G0].x + d.C, f->tail_x[f->tail_now], (size_t)f->tail_rows * d.C * sizeof(floatX),
                                    cudaMemcpyDeviceToDevice, stream));
         f->row_position = f->position - f->tail_rows;
+        move_place(f, f->row_position);
         model_layers(m, d.G0, d.L);
     }
     model_final_norm(m);
     infer_head(f, f->logits, d.BT - 1, 1);
+    move_place(f, f->position - 1);
 }
 
 // ---- scoring: every position of a text through all layers ----
@@ -901,9 +1735,9 @@ void infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int chunk,
 #ifdef GOLDFINCH_TEST
 extern "C" {
 
-// An engine with the weights of a model; chunk: tokens of a pre-fill chunk.
-Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk) {
-    Infer *f = infer_create(&m->s, (KvKind)kv, capacity, chunk);
+// An engine with the weights of a model; chunk: tokens of a pre-fill chunk; window: most tokens whose keys and values are kept.
+Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk, int64_t window) {
+    Infer *f = infer_create(&m->s, (KvKind)kv, capacity, chunk, window);
     for (int i = 0; i < m->n_tensors; i++) {
         const Tensor *t = &m->tensors[i];
         CUDA_CHECK(cudaMemcpy(f->m.master + t->offset, m->master + t->offset, t->size * sizeof(float), cudaMemcpyDeviceToDevice));
@@ -916,16 +1750,25 @@ Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk) {
 void gf_infer_free(Infer *f) {
     Carried *list = carried_room(f);
     CUDA_CHECK(cudaStreamSynchronize(stream));
+    for (Recording &r : f->recordings) recording_free(&r);
     const int n = infer_carried(f, list);
     for (int i = 0; i < n; i++) cudaFree(list[i].p);
     free(list);
     for (int i = 0; i < f->G; i++) {
         const GoldSource &g = f->sources[i];
-        for (const floatX *p : {g.id_h, g.id_h_before, g.k.mix, g.k.w1, g.k.w2, g.v.mix, g.v.w1, g.v.w2}) cudaFree((void *)p);
+        for (const floatX *p : {g.id_h, g.id_h_before}) cudaFree((void *)p);
+        for (const GoldSource::Side *side : {&g.k, &g.v})
+            for (const floatX *p : {side->mix, side->w1, side->w2, (const floatX *)side->ring}) cudaFree((void *)p);
     }
-    for (floatX *p : {f->w_c, f->id_k0, f->id_xo, f->tail_x[0], f->tail_x[1]}) cudaFree(p);
-    for (float *p : {f->partial_out, f->partial_top, f->partial_sum}) cudaFree(p);
+    for (int l = 0; l < f->m.d.L; l++)
+        for (floatX *p : {f->packed[l].mix_w1, f->packed[l].decay_w1, f->packed[l].value2_w1}) cudaFree(p);
+    const Row &row = f->row;
+    for (floatX *p : {f->w_c, f->id_k0, f->id_xo, f->tail_x[0], f->tail_x[1], row.ln, row.xs, row.ffn, row.kv1, row.u}) cudaFree(p);
+    for (float *p : {f->sums.out, f->sums.top, f->sums.sum, row.x, row.x_mid, row.hidden, row.r, row.k, row.v, row.v2, row.y, row.q, row.gate,
+                     row.c, row.z, row.kv2}) cudaFree(p);
+    for (void *p : {(void *)f->place, (void *)f->token, (void *)f->device_sources}) cudaFree(p);
     free(f->sources);
+    free(f->packed);
     model_free(&f->m);
     free(f);
 }
@@ -960,7 +1803,7 @@ double gf_infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int c
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 4. Tokenizer (spec section 9): text to ids and back. Byte-level models need no vocabulary: an id is a byte + 1. Others
+// 5. Tokenizer (spec section 9): text to ids and back. Byte-level models need no vocabulary: an id is a byte + 1. Others
 //    take RWKV World's, a text file of lines `ID LITERAL LENGTH`, LITERAL a Python string or bytes literal.
 
 // A trie's node: which bytes may follow, the node of the first of these (the others come after it, in order), and the
@@ -1285,7 +2128,7 @@ int64_t gf_printable(const unsigned char *bytes, int64_t n, unsigned char *text)
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 5. Sampler (spec section 10), on the device: only the id that was drawn comes to the host.
+// 6. Sampler (spec section 10), on the device: only the id that was drawn comes to the host.
 //
 // No sorting. Logits become whole numbers with the same order (keys), probabilities whole numbers too (masses, in units
 // of 2^-39 of the likeliest token's): sums of these are the same in any order, so that results are the same bits in
@@ -1648,7 +2491,7 @@ void gf_sample_probabilities(const float *logits, int V, const int *history, int
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 6. Command line: flags, prompt, continuation, score
+// 7. Command line: flags, prompt, continuation, score
 
 typedef const char *TEXT;
 typedef bool SWITCH;
@@ -1863,6 +2706,7 @@ typedef struct Session {
     int64_t vocab_size, prompt_tokens, decoded;                 // decoded: tokens drawn but for the first ones
     double prompt_seconds, decode_seconds;
     int pending;                                                // drawn, but not fed yet; -1: none
+    Recording recordings[2];                                    // of a step and the next draw
 } Session;
 
 void session_read(Session *s, const int *ids, int64_t n) {      // reads a prompt, n > 0
@@ -1878,9 +2722,16 @@ void session_write(Session *s) {
     double begin = 0;
     sampler_begin(&s->sampler, infer_position(s->m), -1);
     for (int64_t i = 0; i < s->o->n && !stop_requested; i++) {
-        if (s->pending >= 0) { infer_feed(s->m, &s->pending, 1); }
+        if (s->pending >= 0 && infer_decodes(s->m)) {           // it is the one that was drawn last: the device has it
+            infer_step(s->m, s->recordings, [=] {
+                queue_step(s->m, &s->sampler.state->drawn);
+                sampler_queue(&s->sampler, infer_logits(s->m));
+            });
+        } else {
+            if (s->pending >= 0) { infer_feed(s->m, &s->pending, 1); }
+            sampler_queue(&s->sampler, infer_logits(s->m));
+        }
         s->pending = -1;
-        sampler_queue(&s->sampler, infer_logits(s->m));
         const int id = sampler_result(&s->sampler);
         const double now = seconds_now();
         if (i > 0) { s->decode_seconds += now - begin; s->decoded++; }         // the first comes with the prompt
