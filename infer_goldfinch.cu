@@ -25,25 +25,38 @@ enum KvKind { KV_COMPRESSED, KV_INT8, KV_FULL };            // c in floatX; c in
 
 // What a GOLD layer needs of tokens to make its keys and values, or has of them already. A token's key and value depend
 // on its id, its c, and those of the token before. Whatever depends on an id alone stands in tables over the vocabulary.
+struct alignas(16) TilePair { TileB b[2]; };                // right operands of two steps of 16 of a product's inner index
+
 struct GoldSource {
     const int *ids;                         // (T)
-    const floatX *c;                        // (T, R)                   KV_COMPRESSED
-    const int8_t *c8;                       // (T, R) and (T): c = c8 * scale       KV_INT8
+    const floatX *c;                        // (T, R)
+    const int8_t *c8;                       // (T, R) and (T): c = c8 * scale, in its place with KV_INT8
     const float *scales;
     const floatX *id_k0, *id_xo;            // (V, C): W_b[:, :C] x0 and xo = rms_norm(x0)
+    const floatX *id_c;                     // (V, R32): id_k0 W_b[:, C:]
+    const float *id_squares;                // (V): |id_k0|^2
     const floatX *id_h, *id_h_before;       // (V, 64): the mixes' hidden layer, from the token's id and the one before
-    const floatX *w_c;                      // (C, R16): W_b[:, C:], rows padded with zeros to R16, a multiple of 16
+    const floatX *w_c;                      // (C, R32): W_b[:, C:]
+    const TilePair *c_gram;                 // W_b[:, C:]^T W_b[:, C:]
     struct Side {                           // of keys; of values
-        const floatX *mu, *mix, *mix_rows;  // (C): time_maa_k or _v; (C, 32): time_maa_kv_w2[0 or 1] transposed; (32, C): as it is
-        const floatX *w1, *w2;              // (rank16, C), (C, rank16): time_key_w1, _w2 or time_value_.. transposed
+        const floatX *mu, *mix;             // (C): time_maa_k or _v; (32, C): time_maa_kv_w2[0 or 1]
+        const floatX *w1, *w2;              // (rank_pad, C): time_key_w1 or .. transposed; (C, rank_pad): _w2, less its mean over C
         const floatX *gain, *bias;          // (C): ln_k or ln_v
+        const TilePair *tiles, *gram;       // the weights in tensor cores' order (section 2); w2^T w2
+        int stage;                          // pairs of tiles for 32 channels
         floatX *ring;                       // (window, C): keys or values of the newest tokens
     } k, v;
-    int C, H, R, R16, rank16;
+    int C, H, R, R32, rank_pad;             // R32: R up to a multiple of 32, zeros behind R. rank_pad: 64 or a multiple of 128
 };
 
-// What blocks that share a context have found: per split and query, (.., C), (.., H), (.., H)
-struct SplitSums { float *out, *top, *sum; };           // sums of exp2(score - top) v, and without v
+// What blocks that share a context have found, sums of p = exp2(score - top) v and of p, or what is put together in the end:
+struct SplitSums { float *out, *top, *sum; };               // per split: (M, C), (M, H), (M, H)
+struct PastSums { float *out, *u, *top, *sum, *mean; };     // per split: (M, C), (M H, rank), (M H) three times
+
+struct PastQuery {                                          // made of the queries by past_queries
+    TilePair *q, *u;                                        // q~ as right operand of k1; W2^T q~ as right operand of u
+    float *sum, *bias;                                      // (H M): sum of q~ over the head; q . bias
+};
 
 // Where a step stands, in device memory: a recorded step must not have it in its arguments.
 struct Place { int64_t first, begin; };      // context position of the first query; of the first token in the window
@@ -55,7 +68,7 @@ struct Row {                                // vectors of the token at hand
     float *r, *k, *v, *v2, *y, *q, *gate;   // (A) each; gate (C)
     floatX *ffn;                            // (F)
     float *c, *z, *kv2;                     // (R); (2, C): K0 of two tokens before its norm; (G, 2, C): keys and values before theirs
-    floatX *kv1, *u;                        // (G, 2, C), (G, 2, rank16): mixed; hidden layer
+    floatX *kv1, *u;                        // (G, 2, C), (G, 2, rank_pad): mixed; hidden layer
 };
 
 struct Packed { floatX *mix_w1, *decay_w1, *value2_w1; };       // a layer's first low-rank matrices, transposed: rows of C
@@ -66,8 +79,8 @@ typedef struct Infer {
     int chunk, tail, G;                     // tokens of a pre-fill chunk; 2 G + 1; number of GOLD layers
     int64_t capacity, position;             // most tokens of context; tokens so far
     int64_t window, window_begin, window_end;               // tokens that the window can hold; those it holds
-    int64_t row_position;                   // context position of the first row that the GOLD layers work on
     Place *place;
+    bool last_only;                         // of the rows at hand only the last one's logits count
     uint64_t model_hash;
     GoldSource *sources, *device_sources;   // (G)
     Row row;
@@ -81,14 +94,18 @@ typedef struct Infer {
     float *scales;
     floatX *tail_x[2];                      // (tail, C): residual stream before the GOLD layers of the last tokens; two, to shift
     int tail_rows, tail_now;
-    floatX *w_c, *id_k0, *id_xo;            // shared by all GOLD layers
-    int tile_rows, queries;                 // of an attention block: cached tokens at a time, plus one; queries at a time
+    floatX *w_c, *id_k0, *id_xo, *id_c;     // shared by all GOLD layers
+    float *id_squares;
+    TilePair *c_gram;
+    int queries, past_warps, past_splits;   // of attention: queries at a time; warps of a block; blocks that share a context
     SplitSums sums;
+    PastSums past_sums;
+    PastQuery past_query;
     float *logits;                          // (V), fp32
     int shared_limit;                       // bytes of shared memory a block can have
 } Infer;
 
-static const int READ_SPLITS = 264;         // blocks that share a context: two for each of an H100's multiprocessors
+static const int MOST_SPLITS = 256;         // blocks that share a context: one a multiprocessor
 static const int WINDOW = 2048;             // most tokens whose keys and values are kept
 
 __global__ void append_tokens(int *to, const int *ids, int n) {
@@ -133,7 +150,26 @@ __global__ void number_tokens(int *ids, int first, int n) {
 }
 
 static int blocks_of(int64_t n) { return (int)ceil_div(n, 256); }
-static int multiple_of_16(int n) { return (n + 15) / 16 * 16; }
+static int multiple_of_32(int n) { return (n + 31) / 32 * 32; }
+static int padded_rank(int rank) { return rank <= 64 ? 64 : (rank + 127) / 128 * 128; }
+
+// to (n, rows) = from (rows, columns) transposed, columns up to n zeros, less the mean over a column. A block a column.
+__global__ void pack_centered(floatX *to, const floatX *from, int rows, int columns) {
+    __shared__ float2 shared[32];
+    const int column = blockIdx.x;
+    float sum = 0;
+    for (int i = threadIdx.x; i < columns && (int)blockIdx.x < rows; i += blockDim.x) sum += (float)from[(int64_t)column * columns + i];
+    const float mean = block_sum(sum, shared) / columns;
+    for (int i = threadIdx.x; i < columns; i += blockDim.x)
+        to[(int64_t)i * gridDim.x + column] = (floatX)(column < rows ? (float)from[(int64_t)column * columns + i] - mean : 0);
+}
+
+__global__ void sum_squares(float *to, const floatX *from, int columns) {                   // of rows, a warp each
+    float sum = 0;
+    for (int i = threadIdx.x; i < columns; i += 32) sum += (float)from[(int64_t)blockIdx.x * columns + i] * (float)from[(int64_t)blockIdx.x * columns + i];
+    sum = warp_sum(sum);
+    if (threadIdx.x == 0) to[blockIdx.x] = sum;
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 2. Attention of a GOLD layer over its cache
@@ -148,10 +184,14 @@ static int multiple_of_16(int n) { return (n + 15) / 16 * 16; }
 
 static const int WINDOW_THREADS = 256, WINDOW_SPLITS = 8, WINDOW_GROUPS = WINDOW_THREADS / 8;
 
-struct WindowTask {
+struct QuerySource {
     const floatX *q;                        // (M, C), normed; or null:
     const float *q0;                        // (C), not normed yet, with ln_q's gain and bias (M = 1)
     const floatX *gain, *bias;
+};
+
+struct WindowTask {
+    QuerySource query;
     const floatX *keys, *values;            // (window, C)
     floatX *shift;                          // what the next token's shift sees of this one, and where it lies now; or null
     const floatX *ln;
@@ -176,6 +216,16 @@ template <typename T> __device__ inline float2 block_norm(const T *x, int C, flo
     return make_float2(mean, rsqrtf(block_sum(squares, shared) / C + 1e-5f));
 }
 
+// Eight channels of query m, from c on; the whole block must call it
+__device__ inline Pack query_pack(const QuerySource &s, int m, int c, int C, float2 *shared) {
+    if (s.q) return load(s.q + (int64_t)m * C + c);
+    const float2 norm = block_norm(s.q0, C, shared);
+    const Pack gain = load(s.gain + c), bias = load(s.bias + c);
+    Pack q = load(s.q0 + c);
+    for (int i = 0; i < 8; i++) q.x[i] = (float)(floatX)((q.x[i] - norm.x) * norm.y * gain.x[i] + bias.x[i]);
+    return q;
+}
+
 // Grid: (H, splits, M). Eight lanes hold a token, each eight channels; such a group of lanes keeps its own running sums of
 // every 32nd token, four tokens on their way at a time. Floor: bytes, 2 floatX a channel and token.
 __global__ void __launch_bounds__(WINDOW_THREADS) window_attention_kernel(WindowTask p) {
@@ -186,15 +236,8 @@ __global__ void __launch_bounds__(WINDOW_THREADS) window_attention_kernel(Window
     const int group = threadIdx.x / 8, lane = threadIdx.x % 8, h = blockIdx.x, split = blockIdx.y, m = blockIdx.z, c = h * N + lane * 8;
     let_next_start();
     wait_for_previous();
-    Pack q, out = zero_pack();
-    if (p.q) {
-        q = load(p.q + (int64_t)m * p.C + c);
-    } else {
-        const float2 norm = block_norm(p.q0, p.C, shared);
-        const Pack gain = load(p.gain + c), bias = load(p.bias + c);
-        q = load(p.q0 + c);
-        for (int i = 0; i < 8; i++) q.x[i] = (float)(floatX)((q.x[i] - norm.x) * norm.y * gain.x[i] + bias.x[i]);
-    }
+    const Pack q = query_pack(p.query, m, c, p.C, shared);
+    Pack out = zero_pack();
     for (int i = (split * p.H + h) * WINDOW_THREADS + threadIdx.x; p.shift && i < p.C; i += gridDim.y * p.H * WINDOW_THREADS)
         p.shift[i] = p.ln[i];
     const int64_t end = p.place->first + p.m0 + m + 1;                       // of what this query sees
@@ -254,331 +297,563 @@ __global__ void append_to_ring(floatX *ring, const floatX *from, int64_t at, int
     if (c < C) store(ring + (at + blockIdx.x) % window * C + c, load(from + (int64_t)blockIdx.x * C + c));
 }
 
-// ---- older tokens: keys and values from (id, c) ----
+// ---- older tokens: keys and values from (id, c), made in registers and used at once ----
 //
-// A block takes a share of the context and walks it in tiles: rows - 1 new tokens, row 0 being the token before them, to
-// which the first one's shift looks back. Per tile, in shared memory and nowhere else:
+//     z  = id_k0[id] + W_c c,   K0 = z / (|z| / sqrt(C) + 1e-8)
+//     k1 = K0 + (shift(K0) - K0) * (time_maa_k + h_k mix_k),   h = tanh(id_h[id] + id_h_before[id before]);   v1 likewise from id_xo
+//     k  = LayerNorm(k1 + W2 u),   u = tanh(w1 k1);             v likewise from v1
 //
-//     K0 = rms_norm(id_k0[id] + c w_c^T)                           (rows, C)
-//     h  = tanh(id_h[id] + id_h_before[id before])                 (rows, 64)
-//     k  = K0 + (shift(K0) - K0) * (time_maa_k + h[:, :32] mix^T)  in place; likewise v from xo = id_xo[id], h[:, 32:]
-//     k  = LayerNorm(k + tanh(k w1^T) w2^T)                        in place
+// What makes it affordable is that neither W2 u nor the norm is needed channel by channel. With W2's mean over channels taken
+// off (a LayerNorm does not see it), and for a query q with q~ = q * gain:
 //
-// then scores of all queries and heads, a softmax with running maxima as in attention_forward_kernel, then the values in
-// the keys' place. Partial sums of the blocks are put together by combine_splits (flash-decoding). Flops per token and
-// layer: 2 C (R + 4 rank + 64); bytes: the weights, C (R + 4 rank + 64) floatX a tile, from L2: the more rows, the better.
+//     mean(k)    = mean(k1)
+//     C var(k)   = |k1|^2 + 2 u . (W2^T k1) + u . (W2^T W2) u - C mean^2
+//     q . k      = (q~ . k1 + (W2^T q~) . u - mean sum(q~)) / deviation + q . bias             W2^T q~: once per query and head
+//     sum of p v = gain * (sum p' v1 + W2 sum p' u - sum p' mean) + bias sum p,  p' = p / deviation      W2: once, at the end
+//     |z|^2      = |id_k0|^2 + 2 (W_c^T id_k0) . c + c . (W_c^T W_c) c                          tables over the vocabulary
+//
+// So a token's channels pass by once, 32 at a time (a sweep), and what stays is in registers: [u's input | W2^T k1]. A warp
+// has 16 tokens, the first of them only for the shift of the others. Weights come from L2 through shared memory, in the order
+// in which lanes need them, while those before are multiplied; a block's warps share them:
+//
+//     keys:    z (16 x 32) = c W_c^T;  mixes (16 x 32) = h mix;  U (16 x 2 rank) += k1 [w1 | W2]       and scores += k1 q~
+//     values:                          mixes;                    U += v1 [w1 | W2]
+//     then softmax, and for each head once more v1, to add p' v1.
+//
+// Flops per token and layer: 2 C (R + 4 rank + 96), on 16 x 8 tiles of tensor cores. Shared memory binds: a tile's 256 bytes of
+// weights serve 16 tokens.
 
-static const int READ_THREADS = 256, READ_WARPS = READ_THREADS / 32;
+// A lane owns 8 neighbouring channels of 32 (one 16-byte load), though a tile gives it two of each 8: so tiles are made of
+// channels in another order. Tile n, column j of 32 channels is channel 8 (j / 2) + 2 n + j % 2.
+__host__ __device__ inline int tile_channel(int i) { return i / 32 * 32 + i % 8 / 2 * 8 + i % 32 / 8 * 2 + i % 2; }
 
-struct ReadTask {
-    const floatX *q;                        // (M, C)
-    int64_t first, T;                       // query m sees tokens 0 .. first + m; tokens before the window
-    SplitSums to;
-    int M, tiles_per_split;
+// Right operands of a matrix B[k][n] = p[k ld_k + n ld_n], in lanes' order; the pair of tiles (n / 8, k / 32) goes to
+// position n / 8 % per * inner + n / 8 / per * outer + k / 32 * step. Channels in tiles' order where asked for. A warp a pair.
+struct PackTiles {
+    const floatX *p;
+    int64_t ld_k, ld_n;
+    int K, per, inner, outer, step;
+    bool k_channels, n_channels;
 };
 
-struct ReadSmem {                           // where things lie in a block's shared memory
-    floatX *x, *u, *c, *h;                  // (rows, C), (rows, rank16), (rows, R16), (rows, 64), each row PAD longer
-    float *p, *top, *sum, *shrink, *scale;  // (M, H, rows); (M, H) three times; (rows)
-    int *ids;                               // (rows): -1 outside the context
+__global__ void pack_tiles(TilePair *to, PackTiles s) {
+    const int k32 = blockIdx.x % (s.K / 32), n8 = blockIdx.x / (s.K / 32), lane = threadIdx.x;
+    const int n = 8 * n8 + lane / 4, column = s.n_channels ? tile_channel(n) : n;
+    TilePair pair;
+    for (int half = 0; half < 2; half++) {
+        float x[4];
+        for (int i = 0; i < 4; i++) {
+            const int k = 32 * k32 + 16 * half + lane % 4 * 2 + i % 2 + i / 2 * 8, row = s.k_channels ? tile_channel(k) : k;
+            x[i] = (float)s.p[row * s.ld_k + column * s.ld_n];
+        }
+        pair.b[half] = make_b(x[0], x[1], x[2], x[3]);
+    }
+    to[((int64_t)(n8 % s.per * s.inner + n8 / s.per * s.outer + k32 * s.step)) * 32 + lane] = pair;
+}
+
+struct PastTask {
+    PastQuery query;
+    PastSums to;
+    const Place *place;
+    int m0, M;                                              // number of the first query; queries
+};
+
+struct PastSmem {                           // where things lie in a block's shared memory
+    TilePair *stage[2];                     // weights for 32 channels
+    floatX *patch;                          // (warps, 16, 64), in the stages' place
+    floatX *c, *h, *u;                      // (warps, 16, R), (warps, 16, 64), (warps, 16, rank), each row PAD longer
+    float *p;                               // (H M, tokens): scores, then p'
+    float *top, *sum, *mean, *shrink;       // (H M)
+    float *v_mean, *v_rstd;                 // (tokens)
+    int *ids;                               // (tokens): -1 outside
+    int ld;                                 // of p
     size_t bytes;
 };
 
-__host__ __device__ inline ReadSmem read_smem(char *base, const GoldSource &g, int rows, int M) {
-    ReadSmem s;
+__host__ __device__ inline PastSmem past_smem(char *base, const GoldSource &g, int warps, int M) {
+    PastSmem s;
     size_t at = 0;
     auto place = [&](size_t bytes) { char *p = base + at; at += (bytes + 15) / 16 * 16; return p; };
-    s.x = (floatX *)place(sizeof(floatX) * rows * (g.C + PAD));
-    s.u = (floatX *)place(sizeof(floatX) * rows * (g.rank16 + PAD));
-    s.c = (floatX *)place(sizeof(floatX) * rows * (g.R16 + PAD));
-    s.h = (floatX *)place(sizeof(floatX) * rows * (64 + PAD));
-    s.p = (float *)place(4ul * M * g.H * rows);
-    s.top = (float *)place(4ul * M * g.H);
-    s.sum = (float *)place(4ul * M * g.H);
-    s.shrink = (float *)place(4ul * M * g.H);
-    s.scale = (float *)place(4ul * rows);
-    s.ids = (int *)place(4ul * rows);
+    const int tokens = 16 * warps, pairs = M * g.H;
+    for (int i = 0; i < 2; i++) s.stage[i] = (TilePair *)place(sizeof(TilePair) * 32 * g.k.stage);
+    s.patch = (floatX *)s.stage[0];
+    s.c = (floatX *)place(sizeof(floatX) * tokens * (g.R32 + PAD));
+    s.h = (floatX *)place(sizeof(floatX) * tokens * (64 + PAD));
+    s.u = (floatX *)place(sizeof(floatX) * tokens * (g.rank_pad + PAD));
+    s.ld = tokens + 4;
+    s.p = (float *)place(4ul * s.ld * ((pairs + 23) / 16 * 16));            // tiles reach beyond the last pair
+    s.top = (float *)place(4ul * pairs);
+    s.sum = (float *)place(4ul * pairs);
+    s.mean = (float *)place(4ul * pairs);
+    s.shrink = (float *)place(4ul * pairs);
+    s.v_mean = (float *)place(4ul * tokens);
+    s.v_rstd = (float *)place(4ul * tokens);
+    s.ids = (int *)place(4ul * tokens);
     s.bytes = at;
     return s;
 }
 
-// out (16 tiles x 32 columns) += a (16 tiles, K) b^T: a in shared memory, b (32, K) in global memory, K a multiple of 16
-template <int tiles> __device__ inline void read_product(TileC (&out)[tiles][4], const floatX *a, int lda, const floatX *b, int K) {
-    for (int k = 0; k < K; k += 16) {
-        TileB right[4];
-        for (int n = 0; n < 4; n++) right[n] = load_b_global(b + (int64_t)8 * n * K + k, K);
-        for (int i = 0; i < tiles; i++) mma(out[i], load_a(a + 16 * i * lda + k, lda), right);
-    }
+struct PastRows {                           // of a lane's two rows, tile_row(0) and tile_row(2)
+    int id[2];                              // -1 outside
+    float scale[2];                         // of K0: 1 / (|z| / sqrt(C) + 1e-8)
+    float mean[2], rstd[2];                 // of keys, then of values
+};
+
+__device__ inline void stage_copy(TilePair *to, const TilePair *from, int pairs) {
+    for (int i = threadIdx.x; i < pairs * 32 * (int)sizeof(TilePair) / 16; i += blockDim.x)
+        async_copy16((char *)to + 16 * i, (const char *)from + 16 * i, true);
+    async_commit();
 }
 
-// Rows of the compressed key cache, before their norm: id_k0[id] + c w_c^T
-template <int tiles> __device__ inline void read_k0(const ReadSmem &s, const GoldSource &g) {
-    for (int column = threadIdx.x / 32 * 32; column < g.C; column += READ_THREADS) {
-        TileC out[tiles][4] = {};
-        read_product(out, s.c, g.R16 + PAD, g.w_c + (int64_t)column * g.R16, g.R16);
-        for (int j = 0; j < tiles; j++)
-            for (int n = 0; n < 4; n++)
-                for (int i = 0; i < 4; i++) {
-                    const int row = 16 * j + tile_row(i), at = column + 8 * n + tile_col(i), id = s.ids[row];
-                    const float from_id = id >= 0 ? (float)g.id_k0[(int64_t)id * g.C + at] : 0;
-                    s.x[row * (g.C + PAD) + at] = (floatX)(from_id + out[j][n].x[i]);
-                }
+// c[i] += a[0] b[i][0] + a[1] b[i][1], b in lanes' order, `apart` pairs from one i to the next
+template <int n> __device__ inline void mma_pairs(TileC (&c)[n], const TileA &a0, const TileA &a1, const TilePair *b, int apart) {
+    TileB left[n], right[n];
+    for (int i = 0; i < n; i++) {
+        const TilePair pair = b[i * apart * 32 + threadIdx.x % 32];
+        left[i] = pair.b[0];
+        right[i] = pair.b[1];
     }
+    mma(c, a0, left);
+    mma(c, a1, right);
 }
 
-// x = x + (shift(x) - x) * (mu + h mix^T), x times scale first: in place, each warp its columns
-template <int tiles>
-__device__ inline void read_mix(const ReadSmem &s, const GoldSource &g, const GoldSource::Side &side, const floatX *h) {
-    const int ld = g.C + PAD;
-    for (int column = threadIdx.x / 32 * 32; column < g.C; column += READ_THREADS) {
-        TileC out[tiles][4] = {};
-        read_product(out, h, 64 + PAD, side.mix + (int64_t)column * 32, 32);
-        for (int j = 0; j < tiles; j++)
-            for (int n = 0; n < 4; n++)
-                for (int i = 0; i < 4; i++) {
-                    const int row = 16 * j + tile_row(i), at = column + 8 * n + tile_col(i);
-                    const float x = (float)s.x[row * ld + at] * s.scale[row];
-                    const float before = row > 0 ? (float)s.x[(row - 1) * ld + at] * s.scale[row - 1] : 0;
-                    out[j][n].x[i] = x + (before - x) * ((float)side.mu[at] + out[j][n].x[i]);
-                }
-        __syncwarp();                                       // all have read the rows before
-        for (int j = 0; j < tiles; j++)
-            for (int n = 0; n < 4; n++)
-                for (int i = 0; i < 4; i++) s.x[(16 * j + tile_row(i)) * ld + column + 8 * n + tile_col(i)] = (floatX)out[j][n].x[i];
+// sum over x's columns of x_row . (gram x_row), for the lane's two rows; x (16, K) in shared memory
+__device__ inline float2 quadratic(const floatX *x, int ld, const TilePair *gram, int K) {
+    float2 sum = make_float2(0, 0);
+    for (int n = 0; n < K; n += 32) {
+        TileC y[4] = {};
+        for (int k = 0; k < K; k += 32) mma_pairs(y, load_a(x + k, ld), load_a(x + k + 16, ld), gram + (n / 8 * (K / 32) + k / 32) * 32, K / 32);
+        for (int j = 0; j < 4; j++)
+            for (int i = 0; i < 4; i++) {
+                const float term = y[j].x[i] * (float)x[tile_row(i) * ld + n + 8 * j + tile_col(i)];
+                if (i < 2) sum.x += term;
+                else sum.y += term;
+            }
     }
+    return make_float2(warp_sum(sum.x, 4), warp_sum(sum.y, 4));
 }
 
-// x = LayerNorm(x + tanh(x w1^T) w2^T) in place
-template <int tiles> __device__ inline void read_low_rank_norm(const ReadSmem &s, const GoldSource &g, const GoldSource::Side &side) {
-    const int ld = g.C + PAD, ldu = g.rank16 + PAD, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int column = 8 * warp; column < g.rank16; column += 8 * READ_WARPS) {
-        TileC out[tiles][1] = {};
-        for (int k = 0; k < g.C; k += 16) {
-            const TileB right[1] = {load_b_global(side.w1 + (int64_t)column * g.C + k, g.C)};
-            for (int i = 0; i < tiles; i++) mma(out[i], load_a(s.x + 16 * i * ld + k, ld), right);
-        }
-        for (int j = 0; j < tiles; j++)
-            for (int i = 0; i < 4; i++) s.u[(16 * j + tile_row(i)) * ldu + column + tile_col(i)] = (floatX)tanhf(out[j][0].x[i]);
+// The warp's tokens, row 0 being the one before token t0: ids, c, h, and the norm of z.
+__device__ inline void past_rows(PastRows &rows, const PastSmem &s, const GoldSource &g, int64_t t0, int64_t T) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, ldc = g.R32 + PAD;
+    floatX *c = s.c + warp * 16 * ldc, *h = s.h + warp * 16 * (64 + PAD);
+    int *ids = s.ids + 16 * warp;
+    const int64_t first = t0 - 1;                                           // of row 0
+    if (lane < 16) ids[lane] = first + lane >= 0 && first + lane < T ? g.ids[first + lane] : -1;
+    __syncwarp();
+    for (int i = lane; i < 16 * g.R32; i += 32) {
+        const int row = i / g.R32, at = i % g.R32;
+        const int64_t t = first + row;
+        float x = 0;
+        if (ids[row] >= 0 && at < g.R) x = g.c8 ? g.c8[t * g.R + at] * g.scales[t] : (float)g.c[t * g.R + at];
+        c[row * ldc + at] = (floatX)x;
     }
-    __syncthreads();
-    for (int column = 32 * warp; column < g.C; column += READ_THREADS) {
-        TileC out[tiles][4] = {};
-        read_product(out, s.u, ldu, side.w2 + (int64_t)column * g.rank16, g.rank16);
-        for (int j = 0; j < tiles; j++)
-            for (int n = 0; n < 4; n++)
-                for (int i = 0; i < 4; i++) {
-                    floatX *x = &s.x[(16 * j + tile_row(i)) * ld + column + 8 * n + tile_col(i)];
-                    *x = (floatX)((float)*x + out[j][n].x[i]);
-                }
-    }
-    __syncthreads();
-    for (int row = warp; row < 16 * tiles; row += READ_WARPS) {
-        floatX *x = s.x + row * ld;
-        float total = 0, squares = 0;
-        for (int i = lane; i < g.C; i += 32) total += (float)x[i];
-        const float mean = warp_sum(total) / g.C;
-        for (int i = lane; i < g.C; i += 32) squares += ((float)x[i] - mean) * ((float)x[i] - mean);
-        const float rstd = rsqrtf(warp_sum(squares) / g.C + 1e-5f);
-        for (int i = lane; i < g.C; i += 32) x[i] = (floatX)(((float)x[i] - mean) * rstd * (float)side.gain[i] + (float)side.bias[i]);
-    }
-    __syncthreads();
-}
-
-// Rows of a matrix (.., C) by number, or zeros where the number is negative, into x
-__device__ inline void read_rows(const ReadSmem &s, const GoldSource &g, int rows, const floatX *from, const int *numbers, int64_t base) {
-    for (int i = threadIdx.x; i < rows * g.C / 8; i += READ_THREADS) {
-        const int row = i / (g.C / 8), at = i % (g.C / 8) * 8;
-        const int64_t number = s.ids[row] < 0 ? -1 : numbers ? numbers[row] : base + row;
-        store(s.x + row * (g.C + PAD) + at, number < 0 ? zero_pack() : load(from + number * g.C + at));
-    }
-}
-
-// Ids of the rows of a tile, row 0 being token t0 - 1; and the c and h that keys and values are made from.
-__device__ inline void read_ids(const ReadSmem &s, const GoldSource &g, int rows, int64_t t0, int64_t T) {
-    for (int row = threadIdx.x; row < rows; row += READ_THREADS) {
-        const int64_t t = t0 - 1 + row;
-        s.ids[row] = t >= 0 && t < T ? g.ids[t] : -1;
-    }
-    __syncthreads();
-}
-
-template <KvKind kind> __device__ inline void read_c_and_h(const ReadSmem &s, const GoldSource &g, int rows, int64_t t0) {
-    for (int i = threadIdx.x; i < rows * g.R16; i += READ_THREADS) {
-        const int row = i / g.R16, at = i % g.R16;
-        const int64_t t = t0 - 1 + row;
-        float c = 0;
-        if (s.ids[row] >= 0 && at < g.R) c = kind == KV_INT8 ? g.c8[t * g.R + at] * g.scales[t] : (float)g.c[t * g.R + at];
-        s.c[row * (g.R16 + PAD) + at] = (floatX)c;
-    }
-    for (int i = threadIdx.x; i < rows * 64; i += READ_THREADS) {
+    for (int i = lane; i < 16 * 64; i += 32) {
         const int row = i / 64, at = i % 64;
-        const int64_t t = t0 - 1 + row;
-        float h = 0;
-        if (s.ids[row] >= 0) h = (float)g.id_h[(int64_t)s.ids[row] * 64 + at];
-        if (s.ids[row] >= 0 && t > 0) h += (float)g.id_h_before[(int64_t)g.ids[t - 1] * 64 + at];
-        s.h[row * (64 + PAD) + at] = (floatX)tanhf(h);
+        float x = 0;
+        if (ids[row] >= 0) x = (float)g.id_h[(int64_t)ids[row] * 64 + at];
+        if (ids[row] >= 0 && first + row > 0) x += (float)g.id_h_before[(int64_t)g.ids[first + row - 1] * 64 + at];
+        h[row * (64 + PAD) + at] = (floatX)tanhf(x);
     }
-    __syncthreads();
+    __syncwarp();
+    const float2 squares = quadratic(c, ldc, g.c_gram, g.R32);
+    for (int i = 0; i < 2; i++) {
+        const int row = tile_row(2 * i), id = ids[row];
+        float dot = 0;
+        for (int at = lane % 4; at < g.R && id >= 0; at += 4) dot += (float)g.id_c[(int64_t)id * g.R32 + at] * (float)c[row * ldc + at];
+        dot = warp_sum(dot, 4);
+        const float all = id >= 0 ? g.id_squares[id] + 2 * dot + (i ? squares.y : squares.x) : 0;
+        rows.id[i] = id;
+        rows.scale[i] = id >= 0 ? 1 / (sqrtf(fmaxf(all, 0) / g.C) + 1e-8f) : 0;
+    }
 }
 
-template <int tiles> __device__ inline void read_keys(const ReadSmem &s, const GoldSource &g) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    read_k0<tiles>(s, g);
-    __syncthreads();
-    for (int row = warp; row < 16 * tiles; row += READ_WARPS) {             // rms_norm, applied by read_mix
-        float squares = 0;
-        for (int i = lane; i < g.C; i += 32) squares += (float)s.x[row * (g.C + PAD) + i] * (float)s.x[row * (g.C + PAD) + i];
-        squares = warp_sum(squares);
-        if (lane == 0) s.scale[row] = 1 / (sqrtf(squares / g.C) + 1e-8f);
+// x (16 tokens x 32 channels, as 4 tiles) = x + (shift(x) - x) * (mu + m), along the rows; row 0 is not used
+__device__ inline void past_mix(TileC (&x)[4], const TileC (&m)[4], const floatX *mu) {
+    const int lane = threadIdx.x % 32;
+    const Pack own = load(mu + lane % 4 * 8);
+    for (int n = 0; n < 4; n++) {
+        float up[4];                                                        // of the row above, rows 8 apart in a lane
+        for (int i = 0; i < 4; i++) up[i] = __shfl_sync(0xffffffffu, x[n].x[i], (lane + 28) % 32);
+        for (int i = 0; i < 4; i++) {
+            const float before = lane < 4 && i >= 2 ? up[i - 2] : up[i];
+            x[n].x[i] += (before - x[n].x[i]) * (own.x[2 * n + i % 2] + m[n].x[i]);
+        }
     }
-    __syncthreads();
-    read_mix<tiles>(s, g, g.k, s.h);
-    __syncthreads();
-    read_low_rank_norm<tiles>(s, g, g.k);
 }
 
-template <int tiles> __device__ inline void read_values(const ReadSmem &s, const GoldSource &g, int64_t t0) {
-    read_rows(s, g, 16 * tiles, g.id_xo, s.ids, t0 - 1);
-    for (int row = threadIdx.x; row < 16 * tiles; row += READ_THREADS) s.scale[row] = 1;
-    __syncthreads();
-    read_mix<tiles>(s, g, g.v, s.h + 32);
-    __syncthreads();
-    read_low_rank_norm<tiles>(s, g, g.v);
+// x = scale (x + the lane's channels of its two rows of a table), 0 where there is no row
+__device__ inline void past_add(TileC (&x)[4], const RawPack<floatX> (&raw)[2], const float (&scale)[2]) {
+    const Pack rows[2] = {unpack(raw[0]), unpack(raw[1])};
+    for (int n = 0; n < 4; n++)
+        for (int i = 0; i < 4; i++) x[n].x[i] = (x[n].x[i] + rows[i / 2].x[2 * n + i % 2]) * scale[i / 2];
 }
 
-// Grid: splits of the context. Each writes its sums over its tokens, out = sum of exp2(score - top) v, sum, and top.
-template <int tiles, KvKind kind>
-__global__ void __launch_bounds__(READ_THREADS) cached_attention_kernel(GoldSource g, ReadTask task) {
-    const int rows = 16 * tiles, step = rows - 1, warp = threadIdx.x / 32, lane = threadIdx.x % 32, pairs = task.M * g.H;
-    const ReadSmem s = read_smem(dynamic_smem<char>(), g, rows, task.M);
-    float *out = task.to.out + (int64_t)blockIdx.x * task.M * g.C;
-    for (int i = threadIdx.x; i < pairs; i += READ_THREADS) {
-        s.top[i] = -INFINITY;
-        s.sum[i] = 0;
-    }
-    for (int tile = 0; tile < task.tiles_per_split; tile++) {
-        const int64_t t0 = ((int64_t)blockIdx.x * task.tiles_per_split + tile) * step;
-        if (t0 >= task.T) break;
-        __syncthreads();
-        read_ids(s, g, rows, t0, task.T);
-        read_c_and_h<kind>(s, g, rows, t0);
-        read_keys<tiles>(s, g);
-        for (int i = threadIdx.x; i < rows * g.H; i += READ_THREADS) {      // scores: a thread, a key of a head
-            const int row = i % rows, h = i / rows;
-            float k[N];
-            for (int j = 0; j < N; j += 8) {
-                const Pack part = load(s.x + row * (g.C + PAD) + h * N + j);
-                for (int e = 0; e < 8; e++) k[j + e] = part.x[e];
+__device__ inline void past_request(RawPack<floatX> (&raw)[2], const floatX *table, const PastRows &rows, int channel, int C) {
+    for (int i = 0; i < 2; i++) raw[i] = load_raw(table + (int64_t)(rows.id[i] < 0 ? 0 : rows.id[i]) * C + channel + threadIdx.x % 4 * 8);
+}
+
+// All channels of the warp's tokens, for keys with scores: leaves u in shared memory and mean and 1/deviation in rows. The first
+// stage is on its way. Ranks above 32 `groups` take several passes.
+template <int groups, bool keys> __device__ inline void past_sweep(PastRows &rows, const PastSmem &s, const GoldSource &g, const PastTask &task) {
+    const GoldSource::Side &side = keys ? g.k : g.v;
+    const int warp = threadIdx.x / 32, ldc = g.R32 + PAD, ldh = 64 + PAD, ldu = g.rank_pad + PAD, stages = g.C / 32;
+    const floatX *c = s.c + warp * 16 * ldc, *h = s.h + warp * 16 * ldh + (keys ? 0 : 32), *table = keys ? g.id_k0 : g.id_xo;
+    floatX *u = s.u + warp * 16 * ldu;
+    const TileA hidden[2] = {load_a(h, ldh), load_a(h + 16, ldh)};
+    const float scale[2] = {keys ? rows.scale[0] : rows.id[0] >= 0 ? 1.f : 0.f, keys ? rows.scale[1] : rows.id[1] >= 0 ? 1.f : 0.f};
+    float sum[2] = {0, 0}, squares[2] = {0, 0};                             // of k1; |k1|^2 + 2 u . (W2^T k1)
+    for (int pass = 0; pass < g.rank_pad / (32 * groups); pass++) {
+        TileC U[2][groups][4] = {}, score[1] = {};
+        RawPack<floatX> raw[2];
+        past_request(raw, table, rows, 0, g.C);
+        for (int j = 0; j < stages; j++) {
+            async_wait<0>();
+            __syncthreads();
+            const int next = pass * stages + j + 1;
+            if (next < stages * g.rank_pad / (32 * groups)) stage_copy(s.stage[next % 2], side.tiles + (int64_t)next * side.stage * 32, side.stage);
+            const TilePair *w = s.stage[(next - 1) % 2];
+            TileC x[4] = {}, m[4] = {};
+            if (keys) {
+                for (int k = 0; k < g.R32; k += 32) mma_pairs(x, load_a(c + k, ldc), load_a(c + k + 16, ldc), w + k, g.R32 / 32);
+                w += 4 * g.R32;                                             // 4 R32 / 32 pairs of tiles
             }
-            for (int m = 0; m < task.M; m++) {
-                const bool seen = row > 0 && s.ids[row] >= 0 && t0 - 1 + row <= task.first + m;
-                float score = 0;
-                for (int j = 0; j < N; j += 8) {
-                    const Pack q = load(task.q + (int64_t)m * g.C + h * N + j);
-                    for (int e = 0; e < 8; e++) score += q.x[e] * k[j + e];
+            mma_pairs(m, hidden[0], hidden[1], w, 1);
+            w += 4 * 32;
+            past_add(x, raw, scale);
+            if (j + 1 < stages) past_request(raw, table, rows, 32 * (j + 1), g.C);
+            past_mix(x, m, side.mu + 32 * j);
+            for (int n = 0; n < 4 && pass == 0; n++)
+                for (int i = 0; i < 4; i++) {
+                    sum[i / 2] += x[n].x[i];
+                    squares[i / 2] += x[n].x[i] * x[n].x[i];
                 }
-                s.p[(m * g.H + h) * rows + row] = seen ? score * SCALE_LOG2 : -INFINITY;
+            const TileA left = to_a(x[0], x[1]), right = to_a(x[2], x[3]);
+            for (int half = 0; half < 2; half++)
+                for (int i = 0; i < groups; i++) mma_pairs(U[half][i], left, right, w + (half * groups + i) * 4 * 32, 1);
+            if (!keys || pass > 0) continue;
+            mma_pairs(score, left, right, task.query.q + j * 32, 1);
+            if (j % 2 == 0) continue;                                       // a head has 64 channels
+            for (int i = 0; i < 4; i++) {
+                const int query = tile_col(i), pair = j / 2 * task.M + query;
+                if (query < task.M) s.p[pair * s.ld + 16 * warp + tile_row(i)] = score[0].x[i];
+                score[0].x[i] = 0;
             }
         }
-        __syncthreads();
-        for (int i = warp; i < pairs; i += READ_WARPS) {                    // softmax: a warp, a query of a head
-            float *p = s.p + i * rows;
-            const float score = lane < rows ? p[lane] : -INFINITY;
-            const float top = fmaxf(s.top[i], warp_max(score));
-            const float weight = top > -INFINITY ? exp2f(score - top) : 0;
-            const float shrink = top > -INFINITY ? exp2f(s.top[i] - top) : 1, total = warp_sum(weight);
-            __syncwarp();
-            if (lane < rows) p[lane] = weight;
-            if (lane == 0) {
-                s.top[i] = top;
-                s.sum[i] = s.sum[i] * shrink + total;
-                s.shrink[i] = shrink;
-            }
-        }
-        __syncthreads();
-        read_values<tiles>(s, g, t0);
-        for (int c = threadIdx.x; c < g.C; c += READ_THREADS) {             // sums: a thread, a channel
-            float v[rows];
-            for (int row = 0; row < rows; row++) v[row] = (float)s.x[row * (g.C + PAD) + c];
-            for (int m = 0; m < task.M; m++) {
-                const int pair = m * g.H + c / N;
-                float sum = tile > 0 ? out[(int64_t)m * g.C + c] * s.shrink[pair] : 0;
-                for (int row = 1; row < rows; row++) sum += s.p[pair * rows + row] * v[row];
-                out[(int64_t)m * g.C + c] = sum;
-            }
+        for (int a = 0; a < groups; a++)
+            for (int n = 0; n < 4; n++)
+                for (int i = 0; i < 4; i++) {
+                    floatX *to = &u[tile_row(i) * ldu + 32 * groups * pass + 32 * a + 8 * n + tile_col(i)];
+                    *to = (floatX)tanhf(U[0][a][n].x[i]);
+                    squares[i / 2] += 2 * (float)*to * U[1][a][n].x[i];
+                }
+    }
+    __syncwarp();
+    const float2 more = quadratic(u, ldu, side.gram, g.rank_pad);
+    for (int i = 0; i < 2; i++) {
+        rows.mean[i] = warp_sum(sum[i], 4) / g.C;
+        const float var = (warp_sum(squares[i], 4) + (i ? more.y : more.x)) / g.C - rows.mean[i] * rows.mean[i];
+        rows.rstd[i] = rsqrtf(fmaxf(var, 0) + 1e-5f);
+    }
+}
+
+// What the scores lack after the sweep over the keys; -infinity where a query does not see a token.
+__device__ inline void past_scores(const PastRows &rows, const PastSmem &s, const GoldSource &g, const PastTask &task, int64_t t0) {
+    const int warp = threadIdx.x / 32, ldu = g.rank_pad + PAD, pairs = task.M * g.H;
+    const floatX *u = s.u + warp * 16 * ldu;
+    for (int n = 0; n < pairs; n += 8) {
+        TileC low_rank[1] = {};
+        for (int k = 0; k < g.rank_pad; k += 32)
+            mma_pairs(low_rank, load_a(u + k, ldu), load_a(u + k + 16, ldu), task.query.u + (n / 8 * (g.rank_pad / 32) + k / 32) * 32, 1);
+        for (int i = 0; i < 4; i++) {
+            const int pair = n + tile_col(i), row = tile_row(i);
+            if (pair >= pairs) continue;
+            float *p = &s.p[pair * s.ld + 16 * warp + row];
+            const bool seen = row > 0 && rows.id[i / 2] >= 0 && t0 - 1 + row <= task.place->first + task.m0 + pair % task.M;
+            const float score = rows.rstd[i / 2] * (*p + low_rank[0].x[i] - rows.mean[i / 2] * task.query.sum[pair]) + task.query.bias[pair];
+            *p = seen ? score : -INFINITY;
         }
     }
+}
+
+// Scores to p', with running maxima and sums: a warp a query of a head.
+__device__ inline void past_softmax(const PastSmem &s, int pairs) {
+    const int lane = threadIdx.x % 32, tokens = blockDim.x / 2;
+    for (int pair = threadIdx.x / 32; pair < pairs; pair += blockDim.x / 32) {
+        float *p = s.p + pair * s.ld, top = -INFINITY, sum = 0, mean = 0;
+        for (int t = lane; t < tokens; t += 32) top = fmaxf(top, p[t]);
+        top = fmaxf(s.top[pair], warp_max(top));
+        for (int t = lane; t < tokens; t += 32) {
+            const float weight = top > -INFINITY ? exp2f(p[t] - top) : 0;
+            sum += weight;
+            p[t] = weight * s.v_rstd[t];
+            mean += p[t] * s.v_mean[t];
+        }
+        sum = warp_sum(sum);
+        mean = warp_sum(mean);
+        if (lane > 0) continue;
+        const float shrink = top > -INFINITY ? exp2f(s.top[pair] - top) : 1;
+        s.top[pair] = top;
+        s.sum[pair] = s.sum[pair] * shrink + sum;
+        s.mean[pair] = s.mean[pair] * shrink + mean;
+        s.shrink[pair] = shrink;
+    }
+}
+
+// out = out shrink + sum of p' v1 over the block's tokens: a warp a head, v1 made once more
+__device__ inline void past_values(const PastSmem &s, const GoldSource &g, const PastTask &task, float *out, bool first) {
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, ldp = 64 + PAD;
+    floatX *patch = s.patch + warp * 16 * ldp;
+    for (int head = warp; head < g.H; head += warps) {
+        TileC sums[4][1] = {};                                              // 64 channels x 8 queries
+        for (int group = 0; group < warps; group++) {
+            const floatX *h = s.h + group * 16 * ldp + 32;
+            const TileA hidden[2] = {load_a(h, ldp), load_a(h + 16, ldp)};
+            PastRows rows;
+            float scale[2];
+            for (int i = 0; i < 2; i++) {
+                rows.id[i] = s.ids[16 * group + tile_row(2 * i)];
+                scale[i] = rows.id[i] >= 0 ? 1 : 0;
+            }
+            for (int j = 0; j < 2; j++) {
+                RawPack<floatX> raw[2];
+                TileC x[4] = {}, m[4] = {};
+                past_request(raw, g.id_xo, rows, 64 * head + 32 * j, g.C);
+                mma_pairs(m, hidden[0], hidden[1], g.v.tiles + (int64_t)(2 * head + j) * g.v.stage * 32, 1);
+                past_add(x, raw, scale);
+                past_mix(x, m, g.v.mu + 64 * head + 32 * j);
+                for (int i = 0; i < 2; i++) {
+                    Pack v;
+                    for (int n = 0; n < 4; n++) v.x[2 * n] = x[n].x[2 * i], v.x[2 * n + 1] = x[n].x[2 * i + 1];
+                    store(patch + tile_row(2 * i) * ldp + 32 * j + lane % 4 * 8, v);
+                }
+            }
+            __syncwarp();
+            const TileB p[1] = {load_b(s.p + head * task.M * s.ld + 16 * group, s.ld)};
+            for (int i = 0; i < 4; i++) mma(sums[i], load_a_t(patch + 16 * i, ldp), p);
+            __syncwarp();
+        }
+        for (int j = 0; j < 4; j++)
+            for (int i = 0; i < 4; i++) {
+                const int query = tile_col(i);
+                if (query >= task.M) continue;
+                float *to = &out[(int64_t)query * g.C + 64 * head + 16 * j + tile_row(i)];
+                *to = (first ? 0 : *to * s.shrink[head * task.M + query]) + sums[j][0].x[i];
+            }
+    }
+}
+
+// u_sum (H M, rank) = u_sum shrink + sum of p' u over the block's tokens, u of the values: a warp eight columns
+__device__ inline void past_low_rank(const PastSmem &s, const GoldSource &g, int pairs, float *u_sum, bool first) {
+    const int warps = blockDim.x / 32, ldu = g.rank_pad + PAD;
+    for (int column = threadIdx.x / 32 * 8; column < g.rank_pad; column += 8 * warps)
+        for (int pair = 0; pair < pairs; pair += 16) {
+            TileC sum[1] = {};
+            for (int group = 0; group < warps; group++) {
+                const TileB u[1] = {load_b_t(s.u + group * 16 * ldu + column, ldu)};
+                mma(sum, load_a(s.p + pair * s.ld + 16 * group, s.ld), u);
+            }
+            for (int i = 0; i < 4; i++) {
+                const int row = pair + tile_row(i);
+                if (row >= pairs) continue;
+                float *to = &u_sum[(int64_t)row * g.rank_pad + column + tile_col(i)];
+                *to = (first ? 0 : *to * s.shrink[row]) + sum[0].x[i];
+            }
+        }
+}
+
+// Grid: splits of the tokens before the window. Each writes its sums over its tokens.
+template <int groups> __global__ void __launch_bounds__(256, 1) past_attention_kernel(GoldSource g, PastTask task) {
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32, pairs = task.M * g.H, step = 15 * warps;
+    const PastSmem s = past_smem(dynamic_smem<char>(), g, warps, task.M);
+    let_next_start();
+    wait_for_previous();
+    const int64_t T = task.place->begin, tiles = (T + step - 1) / step, per = (tiles + gridDim.x - 1) / gridDim.x, begin = blockIdx.x * per;
+    float *out = task.to.out + (int64_t)blockIdx.x * task.M * g.C, *u_sum = task.to.u + (int64_t)blockIdx.x * pairs * g.rank_pad;
+    for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
+        s.top[i] = -INFINITY;
+        s.sum[i] = s.mean[i] = 0;
+    }
+    for (int64_t tile = begin; tile < begin + per && tile < tiles; tile++) {
+        const int64_t t0 = tile * step + 15 * warp;                         // of this warp's row 1
+        PastRows rows;
+        __syncthreads();
+        stage_copy(s.stage[0], g.k.tiles, g.k.stage);
+        past_rows(rows, s, g, t0, T);
+        past_sweep<groups, true>(rows, s, g, task);
+        past_scores(rows, s, g, task, t0);
+        __syncthreads();
+        stage_copy(s.stage[0], g.v.tiles, g.v.stage);
+        past_sweep<groups, false>(rows, s, g, task);
+        for (int i = 0; i < 2 && threadIdx.x % 4 == 0; i++) {
+            const bool finite = rows.id[i] >= 0;
+            s.v_mean[16 * warp + tile_row(2 * i)] = finite ? rows.mean[i] : 0;
+            s.v_rstd[16 * warp + tile_row(2 * i)] = finite ? rows.rstd[i] : 0;
+        }
+        __syncthreads();
+        past_softmax(s, pairs);
+        __syncthreads();
+        past_values(s, g, task, out, tile == begin);
+        past_low_rank(s, g, pairs, u_sum, tile == begin);
+    }
     __syncthreads();
-    for (int i = threadIdx.x; i < pairs; i += READ_THREADS) {
+    for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
         task.to.top[(int64_t)blockIdx.x * pairs + i] = s.top[i];
         task.to.sum[(int64_t)blockIdx.x * pairs + i] = s.sum[i];
+        task.to.mean[(int64_t)blockIdx.x * pairs + i] = s.mean[i];
     }
 }
 
-template <int tiles, KvKind kind> static void cached_attention_launch(const GoldSource &g, const ReadTask &task, int splits) {
-    const size_t smem = read_smem(nullptr, g, 16 * tiles, task.M).bytes;
-    auto kernel = cached_attention_kernel<tiles, kind>;
-    allow_smem(kernel, smem);
-    kernel<<<splits, READ_THREADS, smem, stream>>>(g, task);
+// q~ = q * ln_k's gain, W2^T q~ and two sums, of all queries of a head: a block. In base 2: q~ includes log2(e) / sqrt(N).
+__global__ void __launch_bounds__(128) past_queries(PastQuery to, QuerySource q, GoldSource g, int M) {
+    __shared__ float2 shared[32];
+    __shared__ __align__(16) float qs[8][N];
+    __shared__ float low_rank[8][32];
+    const int h = blockIdx.x, t = threadIdx.x, lane = t % 32;
+    let_next_start();
+    wait_for_previous();
+    for (int i = t; i < 8 * N; i += 128) qs[i / N][i % N] = 0;
+    __syncthreads();
+    for (int m = 0; m < M; m++) {
+        const Pack part = query_pack(q, m, h * N + t % 8 * 8, g.C, shared);
+        if (t >= 8) continue;
+        store(&qs[m][8 * t], part);
+    }
+    __syncthreads();
+    for (int m = 0; m < M; m++) {
+        float2 sum = make_float2(0, 0);                                     // of q~, of q . bias
+        if (t < N) {
+            const float scaled = qs[m][t] * SCALE_LOG2;
+            qs[m][t] = (float)(floatX)(scaled * (float)g.k.gain[h * N + t]);
+            sum = make_float2(qs[m][t], scaled * (float)g.k.bias[h * N + t]);
+        }
+        sum = block_sum(sum, shared);
+        if (t == 0) to.sum[h * M + m] = sum.x;
+        if (t == 0) to.bias[h * M + m] = sum.y;
+    }
+    __syncthreads();
+    if (t < 64) {                                                           // k1's channels 32 (2 h + t / 32) ..
+        TilePair pair;
+        for (int half = 0; half < 2; half++) {
+            float x[4];
+            for (int i = 0; i < 4; i++) x[i] = qs[lane / 4][tile_channel(32 * (t / 32) + 16 * half + lane % 4 * 2 + i % 2 + i / 2 * 8)];
+            pair.b[half] = make_b(x[0], x[1], x[2], x[3]);
+        }
+        to.q[(2 * h + t / 32) * 32 + lane] = pair;
+    }
+    for (int column = 0; column < g.rank_pad; column += 32) {
+        for (int m = t / 32; m < M; m += 4) {
+            float sum = 0;
+            for (int i = 0; i < N; i++) sum += qs[m][i] * (float)g.k.w2[(int64_t)(h * N + i) * g.rank_pad + column + lane];
+            low_rank[m][lane] = sum;
+        }
+        __syncthreads();
+        for (int i = t; i < 4 * M; i += 128) {                              // a query's column of a tile is in four lanes
+            const int m = i / 4, n = h * M + m, k = i % 4 * 2;
+            const float *x = low_rank[m];
+            const TilePair pair = {{make_b(x[k], x[k + 1], x[k + 8], x[k + 9]), make_b(x[k + 16], x[k + 17], x[k + 24], x[k + 25])}};
+            to.u[(n / 8 * (g.rank_pad / 32) + column / 32) * 32 + n % 8 * 4 + i % 4] = pair;
+        }
+        __syncthreads();
+    }
 }
 
 // ---- both ----
 
-// y (M, C) from the splits' sums; a block a head of a query
-template <typename T> __global__ void __launch_bounds__(N) combine_splits(T *y, SplitSums p, int splits, int C, int H) {
-    const int h = blockIdx.x, m = blockIdx.y, M = gridDim.y;
+// y (M, C) from what the splits found; a block a head of a query. The older tokens' sums still lack W2 and the norm's gain.
+template <typename T>
+__global__ void __launch_bounds__(256) combine_splits(T *y, SplitSums window, PastSums past, GoldSource g, int past_splits) {
+    __shared__ float2 shared[32];
+    __shared__ float weights[WINDOW_SPLITS + MOST_SPLITS];
+    __shared__ __align__(16) float low_rank[MAX_C / 16];
+    __shared__ float parts[4][N];
+    __shared__ float past_parts[4][N];
+    const int h = blockIdx.x, m = blockIdx.y, M = gridDim.y, pair = h * M + m, pairs = g.H * M, splits = WINDOW_SPLITS + past_splits;
+    const int t = threadIdx.x, channel = h * N + t % N, part = t / N;
     let_next_start();
     wait_for_previous();
-    float top = -INFINITY, sum = 0, out = 0;
-    for (int i = 0; i < splits; i++) top = fmaxf(top, p.top[(i * M + m) * H + h]);
-    for (int i = 0; i < splits; i++) {
-        const float weight = exp2f(p.top[(i * M + m) * H + h] - top);
-        if (weight == 0) continue;                                      // a split that this query does not see
-        sum += p.sum[(i * M + m) * H + h] * weight;
-        out += p.out[((int64_t)i * M + m) * C + h * N + threadIdx.x] * weight;
+    for (int i = t; i < splits; i += 256)
+        weights[i] = i < WINDOW_SPLITS ? window.top[(i * M + m) * g.H + h] : past.top[(i - WINDOW_SPLITS) * pairs + pair];
+    __syncthreads();
+    float top = -INFINITY;
+    for (int i = 0; i < splits; i++) top = fmaxf(top, weights[i]);
+    __syncthreads();
+    float sum = 0;
+    float2 past_sum = make_float2(0, 0);                                    // of p, of p' mean
+    for (int i = t; i < splits; i += 256) {
+        weights[i] = exp2f(weights[i] - top);                               // 0 for a split that saw nothing
+        const int at = (i - WINDOW_SPLITS) * pairs + pair;
+        if (i < WINDOW_SPLITS) sum += weights[i] * window.sum[(i * M + m) * g.H + h];
+        else past_sum = make_float2(past_sum.x + weights[i] * past.sum[at], past_sum.y + weights[i] * past.mean[at]);
     }
-    y[(int64_t)m * C + h * N + threadIdx.x] = (T)(out / sum);
+    sum = block_sum(sum, shared);
+    past_sum = block_sum(past_sum, shared);
+    float out = 0, past_out = 0;
+    for (int i = part; i < splits; i += 4) {
+        if (weights[i] == 0) continue;
+        if (i < WINDOW_SPLITS) out += weights[i] * window.out[((int64_t)i * M + m) * g.C + channel];
+        else past_out += weights[i] * past.out[((int64_t)(i - WINDOW_SPLITS) * M + m) * g.C + channel];
+    }
+    if (past_splits > 0) {
+        for (int r = t; r < g.rank_pad; r += 256) {
+            float u = 0;
+            for (int i = 0; i < past_splits; i++)
+                if (weights[WINDOW_SPLITS + i] > 0) u += weights[WINDOW_SPLITS + i] * past.u[((int64_t)i * pairs + pair) * g.rank_pad + r];
+            low_rank[r] = u;
+        }
+        __syncthreads();
+        for (int r = 8 * part; r < g.rank_pad; r += 32) {
+            const Pack w = load(g.v.w2 + (int64_t)channel * g.rank_pad + r), u = load(low_rank + r);
+            for (int i = 0; i < 8; i++) past_out += w.x[i] * u.x[i];
+        }
+    }
+    parts[part][t % N] = out;
+    past_parts[part][t % N] = past_out;
+    __syncthreads();
+    if (part > 0) return;
+    out = past_out = 0;
+    for (int i = 0; i < 4; i++) {
+        out += parts[i][t];
+        past_out += past_parts[i][t];
+    }
+    out += (past_out - past_sum.y) * (float)g.v.gain[channel] + past_sum.x * (float)g.v.bias[channel];
+    y[(int64_t)m * g.C + channel] = (T)(out / (sum + past_sum.x));
 }
 
-// y (M, C) = causal attention of queries over all that is in the cache. task: what the caller knows of the queries.
-template <typename T> static void gold_attention(Infer *f, const GoldSource &g, T *y, WindowTask task) {
-    const int M = task.M, step = f->tile_rows - 1;
+// y (M, C) = causal attention of queries over all that is in the cache. task: what the caller knows of the queries; m0, M: of them.
+template <typename T> static void gold_attention(Infer *f, const GoldSource &g, T *y, WindowTask task, int m0, int M) {
     task.keys = g.k.ring, task.values = g.v.ring, task.to = f->sums, task.place = f->place, task.window = f->window;
     task.C = g.C, task.H = g.H;
-    for (int m = 0; m < M; m += f->queries) {
-        task.M = M - m < f->queries ? M - m : f->queries;
-        task.m0 = m;
-        if (m > 0) task.q += (int64_t)f->queries * g.C;
-        launch_early(window_attention_kernel, dim3(g.H, WINDOW_SPLITS, task.M), WINDOW_THREADS, 0, task);
-        int splits = WINDOW_SPLITS;
-        if (f->window_begin > 0) {
-            const int64_t tiles = ceil_div(f->window_begin, step), per = ceil_div(tiles, READ_SPLITS);
-            const int64_t skip = (int64_t)splits * task.M;
-            const ReadTask past = {task.q, f->row_position + m, f->window_begin, {f->sums.out + skip * g.C, f->sums.top + skip * g.H,
-                                   f->sums.sum + skip * g.H}, task.M, (int)per};
-            const int more = (int)ceil_div(tiles, per);
-            splits += more;
-            if (f->tile_rows == 16) {
-                if (f->kv == KV_INT8) cached_attention_launch<1, KV_INT8>(g, past, more);
-                else cached_attention_launch<1, KV_COMPRESSED>(g, past, more);
-            } else {
-                if (f->kv == KV_INT8) cached_attention_launch<2, KV_INT8>(g, past, more);
-                else cached_attention_launch<2, KV_COMPRESSED>(g, past, more);
-            }
+    for (int m = m0; m < M; m += f->queries) {
+        const int here = M - m < f->queries ? M - m : f->queries, splits = f->window_begin > 0 ? f->past_splits : 0;
+        WindowTask part = task;
+        part.m0 = m, part.M = here;
+        if (task.query.q) part.query.q += (int64_t)m * g.C;
+        launch_early(window_attention_kernel, dim3(g.H, WINDOW_SPLITS, here), WINDOW_THREADS, 0, part);
+        if (splits > 0) {
+            const PastTask past = {f->past_query, f->past_sums, f->place, m, here};
+            const size_t smem = past_smem(nullptr, g, f->past_warps, here).bytes;
+            auto kernel = g.rank_pad == 64 ? past_attention_kernel<2> : past_attention_kernel<4>;
+            allow_smem(kernel, smem);
+            launch_early(past_queries, dim3(g.H), 128, 0, f->past_query, part.query, g, here);
+            launch_early(kernel, dim3(splits), 32 * f->past_warps, smem, g, past);
         }
-        launch_early(combine_splits<T>, dim3(g.H, task.M), N, 0, y + (int64_t)m * g.C, f->sums, splits, g.C, g.H);
+        launch_early(combine_splits<T>, dim3(g.H, here), 256, 0, y + (int64_t)m * g.C, f->sums, f->past_sums, g, splits);
     }
 }
 
-// The time mixer of GOLD layers during inference: the trainer's queries and output, attention over the cache.
+// The time mixer of GOLD layers during inference: the trainer's queries and output, attention over the cache. Where only the
+// last token's logits count, a layer's last tokens are enough: two more with every layer that follows.
 static void gold_cached_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
     Infer *f = (Infer *)m;
     const Dims &d = m->d;
     const int64_t lead = d.lead * (int64_t)d.C;
     gold_queries(m, layer, x);
+    const int M = d.BT - d.lead, needed = 2 * (d.L - layer->l), skip = f->last_only && M > needed ? M - needed : 0;
     WindowTask task = {};
-    task.q = layer->gold.q + lead, task.M = d.BT - d.lead;
-    gold_attention(f, f->sources[layer->l - d.G0], layer->gold.y + lead, task);
+    task.query.q = layer->gold.q + lead;
+    CUDA_CHECK(cudaMemsetAsync(layer->gold.y, 0, (d.lead + skip) * (int64_t)d.C * sizeof(floatX), stream));
+    gold_attention(f, f->sources[layer->l - d.G0], layer->gold.y + lead, task, skip, M);
     gold_output(m, layer, out);
 }
 
@@ -620,7 +895,7 @@ __device__ inline void add_products(float &sum, const RawPack<floatX> (&raw)[8],
 
 // y[row] = weights(row) . x for rows 0..rows-1, x made by `before` in shared memory, y handed to `after`. A row may have a
 // second x. Grid: (any number of blocks, problems).
-template <typename Job> __global__ void __launch_bounds__(MV_THREADS, 3) matvec_kernel(Job job) {
+template <typename Job> __global__ void __launch_bounds__(MV_THREADS, 4) matvec_kernel(Job job) {
     floatX *x = dynamic_smem<floatX>();
     int row = blockIdx.x * MV_WARPS + threadIdx.x / 32;
     RawPack<floatX> raw[8];
@@ -940,7 +1215,7 @@ struct KeySums {
     const float *c;
     float *z;                                               // (2, C): of this token, of the one before (zeros at first)
     const Place *place;
-    int rows, K;                                            // C, R16
+    int rows, K;                                            // C, R32
     __device__ const floatX *weights(int row) const { return g.w_c + (int64_t)row * K; }
     __device__ int first(int) const { return 0; }
     __device__ int second(int) const { return K; }
@@ -982,7 +1257,7 @@ __global__ void __launch_bounds__(128) decode_keys_values(floatX *kv1, const Gol
     const GoldSource::Side &s = side ? g.v : g.k;
     MixSum mix = {};
     let_next_start();
-    mix.request(s.mix_rows, c, C);
+    mix.request(s.mix, c, C);
     wait_for_previous();
     const int64_t t = place->first, id = g.ids[t], id_before = t > 0 ? g.ids[t - 1] : -1;
     if (threadIdx.x < 32) {
@@ -1085,15 +1360,15 @@ static void cache_decode(Infer *f) {
     CacheEntry entry = {};
     entry.x = row.x, entry.w = f->m.top.w_kv_cache_a.w, entry.c = row.c, entry.rows = d.R, entry.K = d.C;
     matvec(entry, d.C);
-    matvec(KeySums{g, f->c, f->c8, f->scales, row.c, row.z, f->place, d.C, g.R16}, 2 * g.R16);
+    matvec(KeySums{g, f->c, f->c8, f->scales, row.c, row.z, f->place, d.C, g.R32}, 2 * g.R32);
     launch_early(decode_keys_values, dim3((int)ceil_div(d.C, 256), 2 * f->G), 128, 0, row.kv1, f->device_sources, row.z, f->place, d.C);
     KvHidden hidden = {};
-    hidden.sources = f->device_sources, hidden.kv1 = row.kv1, hidden.u = row.u, hidden.rows = g.rank16, hidden.K = d.C;
+    hidden.sources = f->device_sources, hidden.kv1 = row.kv1, hidden.u = row.u, hidden.rows = g.rank_pad, hidden.K = d.C;
     matvec(hidden, d.C, 2 * f->G);
     KvLowRank low_rank = {};
     low_rank.sources = f->device_sources, low_rank.kv1 = row.kv1, low_rank.u = row.u, low_rank.kv2 = row.kv2, low_rank.rows = d.C;
-    low_rank.K = g.rank16;
-    matvec(low_rank, g.rank16, 2 * f->G);
+    low_rank.K = g.rank_pad;
+    matvec(low_rank, g.rank_pad, 2 * f->G);
     launch_early(decode_window_append, dim3(2 * f->G), MV_THREADS, 0, f->device_sources, row.kv2, f->place, f->window, d.C);
 }
 
@@ -1112,9 +1387,8 @@ static void gold_decode(Infer *f, Layer *layer) {
     query.x = row.xs, query.w = p.query.w, query.out = row.q, query.rows = d.C, query.K = d.C;
     matvec(query, d.C);
     WindowTask task = {};
-    task.q0 = row.q, task.gain = p.ln_q_weight.w, task.bias = p.ln_q_bias.w, task.shift = layer->tmix_shift, task.ln = row.ln;
-    task.M = 1;
-    gold_attention(f, g, row.y, task);
+    task.query = {nullptr, row.q, p.ln_q_weight.w, p.ln_q_bias.w}, task.shift = layer->tmix_shift, task.ln = row.ln;
+    gold_attention(f, g, row.y, task, 0, 1);
 }
 
 static void cmix_decode(Infer *f, Layer *layer) {                           // row.x = row.x_mid + ..
@@ -1185,20 +1459,28 @@ static floatX *packed(int rows, int columns, Param from, int from_rows, int from
     return to;
 }
 
-// How many cached tokens an attention block takes at a time (plus one: 32 or 16) and how many queries: as many of the
-// first as fit its shared memory with one query, then as many of the second.
+// Blocks as large as their shared memory allows, up to eight warps, but no larger than the context asks for; then as many
+// queries at a time as there is room for.
 static void choose_attention_shape(Infer *f) {
     const GoldSource &g = f->sources[0];
     const size_t limit = f->shared_limit;
-    f->tile_rows = read_smem(nullptr, g, 32, 1).bytes <= limit ? 32 : 16;
-    if (read_smem(nullptr, g, f->tile_rows, 1).bytes > limit)
+    f->past_splits = multiprocessors < MOST_SPLITS ? multiprocessors : MOST_SPLITS;
+    f->past_warps = 8;
+    while (f->past_warps > 1 && (past_smem(nullptr, g, f->past_warps, 1).bytes > limit ||
+                                 f->past_warps / 2 * 15ll * f->past_splits >= f->capacity)) f->past_warps /= 2;
+    if (past_smem(nullptr, g, f->past_warps, 1).bytes > limit)
         die(2, "n_embd %d does not fit the %zu bytes of shared memory that a block has here", g.C, limit);
     f->queries = 1;
-    while (f->queries < f->tail && read_smem(nullptr, g, f->tile_rows, f->queries + 1).bytes <= limit) f->queries++;
-    const int64_t sums = (int64_t)(WINDOW_SPLITS + READ_SPLITS) * f->queries;
-    device_alloc((void **)&f->sums.out, sums * g.C * sizeof(float));
-    device_alloc((void **)&f->sums.top, sums * g.H * sizeof(float));
-    device_alloc((void **)&f->sums.sum, sums * g.H * sizeof(float));
+    while (f->queries < 8 && past_smem(nullptr, g, f->past_warps, f->queries + 1).bytes <= limit) f->queries++;
+    const int64_t M = f->queries, pairs = M * g.H, splits = f->past_splits;
+    for (float **p : {&f->sums.top, &f->sums.sum}) device_alloc((void **)p, WINDOW_SPLITS * pairs * sizeof(float));
+    device_alloc((void **)&f->sums.out, WINDOW_SPLITS * M * g.C * sizeof(float));
+    for (float **p : {&f->past_sums.top, &f->past_sums.sum, &f->past_sums.mean}) device_alloc((void **)p, splits * pairs * sizeof(float));
+    device_alloc((void **)&f->past_sums.out, splits * M * g.C * sizeof(float));
+    device_alloc((void **)&f->past_sums.u, splits * pairs * g.rank_pad * sizeof(float));
+    device_alloc((void **)&f->past_query.q, g.C / 32 * 32 * sizeof(TilePair));
+    device_alloc((void **)&f->past_query.u, ceil_div(pairs, 8) * g.rank_pad / 32 * 32 * sizeof(TilePair));
+    for (float **p : {&f->past_query.sum, &f->past_query.bias}) device_alloc((void **)p, pairs * sizeof(float));
 }
 
 // Matrices that a step reads by rows of C, and its vectors.
@@ -1216,12 +1498,12 @@ static void prepare_decode(Infer *f) {
                         packed(64, d.C, p.time_value2_w1, d.C, 64, true)};
     }
     Row &row = f->row;
-    const int64_t kv = 2 * f->G, rank16 = multiple_of_16(gold_rank(d));
+    const int64_t kv = 2 * f->G, rank = padded_rank(gold_rank(d));
     alloc_floats(&row.ln, d.C);
     alloc_floats(&row.xs, 5 * d.C);
     alloc_floats(&row.ffn, d.F);
     alloc_floats(&row.kv1, kv * d.C);
-    alloc_floats(&row.u, kv * rank16);
+    alloc_floats(&row.u, kv * rank);
     for (float **p : {&row.r, &row.k, &row.v, &row.v2, &row.y, &row.q}) device_alloc((void **)p, d.A * sizeof(float));
     for (float **p : {&row.x, &row.x_mid, &row.gate}) device_alloc((void **)p, d.C * sizeof(float));
     device_alloc((void **)&row.hidden, 288 * sizeof(float));
@@ -1230,34 +1512,75 @@ static void prepare_decode(Infer *f) {
     device_alloc((void **)&row.kv2, kv * d.C * sizeof(float));
 }
 
+static void pack_pairs(TilePair *to, const floatX *p, int64_t ld_k, int64_t ld_n, int K, int columns, int per, int inner, int outer, int step,
+                       bool k_channels, bool n_channels) {
+    const PackTiles how = {p, ld_k, ld_n, K, per, inner, outer, step, k_channels, n_channels};
+    pack_tiles<<<columns / 8 * (K / 32), 32, 0, stream>>>(to, how);
+}
+
+// w^T w of w (rows, n), as right operand
+static TilePair *gram_of(const floatX *w, int rows_of_w, int n, floatX *scratch) {
+    TilePair *to;
+    device_alloc((void **)&to, n / 8 * (n / 32) * 32 * sizeof(TilePair));
+    matmul(scratch, n, columns(w, n), rows(w, n), n, n, rows_of_w);
+    pack_pairs(to, scratch, n, 1, n, n, n / 8, n / 32, 0, 1, false, false);
+    return to;
+}
+
+// The weights of a side in the order in which past_sweep takes them: for each pass over the rank and each 32 channels, tiles of
+// W_c (keys only), of the mix, of w1 and of w2.
+static void prepare_side(GoldSource &g, GoldSource::Side &side, bool keys, Param w1, Param w2, int rank, floatX *scratch) {
+    const int C = g.C, groups = g.rank_pad == 64 ? 2 : 4, passes = g.rank_pad / (32 * groups), from_c = keys ? 4 * g.R32 / 32 : 0;
+    floatX *centered;
+    TilePair *tiles;
+    side.stage = from_c + 4 + 8 * groups;
+    side.w1 = packed(g.rank_pad, C, w1, C, rank, true);
+    alloc_floats(&centered, (int64_t)C * g.rank_pad);
+    pack_centered<<<g.rank_pad, 256, 0, stream>>>(centered, w2.w, rank, C);
+    side.w2 = centered;
+    side.gram = gram_of(centered, C, g.rank_pad, scratch);
+    device_alloc((void **)&tiles, (int64_t)passes * C / 32 * side.stage * 32 * sizeof(TilePair));
+    side.tiles = tiles;
+    for (int pass = 0; pass < passes; pass++) {
+        TilePair *to = tiles + (int64_t)pass * C / 32 * side.stage * 32;
+        if (keys) pack_pairs(to, g.w_c, 1, g.R32, g.R32, C, 4, g.R32 / 32, side.stage, 1, false, true);
+        to += from_c * 32;
+        pack_pairs(to, side.mix, C, 1, 32, C, 4, 1, side.stage, 0, false, true);
+        to += 4 * 32;
+        pack_pairs(to, side.w1 + (int64_t)pass * 32 * groups * C, 1, C, C, 32 * groups, 4 * groups, 1, 0, side.stage, true, false);
+        pack_pairs(to + 4 * groups * 32, side.w2 + pass * 32 * groups, g.rank_pad, 1, C, 32 * groups, 4 * groups, 1, 0, side.stage, true, false);
+    }
+}
+
 // Tables over the vocabulary and weights in the layout that attention reads; once, after the weights are in place.
 static void prepare_gold(Infer *f) {
     Model *m = &f->m;
     const Dims d = m->d;
     const int64_t V = d.V, C = d.C;
-    const int R16 = multiple_of_16(d.R), rank = gold_rank(d), rank16 = multiple_of_16(rank);
+    const int R32 = multiple_of_32(d.R), rank = gold_rank(d), rank_pad = padded_rank(rank), largest = R32 > rank_pad ? R32 : rank_pad;
     const Param W = m->top.w_kv_cache_b;
-    f->w_c = packed(d.A, R16, columns_from(W, C), d.A, d.R, false);
+    f->w_c = packed(d.A, R32, columns_from(W, C), d.A, d.R, false);
     alloc_floats(&f->id_k0, V * C);
     alloc_floats(&f->id_xo, V * C);
-    floatX *w1[2];
+    alloc_floats(&f->id_c, V * R32);
+    device_alloc((void **)&f->id_squares, V * sizeof(float));
+    floatX *w1[2], *scratch;
     for (floatX *&w : w1) alloc_floats(&w, C * 64);
+    alloc_floats(&scratch, (int64_t)largest * largest);
+    f->c_gram = gram_of(f->w_c, d.C, R32, scratch);
     for (int i = 0; i < f->G; i++) {
         const Params &p = m->layers[d.G0 + i].p;
         GoldSource &g = f->sources[i];
         floatX *id_h, *id_h_before;
         alloc_floats(&id_h, V * 64);
         alloc_floats(&id_h_before, V * 64);
-        g.id_k0 = f->id_k0, g.id_xo = f->id_xo, g.id_h = id_h, g.id_h_before = id_h_before, g.w_c = f->w_c;
-        g.C = d.C, g.H = d.H, g.R = d.R, g.R16 = R16, g.rank16 = rank16;
-        Param mix_v = p.time_maa_kv_w2;
-        mix_v.w += 32 * C;
-        g.k = {p.time_maa_k.w, packed(d.C, 32, p.time_maa_kv_w2, 32, d.C, true), p.time_maa_kv_w2.w,
-               packed(rank16, d.C, p.time_key_w1, d.C, rank, true), packed(d.C, rank16, p.time_key_w2, rank, d.C, true),
-               p.ln_k_weight.w, p.ln_k_bias.w, g.k.ring};
-        g.v = {p.time_maa_v.w, packed(d.C, 32, mix_v, 32, d.C, true), mix_v.w,
-               packed(rank16, d.C, p.time_value_w1, d.C, rank, true), packed(d.C, rank16, p.time_value_w2, rank, d.C, true),
-               p.ln_v_weight.w, p.ln_v_bias.w, g.v.ring};
+        g.id_k0 = f->id_k0, g.id_xo = f->id_xo, g.id_c = f->id_c, g.id_squares = f->id_squares, g.id_h = id_h, g.id_h_before = id_h_before;
+        g.w_c = f->w_c, g.c_gram = f->c_gram;
+        g.C = d.C, g.H = d.H, g.R = d.R, g.R32 = R32, g.rank_pad = rank_pad;
+        g.k.mu = p.time_maa_k.w, g.k.mix = p.time_maa_kv_w2.w, g.k.gain = p.ln_k_weight.w, g.k.bias = p.ln_k_bias.w;
+        g.v.mu = p.time_maa_v.w, g.v.mix = p.time_maa_kv_w2.w + 32 * C, g.v.gain = p.ln_v_weight.w, g.v.bias = p.ln_v_bias.w;
+        prepare_side(g, g.k, true, p.time_key_w1, p.time_key_w2, rank, scratch);
+        prepare_side(g, g.v, false, p.time_value_w1, p.time_value_w2, rank, scratch);
         // (xo + dxo mu) @ w1 = xo_t @ (1 - mu) w1 + xo_{t-1} @ mu w1
         for (int before = 0; before < 2; before++)
             scale_rows<<<blocks_of(C * 64), 256, 0, stream>>>(w1[before], p.time_maa_kv_w1.w, p.time_maa_v_cache.w, !before, C * 64, 64);
@@ -1274,9 +1597,11 @@ static void prepare_gold(Infer *f) {
             matmul(id_h_before + first * 64, 64, rows(m->xo, C), rows(w1[1], 64), here, 64, d.C);
         }
     }
+    matmul(f->id_c, R32, rows(f->id_k0, C), rows(f->w_c, R32), d.V, R32, d.C);
+    sum_squares<<<d.V, 32, 0, stream>>>(f->id_squares, f->id_k0, d.C);
     CUDA_CHECK(cudaMemcpyAsync(f->device_sources, f->sources, f->G * sizeof(GoldSource), cudaMemcpyHostToDevice, stream));
     CUDA_CHECK(cudaStreamSynchronize(stream));
-    for (floatX *w : w1) cudaFree(w);
+    for (floatX *w : {w1[0], w1[1], scratch}) cudaFree(w);
 }
 
 // ---- the model's shape, where a file written by others does not say it ----
@@ -1639,8 +1964,8 @@ static void infer_chunk(Infer *f, const int *ids, int n, bool all) {
     }
     extend_window(f);
     set_batch(m, 1, n + 1);
-    f->row_position = f->position - n;
-    move_place(f, f->row_position);
+    move_place(f, f->position - n);
+    f->last_only = false;
     model_layers(m, d.G0, d.L);
     move_place(f, f->position - 1);
 }
@@ -1651,8 +1976,6 @@ static void infer_head(Infer *f, float *logits, int row, int count) {
     const floatX *xf = f->m.xf + (int64_t)row * d.C, *head = f->m.top.head.w;
     matmul(logits, d.V, rows(xf, d.C), columns(head, d.C), count, d.V, d.C);
 }
-
-static bool infer_decodes(const Infer *f) { return f->decodes && f->position < f->window; }
 
 // A step, recorded: `queue` is queue_step and perhaps more.
 template <typename F> static void infer_step(Infer *f, Recording (&recordings)[2], const F &queue) {
@@ -1670,7 +1993,7 @@ void infer_feed(Infer *f, const int *ids, int64_t n) {
     const Dims &d = m->d;
     if (f->position + n > f->capacity && f->G)
         die(2, "the context would be %ld tokens long, expected at most %ld", f->position + n, f->capacity);
-    if (n == 1 && infer_decodes(f)) {
+    if (n == 1 && f->decodes) {
         CUDA_CHECK(cudaMemcpyAsync(f->token, ids, sizeof(int), cudaMemcpyHostToDevice, stream));
         infer_step(f, f->recordings, [=] { queue_step(f, f->token); });
         return;
@@ -1682,8 +2005,8 @@ void infer_feed(Infer *f, const int *ids, int64_t n) {
         set_batch(m, 1, f->tail_rows + 1);
         CUDA_CHECK(cudaMemcpyAsync(m->layers[d.G0].x + d.C, f->tail_x[f->tail_now], (size_t)f->tail_rows * d.C * sizeof(floatX),
                                    cudaMemcpyDeviceToDevice, stream));
-        f->row_position = f->position - f->tail_rows;
-        move_place(f, f->row_position);
+        move_place(f, f->position - f->tail_rows);
+        f->last_only = true;
         model_layers(m, d.G0, d.L);
     }
     model_final_norm(m);
@@ -1758,13 +2081,17 @@ void gf_infer_free(Infer *f) {
         const GoldSource &g = f->sources[i];
         for (const floatX *p : {g.id_h, g.id_h_before}) cudaFree((void *)p);
         for (const GoldSource::Side *side : {&g.k, &g.v})
-            for (const floatX *p : {side->mix, side->w1, side->w2, (const floatX *)side->ring}) cudaFree((void *)p);
+            for (const void *p : {(const void *)side->w1, (const void *)side->w2, (const void *)side->tiles, (const void *)side->gram,
+                                  (const void *)side->ring}) cudaFree((void *)p);
     }
     for (int l = 0; l < f->m.d.L; l++)
         for (floatX *p : {f->packed[l].mix_w1, f->packed[l].decay_w1, f->packed[l].value2_w1}) cudaFree(p);
     const Row &row = f->row;
-    for (floatX *p : {f->w_c, f->id_k0, f->id_xo, f->tail_x[0], f->tail_x[1], row.ln, row.xs, row.ffn, row.kv1, row.u}) cudaFree(p);
-    for (float *p : {f->sums.out, f->sums.top, f->sums.sum, row.x, row.x_mid, row.hidden, row.r, row.k, row.v, row.v2, row.y, row.q, row.gate,
+    for (floatX *p : {f->w_c, f->id_k0, f->id_xo, f->id_c, f->tail_x[0], f->tail_x[1], row.ln, row.xs, row.ffn, row.kv1, row.u}) cudaFree(p);
+    const PastSums &past = f->past_sums;
+    for (TilePair *p : {f->c_gram, f->past_query.q, f->past_query.u}) cudaFree(p);
+    for (float *p : {f->sums.out, f->sums.top, f->sums.sum, past.out, past.u, past.top, past.sum, past.mean, f->past_query.sum,
+                     f->past_query.bias, f->id_squares, row.x, row.x_mid, row.hidden, row.r, row.k, row.v, row.v2, row.y, row.q, row.gate,
                      row.c, row.z, row.kv2}) cudaFree(p);
     for (void *p : {(void *)f->place, (void *)f->token, (void *)f->device_sources}) cudaFree(p);
     free(f->sources);
@@ -2722,7 +3049,7 @@ void session_write(Session *s) {
     double begin = 0;
     sampler_begin(&s->sampler, infer_position(s->m), -1);
     for (int64_t i = 0; i < s->o->n && !stop_requested; i++) {
-        if (s->pending >= 0 && infer_decodes(s->m)) {           // it is the one that was drawn last: the device has it
+        if (s->pending >= 0 && s->m->decodes) {           // it is the one that was drawn last: the device has it
             infer_step(s->m, s->recordings, [=] {
                 queue_step(s->m, &s->sampler.state->drawn);
                 sampler_queue(&s->sampler, infer_logits(s->m));

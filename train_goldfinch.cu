@@ -910,6 +910,10 @@ __device__ inline TileA load_a(const floatX *p, int ld) {                       
                  : "=r"(a.x[0]), "=r"(a.x[1]), "=r"(a.x[2]), "=r"(a.x[3]) : "r"(smem_address(p + l % 16 * ld + l / 16 * 8)) : "memory");
     return a;
 }
+__device__ inline TileA load_a(const float *p, int ld) {
+    p += threadIdx.x % 32 / 4 * ld + threadIdx.x % 4 * 2;
+    return {{bf16_pair(p[0], p[1]), bf16_pair(p[8 * ld], p[8 * ld + 1]), bf16_pair(p[8], p[9]), bf16_pair(p[8 * ld + 8], p[8 * ld + 9])}};
+}
 __device__ inline TileA load_a_t(const floatX *p, int ld) {                     // A[m][k] = p[k * ld + m]
     const int l = threadIdx.x % 32;
     TileA a;
@@ -936,6 +940,8 @@ __device__ inline TileB load_b_global(const floatX *p, int ld) {                
     p += threadIdx.x % 32 / 4 * ld + threadIdx.x % 4 * 2;
     return {{*(const unsigned *)p, *(const unsigned *)(p + 8)}};
 }
+// The lane's share of B as numbers: rows 2t, 2t+1, 2t+8, 2t+9 of column g
+__device__ inline TileB make_b(float x0, float x1, float x2, float x3) { return {{bf16_pair(x0, x1), bf16_pair(x2, x3)}}; }
 // Two results side by side, (16x8 | 16x8), as the left operand of the next product.
 __device__ inline TileA to_a(const TileC &left, const TileC &right) {
     return {{bf16_pair(left.x[0], left.x[1]), bf16_pair(left.x[2], left.x[3]),
@@ -973,9 +979,9 @@ __device__ inline int a_col(int i) { return threadIdx.x % 4 * 2 + i % 2 + i / 4 
 __device__ inline int b_row(int i) { return threadIdx.x % 4 * 2 + i % 2 + i / 2 * 8; }  // B's: row,
 __device__ inline int b_col(void) { return threadIdx.x % 32 / 4; }                      // column
 
-__device__ inline TileA load_a(const floatX *p, int ld) {
+template <typename T> __device__ inline TileA load_a(const T *p, int ld) {
     TileA a;
-    for (int i = 0; i < 8; i++) a.x[i] = (float)p[a_row(i) * ld + a_col(i)];
+    for (int i = 0; i < 8; i++) a.x[i] = (float)(floatX)p[a_row(i) * ld + a_col(i)];
     return a;
 }
 __device__ inline TileA load_a_t(const floatX *p, int ld) {
@@ -989,6 +995,9 @@ template <typename T> __device__ inline TileB load_b(const T *p, int ld) {
     return b;
 }
 __device__ inline TileB load_b_global(const floatX *p, int ld) { return load_b(p, ld); }
+__device__ inline TileB make_b(float x0, float x1, float x2, float x3) {
+    return {{(float)(floatX)x0, (float)(floatX)x1, (float)(floatX)x2, (float)(floatX)x3}};
+}
 __device__ inline TileB load_b_t(const floatX *p, int ld) {
     TileB b;
     for (int i = 0; i < 4; i++) b.x[i] = (float)p[b_row(i) * ld + b_col()];
