@@ -359,7 +359,7 @@ struct PastTask {
 };
 
 struct PastSmem {                           // where things lie in a block's shared memory
-    TilePair *stage[2];                     // weights for 32 channels
+    TilePair *stage;                        // two stages of weights for 32 channels each, g.k.stage pairs apart
     floatX *patch;                          // (warps, 16, 64), in the stages' place
     floatX *c, *h, *u;                      // (warps, 16, R), (warps, 16, 64), (warps, 16, rank), each row PAD longer
     float *p;                               // (H M, tokens): scores, then p'
@@ -375,8 +375,8 @@ __host__ __device__ inline PastSmem past_smem(char *base, const GoldSource &g, i
     size_t at = 0;
     auto place = [&](size_t bytes) { char *p = base + at; at += (bytes + 15) / 16 * 16; return p; };
     const int tokens = 16 * warps, pairs = M * g.H;
-    for (int i = 0; i < 2; i++) s.stage[i] = (TilePair *)place(sizeof(TilePair) * 32 * g.k.stage);
-    s.patch = (floatX *)s.stage[0];
+    s.stage = (TilePair *)place(2 * sizeof(TilePair) * 32 * g.k.stage);
+    s.patch = (floatX *)s.stage;
     s.c = (floatX *)place(sizeof(floatX) * tokens * (g.R32 + PAD));
     s.h = (floatX *)place(sizeof(floatX) * tokens * (64 + PAD));
     s.u = (floatX *)place(sizeof(floatX) * tokens * (g.rank_pad + PAD));
@@ -441,6 +441,7 @@ __device__ inline void past_rows(PastRows &rows, const PastSmem &s, const GoldSo
     const int64_t first = t0 - 1;                                           // of row 0
     if (lane < 16) ids[lane] = first + lane >= 0 && first + lane < T ? g.ids[first + lane] : -1;
     __syncwarp();
+#pragma unroll 8
     for (int i = lane; i < 16 * g.R32; i += 32) {
         const int row = i / g.R32, at = i % g.R32;
         const int64_t t = first + row;
@@ -448,6 +449,7 @@ __device__ inline void past_rows(PastRows &rows, const PastSmem &s, const GoldSo
         if (ids[row] >= 0 && at < g.R) x = g.c8 ? g.c8[t * g.R + at] * g.scales[t] : (float)g.c[t * g.R + at];
         c[row * ldc + at] = (floatX)x;
     }
+#pragma unroll 8
     for (int i = lane; i < 16 * 64; i += 32) {
         const int row = i / 64, at = i % 64;
         float x = 0;
@@ -460,6 +462,7 @@ __device__ inline void past_rows(PastRows &rows, const PastSmem &s, const GoldSo
     for (int i = 0; i < 2; i++) {
         const int row = tile_row(2 * i), id = ids[row];
         float dot = 0;
+#pragma unroll 8
         for (int at = lane % 4; at < g.R && id >= 0; at += 4) dot += (float)g.id_c[(int64_t)id * g.R32 + at] * (float)c[row * ldc + at];
         dot = warp_sum(dot, 4);
         const float all = id >= 0 ? g.id_squares[id] + 2 * dot + (i ? squares.y : squares.x) : 0;
@@ -489,8 +492,9 @@ __device__ inline void past_add(TileC (&x)[4], const RawPack<floatX> (&raw)[2], 
         for (int i = 0; i < 4; i++) x[n].x[i] = (x[n].x[i] + rows[i / 2].x[2 * n + i % 2]) * scale[i / 2];
 }
 
-__device__ inline void past_request(RawPack<floatX> (&raw)[2], const floatX *table, const PastRows &rows, int channel, int C) {
-    for (int i = 0; i < 2; i++) raw[i] = load_raw(table + (int64_t)(rows.id[i] < 0 ? 0 : rows.id[i]) * C + channel + threadIdx.x % 4 * 8);
+// ids (16): of the rows; negative where there is none
+__device__ inline void past_request(RawPack<floatX> (&raw)[2], const floatX *table, const int *ids, int channel, int C) {
+    for (int i = 0; i < 2; i++) raw[i] = load_raw(table + (int64_t)max(ids[tile_row(2 * i)], 0) * C + channel + threadIdx.x % 4 * 8);
 }
 
 // All channels of the warp's tokens, for keys with scores: leaves u in shared memory and mean and 1/deviation in rows. The first
@@ -506,13 +510,13 @@ template <int groups, bool keys> __device__ inline void past_sweep(PastRows &row
     for (int pass = 0; pass < g.rank_pad / (32 * groups); pass++) {
         TileC U[2][groups][4] = {}, score[1] = {};
         RawPack<floatX> raw[2];
-        past_request(raw, table, rows, 0, g.C);
+        past_request(raw, table, s.ids + 16 * warp, 0, g.C);
         for (int j = 0; j < stages; j++) {
             async_wait<0>();
             __syncthreads();
             const int next = pass * stages + j + 1;
-            if (next < stages * g.rank_pad / (32 * groups)) stage_copy(s.stage[next % 2], side.tiles + (int64_t)next * side.stage * 32, side.stage);
-            const TilePair *w = s.stage[(next - 1) % 2];
+            if (next < stages * g.rank_pad / (32 * groups)) stage_copy(s.stage + next % 2 * 32 * g.k.stage, side.tiles + (int64_t)next * side.stage * 32, side.stage);
+            const TilePair *w = s.stage + (next - 1) % 2 * 32 * g.k.stage;
             TileC x[4] = {}, m[4] = {};
             if (keys) {
                 for (int k = 0; k < g.R32; k += 32) mma_pairs(x, load_a(c + k, ldc), load_a(c + k + 16, ldc), w + k, g.R32 / 32);
@@ -521,7 +525,7 @@ template <int groups, bool keys> __device__ inline void past_sweep(PastRows &row
             mma_pairs(m, hidden[0], hidden[1], w, 1);
             w += 4 * 32;
             past_add(x, raw, scale);
-            if (j + 1 < stages) past_request(raw, table, rows, 32 * (j + 1), g.C);
+            if (j + 1 < stages) past_request(raw, table, s.ids + 16 * warp, 32 * (j + 1), g.C);
             past_mix(x, m, side.mu + 32 * j);
             for (int n = 0; n < 4 && pass == 0; n++)
                 for (int i = 0; i < 4; i++) {
@@ -529,7 +533,9 @@ template <int groups, bool keys> __device__ inline void past_sweep(PastRows &row
                     squares[i / 2] += x[n].x[i] * x[n].x[i];
                 }
             const TileA left = to_a(x[0], x[1]), right = to_a(x[2], x[3]);
+#pragma unroll
             for (int half = 0; half < 2; half++)
+#pragma unroll
                 for (int i = 0; i < groups; i++) mma_pairs(U[half][i], left, right, w + (half * groups + i) * 4 * 32, 1);
             if (!keys || pass > 0) continue;
             mma_pairs(score, left, right, task.query.q + j * 32, 1);
@@ -540,8 +546,11 @@ template <int groups, bool keys> __device__ inline void past_sweep(PastRows &row
                 score[0].x[i] = 0;
             }
         }
+#pragma unroll
         for (int a = 0; a < groups; a++)
+#pragma unroll
             for (int n = 0; n < 4; n++)
+#pragma unroll
                 for (int i = 0; i < 4; i++) {
                     floatX *to = &u[tile_row(i) * ldu + 32 * groups * pass + 32 * a + 8 * n + tile_col(i)];
                     *to = (floatX)tanhf(U[0][a][n].x[i]);
@@ -606,21 +615,19 @@ __device__ inline void past_values(const PastSmem &s, const GoldSource &g, const
     floatX *patch = s.patch + warp * 16 * ldp;
     for (int head = warp; head < g.H; head += warps) {
         TileC sums[4][1] = {};                                              // 64 channels x 8 queries
+        RawPack<floatX> raw[2][2];                                          // of the head's two halves; on their way one group ahead
+        for (int j = 0; j < 2; j++) past_request(raw[j], g.id_xo, s.ids, 64 * head + 32 * j, g.C);
         for (int group = 0; group < warps; group++) {
             const floatX *h = s.h + group * 16 * ldp + 32;
+            const int *ids = s.ids + 16 * group;
             const TileA hidden[2] = {load_a(h, ldp), load_a(h + 16, ldp)};
-            PastRows rows;
-            float scale[2];
-            for (int i = 0; i < 2; i++) {
-                rows.id[i] = s.ids[16 * group + tile_row(2 * i)];
-                scale[i] = rows.id[i] >= 0 ? 1 : 0;
-            }
+            const float scale[2] = {ids[tile_row(0)] >= 0 ? 1.f : 0.f, ids[tile_row(2)] >= 0 ? 1.f : 0.f};
+#pragma unroll
             for (int j = 0; j < 2; j++) {
-                RawPack<floatX> raw[2];
                 TileC x[4] = {}, m[4] = {};
-                past_request(raw, g.id_xo, rows, 64 * head + 32 * j, g.C);
                 mma_pairs(m, hidden[0], hidden[1], g.v.tiles + (int64_t)(2 * head + j) * g.v.stage * 32, 1);
-                past_add(x, raw, scale);
+                past_add(x, raw[j], scale);
+                if (group + 1 < warps) past_request(raw[j], g.id_xo, ids + 16, 64 * head + 32 * j, g.C);
                 past_mix(x, m, g.v.mu + 64 * head + 32 * j);
                 for (int i = 0; i < 2; i++) {
                     Pack v;
@@ -678,12 +685,12 @@ template <int groups> __global__ void __launch_bounds__(256, 1) past_attention_k
         const int64_t t0 = tile * step + 15 * warp;                         // of this warp's row 1
         PastRows rows;
         __syncthreads();
-        stage_copy(s.stage[0], g.k.tiles, g.k.stage);
+        stage_copy(s.stage, g.k.tiles, g.k.stage);
         past_rows(rows, s, g, t0, T);
         past_sweep<groups, true>(rows, s, g, task);
         past_scores(rows, s, g, task, t0);
         __syncthreads();
-        stage_copy(s.stage[0], g.v.tiles, g.v.stage);
+        stage_copy(s.stage, g.v.tiles, g.v.stage);
         past_sweep<groups, false>(rows, s, g, task);
         for (int i = 0; i < 2 && threadIdx.x % 4 == 0; i++) {
             const bool finite = rows.id[i] >= 0;
@@ -744,6 +751,7 @@ __global__ void __launch_bounds__(128) past_queries(PastQuery to, QuerySource q,
     for (int column = 0; column < g.rank_pad; column += 32) {
         for (int m = t / 32; m < M; m += 4) {
             float sum = 0;
+#pragma unroll 16
             for (int i = 0; i < N; i++) sum += qs[m][i] * (float)g.k.w2[(int64_t)(h * N + i) * g.rank_pad + column + lane];
             low_rank[m][lane] = sum;
         }
