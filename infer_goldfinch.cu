@@ -1467,13 +1467,13 @@ static floatX *packed(int rows, int columns, Param from, int from_rows, int from
     return to;
 }
 
-// Blocks as large as their shared memory allows, up to eight warps, but no larger than the context asks for; then as many
+// At most so many blocks with so many warps (a block's shared memory may hold fewer, a short context need fewer); then as many
 // queries at a time as there is room for.
-static void choose_attention_shape(Infer *f) {
+static void choose_attention_shape(Infer *f, int splits_wanted, int warps_wanted) {
     const GoldSource &g = f->sources[0];
     const size_t limit = f->shared_limit;
-    f->past_splits = multiprocessors < MOST_SPLITS ? multiprocessors : MOST_SPLITS;
-    f->past_warps = 8;
+    f->past_splits = splits_wanted < MOST_SPLITS ? splits_wanted : MOST_SPLITS;
+    f->past_warps = warps_wanted;
     while (f->past_warps > 1 && (past_smem(nullptr, g, f->past_warps, 1).bytes > limit ||
                                  f->past_warps / 2 * 15ll * f->past_splits >= f->capacity)) f->past_warps /= 2;
     if (past_smem(nullptr, g, f->past_warps, 1).bytes > limit)
@@ -1764,11 +1764,11 @@ static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity
     return f;
 }
 
-static void infer_prepare(Infer *f) {                                       // after the weights have their values
+static void infer_prepare(Infer *f, int splits, int warps) {                // after the weights have their values
     prepare_decode(f);
     if (!f->G) return;
     prepare_gold(f);
-    choose_attention_shape(f);
+    choose_attention_shape(f, splits, warps);
 }
 
 Infer *infer_open(const char *path, KvKind kv, int64_t capacity) {
@@ -1790,7 +1790,7 @@ Infer *infer_open(const char *path, KvKind kv, int64_t capacity) {
         CUDA_CHECK(cudaFree(f->m.master));
         f->m.master = nullptr;
     }
-    infer_prepare(f);
+    infer_prepare(f, multiprocessors, 8);
     return f;
 }
 
@@ -2066,15 +2066,16 @@ void infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int chunk,
 #ifdef GOLDFINCH_TEST
 extern "C" {
 
-// An engine with the weights of a model; chunk: tokens of a pre-fill chunk; window: most tokens whose keys and values are kept.
-Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk, int64_t window) {
+// An engine with the weights of a model; chunk: tokens of a pre-fill chunk; window: most tokens whose keys and values are kept;
+// small: two blocks of one warp share all older tokens, so that each has many tiles to walk.
+Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk, int64_t window, int small) {
     Infer *f = infer_create(&m->s, (KvKind)kv, capacity, chunk, window);
     for (int i = 0; i < m->n_tensors; i++) {
         const Tensor *t = &m->tensors[i];
         CUDA_CHECK(cudaMemcpy(f->m.master + t->offset, m->master + t->offset, t->size * sizeof(float), cudaMemcpyDeviceToDevice));
     }
     model_params_changed(&f->m);
-    infer_prepare(f);
+    infer_prepare(f, small ? 2 : multiprocessors, small ? 1 : 8);
     return f;
 }
 
