@@ -3,13 +3,15 @@
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := train
 .DELETE_ON_ERROR:
-.PHONY: help train infer train_goldfinch infer_goldfinch test_goldfinch test clean
+.PHONY: help train infer train_goldfinch infer_goldfinch test_goldfinch test cache-table clean
 
 define HELP
 make [train]           build ./train_goldfinch: for the GPU if nvcc and a GPU (sm_80 or newer) are here, else the CPU
 make infer             build ./infer_goldfinch
 make test_goldfinch    build ./test_goldfinch, the checks; run it alone or with golden tables: ./test_goldfinch FILE...
 make test              build all, run ./test_goldfinch and dev/test.sh
+make dev/NAME          build one program of the kernel lab (dev/README.md)
+make cache-table       print how large the caches of the paper's models are, from 1 k to 1 M tokens
 make clean             remove what was built (not out/ and data/)
 
 GPU=0                  the same kernels on the CPU; needs g++ only, no CUDA toolkit (dev/cpu/README.md)
@@ -24,9 +26,12 @@ NVCC=, CXX=, CC=       other compilers
 Each combination has its own folder in build/; the programs here at the top are those that were asked for last.
 endef
 
+# the kernel lab: every file there that includes dev/common.h
+LAB := $(patsubst dev/%.cu,%,$(shell grep -l '^#include "common.h"' dev/*.cu))
+
 ifneq ($(filter clean help,$(MAKECMDGOALS)),)
 clean:
-	rm -rf build train_goldfinch infer_goldfinch test_goldfinch
+	rm -rf build train_goldfinch infer_goldfinch test_goldfinch $(LAB:%=dev/%)
 help:
 	$(info $(HELP))
 	@:
@@ -42,6 +47,9 @@ ifeq ($(origin NVCC),undefined)
 NVCC := $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
 endif
 
+ifneq ($(filter cache-table,$(MAKECMDGOALS)),)
+PRECISION ?= BF16
+endif
 ifneq ($(GPU),0)
 # "90" for every kind of GPU here, the oldest first; empty without one
 FOUND := $(shell nvidia-smi -L >/dev/null 2>&1 && \
@@ -97,6 +105,7 @@ ifeq ($(GPU),1)
   CFLAGS := -O2 -g -std=gnu11 $(WARN) $(DEFINES)
   LINK = $(NVCC) -Xcompiler -fopenmp $^ -o $@ -lcublas -lcublasLt -lm
   SUMMARY := GPU build, $(PRECISION), sm $(GPU_ARCH)
+  LAB_FLAGS := -diag-suppress 177 -Xcompiler -Wno-unused-function
 else
   VARIANT := cpu-$(PRECISION)$(addprefix -,$(subst $(comma),-,$(SANITIZE)) $(if $(DEBUG),debug) $(BLAS))
   VARIANT := $(subst $(space),,$(VARIANT))
@@ -115,6 +124,7 @@ else
              -iquote . -Idev/cpu -DCUDA_ON_CPU $(DEFINES)
   CFLAGS := $(if $(DEBUG)$(SANITIZE),$(OPTIMIZE),-O2) -g -std=gnu11 $(WARN) $(DEFINES)
   LINK = $(CXX) $(OPTIMIZE) -fopenmp $^ -o $@ $(if $(BLAS),-l$(BLAS)) -lm
+  LAB_FLAGS := -Wno-unused-function -iquote dev $(if $(DEBUG)$(SANITIZE),,-O1)
   SUMMARY := CPU build, $(PRECISION)$(if $(SANITIZE), with -fsanitize=$(SANITIZE))
 endif
 DIR := build/$(VARIANT)
@@ -132,13 +142,23 @@ test: train_goldfinch infer_goldfinch test_goldfinch
 	./test_goldfinch
 	dev/test.sh
 
+cache-table: $(DIR)/infer_goldfinch
+	@$< --cache-table
+
 $(DIR)/train_goldfinch $(DIR)/infer_goldfinch $(DIR)/fuzz_config: %: %.o
 	$(LINK)
+.PHONY: $(LAB:%=dev/%)
+$(LAB:%=dev/%): %: $(DIR)/%
+	@ln -f $< $@
+$(LAB:%=$(DIR)/dev/%): %: %.o
+	$(LINK)
+$(LAB:%=$(DIR)/dev/%.o): CUFLAGS += $(LAB_FLAGS)
+$(LAB:%=$(DIR)/dev/%.o): | $(DIR)/dev
 $(DIR)/test_goldfinch: $(DIR)/test_goldfinch.o $(DIR)/kernels_for_test.o
 	$(LINK)
 $(DIR)/test_goldfinch.o: test_goldfinch.c Makefile | $(DIR)
 	$(CC) $(CFLAGS) -MMD -c $< -o $@
-$(DIR):
+$(DIR) $(DIR)/dev:
 	@mkdir -p $@
 
 ifeq ($(GPU),1)
@@ -159,6 +179,7 @@ CU_TO_CPP := sed -E \
   -e 's/^(\#include "[^"]*)\.cu"/\1.cu.cpp"/'
 
 vpath %.cu dev
+.SECONDARY: $(LAB:%=build/cpp/dev/%.cu.cpp)
 build/cpp/%.cu.cpp: %.cu Makefile
 	@mkdir -p $(@D)
 	@(echo '#line 1 "$<"'; $(CU_TO_CPP) $<) > $@
@@ -168,5 +189,5 @@ $(DIR)/kernels_for_test.o: build/cpp/infer_goldfinch.cu.cpp build/cpp/train_gold
 	$(CXX) $(CUFLAGS) -DGOLDFINCH_TEST -MMD -c $< -o $@
 endif
 
--include $(wildcard $(DIR)/*.d)
+-include $(wildcard $(DIR)/*.d $(DIR)/dev/*.d)
 endif

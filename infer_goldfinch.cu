@@ -46,6 +46,7 @@ struct GoldSource {
         int stage;                          // pairs of tiles for 32 channels
         floatX *ring;                       // (window, C): keys or values of the newest tokens
     } k, v;
+    Rope rope;
     int C, H, R, R32, rank_pad;             // R32: R up to a multiple of 32, zeros behind R. rank_pad: 64 or a multiple of 128
 };
 
@@ -71,6 +72,8 @@ struct Row {                                // vectors of the token at hand
     floatX *kv1, *u;                        // (G, 2, C), (G, 2, rank_pad): mixed; hidden layer
 };
 
+struct KeptKv { floatX *keys, *values; };   // (capacity, A) of a gptalpha or llama layer, keys with their rope
+
 struct Packed { floatX *mix_w1, *decay_w1, *value2_w1; };       // a layer's first low-rank matrices, transposed: rows of C
 
 typedef struct Infer {
@@ -79,6 +82,8 @@ typedef struct Infer {
     int chunk, tail, G;                     // tokens of a pre-fill chunk; 2 G + 1; number of GOLD layers
     int64_t capacity, position;             // most tokens of context; tokens so far
     int64_t window, window_begin, window_end;               // tokens that the window can hold; those it holds
+    KeptKv *kept;                           // (n_layer); null in layers that keep none
+    SplitSums kept_sums;                    // what the shares of a context leave behind, in these layers' attention
     Place *place;
     bool last_only;                         // of the rows at hand only the last one's logits count
     uint64_t model_hash;
@@ -417,6 +422,20 @@ template <int n> __device__ inline void mma_pairs(TileC (&c)[n], const TileA &a0
     mma(c, a1, right);
 }
 
+// Operands from fp32 numbers in shared memory: A[m][k] = p[m ld + k]; B[k][n] = p[n ld + k]
+__device__ inline TileA float_a(const float *p, int ld) {
+    TileC left, right;
+    for (int i = 0; i < 4; i++) {
+        left.x[i] = p[tile_row(i) * ld + tile_col(i)];
+        right.x[i] = p[tile_row(i) * ld + tile_col(i) + 8];
+    }
+    return to_a(left, right);
+}
+__device__ inline TileB float_b(const float *p, int ld) {
+    p += threadIdx.x % 32 / 4 * ld + threadIdx.x % 4 * 2;
+    return make_b(p[0], p[1], p[8], p[9]);
+}
+
 // sum over x's columns of x_row . (gram x_row), for the lane's two rows; x (16, K) in shared memory
 __device__ inline float2 quadratic(const floatX *x, int ld, const TilePair *gram, int K) {
     float2 sum = make_float2(0, 0);
@@ -636,7 +655,7 @@ __device__ inline void past_values(const PastSmem &s, const GoldSource &g, const
                 }
             }
             __syncwarp();
-            const TileB p[1] = {load_b(s.p + head * task.M * s.ld + 16 * group, s.ld)};
+            const TileB p[1] = {float_b(s.p + head * task.M * s.ld + 16 * group, s.ld)};
             for (int i = 0; i < 4; i++) mma(sums[i], load_a_t(patch + 16 * i, ldp), p);
             __syncwarp();
         }
@@ -658,7 +677,7 @@ __device__ inline void past_low_rank(const PastSmem &s, const GoldSource &g, int
             TileC sum[1] = {};
             for (int group = 0; group < warps; group++) {
                 const TileB u[1] = {load_b_t(s.u + group * 16 * ldu + column, ldu)};
-                mma(sum, load_a(s.p + pair * s.ld + 16 * group, s.ld), u);
+                mma(sum, float_a(s.p + pair * s.ld + 16 * group, s.ld), u);
             }
             for (int i = 0; i < 4; i++) {
                 const int row = pair + tile_row(i);
@@ -865,7 +884,151 @@ static void gold_cached_forward(Model *m, Layer *layer, floatX *out, const float
     gold_output(m, layer, out);
 }
 
-static const Mixer GOLD_FROM_CACHE = {"gold", GOLD, 0, true, gold_plan, gold_cached_forward, nullptr};
+static const Mixer GOLD_FROM_CACHE = {"gold", GOLD, 0, true, false, false, gold_plan, gold_cached_forward, nullptr};
+
+// ---- attention of layers that keep their own keys and values (gptalpha, llama) ----
+//
+// A warp takes 16 queries of a head and a share of the context, in tiles of 64 tokens: attention_forward_kernel, but that
+// the queries are the context's last tokens. combine_splits puts the shares together. Floor: bytes, each key and value once
+// per 16 queries.
+
+static const int KEPT_QUERIES = 16, KEPT_TILE = 64, KEPT_WARPS = 1056;         // warps: eight for each of an H100's multiprocessors
+
+__device__ inline void kept_load(floatX (*to)[LD], const floatX *from, int rows, int64_t valid, int A) {    // a head's rows, then zeros
+    const int step = 16 / sizeof(floatX), per_row = N / step;
+    for (int i = threadIdx.x; i < rows * per_row; i += 32) {
+        const int row = i / per_row, c = i % per_row * step;
+        async_copy16(&to[row][c], from + (row < valid ? (int64_t)row * A + c : 0), row < valid);
+    }
+}
+
+// Grid: shares, heads, groups of queries
+struct KeptTask {
+    const floatX *q, *keys, *values;        // (M, A); (.., A) twice
+    int64_t first;                          // query m sees tokens 0 .. first + m
+    SplitSums to;
+    int M, tiles_per_split, A;
+};
+
+__global__ void __launch_bounds__(32) kept_attention_kernel(KeptTask task) {
+    __shared__ __align__(16) floatX q[KEPT_QUERIES][LD];
+    __shared__ __align__(16) floatX k[KEPT_TILE][LD];
+    __shared__ __align__(16) floatX v[KEPT_TILE][LD];
+    const int h = blockIdx.y, m0 = blockIdx.z * KEPT_QUERIES, queries_here = min(KEPT_QUERIES, task.M - m0), A = task.A;
+    const int64_t begin = (int64_t)blockIdx.x * task.tiles_per_split * KEPT_TILE;
+    const int64_t end = min(begin + (int64_t)task.tiles_per_split * KEPT_TILE, task.first + m0 + queries_here);
+    kept_load(q, task.q + (int64_t)m0 * A + h * N, KEPT_QUERIES, queries_here, A);
+    async_commit();
+    async_wait<0>();
+    __syncthreads();
+    TileA queries[4];
+    for (int i = 0; i < 4; i++) queries[i] = load_a(&q[0][16 * i], LD);
+    TileC out[8] = {};
+    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};                 // of the two rows in this lane
+    for (int64_t t0 = begin; t0 < end; t0 += KEPT_TILE) {
+        kept_load(k, task.keys + t0 * A + h * N, KEPT_TILE, end - t0, A);
+        kept_load(v, task.values + t0 * A + h * N, KEPT_TILE, end - t0, A);
+        async_commit();
+        async_wait<0>();
+        __syncthreads();
+        TileC p[8] = {};
+        for (int i = 0; i < 4; i++) {
+            TileB right[8];
+            for (int n = 0; n < 8; n++) right[n] = load_b(&k[8 * n][16 * i], LD);
+            mma(p, queries[i], right);
+        }
+        for (int i = 0; i < 4; i++) {                                       // scores, and the rows' maxima
+            const int64_t position = task.first + m0 + tile_row(i);
+            for (int n = 0; n < 8; n++) {
+                const bool seen = t0 + 8 * n + tile_col(i) <= position;
+                p[n].x[i] = seen ? p[n].x[i] * SCALE_LOG2 : -INFINITY;
+            }
+        }
+        for (int i = 0; i < 2; i++) {
+            float high = top[i];
+            for (int n = 0; n < 8; n++) high = fmaxf(high, fmaxf(p[n].x[2 * i], p[n].x[2 * i + 1]));
+            high = warp_max(high, 4);
+            const bool any = high > -INFINITY;                              // a query may see nothing of this tile
+            const float shrink = any ? exp2f(top[i] - high) : 1;
+            sum[i] *= shrink;
+            top[i] = high;
+            for (int n = 0; n < 8; n++)
+                for (int e = 2 * i; e < 2 * i + 2; e++) {
+                    out[n].x[e] *= shrink;
+                    p[n].x[e] = any ? exp2f(p[n].x[e] - high) : 0;
+                    sum[i] += p[n].x[e];
+                }
+        }
+        for (int i = 0; i < 4; i++) {
+            TileB right[8];
+            for (int n = 0; n < 8; n++) right[n] = load_b_t(&v[16 * i][8 * n], LD);
+            mma(out, to_a(p[2 * i], p[2 * i + 1]), right);
+        }
+        __syncthreads();
+    }
+    for (int i = 0; i < 4; i++) {
+        const int m = m0 + tile_row(i);
+        const float total = warp_sum(sum[i / 2], 4);
+        if (m >= task.M) continue;
+        const int64_t row = (int64_t)blockIdx.x * task.M + m;
+        for (int n = 0; n < 8; n++) task.to.out[row * A + h * N + 8 * n + tile_col(i)] = out[n].x[i];
+        if (threadIdx.x % 4 > 0 || i % 2 > 0) continue;
+        task.to.top[row * (A / N) + h] = top[i / 2];
+        task.to.sum[row * (A / N) + h] = total;
+    }
+}
+
+// y (M, A) from the splits' sums; a block a query
+__global__ void combine_kept(floatX *y, SplitSums sums, int splits, int M, int A) {
+    const int m = blockIdx.x, H = A / N;
+    for (int c = threadIdx.x; c < A; c += blockDim.x) {
+        const int pair = m * H + c / N, pairs = M * H;
+        float top = -INFINITY, sum = 0, out = 0;
+        for (int i = 0; i < splits; i++) top = fmaxf(top, sums.top[i * pairs + pair]);
+        for (int i = 0; i < splits; i++) {
+            const float weight = exp2f(sums.top[i * pairs + pair] - top);
+            if (weight == 0) continue;                                      // a split that this query does not see
+            sum += sums.sum[i * pairs + pair] * weight;
+            out += sums.out[((int64_t)i * M + m) * A + c] * weight;
+        }
+        y[(int64_t)m * A + c] = (floatX)(out / sum);
+    }
+}
+
+// A layer's `attend`: keeps the rows' keys and values, then attends over all that is kept.
+static void attend_kept(Model *m, Layer *layer) {
+    Infer *f = (Infer *)m;
+    const Dims &d = m->d;
+    const Attention &a = layer->attention;
+    const KeptKv &kv = f->kept[layer->l];
+    const int M = d.BT - d.lead, A = d.A, groups = (int)ceil_div(M, KEPT_QUERIES);
+    const int64_t first = d.first + d.lead, lead = d.lead * (int64_t)A, tiles = ceil_div(first + M, KEPT_TILE);
+    const size_t bytes = (size_t)M * A * sizeof(floatX);
+    CUDA_CHECK(cudaMemcpyAsync(kv.keys + first * A, a.k + lead, bytes, cudaMemcpyDeviceToDevice, stream));
+    CUDA_CHECK(cudaMemcpyAsync(kv.values + first * A, a.v + lead, bytes, cudaMemcpyDeviceToDevice, stream));
+    const int64_t wanted = KEPT_WARPS / (d.H * groups), per = ceil_div(tiles, wanted > 1 ? wanted : 1);
+    const int splits = (int)ceil_div(tiles, per);
+    const KeptTask task = {a.q + lead, kv.keys, kv.values, first, f->kept_sums, M, (int)per, A};
+    kept_attention_kernel<<<dim3(splits, d.H, groups), 32, 0, stream>>>(task);
+    combine_kept<<<M, 256, 0, stream>>>(a.y + lead, task.to, splits, M, A);
+}
+
+// For `rows` queries at most
+static void kept_allocate(Infer *f, int rows) {
+    Model *m = &f->m;
+    const Dims &d = m->d;
+    const int64_t sums = rows + KEPT_WARPS * KEPT_QUERIES / d.H;            // shares x queries: see attend_kept
+    f->kept = (KeptKv *)calloc(d.L, sizeof(KeptKv));
+    for (int l = 0; l < d.L; l++) {
+        if (!m->layers[l].tmix->keeps_kv) continue;
+        m->layers[l].attend = attend_kept;
+        for (floatX **p : {&f->kept[l].keys, &f->kept[l].values}) device_alloc((void **)p, f->capacity * d.A * sizeof(floatX));
+        if (f->kept_sums.out) continue;
+        device_alloc((void **)&f->kept_sums.out, sums * d.A * sizeof(float));
+        device_alloc((void **)&f->kept_sums.top, sums * d.H * sizeof(float));
+        device_alloc((void **)&f->kept_sums.sum, sums * d.H * sizeof(float));
+    }
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 3. One token at a time
@@ -1452,10 +1615,24 @@ static void queue_step(Infer *f, const int *token) {
 // ---- memory ----
 
 static int64_t cache_bytes_per_token(const Infer *f) {
-    const int64_t C = f->m.d.C, R = f->m.d.R;
-    if (!has_cache(&f->m)) return 0;
-    const int64_t full = f->kv == KV_FULL ? 2 * f->G * C * (int64_t)sizeof(floatX) : 0;
-    return sizeof(int) + full + (f->kv == KV_INT8 ? R + (int64_t)sizeof(float) : R * (int64_t)sizeof(floatX));
+    const Model *m = &f->m;
+    const int64_t C = m->d.C, R = m->d.R, width = sizeof(floatX);
+    int64_t bytes = 0;
+    for (int l = 0; l < m->d.L; l++) bytes += m->layers[l].tmix->keeps_kv ? 2 * m->d.A * width : 0;
+    if (!has_cache(m)) return bytes;
+    if (f->kv == KV_FULL) bytes += 2 * f->G * C * width;
+    return bytes + sizeof(int) + (f->kv == KV_INT8 ? R + (int64_t)sizeof(float) : R * width);
+}
+
+// All that is carried after T tokens: states, what shifts see, and the cache
+static int64_t carried_bytes(const Infer *f, int64_t T) {
+    const Dims &d = f->m.d;
+    int64_t bytes = 0;
+    for (int l = 0; l < d.L; l++) {
+        const Mixer *tmix = f->m.layers[l].tmix;
+        bytes += 2 * d.C * (int64_t)sizeof(floatX) + (tmix->needs_cache || tmix->keeps_kv ? 0 : (int64_t)d.H * N * N * sizeof(float));
+    }
+    return bytes + T * cache_bytes_per_token(f);
 }
 
 static void alloc_floats(floatX **p, int64_t n) { device_alloc((void **)p, n * sizeof(floatX)); }
@@ -1584,7 +1761,7 @@ static void prepare_gold(Infer *f) {
         alloc_floats(&id_h_before, V * 64);
         g.id_k0 = f->id_k0, g.id_xo = f->id_xo, g.id_c = f->id_c, g.id_squares = f->id_squares, g.id_h = id_h, g.id_h_before = id_h_before;
         g.w_c = f->w_c, g.c_gram = f->c_gram;
-        g.C = d.C, g.H = d.H, g.R = d.R, g.R32 = R32, g.rank_pad = rank_pad;
+        g.rope = m->rope, g.C = d.C, g.H = d.H, g.R = d.R, g.R32 = R32, g.rank_pad = rank_pad;
         g.k.mu = p.time_maa_k.w, g.k.mix = p.time_maa_kv_w2.w, g.k.gain = p.ln_k_weight.w, g.k.bias = p.ln_k_bias.w;
         g.v.mu = p.time_maa_v.w, g.v.mix = p.time_maa_kv_w2.w + 32 * C, g.v.gain = p.ln_v_weight.w, g.v.bias = p.ln_v_bias.w;
         prepare_side(g, g.k, true, p.time_key_w1, p.time_key_w2, rank, scratch);
@@ -1619,6 +1796,22 @@ static int64_t shape_of(const SafeTensors *file, const char *name, int dimension
     return t && dimension < t->ndim ? t->shape[dimension] : 0;
 }
 
+// The mixer all of whose tensors layer l has; NULL if there is none.
+template <size_t n> static const char *mixer_from_tensors(const Mixer (&table)[n], const SafeTensors *file, int l) {
+    for (const Mixer &mixer : table) {
+        bool all = true;
+        char full[96];
+#define ROW(field, name, s0, s1, s2, init, group, places) \
+        snprintf(full, sizeof full, "blocks.%d.%s", l, name); \
+        all = all && (!((places) & mixer.tensors) || safetensors_find(file, full));
+        TENSORS(ROW)
+        VARIANTS(ROW)
+#undef ROW
+        if (all) return mixer.name;
+    }
+    die(2, "%s: layer %d: expected the tensors of one of the mixers, found others", file->path, l);
+}
+
 static void settings_from_tensors(Settings *s, const SafeTensors *file) {
     char name[64];
     settings_default(s);
@@ -1628,16 +1821,23 @@ static void settings_from_tensors(Settings *s, const SafeTensors *file) {
     for (;; L++) {
         snprintf(name, sizeof name, "blocks.%d.ln1.weight", (int)L);
         if (!shape_of(file, name, 0)) break;
-        snprintf(name, sizeof name, "blocks.%d.att.time_maa_q_w1", (int)L);
-        if (G0 < 0 && shape_of(file, name, 0)) G0 = L;
+        const char *tmix = mixer_from_tensors(TIME_MIXERS, file, (int)L), *cmix = mixer_from_tensors(CHANNEL_MIXERS, file, (int)L);
+        if (L == 0) snprintf(s->tmix, sizeof s->tmix, "%s", tmix), snprintf(s->cmix, sizeof s->cmix, "%s", cmix);
+        if (G0 < 0 && (strcmp(tmix, s->tmix) != 0 || strcmp(cmix, s->cmix) != 0)) G0 = L;
+        snprintf(s->tmix2, sizeof s->tmix2, "%s", tmix), snprintf(s->cmix2, sizeof s->cmix2, "%s", cmix);
     }
     s->n_layer = L;
     s->dim_ffn = shape_of(file, "blocks.0.ffn.key.weight", 0);
     s->dim_att = shape_of(file, "blocks.0.att.output.weight", 1);
+    if (!s->dim_att) s->dim_att = shape_of(file, "blocks.0.att.wo.weight", 1);
     if (G0 < 0) s->tmix2[0] = s->cmix2[0] = '\0';
-    else s->inv_other_layer_ratio = (double)L / (double)(L - G0);
-    if (G0 >= 0 && shape_of(file, "w_kv_cache_a.weight", 0))
+    else s->inv_other_layer_ratio = (double)L / ((double)(L - G0) - 0.5);   // rounds to G0, whatever L is
+    if (shape_of(file, "w_kv_cache_a.weight", 0))
         s->kv_cache_compression_ratio = (double)s->n_embd / (double)shape_of(file, "w_kv_cache_a.weight", 0);
+    if (find_mixer(TIME_MIXERS, s->tmix)->keeps_kv) {
+        s->rope.base = 10000;
+        fprintf(stderr, "%s says nothing of positions: taking rope.base 10000, as in the paper's %s\n", file->path, s->tmix);
+    }
 }
 
 // ---- the window ----
@@ -1662,6 +1862,7 @@ static void fill_window(Infer *f, int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; at += f->chunk) {
         const int n = (int)(end - at < f->chunk ? end - at : f->chunk);
         m->d.lead = 1;
+        m->d.first = at - 1;
         set_batch(m, 1, n + 1);
         read_cache_rows<<<n + 1, 128, 0, stream>>>(m->cache, m->tokens, f->sources[0], at - 1);
         model_embed(m);
@@ -1742,11 +1943,12 @@ static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity
         alloc_floats(&layer->tmix_shift, d.C);
         alloc_floats(&layer->cmix_shift, d.C);
         if (layer->tmix->needs_cache) layer->tmix = &GOLD_FROM_CACHE;
-        else device_alloc((void **)&layer->wkv_state, (int64_t)d.H * N * N * sizeof(float));
+        else if (!layer->tmix->keeps_kv) device_alloc((void **)&layer->wkv_state, (int64_t)d.H * N * N * sizeof(float));
     }
     device_alloc((void **)&f->logits, d.V * sizeof(float));
     device_alloc((void **)&f->place, sizeof(Place));
     device_alloc((void **)&f->token, sizeof(int));
+    kept_allocate(f, rows);
     f->window = kv == KV_FULL || window > f->capacity ? f->capacity : window;
     if (!f->G) return f;
     f->sources = (GoldSource *)calloc(f->G, sizeof(GoldSource));
@@ -1771,17 +1973,22 @@ static void infer_prepare(Infer *f, int splits, int warps) {                // a
     choose_attention_shape(f, splits, warps);
 }
 
+// Our checkpoints carry their settings; a file by others tells most of them by its tensors.
+void settings_of_model(Settings *s, const SafeTensors *file) {
+    if (safetensors_metadata(file, "model.n_layer")) {
+        settings_default(s);
+        settings_load(s, file);
+    } else {
+        settings_from_tensors(s, file);
+    }
+    settings_check(s);
+}
+
 Infer *infer_open(const char *path, KvKind kv, int64_t capacity) {
     SafeTensors file;
     Settings s;
     safetensors_open(&file, path);
-    if (safetensors_metadata(&file, "model.n_layer")) {
-        settings_default(&s);
-        settings_load(&s, &file);
-    } else {
-        settings_from_tensors(&s, &file);
-    }
-    settings_check(&s);
+    settings_of_model(&s, &file);
     Infer *f = infer_create(&s, kv, capacity, 256, WINDOW);
     f->model_hash = hash_bytes(hash_start, file.data, (size_t)file.data_size);
     safetensors_close(&file);
@@ -1817,6 +2024,8 @@ static int infer_carried(const Infer *f, Carried *list) {                   // l
         add("blocks.%d.tmix_shift", l, type, layer->tmix_shift, d.C, sizeof(floatX));
         add("blocks.%d.cmix_shift", l, type, layer->cmix_shift, d.C, sizeof(floatX));
         add("blocks.%d.wkv", l, "F32", layer->wkv_state, (int64_t)d.H * N * N, 4);
+        add("blocks.%d.keys", l, type, f->kept[l].keys, T * d.A, sizeof(floatX));
+        add("blocks.%d.values", l, type, f->kept[l].values, T * d.A, sizeof(floatX));
     }
     add("logits", 0, "F32", f->logits, d.V, 4);
     if (!f->G) return n;
@@ -1903,11 +2112,12 @@ void infer_load_state(Infer *f, const char *path) {
 
 void infer_cache_bytes(const Infer *f, int64_t *total, double *per_token, double *transformer_per_token) {
     const Dims &d = f->m.d;
-    int64_t states = 0;
-    for (int l = 0; l < d.L; l++)
-        states += 2 * d.C * sizeof(floatX) + (f->m.layers[l].wkv_state ? (int64_t)d.H * N * N * 4 : 0);
+    Carried *list = carried_room(f);
+    const int n = infer_carried(f, list);
+    *total = 0;
+    for (int i = 0; i < n; i++) *total += strcmp(list[i].name, "logits") == 0 ? 0 : list[i].count * list[i].width;
+    free(list);
     *per_token = (double)cache_bytes_per_token(f);
-    *total = states + f->position * cache_bytes_per_token(f);
     *transformer_per_token = 2.0 * d.A * d.L * 2;                           // keys and values of all layers in bf16
 }
 
@@ -1924,6 +2134,7 @@ static void stage_rows(Infer *f, const int *ids, int n) {
     CUDA_CHECK(cudaMemcpyAsync(m->tokens, staged, (n + 1) * sizeof(int), cudaMemcpyHostToDevice, stream));
     CUDA_CHECK(cudaEventRecord(m->staged_done[slot], stream));
     m->d.lead = 1;
+    m->d.first = f->position - 1;
     set_batch(m, 1, n + 1);
 }
 
@@ -1972,6 +2183,7 @@ static void infer_chunk(Infer *f, const int *ids, int n, bool all) {
     }
     extend_window(f);
     set_batch(m, 1, n + 1);
+    m->d.first = f->position - n - 1;
     move_place(f, f->position - n);
     f->last_only = false;
     model_layers(m, d.G0, d.L);
@@ -1999,7 +2211,7 @@ template <typename F> static void infer_step(Infer *f, Recording (&recordings)[2
 void infer_feed(Infer *f, const int *ids, int64_t n) {
     Model *m = &f->m;
     const Dims &d = m->d;
-    if (f->position + n > f->capacity && f->G)
+    if (f->position + n > f->capacity && cache_bytes_per_token(f) > 0)
         die(2, "the context would be %ld tokens long, expected at most %ld", f->position + n, f->capacity);
     if (n == 1 && f->decodes) {
         CUDA_CHECK(cudaMemcpyAsync(f->token, ids, sizeof(int), cudaMemcpyHostToDevice, stream));
@@ -2014,6 +2226,7 @@ void infer_feed(Infer *f, const int *ids, int64_t n) {
         CUDA_CHECK(cudaMemcpyAsync(m->layers[d.G0].x + d.C, f->tail_x[f->tail_now], (size_t)f->tail_rows * d.C * sizeof(floatX),
                                    cudaMemcpyDeviceToDevice, stream));
         move_place(f, f->position - f->tail_rows);
+        m->d.first = f->position - f->tail_rows - 1;
         f->last_only = true;
         model_layers(m, d.G0, d.L);
     }
@@ -2057,7 +2270,7 @@ void infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int chunk,
     if (chunk <= 0 || chunk > f->chunk) chunk = f->chunk;
     const int64_t predictions = window && window < n - 1 ? window : n - 1;
     for (int64_t at = 0; at + predictions < n; at += predictions + 1) {
-        if (f->G && predictions > f->capacity) die(2, "a context of %ld tokens, expected at most %ld", predictions, f->capacity);
+        if (cache_bytes_per_token(f) > 0 && predictions > f->capacity) die(2, "a context of %ld tokens, expected at most %ld", predictions, f->capacity);
         score_context(f, ids + at, predictions, chunk, loss_sum, correct);
         *targets += predictions;
     }
@@ -2102,6 +2315,8 @@ void gf_infer_free(Infer *f) {
     for (float *p : {f->sums.out, f->sums.top, f->sums.sum, past.out, past.u, past.top, past.sum, past.mean, f->past_query.sum,
                      f->past_query.bias, f->id_squares, row.x, row.x_mid, row.hidden, row.r, row.k, row.v, row.v2, row.y, row.q, row.gate,
                      row.c, row.z, row.kv2}) cudaFree(p);
+    for (float *p : {f->kept_sums.out, f->kept_sums.top, f->kept_sums.sum}) cudaFree(p);
+    free(f->kept);
     for (void *p : {(void *)f->place, (void *)f->token, (void *)f->device_sources}) cudaFree(p);
     free(f->sources);
     free(f->packed);
@@ -2851,7 +3066,8 @@ typedef bool SWITCH;
     X("--save-state", TEXT, save_state, NULL, 0, 0, "FILE", "write the state after the prompt") \
     X("--load-state", TEXT, load_state, NULL, 0, 0, "FILE", "go on from such a state") \
     X("--kv", TEXT, kv, "bf16", 0, 0, "KIND", "the cache: bf16, int8 (half of it), full (all keys and values)") \
-    X("--vocab", TEXT, vocab, NULL, 0, 0, "FILE", "RWKV World vocabulary; byte-level models need none")
+    X("--vocab", TEXT, vocab, NULL, 0, 0, "FILE", "RWKV World vocabulary; byte-level models need none") \
+    X("--cache-table", SWITCH, cache_table, NULL, 0, 0, "", "print how large caches are: MODEL's, or those of the paper's models")
 
 typedef struct Options {
 #define FIELD(flag, kind, name, ...) kind name;
@@ -2923,7 +3139,7 @@ void options_parse(Options *o, int argc, char **argv) {         // argv without 
     }
     if (o->window && !o->score) { die(2, "--window: expected only with --score"); }
     if (o->save_state && !prompt && !o->load_state) { die(2, "--save-state: expected a prompt to read before"); }
-    if (!prompt && !o->interactive && !o->load_state && !o->score) {
+    if (!prompt && !o->interactive && !o->load_state && !o->score && !o->cache_table) {
         die(2, "a prompt is missing: -p TEXT, -f FILE or -i (-h lists all flags)");
     }
 }
@@ -3129,6 +3345,50 @@ void session_score(Session *s, const int *ids, int64_t n, int64_t n_bytes) {
            (double)targets / seconds);
 }
 
+// ---------------------------------------- the paper's comparison: what a context costs to remember
+
+// A row: parameters, bytes per token, and all that is carried at 1 k .. 1 M tokens. Plans the model, allocates nothing.
+void cache_table_row(const char *label, const Settings *settings, KvKind kv) {
+    Infer f = {};
+    char text[32];
+    f.kv = kv;
+    model_plan(&f.m, settings, 1, 1);
+    f.G = has_cache(&f.m) ? f.m.d.L - f.m.d.G0 : 0;
+    printf("%-22s %8.3f G %10ld", label, (double)f.m.n_parameters * 1e-9, cache_bytes_per_token(&f));
+    for (int64_t T = 1024; T <= 1 << 20; T *= 4) { printf(" %9s", bytes_text(text, (double)carried_bytes(&f, T))); }
+    printf("\n");
+    model_free_plan(&f.m);
+}
+
+void cache_table_head(const char *title) {
+    printf("%-22s %10s %10s %9s %9s %9s %9s %9s %9s\n", title, "parameters", "B/token", "1 k", "4 k", "16 k", "64 k", "256 k", "1 M");
+}
+
+void cache_table(void) {                                        // the families of the paper at its sizes
+    const struct { const char *label, *config; double compression; KvKind kv; } families[] = {
+        {"Llama", "llama", 16, KV_COMPRESSED}, {"GPTAlpha", "gptalpha", 16, KV_COMPRESSED},
+        {"Finch-C2 + GPTAlpha", "goldfinch_ablation_gptalpha", 16, KV_COMPRESSED},
+        {"GoldFinch, --kv full", "goldfinch", 16, KV_FULL}, {"GoldFinch 1:1", "goldfinch", 1, KV_COMPRESSED},
+        {"GoldFinch 1:16", "goldfinch", 16, KV_COMPRESSED}, {"GoldFinch, --kv int8", "goldfinch", 16, KV_INT8},
+        {"Finch", "finch", 16, KV_COMPRESSED}, {"Finch-C2", "finchc2", 16, KV_COMPRESSED},
+    };
+    const int sizes[3][2] = {{12, 768}, {24, 2048}, {32, 4096}};
+    for (const auto &size : sizes) {
+        char title[32];
+        snprintf(title, sizeof(title), "L%d D%d, %d-byte c", size[0], size[1], (int)sizeof(floatX));
+        cache_table_head(title);
+        for (const auto &family : families) {
+            Settings s;
+            settings_default(&s);
+            config_read(&s, family.config, true);
+            s.n_layer = size[0], s.n_embd = size[1], s.kv_cache_compression_ratio = family.compression;
+            settings_check(&s);
+            cache_table_row(family.label, &s, family.kv);
+        }
+        printf("\n");
+    }
+}
+
 #if !defined(GOLDFINCH_TEST) && !defined(GOLDFINCH_INFER_NO_MAIN)
 int main(int argc, char **argv) {
     program_name = "infer_goldfinch";
@@ -3142,7 +3402,17 @@ int main(int argc, char **argv) {
     const int kind = strcmp(o->kv, "bf16") == 0 ? KV_COMPRESSED : strcmp(o->kv, "int8") == 0 ? KV_INT8 :
                      strcmp(o->kv, "full") == 0 ? KV_FULL : -1;
     if (kind < 0) { die(2, "--kv: expected bf16, int8 or full, found \"%s\"", o->kv); }
+    if (o->cache_table && !o->model) { cache_table(); return 0; }
     if (o->model) { snprintf(model, sizeof(model), "%s", o->model); } else { default_model(model); }
+    if (o->cache_table) {
+        SafeTensors file;
+        Settings settings;
+        safetensors_open(&file, model);
+        settings_of_model(&settings, &file);
+        cache_table_head("model");
+        cache_table_row("this one", &settings, (KvKind)kind);
+        return 0;
+    }
     model_tokenizer(&s->tokenizer, model, o->vocab, &s->vocab_size);
 
     // The text first: its length says how much context is needed.

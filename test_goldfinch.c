@@ -54,6 +54,7 @@ enum { N = 64 };  // channels per head, in every GoldFinch
     X(INT,  model, use_one_minus_w, 1)           \
     X(INT,  model, use_v2, 1)                    \
     X(INT,  model, parallel, 0)                  \
+    X(REAL, model, head_size_divisor, 8)         \
     X(INT,  train, micro_bsz, 1)                 \
     X(INT,  train, accumulate_grad_batches, 1)   \
     X(INT,  train, grad_cp, 0)                   \
@@ -70,6 +71,12 @@ enum { N = 64 };  // channels per head, in every GoldFinch
     X(REAL, train, adam_eps, 1e-8)               \
     X(REAL, train, gradient_clip_val, 1.0)
 
+#define NESTED_SETTINGS(X)       \
+    X(REAL, model, rope.base, 0)     \
+    X(REAL, model, rope.rebase, 1)   \
+    X(REAL, model, rope.rescale, 1)  \
+    X(REAL, model, brope.rescale, 0)
+
 #define FIELD_INT(name) int64_t name;
 #define FIELD_REAL(name) double name;
 #define FIELD_TEXT(name) char name[16];
@@ -77,6 +84,8 @@ typedef struct Settings {
 #define FIELD(type, group, name, value) FIELD_##type(name)
     SETTINGS(FIELD)
 #undef FIELD
+    struct { double base, rebase, rescale; } rope;   // base 0: none
+    struct { double rescale; } brope;                // 0: none
 } Settings;
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -94,6 +103,9 @@ typedef enum Init {      // with p = l / (L-1), q = 1 - l / L for layer l, and d
     MIX,                 // 1 - d^q
     MIX_HALF,            // 1 - d^(q/2)
     MIX_V,               // 1 - (d^q + 0.3 p)
+    EAGLE_MIX,           // d^q
+    EAGLE_MIX_HALF,      // d^(q/2)
+    EAGLE_MIX_V,         // d^q + 0.3 p
     SMALL,               // uniform in +-0.01
     EMBEDDING,           // uniform in +-1e-4
     TIME_DECAY,          // -6 + 5 (i/(A-1))^(0.7 + 1.3 p)
@@ -105,7 +117,7 @@ typedef enum Init {      // with p = l / (L-1), q = 1 - l / L for layer l, and d
 } Init;
 
 typedef struct Row {
-    const char *name, *shape;  // shape: numbers and letters; D = max(C/16, 64), X = C + R
+    const char *name, *shape;  // shape: numbers and letters; D = max(C/16, 64), X = C + R, W = 8C/3 in steps of 32
     Group group;
     Init init;
 } Row;
@@ -176,12 +188,105 @@ static const Row gold_tensors[] = {
     NORM("att.ln_x", "A", LN_X),
     {0}
 };
+static const Row finch_tensors[] = {
+    {"att.time_maa_x", "1 1 C", PLAIN, MIX},
+    {"att.time_maa_w", "1 1 C", PLAIN, MIX},
+    {"att.time_maa_k", "1 1 C", PLAIN, MIX},
+    {"att.time_maa_v", "1 1 C", PLAIN, MIX_V},
+    {"att.time_maa_r", "1 1 C", PLAIN, MIX_HALF},
+    {"att.time_maa_g", "1 1 C", PLAIN, MIX_HALF},
+    {"att.time_maa_w1", "C 160", PLAIN, ZERO},
+    {"att.time_maa_w2", "5 32 C", PLAIN, SMALL},
+    {"att.time_decay", "1 1 A", TWICE, TIME_DECAY},
+    {"att.time_decay_w1", "C 64", PLAIN, ZERO},
+    {"att.time_decay_w2", "64 A", PLAIN, SMALL},
+    {"att.time_faaaa", "H 64", PLAIN, TIME_FAAAA},
+    {"att.receptance.weight", "A C", DECAY, ORTHOGONAL},
+    {"att.key.weight",    "A C", DECAY, ORTHOGONAL_KEY},
+    {"att.value.weight",  "A C", DECAY, ORTHOGONAL},
+    {"att.gate.weight",   "A C", DECAY, ORTHOGONAL_KEY},
+    {"att.output.weight", "C A", DECAY, ZERO},
+    NORM("att.ln_x", "A", LN_X),
+    {0}
+};
+static const Row finch_b_tensors[] = {
+    {"att.time_maa_x", "1 1 C", PLAIN, MIX},
+    {"att.time_maa_r", "1 1 C", PLAIN, MIX_HALF},
+    {"att.time_maa_k", "1 1 C", PLAIN, MIX},
+    {"att.time_maa_v", "1 1 C", PLAIN, MIX_V},
+    {"att.time_maa_w", "1 1 C", PLAIN, MIX},
+    {"att.time_maa_rkvw_w1", "C 128", PLAIN, ZERO},
+    {"att.time_maa_rkvw_w2", "4 32 C", PLAIN, SMALL},
+    {"att.time_decay", "1 1 A", TWICE, TIME_DECAY},
+    {"att.time_decay_w1", "C 64", PLAIN, ZERO},
+    {"att.time_decay_w2", "64 A", PLAIN, SMALL},
+    {"att.time_faaaa", "H 64", PLAIN, TIME_FAAAA},
+    {"att.receptance.weight", "A C", DECAY, ORTHOGONAL},
+    {"att.key.weight",    "A C", DECAY, ORTHOGONAL_KEY},
+    {"att.value.weight",  "A C", DECAY, ORTHOGONAL},
+    {"att.output.weight", "C A", DECAY, ZERO},
+    NORM("att.ln_x", "A", LN_X),
+    {0}
+};
+static const Row eagle_tensors[] = {
+    {"att.time_mix_k", "1 1 C", PLAIN, EAGLE_MIX},
+    {"att.time_mix_v", "1 1 C", PLAIN, EAGLE_MIX_V},
+    {"att.time_mix_r", "1 1 C", PLAIN, EAGLE_MIX_HALF},
+    {"att.time_mix_g", "1 1 C", PLAIN, EAGLE_MIX_HALF},
+    {"att.time_decay", "H 64", TWICE, TIME_DECAY},
+    {"att.time_faaaa", "H 64", PLAIN, TIME_FAAAA},
+    {"att.receptance.weight", "A C", DECAY, ORTHOGONAL},
+    {"att.key.weight",    "A C", DECAY, ORTHOGONAL_KEY},
+    {"att.value.weight",  "A C", DECAY, ORTHOGONAL},
+    {"att.gate.weight",   "A C", DECAY, ORTHOGONAL_KEY},
+    {"att.output.weight", "C A", DECAY, ZERO},
+    NORM("att.ln_x", "A", LN_X),
+    {0}
+};
+static const Row gptalpha_tensors[] = {
+    {"att.time_maa_x", "1 1 C", PLAIN, MIX},
+    {"att.time_maa_r", "1 1 C", PLAIN, MIX_HALF},
+    {"att.time_maa_k", "1 1 C", PLAIN, MIX},
+    {"att.time_maa_v", "1 1 C", PLAIN, MIX_V},
+    {"att.time_maa_w1", "C 96", PLAIN, ZERO},
+    {"att.time_maa_w2", "3 32 C", PLAIN, SMALL},
+    {"att.query.weight",  "A C", DECAY, ORTHOGONAL},
+    {"att.key.weight",    "A C", DECAY, ORTHOGONAL_KEY},
+    {"att.value.weight",  "A C", DECAY, ORTHOGONAL},
+    {"att.output.weight", "C A", DECAY, ZERO},
+    NORM("att.ln_r", "A", ONE),
+    NORM("att.ln_k", "A", ONE),
+    NORM("att.ln_v", "A", ONE),
+    NORM("att.ln_x", "A", LN_X),
+    {0}
+};
+static const Row llama_tensors[] = {
+    {"att.wq.weight", "A C", DECAY, ORTHOGONAL},
+    {"att.wk.weight", "A C", DECAY, ORTHOGONAL},
+    {"att.wv.weight", "A C", DECAY, ORTHOGONAL},
+    {"att.wo.weight", "C A", DECAY, ORTHOGONAL},
+    {0}
+};
 static const Row cmix_tensors[] = {
     {"ffn.time_maa_k", "1 1 C", PLAIN, MIX},
     {"ffn.time_maa_r", "1 1 C", PLAIN, MIX},
     {"ffn.key.weight", "F C", DECAY, ORTHOGONAL},
     {"ffn.receptance.weight", "C C", DECAY, ZERO},
     {"ffn.value.weight", "C F", DECAY, ZERO},
+    {0}
+};
+static const Row cmix_eagle_tensors[] = {
+    {"ffn.time_mix_k", "1 1 C", PLAIN, EAGLE_MIX},
+    {"ffn.time_mix_r", "1 1 C", PLAIN, EAGLE_MIX},
+    {"ffn.key.weight", "F C", DECAY, ORTHOGONAL},
+    {"ffn.receptance.weight", "C C", DECAY, ZERO},
+    {"ffn.value.weight", "C F", DECAY, ZERO},
+    {0}
+};
+static const Row cmix_llama_tensors[] = {
+    {"ffn.w1.weight", "W C", DECAY, ORTHOGONAL},
+    {"ffn.w2.weight", "C W", DECAY, ORTHOGONAL},
+    {"ffn.w3.weight", "W C", DECAY, ORTHOGONAL},
     {0}
 };
 
@@ -232,6 +337,10 @@ static void full_name(char full[64], int l, const char *name) {
     else snprintf(full, 64, "blocks.%d.%s", l, name);
 }
 
+static int llama_width(const Ref *m) {
+    return m->C * 4 * 2 / 3 / 32 * 32;
+}
+
 static int64_t dimension(const Ref *m, const char *text) {
     switch (*text) {
         case 'A': return m->A;
@@ -241,6 +350,7 @@ static int64_t dimension(const Ref *m, const char *text) {
         case 'H': return m->H;
         case 'R': return m->R;
         case 'V': return m->V;
+        case 'W': return llama_width(m);
         case 'X': return m->C + m->R;
         default: return atoi(text);
     }
@@ -644,6 +754,27 @@ static void attention_backward(float *dq, float *dk, float *dv, const float *dy,
 }
 
 // --------------------------------------------------------------------------------------------------------------------
+// Positions: the channels 2i and 2i + 1 of each head, as a vector in the plane, turn by position * velocity_i, where
+//     rope:  velocity_i = (base rebase)^(-2i/N) / rescale
+//     brope: velocity_i = pi 2^-i / rescale for i < log2(ctx_len), rounded down; 0 for the others
+
+static double rope_velocity(const Settings *s, int i) {
+    if (s->rope.base > 0) return pow(s->rope.base * s->rope.rebase, -2.0 * i / N) / s->rope.rescale;
+    if (s->brope.rescale > 0 && i < floor(log2(s->ctx_len))) return acos(-1) * exp2(-i) / s->brope.rescale;
+    return 0;
+}
+
+// x (rows, A) in place; direction 1, or -1 for gradients: a turn's transpose turns back.
+static void rope(const Ref *m, float *x, int direction) {
+    for (int64_t c = 0; c < (int64_t)m->rows * m->A; c += 2) {
+        double angle = direction * (double)(c / m->A % m->T) * rope_velocity(&m->s, c % N / 2);
+        double a = x[c], b = x[c + 1];
+        x[c] = a * cos(angle) - b * sin(angle);
+        x[c + 1] = a * sin(angle) + b * cos(angle);
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
 // Time mixers and channel mixers. forward(m, l, out, x), backward(m, l, dx, dout, x); x, out (rows, C).
 // P finds a tensor of this block, KEEP a new activation of this block, SAVED one that forward kept.
 
@@ -751,7 +882,7 @@ static void tmix_finch_c2_backward(Ref *m, int l, float *dx, const float *dout, 
 //     v    = xo + dxo (time_maa_v + m_v)
 //     k    = LayerNorm_ln_k(k + tanh(k @ time_key_w1) @ time_key_w2)
 //     v    = LayerNorm_ln_v(v + tanh(v @ time_value_w1) @ time_value_w2)
-//     out  = output LayerNorm_ln_x(attention(q, k, v))
+//     out  = output LayerNorm_ln_x(attention(rope(q), rope(k), v))
 // K0 (rows, A) meets tensors of width C here, so A = C.
 static void tmix_gold(Ref *m, int l, float *out, const float *x) {
     int rows = m->rows, C = m->C, B = m->B, T = m->T;
@@ -787,6 +918,8 @@ static void tmix_gold(Ref *m, int l, float *out, const float *x) {
     layer_norm(v, v_sum, P("att.ln_v.weight"), P("att.ln_v.bias"), rows);
 
     float *y = KEEP("att.y", C), *normed = KEEP("att.normed", C);
+    rope(m, q, 1);
+    rope(m, k, 1);
     attention(y, q, k, v, B, T, m->H);
     layer_norm(normed, y, P("att.ln_x.weight"), P("att.ln_x.bias"), rows);
     linear(out, normed, P("att.output.weight"), rows);
@@ -801,6 +934,8 @@ static void tmix_gold_backward(Ref *m, int l, float *dx, const float *dout, cons
     linear_backward(dnormed, dout, SAVED("att.normed"), P("att.output.weight"), rows);
     layer_norm_backward(dy, dnormed, SAVED("att.y"), P("att.ln_x.weight"), P("att.ln_x.bias"), rows);
     attention_backward(dq, dk, dv, dy, SAVED("att.q"), SAVED("att.k"), SAVED("att.v"), B, T, m->H);
+    rope(m, dq, -1);
+    rope(m, dk, -1);
 
     float *g_xo = TEMPORARY(C), *g_dxo = TEMPORARY(C), *g_d_K0 = TEMPORARY(C);  // gradients of xo, dxo, d_K0
     float *dm_k = TEMPORARY(2 * C), *dm_v = dm_k + rows * C;
@@ -877,6 +1012,386 @@ static void cmix_backward(Ref *m, int l, float *dx, const float *dout, const flo
     (void)x;
 }
 
+// What x060, x060b and gptalpha share, for n inputs whose mixes are `names`:
+//     d   = shift(x) - x
+//     m_i = (tanh((x + d time_maa_x) @ W1))_i @ W2[i]
+//     x_i = x + d (time_maa_i + m_i)
+// Keeps x_i as "att.x" (n, rows, C).
+static float *data_mixes(Ref *m, int l, const float *x, const char *const *names, int n, const Param *W1, const Param *W2) {
+    int rows = m->rows, C = m->C;
+    float *d = KEEP("att.d", C), *xx = KEEP("att.xx", C), *h = KEEP("att.h", 32 * n);
+    float *mi = KEEP("att.m", n * C), *xi = KEEP("att.x", n * C);
+    shift_difference(d, x, m->B, m->T, C);
+    mix(xx, x, d, P("att.time_maa_x"), NULL, rows);
+    low_rank(mi, h, xx, W1, W2, rows);
+    for (int i = 0; i < n; i++) mix(xi + (int64_t)i * rows * C, x, d, P(names[i]), mi + (int64_t)i * rows * C, rows);
+    return xi;
+}
+
+static void data_mixes_backward(Ref *m, int l, float *dx, const float *dxi, const char *const *names, int n, const Param *W1,
+                                const Param *W2) {
+    int rows = m->rows, C = m->C;
+    const float *d = SAVED("att.d"), *mi = SAVED("att.m");
+    float *dmi = TEMPORARY(n * C), *dd = TEMPORARY(C), *dxx = TEMPORARY(C);
+    for (int i = 0; i < n; i++) {
+        int64_t at = (int64_t)i * rows * C;
+        mix_backward(dx, dd, dmi + at, dxi + at, d, P(names[i]), mi + at, rows);
+    }
+    low_rank_backward(dxx, dmi, SAVED("att.h"), SAVED("att.xx"), W1, W2, rows);
+    mix_backward(dx, dd, NULL, dxx, d, P("att.time_maa_x"), NULL, rows);
+    shift_difference_backward(dx, dd, m->B, m->T, C);
+}
+
+// w = time_decay + tanh(x_w @ time_decay_w1) @ time_decay_w2
+static float *data_decay(Ref *m, int l, const float *xw) {
+    float *w = KEEP("att.w", m->A);
+    const float *time_decay = P("att.time_decay")->w;
+    for (int64_t i = 0; i < (int64_t)m->rows * m->A; i++) w[i] = time_decay[i % m->A];
+    low_rank(w, KEEP("att.h_w", 64), xw, P("att.time_decay_w1"), P("att.time_decay_w2"), m->rows);
+    return w;
+}
+
+static void add_rows(Param *p, const float *dx, int rows) {  // the gradient of a vector that every row adds
+    for (int64_t i = 0; i < p->size; i++) {
+        double sum = 0;
+        for (int t = 0; t < rows; t++) sum += dx[t * p->size + i];
+        p->g[i] += sum;
+    }
+}
+
+static double silu(double x) {
+    return x / (1 + exp(-x));
+}
+
+static double silu_gradient(double x) {
+    double s = 1 / (1 + exp(-x));
+    return s + x * s * (1 - s);
+}
+
+static void head_moments(const float *y, double scale, double eps, double *mean, double *rstd) {
+    double variance = 0;
+    *mean = 0;
+    for (int i = 0; i < N; i++) *mean += y[i] / scale / N;
+    for (int i = 0; i < N; i++) variance += (y[i] / scale - *mean) * (y[i] / scale - *mean) / N;
+    *rstd = 1 / sqrt(variance + eps);
+}
+
+// out = GroupNorm(y / scale) silu(g): each head of N channels is normed by itself. y, g (rows, A)
+static void gated_group_norm(float *out, const float *y, const float *g, const Param *gain, const Param *bias, double scale,
+                             double eps, int rows) {
+    for (int64_t at = 0; at < rows * gain->size; at += N) {
+        double mean, rstd;
+        head_moments(y + at, scale, eps, &mean, &rstd);
+        for (int64_t i = at; i < at + N; i++) {
+            int c = i % gain->size;
+            out[i] += ((y[i] / scale - mean) * rstd * gain->w[c] + bias->w[c]) * silu(g[i]);
+        }
+    }
+}
+
+static void gated_group_norm_backward(float *dy, float *dg, const float *dout, const float *y, const float *g, const Param *gain,
+                                      const Param *bias, double scale, double eps, int rows) {
+    double *dgain = zeros(gain->size, sizeof(double)), *dbias = zeros(gain->size, sizeof(double));
+    for (int64_t at = 0; at < rows * gain->size; at += N) {
+        double mean, rstd, n[N], dn[N], mean_dn = 0, mean_dn_n = 0;
+        head_moments(y + at, scale, eps, &mean, &rstd);
+        for (int i = 0; i < N; i++) {
+            int c = (at + i) % gain->size;
+            double dnormed = dout[at + i] * silu(g[at + i]);
+            n[i] = (y[at + i] / scale - mean) * rstd;
+            dn[i] = dnormed * gain->w[c];
+            mean_dn += dn[i] / N;
+            mean_dn_n += dn[i] * n[i] / N;
+            dgain[c] += dnormed * n[i];
+            dbias[c] += dnormed;
+            dg[at + i] += dout[at + i] * (n[i] * gain->w[c] + bias->w[c]) * silu_gradient(g[at + i]);
+        }
+        for (int i = 0; i < N; i++) dy[at + i] += (dn[i] - mean_dn - n[i] * mean_dn_n) * rstd / scale;
+    }
+    for (int64_t c = 0; c < gain->size; c++) {
+        gain->g[c] += dgain[c];
+        bias->g[c] += dbias[c];
+    }
+    free(dgain);
+    free(dbias);
+}
+
+// x060, Finch (RWKV-6), with the mixes w, k, v, r, g:
+//     r   = receptance x_r;  k = key x_k;  v = value x_v;  g = gate x_g;  w = data_decay(x_w)
+//     y   = WKV(r, k, v, w, time_faaaa)
+//     out = output (GroupNorm_ln_x(y) silu(g))                  eps 1e-5 head_size_divisor²
+static const char *const finch_mixes[5] = {
+    "att.time_maa_w", "att.time_maa_k", "att.time_maa_v", "att.time_maa_r", "att.time_maa_g",
+};
+
+static void tmix_finch(Ref *m, int l, float *out, const float *x) {
+    int rows = m->rows, C = m->C, A = m->A;
+    double divisor = m->s.head_size_divisor;
+    float *xw = data_mixes(m, l, x, finch_mixes, 5, P("att.time_maa_w1"), P("att.time_maa_w2"));
+    float *xk = xw + rows * C, *xv = xk + rows * C, *xr = xv + rows * C, *xg = xr + rows * C;
+    float *r = KEEP("att.r", A), *k = KEEP("att.k", A), *v = KEEP("att.v", A), *g = KEEP("att.g", A);
+    float *y = KEEP("att.y", A), *gated = KEEP("att.gated", A), *w = data_decay(m, l, xw);
+    linear(r, xr, P("att.receptance.weight"), rows);
+    linear(k, xk, P("att.key.weight"), rows);
+    linear(v, xv, P("att.value.weight"), rows);
+    linear(g, xg, P("att.gate.weight"), rows);
+    wkv(y, r, k, v, w, P("att.time_faaaa")->w, m->B, m->T, m->H);
+    gated_group_norm(gated, y, g, P("att.ln_x.weight"), P("att.ln_x.bias"), 1, 1e-5 * divisor * divisor, rows);
+    linear(out, gated, P("att.output.weight"), rows);
+}
+
+static void tmix_finch_backward(Ref *m, int l, float *dx, const float *dout, const float *x) {
+    int rows = m->rows, C = m->C, A = m->A;
+    double divisor = m->s.head_size_divisor;
+    const float *xw = SAVED("att.x"), *xk = xw + rows * C, *xv = xk + rows * C, *xr = xv + rows * C, *xg = xr + rows * C;
+    float *dxw = TEMPORARY(5 * C), *dxk = dxw + rows * C, *dxv = dxk + rows * C, *dxr = dxv + rows * C, *dxg = dxr + rows * C;
+    float *dgated = TEMPORARY(A), *dy = TEMPORARY(A), *dg = TEMPORARY(A);
+    float *dr = TEMPORARY(A), *dk = TEMPORARY(A), *dv = TEMPORARY(A), *dw = TEMPORARY(A);
+    Param *u = P("att.time_faaaa");
+    linear_backward(dgated, dout, SAVED("att.gated"), P("att.output.weight"), rows);
+    gated_group_norm_backward(dy, dg, dgated, SAVED("att.y"), SAVED("att.g"), P("att.ln_x.weight"), P("att.ln_x.bias"), 1,
+                              1e-5 * divisor * divisor, rows);
+    wkv_backward(dr, dk, dv, dw, u->g, dy, SAVED("att.r"), SAVED("att.k"), SAVED("att.v"), SAVED("att.w"), u->w, m->B, m->T, m->H);
+    add_rows(P("att.time_decay"), dw, rows);
+    low_rank_backward(dxw, dw, SAVED("att.h_w"), xw, P("att.time_decay_w1"), P("att.time_decay_w2"), rows);
+    linear_backward(dxr, dr, xr, P("att.receptance.weight"), rows);
+    linear_backward(dxk, dk, xk, P("att.key.weight"), rows);
+    linear_backward(dxv, dv, xv, P("att.value.weight"), rows);
+    linear_backward(dxg, dg, xg, P("att.gate.weight"), rows);
+    data_mixes_backward(m, l, dx, dxw, finch_mixes, 5, P("att.time_maa_w1"), P("att.time_maa_w2"));
+    (void)x;
+}
+
+// x060b, Finch without a gate, with the mixes r, k, v, w:
+//     as x060, and out = output LayerNorm_ln_x(y)
+static const char *const finch_b_mixes[4] = {"att.time_maa_r", "att.time_maa_k", "att.time_maa_v", "att.time_maa_w"};
+
+static void tmix_finch_b(Ref *m, int l, float *out, const float *x) {
+    int rows = m->rows, C = m->C, A = m->A;
+    float *xr = data_mixes(m, l, x, finch_b_mixes, 4, P("att.time_maa_rkvw_w1"), P("att.time_maa_rkvw_w2"));
+    float *xk = xr + rows * C, *xv = xk + rows * C, *xw = xv + rows * C;
+    float *r = KEEP("att.r", A), *k = KEEP("att.k", A), *v = KEEP("att.v", A);
+    float *y = KEEP("att.y", A), *normed = KEEP("att.normed", A), *w = data_decay(m, l, xw);
+    linear(r, xr, P("att.receptance.weight"), rows);
+    linear(k, xk, P("att.key.weight"), rows);
+    linear(v, xv, P("att.value.weight"), rows);
+    wkv(y, r, k, v, w, P("att.time_faaaa")->w, m->B, m->T, m->H);
+    layer_norm(normed, y, P("att.ln_x.weight"), P("att.ln_x.bias"), rows);
+    linear(out, normed, P("att.output.weight"), rows);
+}
+
+static void tmix_finch_b_backward(Ref *m, int l, float *dx, const float *dout, const float *x) {
+    int rows = m->rows, C = m->C, A = m->A;
+    const float *xr = SAVED("att.x"), *xk = xr + rows * C, *xv = xk + rows * C, *xw = xv + rows * C;
+    float *dxr = TEMPORARY(4 * C), *dxk = dxr + rows * C, *dxv = dxk + rows * C, *dxw = dxv + rows * C;
+    float *dnormed = TEMPORARY(A), *dy = TEMPORARY(A);
+    float *dr = TEMPORARY(A), *dk = TEMPORARY(A), *dv = TEMPORARY(A), *dw = TEMPORARY(A);
+    Param *u = P("att.time_faaaa");
+    linear_backward(dnormed, dout, SAVED("att.normed"), P("att.output.weight"), rows);
+    layer_norm_backward(dy, dnormed, SAVED("att.y"), P("att.ln_x.weight"), P("att.ln_x.bias"), rows);
+    wkv_backward(dr, dk, dv, dw, u->g, dy, SAVED("att.r"), SAVED("att.k"), SAVED("att.v"), SAVED("att.w"), u->w, m->B, m->T, m->H);
+    add_rows(P("att.time_decay"), dw, rows);
+    low_rank_backward(dxw, dw, SAVED("att.h_w"), xw, P("att.time_decay_w1"), P("att.time_decay_w2"), rows);
+    linear_backward(dxr, dr, xr, P("att.receptance.weight"), rows);
+    linear_backward(dxk, dk, xk, P("att.key.weight"), rows);
+    linear_backward(dxv, dv, xv, P("att.value.weight"), rows);
+    data_mixes_backward(m, l, dx, dxr, finch_b_mixes, 4, P("att.time_maa_rkvw_w1"), P("att.time_maa_rkvw_w2"));
+    (void)x;
+}
+
+// y = x time_mix + shift(x) (1 - time_mix), Eagle's mix, which does not depend on the data. x, y (B, T, C)
+static void eagle_mix(float *y, const float *x, const Param *time_mix, int T, int rows) {
+    int C = time_mix->size;
+    for (int64_t i = 0; i < (int64_t)rows * C; i++) {
+        double a = time_mix->w[i % C], before = i / C % T ? x[i - C] : 0;
+        y[i] += x[i] * a + before * (1 - a);
+    }
+}
+
+static void eagle_mix_backward(float *dx, const float *dy, const float *x, const Param *time_mix, int T, int rows) {
+    int C = time_mix->size;
+    for (int c = 0; c < C; c++) {
+        double a = time_mix->w[c], sum = 0;
+        for (int64_t i = c; i < (int64_t)rows * C; i += C) {
+            int first = i / C % T == 0;
+            sum += dy[i] * ((double)x[i] - (first ? 0 : x[i - C]));
+            dx[i] += dy[i] * a;
+            if (!first) dx[i - C] += dy[i] * (1 - a);
+        }
+        time_mix->g[c] += sum;
+    }
+}
+
+// x052, Eagle (RWKV-5):
+//     x_i = x time_mix_i + shift(x) (1 - time_mix_i)            i = k, v, r, g
+//     r   = receptance x_r;  k = key x_k;  v = value x_v;  g = gate x_g
+//     y   = WKV(r, k, v, w, time_faaaa)                         w = time_decay for every token
+//     out = output (GroupNorm_ln_x(y / head_size_divisor) silu(g))
+static void tmix_eagle(Ref *m, int l, float *out, const float *x) {
+    int rows = m->rows, C = m->C, A = m->A;
+    float *xk = KEEP("att.xk", C), *xv = KEEP("att.xv", C), *xr = KEEP("att.xr", C), *xg = KEEP("att.xg", C);
+    float *r = KEEP("att.r", A), *k = KEEP("att.k", A), *v = KEEP("att.v", A), *g = KEEP("att.g", A), *w = KEEP("att.w", A);
+    float *y = KEEP("att.y", A), *gated = KEEP("att.gated", A);
+    eagle_mix(xk, x, P("att.time_mix_k"), m->T, rows);
+    eagle_mix(xv, x, P("att.time_mix_v"), m->T, rows);
+    eagle_mix(xr, x, P("att.time_mix_r"), m->T, rows);
+    eagle_mix(xg, x, P("att.time_mix_g"), m->T, rows);
+    linear(r, xr, P("att.receptance.weight"), rows);
+    linear(k, xk, P("att.key.weight"), rows);
+    linear(v, xv, P("att.value.weight"), rows);
+    linear(g, xg, P("att.gate.weight"), rows);
+    for (int64_t i = 0; i < (int64_t)rows * A; i++) w[i] = P("att.time_decay")->w[i % A];
+    wkv(y, r, k, v, w, P("att.time_faaaa")->w, m->B, m->T, m->H);
+    gated_group_norm(gated, y, g, P("att.ln_x.weight"), P("att.ln_x.bias"), m->s.head_size_divisor, 1e-5, rows);
+    linear(out, gated, P("att.output.weight"), rows);
+}
+
+static void tmix_eagle_backward(Ref *m, int l, float *dx, const float *dout, const float *x) {
+    int rows = m->rows, C = m->C, A = m->A;
+    float *dxk = TEMPORARY(C), *dxv = TEMPORARY(C), *dxr = TEMPORARY(C), *dxg = TEMPORARY(C);
+    float *dgated = TEMPORARY(A), *dy = TEMPORARY(A), *dg = TEMPORARY(A);
+    float *dr = TEMPORARY(A), *dk = TEMPORARY(A), *dv = TEMPORARY(A), *dw = TEMPORARY(A);
+    Param *u = P("att.time_faaaa");
+    linear_backward(dgated, dout, SAVED("att.gated"), P("att.output.weight"), rows);
+    gated_group_norm_backward(dy, dg, dgated, SAVED("att.y"), SAVED("att.g"), P("att.ln_x.weight"), P("att.ln_x.bias"),
+                              m->s.head_size_divisor, 1e-5, rows);
+    wkv_backward(dr, dk, dv, dw, u->g, dy, SAVED("att.r"), SAVED("att.k"), SAVED("att.v"), SAVED("att.w"), u->w, m->B, m->T, m->H);
+    add_rows(P("att.time_decay"), dw, rows);
+    linear_backward(dxk, dk, SAVED("att.xk"), P("att.key.weight"), rows);
+    linear_backward(dxv, dv, SAVED("att.xv"), P("att.value.weight"), rows);
+    linear_backward(dxr, dr, SAVED("att.xr"), P("att.receptance.weight"), rows);
+    linear_backward(dxg, dg, SAVED("att.xg"), P("att.gate.weight"), rows);
+    eagle_mix_backward(dx, dxk, x, P("att.time_mix_k"), m->T, rows);
+    eagle_mix_backward(dx, dxv, x, P("att.time_mix_v"), m->T, rows);
+    eagle_mix_backward(dx, dxr, x, P("att.time_mix_r"), m->T, rows);
+    eagle_mix_backward(dx, dxg, x, P("att.time_mix_g"), m->T, rows);
+}
+
+// gptalpha, with the mixes r, k, v:
+//     q   = LayerNorm_ln_r(query x_r);  k = LayerNorm_ln_k(key x_k);  v = LayerNorm_ln_v(value x_v)
+//     out = output LayerNorm_ln_x(attention(rope(q), rope(k), v))
+static const char *const gptalpha_mixes[3] = {"att.time_maa_r", "att.time_maa_k", "att.time_maa_v"};
+
+static void tmix_gptalpha(Ref *m, int l, float *out, const float *x) {
+    int rows = m->rows, C = m->C, A = m->A;
+    float *xr = data_mixes(m, l, x, gptalpha_mixes, 3, P("att.time_maa_w1"), P("att.time_maa_w2"));
+    float *xk = xr + rows * C, *xv = xk + rows * C;
+    float *q_linear = KEEP("att.q_linear", A), *k_linear = KEEP("att.k_linear", A), *v_linear = KEEP("att.v_linear", A);
+    float *q = KEEP("att.q", A), *k = KEEP("att.k", A), *v = KEEP("att.v", A);
+    float *y = KEEP("att.y", A), *normed = KEEP("att.normed", A);
+    linear(q_linear, xr, P("att.query.weight"), rows);
+    linear(k_linear, xk, P("att.key.weight"), rows);
+    linear(v_linear, xv, P("att.value.weight"), rows);
+    layer_norm(q, q_linear, P("att.ln_r.weight"), P("att.ln_r.bias"), rows);
+    layer_norm(k, k_linear, P("att.ln_k.weight"), P("att.ln_k.bias"), rows);
+    layer_norm(v, v_linear, P("att.ln_v.weight"), P("att.ln_v.bias"), rows);
+    rope(m, q, 1);
+    rope(m, k, 1);
+    attention(y, q, k, v, m->B, m->T, m->H);
+    layer_norm(normed, y, P("att.ln_x.weight"), P("att.ln_x.bias"), rows);
+    linear(out, normed, P("att.output.weight"), rows);
+}
+
+static void tmix_gptalpha_backward(Ref *m, int l, float *dx, const float *dout, const float *x) {
+    int rows = m->rows, C = m->C, A = m->A;
+    const float *xr = SAVED("att.x"), *xk = xr + rows * C, *xv = xk + rows * C;
+    float *dxr = TEMPORARY(3 * C), *dxk = dxr + rows * C, *dxv = dxk + rows * C;
+    float *dnormed = TEMPORARY(A), *dy = TEMPORARY(A), *dq = TEMPORARY(A), *dk = TEMPORARY(A), *dv = TEMPORARY(A);
+    float *dq_linear = TEMPORARY(A), *dk_linear = TEMPORARY(A), *dv_linear = TEMPORARY(A);
+    linear_backward(dnormed, dout, SAVED("att.normed"), P("att.output.weight"), rows);
+    layer_norm_backward(dy, dnormed, SAVED("att.y"), P("att.ln_x.weight"), P("att.ln_x.bias"), rows);
+    attention_backward(dq, dk, dv, dy, SAVED("att.q"), SAVED("att.k"), SAVED("att.v"), m->B, m->T, m->H);
+    rope(m, dq, -1);
+    rope(m, dk, -1);
+    layer_norm_backward(dq_linear, dq, SAVED("att.q_linear"), P("att.ln_r.weight"), P("att.ln_r.bias"), rows);
+    layer_norm_backward(dk_linear, dk, SAVED("att.k_linear"), P("att.ln_k.weight"), P("att.ln_k.bias"), rows);
+    layer_norm_backward(dv_linear, dv, SAVED("att.v_linear"), P("att.ln_v.weight"), P("att.ln_v.bias"), rows);
+    linear_backward(dxr, dq_linear, xr, P("att.query.weight"), rows);
+    linear_backward(dxk, dk_linear, xk, P("att.key.weight"), rows);
+    linear_backward(dxv, dv_linear, xv, P("att.value.weight"), rows);
+    data_mixes_backward(m, l, dx, dxr, gptalpha_mixes, 3, P("att.time_maa_w1"), P("att.time_maa_w2"));
+    (void)x;
+}
+
+// llama's attention: out = wo attention(rope(wq x), rope(wk x), wv x)
+static void tmix_llama(Ref *m, int l, float *out, const float *x) {
+    int rows = m->rows, A = m->A;
+    float *q = KEEP("att.q", A), *k = KEEP("att.k", A), *v = KEEP("att.v", A), *y = KEEP("att.y", A);
+    linear(q, x, P("att.wq.weight"), rows);
+    linear(k, x, P("att.wk.weight"), rows);
+    linear(v, x, P("att.wv.weight"), rows);
+    rope(m, q, 1);
+    rope(m, k, 1);
+    attention(y, q, k, v, m->B, m->T, m->H);
+    linear(out, y, P("att.wo.weight"), rows);
+}
+
+static void tmix_llama_backward(Ref *m, int l, float *dx, const float *dout, const float *x) {
+    int rows = m->rows, A = m->A;
+    float *dy = TEMPORARY(A), *dq = TEMPORARY(A), *dk = TEMPORARY(A), *dv = TEMPORARY(A);
+    linear_backward(dy, dout, SAVED("att.y"), P("att.wo.weight"), rows);
+    attention_backward(dq, dk, dv, dy, SAVED("att.q"), SAVED("att.k"), SAVED("att.v"), m->B, m->T, m->H);
+    rope(m, dq, -1);
+    rope(m, dk, -1);
+    linear_backward(dx, dq, x, P("att.wq.weight"), rows);
+    linear_backward(dx, dk, x, P("att.wk.weight"), rows);
+    linear_backward(dx, dv, x, P("att.wv.weight"), rows);
+}
+
+// x052, Eagle's channel mix: as x060 with x_i = x time_mix_i + shift(x) (1 - time_mix_i)
+static void cmix_eagle(Ref *m, int l, float *out, const float *x) {
+    int rows = m->rows, C = m->C, F = m->F;
+    float *xk = KEEP("ffn.xk", C), *xr = KEEP("ffn.xr", C), *k = KEEP("ffn.k", F), *kk = KEEP("ffn.kk", F);
+    float *v = KEEP("ffn.v", C), *r = KEEP("ffn.r", C);
+    eagle_mix(xk, x, P("ffn.time_mix_k"), m->T, rows);
+    eagle_mix(xr, x, P("ffn.time_mix_r"), m->T, rows);
+    linear(k, xk, P("ffn.key.weight"), rows);
+    for (int64_t i = 0; i < (int64_t)rows * F; i++) kk[i] = k[i] > 0 ? k[i] * k[i] : 0;
+    linear(v, kk, P("ffn.value.weight"), rows);
+    linear(r, xr, P("ffn.receptance.weight"), rows);
+    for (int64_t i = 0; i < (int64_t)rows * C; i++) out[i] += v[i] / (1 + exp(-r[i]));
+}
+
+static void cmix_eagle_backward(Ref *m, int l, float *dx, const float *dout, const float *x) {
+    int rows = m->rows, C = m->C, F = m->F;
+    const float *r = SAVED("ffn.r"), *v = SAVED("ffn.v"), *k = SAVED("ffn.k");
+    float *dr = TEMPORARY(C), *dv = TEMPORARY(C), *dk = TEMPORARY(F), *dxk = TEMPORARY(C), *dxr = TEMPORARY(C);
+    for (int64_t i = 0; i < (int64_t)rows * C; i++) {
+        double s = 1 / (1 + exp(-r[i]));
+        dr[i] = dout[i] * v[i] * s * (1 - s);
+        dv[i] = dout[i] * s;
+    }
+    linear_backward(dxr, dr, SAVED("ffn.xr"), P("ffn.receptance.weight"), rows);
+    linear_backward(dk, dv, SAVED("ffn.kk"), P("ffn.value.weight"), rows);
+    for (int64_t i = 0; i < (int64_t)rows * F; i++) dk[i] *= k[i] > 0 ? 2 * k[i] : 0;
+    linear_backward(dxk, dk, SAVED("ffn.xk"), P("ffn.key.weight"), rows);
+    eagle_mix_backward(dx, dxk, x, P("ffn.time_mix_k"), m->T, rows);
+    eagle_mix_backward(dx, dxr, x, P("ffn.time_mix_r"), m->T, rows);
+}
+
+// llama's channel mix: out = w2 (silu(w1 x) (w3 x))
+static void cmix_llama(Ref *m, int l, float *out, const float *x) {
+    int rows = m->rows, W = llama_width(m);
+    float *a = KEEP("ffn.a", W), *b = KEEP("ffn.b", W), *k = KEEP("ffn.k", W);
+    linear(a, x, P("ffn.w1.weight"), rows);
+    linear(b, x, P("ffn.w3.weight"), rows);
+    for (int64_t i = 0; i < (int64_t)rows * W; i++) k[i] = silu(a[i]) * b[i];
+    linear(out, k, P("ffn.w2.weight"), rows);
+}
+
+static void cmix_llama_backward(Ref *m, int l, float *dx, const float *dout, const float *x) {
+    int rows = m->rows, W = llama_width(m);
+    const float *a = SAVED("ffn.a"), *b = SAVED("ffn.b");
+    float *dk = TEMPORARY(W), *da = TEMPORARY(W), *db = TEMPORARY(W);
+    linear_backward(dk, dout, SAVED("ffn.k"), P("ffn.w2.weight"), rows);
+    for (int64_t i = 0; i < (int64_t)rows * W; i++) {
+        da[i] = dk[i] * b[i] * silu_gradient(a[i]);
+        db[i] = dk[i] * silu(a[i]);
+    }
+    linear_backward(dx, da, x, P("ffn.w1.weight"), rows);
+    linear_backward(dx, db, x, P("ffn.w3.weight"), rows);
+}
+
 typedef struct Mixer {
     const char *name;
     const Row *tensors;
@@ -887,10 +1402,17 @@ typedef struct Mixer {
 static const Mixer time_mixers[] = {
     {"x060c2", finch_c2_tensors, tmix_finch_c2, tmix_finch_c2_backward},
     {"gold", gold_tensors, tmix_gold, tmix_gold_backward},
+    {"x060", finch_tensors, tmix_finch, tmix_finch_backward},
+    {"x060b", finch_b_tensors, tmix_finch_b, tmix_finch_b_backward},
+    {"x052", eagle_tensors, tmix_eagle, tmix_eagle_backward},
+    {"gptalpha", gptalpha_tensors, tmix_gptalpha, tmix_gptalpha_backward},
+    {"llama", llama_tensors, tmix_llama, tmix_llama_backward},
     {0}
 };
 static const Mixer channel_mixers[] = {
     {"x060", cmix_tensors, cmix, cmix_backward},
+    {"x052", cmix_eagle_tensors, cmix_eagle, cmix_eagle_backward},
+    {"llama", cmix_llama_tensors, cmix_llama, cmix_llama_backward},
     {0}
 };
 
@@ -938,6 +1460,10 @@ static const Mixer *time_mixer(const Ref *m, int l) {
 
 static const Mixer *channel_mixer(const Ref *m, int l) {
     return find_mixer(channel_mixers, l < m->G0 ? m->s.cmix : m->s.cmix2);
+}
+
+static int has_gold(const Ref *m) {
+    return m->G0 < m->L && !strcmp(m->s.tmix2, "gold");
 }
 
 static void add(float *y, const float *x, int64_t n) {
@@ -1025,7 +1551,7 @@ static Loss ref_forward(Ref *m, const int *tokens, const int *targets, int B, in
     layer_norm(x0, embedded, P("blocks.0.ln0.weight"), P("blocks.0.ln0.bias"), rows);
     for (int i = 0; i < m->L; i++) {
         x = block(m, i, x);
-        if (i == m->G0 - 1 && m->G0 < m->L) token_cat(m, x0, x);
+        if (i == m->G0 - 1 && has_gold(m)) token_cat(m, x0, x);
     }
     float *ln_out = KEEP("ln_out", C), *logits = KEEP("logits", m->V);
     layer_norm(ln_out, x, P("ln_out.weight"), P("ln_out.bias"), rows);
@@ -1044,7 +1570,7 @@ static void ref_backward(Ref *m, const int *tokens, const int *targets, double s
     linear_backward(dln_out, dlogits, SAVED("ln_out"), P("head.weight"), rows);
     layer_norm_backward(dx, dln_out, saved(m, m->L - 1, "out"), P("ln_out.weight"), P("ln_out.bias"), rows);
     for (int i = m->L - 1; i >= 0; i--) {
-        if (i == m->G0 - 1 && m->G0 < m->L) token_cat_backward(m, m->dx0, dx, m->dK0, saved(m, i, "out"));
+        if (i == m->G0 - 1 && has_gold(m)) token_cat_backward(m, m->dx0, dx, m->dK0, saved(m, i, "out"));
         block_backward(m, i, dx, i ? saved(m, i - 1, "out") : SAVED("x0"));
     }
     add(dx, m->dx0, (int64_t)rows * C);
@@ -1068,6 +1594,7 @@ static Settings default_settings(void) {
     Settings s = {
 #define DEFAULT(type, group, name, value) .name = value,
         SETTINGS(DEFAULT)
+        NESTED_SETTINGS(DEFAULT)
 #undef DEFAULT
     };
     return s;
@@ -1091,7 +1618,7 @@ static Ref *ref_create(const Settings *s) {
     m->G0 = *s->tmix2 ? s->n_layer * (s->inv_other_layer_ratio - 1) / s->inv_other_layer_ratio : s->n_layer;
     if (m->L > 12) fail("the plain-C model is for small sizes: at most 12 layers, not %d", m->L);
     add_tensors(m, -1, model_tensors);
-    if (m->G0 < m->L) add_tensors(m, -1, token_cat_tensors);
+    if (has_gold(m)) add_tensors(m, -1, token_cat_tensors);
     add_tensors(m, 0, ln0_tensors);
     for (int l = 0; l < m->L; l++) {
         add_tensors(m, l, block_tensors);
@@ -1335,6 +1862,7 @@ static int settings_set(Settings *s, const char *key, const char *value) {
 #define READ_TEXT(field) snprintf(s->field, sizeof(s->field), "%s", value)
 #define READ(type, group, name, standard) if (!strcmp(key, #name)) return READ_##type(name), 1;
     SETTINGS(READ)
+    NESTED_SETTINGS(READ)
     return 0;
 }
 
@@ -1368,6 +1896,7 @@ static void arguments_of(Arguments *a, const Settings *s) {
     a->list[a->n] = "--" #group "." #name;           \
     a->n += 2;
     SETTINGS(WRITE)
+    NESTED_SETTINGS(WRITE)
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -1512,14 +2041,24 @@ static uint64_t digest(const Bits *b) {
 typedef struct Limits {
     const char *first, *ordered, *others;  // what is compared
     double first_limit, ordered_limit, others_limit;
-    int by_median;  // the others pass if their median is within 3e-2 and 85 % are within 1e-1; those above others_limit
-                    // are listed
+    double median_limit, above_tenth;  // if not 0, the others pass by their median, and if no larger part of them than this
+                                       // is above 1e-1; those above others_limit are listed
 } Limits;
 
-static const Limits pass_fp32 = {"loss", "activation", "gradient", 1e-4, 1e-4, 1e-4, 0};
-static const Limits pass_bf16 = {"loss", "activation", "gradient", 2e-3, 4e-2, 6e-2, 1};
-static const Limits run_fp32 = {"learning rate", "step", "final parameter", 1e-6, 1e-4, 1e-3, 0};
-static const Limits run_bf16 = {"learning rate", "step", "unjudged final parameter", 1e-6, 5e-2, INFINITY, 0};
+static const Limits pass_fp32 = {"loss", "activation", "gradient", 1e-4, 1e-4, 1e-4, 0, 0};
+static const Limits pass_bf16 = {"loss", "activation", "gradient", 2e-3, 4e-2, 6e-2, 3e-2, 0.15};
+// with x060 or x052: where y is small, group norm amplifies its rounding (the FP32 run is what proves these kernels)
+static const Limits pass_bf16_group_norm = {"loss", "activation", "gradient", 2e-3, 4e-2, 1e-1, 6e-2, 1};
+static const Limits run_fp32 = {"learning rate", "step", "final parameter", 1e-6, 1e-4, 1e-3, 0, 0};
+static const Limits run_bf16 = {"learning rate", "step", "unjudged final parameter", 1e-6, 5e-2, INFINITY, 0, 0};
+
+static const Limits *pass_limits(Ref *m, int kernels) {
+    if (!kernels || gf_precision() == 32) return &pass_fp32;
+    for (int l = 0; l < m->L; l++) {
+        if (param(m, l, "att.gate.weight")) return &pass_bf16_group_norm;
+    }
+    return &pass_bf16;
+}
 
 typedef struct Error {
     char name[64];
@@ -1570,7 +2109,8 @@ static void judge(Comparison *c, const char *format, ...) {
     }
     double median = n ? c->others[n / 2].value : 0;
     int first_good = c->first <= limit->first_limit;
-    int others_good = limit->by_median ? median <= 3e-2 && above_tenth <= 0.15 * n : !listed;
+    int by_median = limit->median_limit > 0;
+    int others_good = by_median ? median <= limit->median_limit && above_tenth <= limit->above_tenth * n : !listed;
     check(first_good && !first_off && others_good, "%s: %s %.1e, %ss up to %.1e, %ss up to %.1e, median %.1e", title,
           limit->first, c->first, limit->ordered, largest, limit->others, n ? c->others[0].value : 0, median);
     if (!first_good) note("the %s is off by %.2e, allowed %.0e", limit->first, c->first, limit->first_limit);
@@ -1578,19 +2118,20 @@ static void judge(Comparison *c, const char *format, ...) {
         note("first %s that is off: %s by %.2e, allowed %.0e", limit->ordered, first_off->name, first_off->value,
              limit->ordered_limit);
     }
-    if (!others_good && limit->by_median) {
-        note("allowed: median 3e-2, and 85%% of the %ss within 1e-1; %d of %d are not", limit->others, above_tenth, n);
+    if (!others_good && by_median) {
+        note("allowed: median %.0e, and %.0f%% of the %ss above 1e-1; %d of %d are", limit->median_limit, 100 * limit->above_tenth,
+             limit->others, above_tenth, n);
     }
     for (int i = 0; i < listed; i++) {
         note("%s of %s: %.2e%s", limit->others, c->others[i].name, c->others[i].value,
-             limit->by_median ? "" : ", too much");
+             by_median ? "" : ", too much");
     }
 }
 
 // Names of the activations in the order of computation; returns 0 after the last.
 static int activation_name(const Ref *m, int i, char name[64]) {
     static const char *const parts[3] = {"att.out", "ffn.out", "out"};
-    int gold = m->G0 < m->L;
+    int gold = has_gold(m);
     if (gold && i == 3 * m->G0) return snprintf(name, 64, "k_cache");
     if (gold && i > 3 * m->G0) i--;
     if (i < 3 * m->L) return snprintf(name, 64, "blocks.%d.%s", i / 3, parts[i % 3]);
@@ -1602,10 +2143,11 @@ static int activation_name(const Ref *m, int i, char name[64]) {
 // that of the gradient of the same layer's ln_k.weight, or ln_x.weight without ln_k. Returns that tensor, or NULL.
 static Param *zero_beside(Ref *m, const Param *p) {
     const char *name = p->row->name;
-    int gold = ends_with(name, "ln_k.bias");
+    int positions = m->s.rope.base > 0 || m->s.brope.rescale > 0;
+    int shift = ends_with(name, "ln_k.bias") && !positions;
     int unused = m->s.use_v2 ? ends_with(name, "time_faaaa") : strstr(name, "_v2") || strstr(name, "time_value2");
-    unused = unused && param(m, p->layer, "att.time_faaaa");
-    return gold ? param(m, p->layer, "att.ln_k.weight") : unused ? param(m, p->layer, "att.ln_x.weight") : NULL;
+    unused = unused && param(m, p->layer, "att.time_value2_w1");
+    return shift ? param(m, p->layer, "att.ln_k.weight") : unused ? param(m, p->layer, "att.ln_x.weight") : NULL;
 }
 
 // Whole tensors in the measure of the tables' rows, NORM and PROBE: what a probe of random numbers in [-1, 1) shows of
@@ -1619,7 +2161,7 @@ static double tensor_error(const float *got, const float *want, int64_t n) {
 // For tables of ours (not golden ones), whose shapes make more gradients vanish (with T = 1 no token sees another):
 // those below 1e-6 of the largest one are compared with 0, beside the largest.
 static void compare_to_reference(Comparison *c, Ref *m, Model *k, double loss, double want, int golden) {
-    *c = (Comparison){.limits = gf_precision() == 16 ? &pass_bf16 : &pass_fp32, .first = relative(loss, want)};
+    *c = (Comparison){.limits = pass_limits(m, 1), .first = relative(loss, want)};
     char name[64];
     for (int i = 0; activation_name(m, i, name); i++) {
         Array *a = kept(m, -1, name);
@@ -1760,7 +2302,7 @@ static int table_complete(const Table *t, Ref *m, const char *kind) {
 
 // Either the kernels' last pass (k) or the reference's (k NULL) against the table.
 static void compare_to_table(Comparison *c, const Table *t, Ref *m, Model *k, double loss) {
-    *c = (Comparison){.limits = k && gf_precision() == 16 ? &pass_bf16 : &pass_fp32, .first = relative(loss, t->loss)};
+    *c = (Comparison){.limits = pass_limits(m, k != NULL), .first = relative(loss, t->loss)};
     char name[64];
     for (int i = 0; activation_name(m, i, name); i++) {
         const TableRow *row = table_row(t, "act", name);
@@ -1795,17 +2337,18 @@ static double rows_error(const float *got, const float *want, int rows, int V) {
 // Inference against the logits of the kernels' last pass over the parallel model: tokens fed in chunks of 1, 7, 16 and
 // all at once, with the logits of every token and with those of each chunk's last (where the last layers see only a few
 // tokens), from all three caches, with windows of all tokens, few and one.
-static void check_inference(const Table *t, Ref *m, Model *k) {
+static void check_inference(const char *title, int B, int T, Ref *m, Model *k) {
     static const char *const kinds[3] = {"compressed cache", "8-bit cache", "full keys and values"};
-    const int T = t->T, V = m->V, chunks[6] = {1, 7, 16, T, 1, T}, windows[6] = {T, 8, 1, T, 5, 3}, small[6] = {0, 1, 0, 0, 1, 1};
+    const int n_kinds = has_gold(m) ? 3 : 1, n_chunks = has_gold(m) ? 6 : 4;
+    const int V = m->V, chunks[6] = {1, 7, 16, T, 1, T}, windows[6] = {T, 8, 1, T, 5, 3}, small[6] = {0, 1, 0, 0, 1, 1};
     double limit = gf_precision() == 16 ? 5e-2 : 1e-4, compressed = 0;
-    float *want = kernels_activation(k, "logits", (int64_t)t->B * T * V), *got = zeros((int64_t)T * V, sizeof(float));
+    float *want = kernels_activation(k, "logits", (int64_t)B * T * V), *got = zeros((int64_t)T * V, sizeof(float));
     float *first = zeros((int64_t)T * V, sizeof(float));
-    for (int kv = 0; kv < 3; kv++) {
+    for (int kv = 0; kv < n_kinds; kv++) {
         double every = 0, last = 0;
-        for (int c = 0; c < 6; c++) {
+        for (int c = 0; c < n_chunks; c++) {
             Infer *f = gf_infer_create(k, kv, T, chunks[c], windows[c], small[c]);
-            for (int b = 0; b < t->B; b++) {
+            for (int b = 0; b < B; b++) {
                 const int *ids = inputs + b * T;
                 const float *row = want + (int64_t)b * T * V;
                 gf_infer_reset(f);
@@ -1827,15 +2370,17 @@ static void check_inference(const Table *t, Ref *m, Model *k) {
         }
         double allowed = kv == 1 ? fmax(limit, 1e-2) : limit;
         check(every <= allowed && last <= allowed, "%s: inference, %s: every token's logits %.1e, each chunk's last %.1e, allowed %.0e",
-              t->name, kinds[kv], every, last, allowed);
+              title, has_gold(m) ? kinds[kv] : "states and keys", every, last, allowed);
     }
-    check(compressed <= limit, "%s: inference, full keys against the compressed cache: %.1e, allowed %.0e", t->name, compressed, limit);
+    if (has_gold(m)) {
+        check(compressed <= limit, "%s: inference, full keys against the compressed cache: %.1e, allowed %.0e", title, compressed, limit);
+    }
     double loss[3];
     Infer *f = gf_infer_create(k, 0, T, T, T, 0);
     for (int i = 0; i < 3; i++) loss[i] = gf_infer_score(f, inputs, T, 0, i == 0 ? 1 : i == 1 ? 64 : 0);
     gf_infer_free(f);
     double spread = fmax(relative(loss[0], loss[2]), relative(loss[1], loss[2])), allowed = gf_precision() == 16 ? 2e-3 : 1e-5;
-    check(spread <= allowed, "%s: scores in chunks of 1, 64 and all at once: %.1e apart, allowed %.0e", t->name, spread, allowed);
+    check(spread <= allowed, "%s: scores in chunks of 1, 64 and all at once: %.1e apart, allowed %.0e", title, spread, allowed);
     free(want), free(got), free(first);
 }
 
@@ -1861,7 +2406,7 @@ static void check_table(const Table *t, Ref *m) {
         Bits bits = kernels_bits(m, k, loss, t->B * t->T);
         note("bits of the kernels' loss, gradients and logits: %016llx", (unsigned long long)digest(&bits));
         free(bits.data);
-        if (strcmp(t->s.tmix2, "gold") == 0) check_inference(t, m, k);
+        check_inference(t->name, t->B, t->T, m, k);
         gf_free(k);
     }
     free(c);
@@ -1949,7 +2494,7 @@ static void check_training_table(const Table *t, Ref *m) {
         judge(c, "%s: kernels against the C reference", t->name);
         gf_free(k);
     }
-    if (m->G0 < m->L) note("final ln_k.bias left out: its gradient is zero by mathematics, and Adam follows noise");
+    if (has_gold(m)) note("final ln_k.bias left out: its gradient is zero by mathematics, and Adam follows noise");
     free(c);
 }
 
@@ -2179,11 +2724,20 @@ static void check_learning_rates(void) {
 // The reference alone: its gradients against finite differences of its loss
 
 // For each tensor the derivative along d = gradient / |gradient| + random direction / |random direction|.
-// The weights are float, so the differences carry noise of about 1e-7 / (2 step) beside the gradient's norm.
+// The weights are float, so the differences carry noise of about 1e-7 / (2 step) beside the gradient's norm. A large divisor
+// (eps 0.1 instead of 6.4e-4) keeps the group norms, whose curvature is 1/eps where y is small, straight over a step.
 static void check_finite_differences(void) {
-    Settings s = settings_of("n_layer=3 n_embd=64 vocab_size=24 dim_ffn=64 tmix2=gold");
-    for (int variant = 0; variant < 2; variant++) {
-        if (variant) s.use_v2 = s.use_one_minus_w = 0, s.parallel = 1;
+    static const char *const variants[] = {
+        "tmix2=gold",
+        "tmix2=gold parallel=1 use_v2=0 use_one_minus_w=0",
+        "tmix2=gold tmix=x060 rope.base=100 head_size_divisor=100",
+        "tmix=x060b tmix2=llama cmix2=llama rope.base=50 rope.rescale=2",
+        "tmix=x052 cmix=x052 tmix2=gptalpha brope.rescale=2 head_size_divisor=100",
+    };
+    for (size_t variant = 0; variant < sizeof(variants) / sizeof(*variants); variant++) {
+        char text[160];
+        snprintf(text, sizeof(text), "n_layer=3 n_embd=64 vocab_size=24 dim_ffn=64 %s", variants[variant]);
+        Settings s = settings_of(text);
         Ref *m = ref_create(&s);
         hash_weights(m);
         hash_tokens("finite_differences", 2, 9, m->V);
@@ -2212,8 +2766,8 @@ static void check_finite_differences(void) {
             free(w);
             free(d);
         }
-        check(worst <= 2e-3, "C reference's gradients against finite differences%s: up to %.1e (%s)",
-              variant ? " (parallel, no v2, no one minus w)" : "", worst, where);
+        check(worst <= 2e-3, "C reference's gradients against finite differences (%s): up to %.1e (%s)", variants[variant], worst,
+              where);
         ref_free(m);
     }
 }
@@ -2317,6 +2871,9 @@ static double initial_value(const Ref *m, const Param *p, int64_t i) {
         case MIX: return 1 - pow(d, q);
         case MIX_HALF: return 1 - pow(d, q / 2);
         case MIX_V: return 1 - (pow(d, q) + 0.3 * depth);
+        case EAGLE_MIX: return pow(d, q);
+        case EAGLE_MIX_HALF: return pow(d, q / 2);
+        case EAGLE_MIX_V: return pow(d, q) + 0.3 * depth;
         case TIME_DECAY: return -6 + 5 * pow(n, 0.7 + 1.3 * depth);
         case TIME_FAAAA: return depth * (1 - n) + 0.1 * ((i + 1) % 3 - 1.0);
         case LN_X: return pow((1 + l) / L, 0.7);
@@ -2368,10 +2925,14 @@ static int initial_values_good(const Ref *m, const Param *p, const float *w) {
 }
 
 static void check_initial_values(void) {
-    static const char *const settings[2] = {
-        "n_layer=3 n_embd=128 tmix2=gold", "n_layer=1 n_embd=192 dim_att=128 vocab_size=64",
+    static const char *const settings[] = {
+        "n_layer=3 n_embd=128 tmix2=gold",
+        "n_layer=1 n_embd=192 dim_att=128 vocab_size=64",
+        "n_layer=3 tmix=x060 tmix2=gptalpha",
+        "n_layer=4 tmix=x052 cmix=x052 tmix2=x060b inv_other_layer_ratio=2",
+        "n_layer=2 tmix=llama cmix=llama",
     };
-    for (int i = 0; i < 2; i++) {
+    for (size_t i = 0; i < sizeof(settings) / sizeof(*settings); i++) {
         Settings s = settings_of(settings[i]);
         Ref *m = ref_create(&s);
         Model *k = kernels_create(&s, 1, 16);
@@ -2422,6 +2983,16 @@ static void check_shapes(void) {
         {"n_layer=4 tmix2=gold inv_other_layer_ratio=2 kv_cache_compression_ratio=2 use_v2=0", 1, 31},
         {"n_layer=3 tmix2=gold kv_cache_compression_ratio=5 use_one_minus_w=0 parallel=1 use_v2=0", 3, 9},
         {"n_layer=1 n_embd=64 dim_att=128 vocab_size=64", 7, 5},
+        {"n_layer=2 tmix=x060 head_size_divisor=4", 2, 1},
+        {"n_layer=2 tmix=x060 n_embd=192 parallel=1", 2, 17},
+        {"n_layer=2 tmix=x060b dim_att=192", 1, 33},
+        {"n_layer=2 tmix=x052 cmix=x052 n_embd=192 dim_att=64", 3, 19},
+        {"n_layer=6 tmix=x060 tmix2=gold inv_other_layer_ratio=6 rope.base=500 rope.rebase=3 rope.rescale=2", 2, 9},
+        {"n_layer=2 tmix=gptalpha dim_att=192 rope.base=10000", 1, 70},
+        {"n_layer=4 tmix=x052 tmix2=llama cmix2=llama inv_other_layer_ratio=2 brope.rescale=3 ctx_len=48", 2, 31},
+        {"n_layer=3 tmix=llama cmix=llama tmix2=gold cmix2=x052 brope.rescale=0.5", 1, 12},
+        {"n_layer=2 tmix=llama cmix=llama n_embd=192 rope.base=10000", 3, 1},
+        {"n_layer=3 tmix=llama tmix2=gold rope.base=100", 1, 140},
     };
     Comparison *c = zeros(1, sizeof(Comparison));
     for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
@@ -2434,6 +3005,7 @@ static void check_shapes(void) {
             gf_zero_grad(k);
             compare_to_reference(c, m, k, gf_loss_backward(k, inputs, targets, B, T, 1), want, 0);
             judge(c, "%s, %d x %d tokens", cases[i].settings, B, T);
+            if (T > 64) check_inference(cases[i].settings, B, T, m, k);     // more than one tile of a cache
         }
         free_both(m, k);
     }

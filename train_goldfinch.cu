@@ -49,8 +49,8 @@ void expect(const char *file, const char *field, int64_t index, int64_t low, int
 // Kinds: whole (INT) and REAL numbers with their least and largest value (whole ones with what they are a multiple of),
 // a WORD (a name) and a PATH. The defaults are the paper's L12 D768 model. The settings of the part "start" say how a
 // run is started and stopped, not what it computes: a checkpoint carries all others, and --train.resume 1 takes those
-// from there.
-#define SETTINGS(X) \
+// from there. NESTED rows are those whose name has a dot.
+#define SETTINGS(X, NESTED) \
     X(model, INT,  n_layer, "12", 1, 4096, 1, "layers") \
     X(model, INT,  n_embd, "768", 64, 65536, 64, "channels C") \
     X(model, INT,  ctx_len, "1024", 1, 4194304, 1, "tokens of one training sequence") \
@@ -68,6 +68,10 @@ void expect(const char *file, const char *field, int64_t index, int64_t low, int
     X(model, INT,  use_v2, "1", 0, 1, 1, "Finch-C2: second value instead of the bonus u") \
     X(model, INT,  parallel, "0", 0, 1, 1, "time and channel mixer read the same input") \
     X(model, REAL, head_size_divisor, "8", 1e-3, 1e3, 0, "of the group norms of Finch and Eagle") \
+    NESTED(model, REAL, rope.base, "0", 0, 1e30, 0, "of the rotary positions of attention layers (0: none), usually 10000") \
+    NESTED(model, REAL, rope.rebase, "1", 1e-9, 1e30, 0, "a factor on base") \
+    NESTED(model, REAL, rope.rescale, "1", 1e-9, 1e9, 0, "angles are divided by it") \
+    NESTED(model, REAL, brope.rescale, "0", 0, 1e9, 0, "binary rotary positions: angles are divided by it (0: none)") \
     X(model, REAL, dropout, "0", 0, 0, 0, "only 0") \
     X(optimizer, INT,  micro_bsz, "32", 1, 65536, 1, "sequences of one micro-batch") \
     X(optimizer, INT,  accumulate_grad_batches, "1", 1, 1e6, 1, "micro-batches of one step") \
@@ -95,6 +99,7 @@ void expect(const char *file, const char *field, int64_t index, int64_t low, int
     X(data, INT,  sample_every, "0", -1, 1e15, 1, "steps between samples, utf-8 only (0: one at the end; -1: none)") \
     X(start, INT,  max_steps, "0", 0, 1e15, 1, "stop after so many steps; the schedule stays (0: at my_exit_tokens)") \
     X(start, INT,  save_every, "1000", 0, 1e15, 1, "steps between checkpoints (0: only at the end)") \
+    X(start, INT,  profile_step, "0", 0, 1e15, 1, "step that a profiler records (ncu --profile-from-start off; 0: none)") \
     X(start, PATH, out, "", 0, 0, 0, "folder for checkpoints and log.csv (empty: proj_dir/proj_name-proj_suffix, or out)") \
     X(start, PATH, proj_dir, "", 0, 0, 0, "folder of runs (empty: out); with one of these three set and no out,") \
     X(start, PATH, proj_name, "", 0, 0, 0, "a run's name (empty: as L12-D768-x060c2_gold)") \
@@ -109,8 +114,12 @@ typedef char WORD[16], PATH[1024], LONG_PATH[1024 + 272];        // LONG_PATH: a
 
 typedef struct Settings {
 #define FIELD(part, kind, name, ...) kind name;
-    SETTINGS(FIELD)
+#define NO_FIELD(...)
+    SETTINGS(FIELD, NO_FIELD)
 #undef FIELD
+#undef NO_FIELD
+    struct { REAL base, rebase, rescale; } rope;
+    struct { REAL rescale; } brope;
 } Settings;
 
 typedef struct Setting {
@@ -123,7 +132,7 @@ typedef struct Setting {
 const Setting settings_table[] = {
 #define ROW(part, kind, name, initial, low, high, multiple, help) \
     {#part, #kind, #name, initial, low, high, multiple, help, offsetof(Settings, name), sizeof(kind)},
-    SETTINGS(ROW)
+    SETTINGS(ROW, ROW)
 #undef ROW
 };
 const int n_settings = sizeof(settings_table) / sizeof(settings_table[0]);
@@ -342,7 +351,7 @@ typedef struct Config {                                         // a file that i
     Settings *s;
     const char *path;
     int line;
-    bool read_before, tmix, tmix2;                              // the command line was read before; it says something of these
+    bool read_before, tmix, tmix2, rope, brope;                 // the command line was read before; it says something of these
     bool seen[sizeof(settings_table) / sizeof(settings_table[0])];
 } Config;
 
@@ -354,12 +363,11 @@ typedef struct Config {                                         // a file that i
 // A value of the file; key with its path, "model.rope.base". An empty value stands for null: the default.
 void config_set(Config *c, const char *key, const char *value) {
     const size_t n = strlen(key), type = strlen(".__type__");
-    if (n > type && strcmp(key + n - type, ".__type__") == 0) {             // a section of the reference's classes
-        const bool rope = strcmp(key, "model.rope.__type__") == 0, brope = strcmp(key, "model.brope.__type__") == 0;
-        const Setting *row = rope ? setting_find("model.rope.base") : brope ? setting_find("model.brope.rescale") : NULL;
-        if (row && !c->seen[row - settings_table]) { setting_set(c->s, row, rope ? "10000" : "1"); }   // these classes' defaults
-        return;
-    }
+    if (!*value && strcmp(key, "model.rope") == 0) { c->s->rope.base = 0; return; }
+    if (!*value && strcmp(key, "model.brope") == 0) { c->s->brope.rescale = 0; return; }
+    c->rope = c->rope || strncmp(key, "model.rope.", 11) == 0;
+    c->brope = c->brope || strncmp(key, "model.brope.", 12) == 0;
+    if (n > type && strcmp(key + n - type, ".__type__") == 0) { return; }   // names one of the reference's classes
     if (strcmp(key, "train.val_check_interval") == 0) { key = "train.val_every"; }
     bool unused = strncmp(key, "runtime.", 8) == 0;
     for (const char *name : unused_keys) { unused = unused || strcmp(name, key) == 0; }
@@ -481,7 +489,7 @@ void config_json(Config *c, Json *j, PATH path) {                           // a
 
 // A built-in config, or a file in YAML or JSON, on top of what s holds.
 void config_read(Settings *s, const char *name, bool read_before) {
-    Config config = {s, name, 0, read_before, false, false, {}}, *c = &config;
+    Config config = {s, name, 0, read_before, false, false, false, false, {}}, *c = &config;
     char *text = NULL;
     for (const auto &known : built_in_configs) {
         if (strcmp(known.name, name) == 0) { text = strdup(known.yaml); }
@@ -507,6 +515,9 @@ void config_read(Settings *s, const char *name, bool read_before) {
         config_yaml(c, text);
     }
     if (c->tmix && !c->tmix2) { memset(s->tmix2, 0, sizeof(s->tmix2)); }     // the reference's default: one mixer everywhere
+    auto seen = [&](const char *key) { return c->seen[setting_find(key) - settings_table]; };
+    if (c->rope && s->rope.base == 0 && !seen("model.rope.base")) { s->rope.base = 10000; }     // a section's defaults
+    if (c->brope && s->brope.rescale == 0 && !seen("model.brope.rescale")) { s->brope.rescale = 1; }
     free(text);
 }
 
@@ -570,6 +581,12 @@ void settings_check(Settings *s) {
         die(2, "--model.kv_cache_compression_ratio: expected at most n_embd %ld, found %g", s->n_embd,
             s->kv_cache_compression_ratio);
     }
+    if (s->rope.base > 0 && s->rope.base * s->rope.rebase < 1) {
+        die(2, "--model.rope.base: expected 0, or with rebase as a factor at least 1, found %g", s->rope.base * s->rope.rebase);
+    }
+    if (s->rope.base > 0 && s->brope.rescale > 0) {
+        die(2, "--model.rope.base: expected 0 where brope.rescale is set, found %g", s->rope.base);
+    }
     if (strcmp(type, "cos") && strcmp(type, "linear") && strcmp(type, "exp") && strcmp(type, "oneminussqrt")) {
         die(2, "--train.lr_decay_type: expected cos, linear, exp or oneminussqrt, found \"%s\"", type);
     }
@@ -621,6 +638,7 @@ void settings_print(const Settings *s) {
 
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
+#include <cuda_profiler_api.h>
 #include <cuda_runtime.h>
 #include <limits.h>
 #include <initializer_list>
@@ -672,6 +690,16 @@ static void machine_start(void) {           // once, before the first allocation
     CUDA_CHECK(cudaMalloc(&workspace, CUBLAS_WORKSPACE));
     CUBLAS_CHECK(cublasSetWorkspace(cublas, workspace, CUBLAS_WORKSPACE));
     CUBLAS_CHECK(cublasSetMathMode(cublas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));   // and no TF32
+}
+
+// What a profiler sees when it is told to wait for a start (dev/profile.py).
+static void profile_begin(void) {
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaProfilerStart());
+}
+static void profile_end(void) {
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaProfilerStop());
 }
 
 static const char *machine_name(void) {
@@ -743,6 +771,16 @@ template <typename T> __device__ inline void store(T *p, const Pack &v) {
     for (size_t i = 0; i < sizeof(T) / 2; i++) ((uint4 *)p)[i] = raw.q[i];
 }
 
+// Two neighbours, 4 bytes in bf16; a pair of floats is stored in one access too.
+struct alignas(2 * sizeof(floatX)) Pair { floatX x, y; };
+__device__ inline Pair load_pair(const floatX *p) { return *(const Pair *)p; }
+__device__ inline void store_pair(floatX *p, float x, float y) { *(Pair *)p = Pair{(floatX)x, (floatX)y}; }
+#if PRECISION_BF16
+__device__ inline void store_pair(float *p, float x, float y) { *(float2 *)p = make_float2(x, y); }
+#endif
+
+__device__ inline float fast_exp(float x) { return PRECISION_BF16 ? __expf(x) : expf(x); }      // 2 ulp and 1e-7 |x| beside it
+
 __device__ inline Pack zero_pack(void) { return Pack{{0, 0, 0, 0, 0, 0, 0, 0}}; }
 
 // Wrappers with a twin for the CPU (dev/cpu/): the only places that know which machine they run on.
@@ -751,6 +789,7 @@ template <typename T> __device__ inline T *dynamic_smem(void) { return cuda_on_c
 using cuda_on_cpu::Site;                    // where a call stands, for messages
 __device__ inline float warp_sum(float x, int width = 32, Site site = Site::here()) { return cuda_on_cpu::warp_sum(x, width, site); }
 __device__ inline float warp_max(float x, int width = 32, Site site = Site::here()) { return cuda_on_cpu::warp_max(x, width, site); }
+__device__ inline float exp2_fast(float x) { return exp2f(x); }
 __device__ inline void async_copy16(void *to, const void *from, bool valid) { cuda_on_cpu::async_copy16(to, from, valid); }
 __device__ inline void async_commit(void) { cuda_on_cpu::async_commit(); }
 template <int N> __device__ inline void async_wait(void) { cuda_on_cpu::async_wait<N>(); }
@@ -773,6 +812,13 @@ __device__ inline float warp_sum(float x, int width = 32) {
 __device__ inline float warp_max(float x, int width = 32) {
     for (int w = width / 2; w > 0; w /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, w));
     return x;
+}
+
+// 2^x by the one instruction there is for it, to 2 units in the last place; exp2f adds three for results under 2^-126.
+__device__ inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 // 16 bytes from global to shared memory in the background; zeros if not valid. They land at the wait of their group.
@@ -894,7 +940,7 @@ __device__ inline int tile_col(int i) { return 2 * (threadIdx.x % 4) + i % 2; }
 #if PRECISION_BF16 && !defined(CUDA_ON_CPU)
 struct TileA { unsigned x[4]; };
 struct TileB { unsigned x[2]; };
-struct TileB2 { TileB high, low; };         // an operand of twice the precision, for two products instead of one
+struct TileA2 { TileA high, low; };         // an operand of twice the precision, for two products instead of one
 
 __device__ inline unsigned bf16_pair(float low, float high) {
     __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -909,10 +955,6 @@ __device__ inline TileA load_a(const floatX *p, int ld) {                       
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(a.x[0]), "=r"(a.x[1]), "=r"(a.x[2]), "=r"(a.x[3]) : "r"(smem_address(p + l % 16 * ld + l / 16 * 8)) : "memory");
     return a;
-}
-__device__ inline TileA load_a(const float *p, int ld) {
-    p += threadIdx.x % 32 / 4 * ld + threadIdx.x % 4 * 2;
-    return {{bf16_pair(p[0], p[1]), bf16_pair(p[8 * ld], p[8 * ld + 1]), bf16_pair(p[8], p[9]), bf16_pair(p[8 * ld + 8], p[8 * ld + 9])}};
 }
 __device__ inline TileA load_a_t(const floatX *p, int ld) {                     // A[m][k] = p[k * ld + m]
     const int l = threadIdx.x % 32;
@@ -936,32 +978,41 @@ __device__ inline TileB load_b_t(const floatX *p, int ld) {                     
                  : "=r"(b.x[0]), "=r"(b.x[1]) : "r"(smem_address(p + l * ld)) : "memory");
     return b;
 }
+// Two of them side by side, B[k][n] with n up to 16, by one instruction instead of two.
+__device__ inline void load_b_pair(TileB *b, const floatX *p, int ld) {         // B[k][n] = p[n * ld + k]
+    const int l = threadIdx.x % 32;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(b[0].x[0]), "=r"(b[0].x[1]), "=r"(b[1].x[0]), "=r"(b[1].x[1])
+                 : "r"(smem_address(p + (l % 8 + l / 16 * 8) * ld + l / 8 % 2 * 8)) : "memory");
+}
+__device__ inline void load_b_pair_t(TileB *b, const floatX *p, int ld) {       // B[k][n] = p[k * ld + n]
+    const int l = threadIdx.x % 32;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(b[0].x[0]), "=r"(b[0].x[1]), "=r"(b[1].x[0]), "=r"(b[1].x[1])
+                 : "r"(smem_address(p + l % 16 * ld + l / 16 * 8)) : "memory");
+}
 __device__ inline TileB load_b_global(const floatX *p, int ld) {                // as load_b, from global memory; ld even
     p += threadIdx.x % 32 / 4 * ld + threadIdx.x % 4 * 2;
     return {{*(const unsigned *)p, *(const unsigned *)(p + 8)}};
 }
-// The lane's share of B as numbers: rows 2t, 2t+1, 2t+8, 2t+9 of column g
-__device__ inline TileB make_b(float x0, float x1, float x2, float x3) { return {{bf16_pair(x0, x1), bf16_pair(x2, x3)}}; }
 // Two results side by side, (16x8 | 16x8), as the left operand of the next product.
 __device__ inline TileA to_a(const TileC &left, const TileC &right) {
     return {{bf16_pair(left.x[0], left.x[1]), bf16_pair(left.x[2], left.x[3]),
              bf16_pair(right.x[0], right.x[1]), bf16_pair(right.x[2], right.x[3])}};
 }
-// fp32 numbers as right operand: the bf16 nearest to each, and the bf16 nearest to what that leaves
-__device__ inline TileB2 split_b(float x0, float x1, float x2, float x3) {
-    const TileB high = {{bf16_pair(x0, x1), bf16_pair(x2, x3)}};
-    const float2 h0 = __bfloat1622float2(*(const __nv_bfloat162 *)&high.x[0]), h1 = __bfloat1622float2(*(const __nv_bfloat162 *)&high.x[1]);
-    return {high, {{bf16_pair(x0 - h0.x, x1 - h0.y), bf16_pair(x2 - h1.x, x3 - h1.y)}}};
+// Two results side by side as left operand in twice the precision: the bf16 nearest, and the bf16 nearest to what that leaves
+__device__ inline unsigned bf16_rest(unsigned high, float low_half, float high_half) {
+    const float2 h = __bfloat1622float2(*(const __nv_bfloat162 *)&high);
+    return bf16_pair(low_half - h.x, high_half - h.y);
 }
-__device__ inline TileB2 load_b2(const float *p, int ld) {                      // B[k][n] = p[n * ld + k]
-    p += threadIdx.x % 32 / 4 * ld + threadIdx.x % 4 * 2;
-    return split_b(p[0], p[1], p[8], p[9]);
+__device__ inline TileA2 to_a2(const TileC &left, const TileC &right) {
+    const TileA a = to_a(left, right);
+    return {a, {{bf16_rest(a.x[0], left.x[0], left.x[1]), bf16_rest(a.x[1], left.x[2], left.x[3]),
+                 bf16_rest(a.x[2], right.x[0], right.x[1]), bf16_rest(a.x[3], right.x[2], right.x[3])}}};
 }
-__device__ inline TileB2 load_b2_t(const float *p, int ld) {                    // B[k][n] = p[k * ld + n]
-    p += threadIdx.x % 4 * 2 * ld + threadIdx.x % 32 / 4;
-    return split_b(p[0], p[ld], p[8 * ld], p[9 * ld]);
-}
-__device__ inline TileB load_b(const float *p, int ld) { return load_b2(p, ld).high; }
+__device__ inline TileB make_b(float x0, float x1, float x2, float x3) { return {{bf16_pair(x0, x1), bf16_pair(x2, x3)}}; }
+__device__ inline TileB join_b(const TileB &upper, const TileB &lower) { return {{upper.x[0], lower.x[1]}}; }  // rows 0..7 | 8..15
+__device__ inline TileB as_b(const TileA &a, int n) { return {{a.x[n], a.x[n + 2]}}; }     // B[k][column] = A[8 n + column][k]
 template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n]) {   // c[i] += a b[i]
 #pragma unroll
     for (int i = 0; i < n; i++)
@@ -972,16 +1023,16 @@ template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const
 #else
 struct TileA { float x[8]; };
 struct TileB { float x[4]; };
-struct TileB2 { TileB high; };              // a float holds it all
+struct TileA2 { TileA high; };              // a float holds it all
 
 __device__ inline int a_row(int i) { return threadIdx.x % 32 / 4 + i / 2 % 2 * 8; }     // A's element i of this lane: row,
 __device__ inline int a_col(int i) { return threadIdx.x % 4 * 2 + i % 2 + i / 4 * 8; }  // column;
 __device__ inline int b_row(int i) { return threadIdx.x % 4 * 2 + i % 2 + i / 2 * 8; }  // B's: row,
 __device__ inline int b_col(void) { return threadIdx.x % 32 / 4; }                      // column
 
-template <typename T> __device__ inline TileA load_a(const T *p, int ld) {
+__device__ inline TileA load_a(const floatX *p, int ld) {
     TileA a;
-    for (int i = 0; i < 8; i++) a.x[i] = (float)(floatX)p[a_row(i) * ld + a_col(i)];
+    for (int i = 0; i < 8; i++) a.x[i] = (float)p[a_row(i) * ld + a_col(i)];
     return a;
 }
 __device__ inline TileA load_a_t(const floatX *p, int ld) {
@@ -989,24 +1040,22 @@ __device__ inline TileA load_a_t(const floatX *p, int ld) {
     for (int i = 0; i < 8; i++) a.x[i] = (float)p[a_col(i) * ld + a_row(i)];
     return a;
 }
-template <typename T> __device__ inline TileB load_b(const T *p, int ld) {
+__device__ inline TileB load_b(const floatX *p, int ld) {
     TileB b;
-    for (int i = 0; i < 4; i++) b.x[i] = (float)(floatX)p[b_col() * ld + b_row(i)];
+    for (int i = 0; i < 4; i++) b.x[i] = (float)p[b_col() * ld + b_row(i)];
     return b;
 }
 __device__ inline TileB load_b_global(const floatX *p, int ld) { return load_b(p, ld); }
-__device__ inline TileB make_b(float x0, float x1, float x2, float x3) {
-    return {{(float)(floatX)x0, (float)(floatX)x1, (float)(floatX)x2, (float)(floatX)x3}};
-}
 __device__ inline TileB load_b_t(const floatX *p, int ld) {
     TileB b;
     for (int i = 0; i < 4; i++) b.x[i] = (float)p[b_row(i) * ld + b_col()];
     return b;
 }
-__device__ inline TileB2 load_b2_t(const float *p, int ld) {
-    TileB2 b;
-    for (int i = 0; i < 4; i++) b.high.x[i] = p[b_row(i) * ld + b_col()];
-    return b;
+__device__ inline void load_b_pair(TileB *b, const floatX *p, int ld) {
+    for (int j = 0; j < 2; j++) b[j] = load_b(p + 8 * j * ld, ld);
+}
+__device__ inline void load_b_pair_t(TileB *b, const floatX *p, int ld) {
+    for (int j = 0; j < 2; j++) b[j] = load_b_t(p + 8 * j, ld);
 }
 __device__ inline TileA to_a(const TileC &left, const TileC &right) {
     TileA a;
@@ -1016,6 +1065,16 @@ __device__ inline TileA to_a(const TileC &left, const TileC &right) {
     }
     return a;
 }
+__device__ inline TileA2 to_a2(const TileC &left, const TileC &right) {
+    TileA2 a;
+    for (int i = 0; i < 4; i++) a.high.x[i] = left.x[i], a.high.x[4 + i] = right.x[i];
+    return a;
+}
+__device__ inline TileB make_b(float x0, float x1, float x2, float x3) {
+    return {{(float)(floatX)x0, (float)(floatX)x1, (float)(floatX)x2, (float)(floatX)x3}};
+}
+__device__ inline TileB join_b(const TileB &upper, const TileB &lower) { return {{upper.x[0], upper.x[1], lower.x[2], lower.x[3]}}; }
+__device__ inline TileB as_b(const TileA &a, int n) { return {{a.x[2 * n], a.x[2 * n + 1], a.x[2 * n + 4], a.x[2 * n + 5]}}; }
 #ifdef CUDA_ON_CPU
 template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n], Site site = Site::here()) {
     cuda_on_cpu::mma(n, c[0].x, a.x, b[0].x, site);
@@ -1041,25 +1100,33 @@ template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const
 #endif
 #endif
 
-// c[i] += a b[i] with b in twice the precision
-template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB2 (&b)[n]) {
-    TileB part[n];
+// c[i] += a b[i] with a in twice the precision
+template <int n> __device__ inline void mma(TileC (&c)[n], const TileA2 &a, const TileB (&b)[n]) {
 #if PRECISION_BF16 && !defined(CUDA_ON_CPU)
-    for (int i = 0; i < n; i++) part[i] = b[i].low;
-    mma(c, a, part);
+    mma(c, a.low, b);
 #endif
-    for (int i = 0; i < n; i++) part[i] = b[i].high;
-    mma(c, a, part);
+    mma(c, a.high, b);
+}
+
+// c += a b^T, both (16x16) in twice the precision
+__device__ inline void mma_transposed(TileC (&c)[2], const TileA2 &a, const TileA2 &b) {
+    const TileB high[2] = {as_b(b.high, 0), as_b(b.high, 1)};
+#if PRECISION_BF16 && !defined(CUDA_ON_CPU)
+    const TileB low[2] = {as_b(b.low, 0), as_b(b.low, 1)};
+    mma(c, a.high, low);
+#endif
+    mma(c, a, high);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 3. Tensors: every parameter of the model, named once
 
 // Initial values (spec section 7). For layer l: p = l/(L-1), q = 1 - l/L; d = i/C over channels.
-enum InitKind { CONSTANT, CURVE, UNIFORM, ORTHOGONAL, HEAD_ORTHOGONAL, TIME_DECAY, TIME_FAAAA, LN_X_GAIN };
+enum InitKind { CONSTANT, CURVE, POWER, UNIFORM, ORTHOGONAL, HEAD_ORTHOGONAL, TIME_DECAY, TIME_FAAAA, LN_X_GAIN };
 typedef struct Init { InitKind kind; double a, b; } Init;
 static Init constant(double value) { return {CONSTANT, value, 0}; }
 static Init curve(double a, double b) { return {CURVE, a, b}; }                 // 1 - (d^(a q) + b p)
+static Init power(double a, double b) { return {POWER, a, b}; }                 // d^(a q) + b p
 static Init uniform(double range) { return {UNIFORM, range, 0}; }
 static Init orthogonal(double gain) { return {ORTHOGONAL, gain, 0}; }
 
@@ -1068,10 +1135,16 @@ enum Group { VECTOR, SHIFT, DECAY, MATRIX };
 static const double GROUP_LR[4][2] = {{1, 1}, {1, 2}, {2, 3}, {1, 1}};
 
 // Which layers have a tensor: once at the top; once with TokenCat; in block 0; in every block; or in blocks of a mixer.
-enum Where { TOP = 1, KV = 2, FIRST = 4, BLOCK = 8, FINCH_C2 = 16, GOLD = 32, CMIX = 64 };
+enum Where {
+    TOP = 1, KV = 2, FIRST = 4, BLOCK = 8,
+    FINCH_C2 = 16, GOLD = 32, FINCH = 64, FINCH_B = 128, EAGLE = 256, GPTALPHA = 512, LLAMA = 1024,     // time mixers
+    CMIX = 2048, CMIX_EAGLE = 4096, CMIX_LLAMA = 8192,                                                  // channel mixers
+    FINCHES = FINCH_C2 | FINCH | FINCH_B, RWKV = FINCHES | EAGLE
+};
 
 // The table: field, name in a checkpoint, shape, initial values, group, where. Letters as in the spec, beside
-// R: numbers per token in the cache; mixes: how many inputs a time mixer mixes; rank: of GOLD's key and value.
+// R: numbers per token in the cache; mixes: how many inputs a time mixer mixes; rank: of GOLD's key and value;
+// FL: width of Llama's channel mixer.
 //  field            name                       shape                  initial values                 group   where
 #define TENSORS(X) \
 X(emb,              "emb.weight",              V, C, 1,               uniform(1e-4),                  MATRIX, TOP) \
@@ -1086,48 +1159,71 @@ X(ln1_weight,       "ln1.weight",              C, 0, 0,               constant(1
 X(ln1_bias,         "ln1.bias",                C, 0, 0,               constant(0),                    VECTOR, BLOCK) \
 X(ln2_weight,       "ln2.weight",              C, 0, 0,               constant(1),                    VECTOR, BLOCK) \
 X(ln2_bias,         "ln2.bias",                C, 0, 0,               constant(0),                    VECTOR, BLOCK) \
-X(time_maa_x,       "att.time_maa_x",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCH_C2 | GOLD) \
-X(time_maa_r,       "att.time_maa_r",          1, 1, C,               curve(0.5, 0),                  SHIFT,  FINCH_C2) \
+X(time_maa_x,       "att.time_maa_x",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCHES | GOLD | GPTALPHA) \
+X(time_maa_r,       "att.time_maa_r",          1, 1, C,               curve(0.5, 0),                  SHIFT,  FINCHES | GPTALPHA) \
 X(time_maa_q,       "att.time_maa_q",          1, 1, C,               curve(0.5, 0),                  SHIFT,  GOLD) \
 X(time_maa_v_cache, "att.time_maa_v_cache",    1, 1, C,               curve(1, 0),                    SHIFT,  GOLD) \
-X(time_maa_k,       "att.time_maa_k",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCH_C2 | GOLD) \
-X(time_maa_v,       "att.time_maa_v",          1, 1, C,               curve(1, 0.3),                  SHIFT,  FINCH_C2 | GOLD) \
-X(time_maa_w,       "att.time_maa_w",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCH_C2) \
+X(time_maa_k,       "att.time_maa_k",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCHES | GOLD | GPTALPHA) \
+X(time_maa_v,       "att.time_maa_v",          1, 1, C,               curve(1, 0.3),                  SHIFT,  FINCHES | GOLD | GPTALPHA) \
+X(time_maa_w,       "att.time_maa_w",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCHES) \
+X(time_maa_g,       "att.time_maa_g",          1, 1, C,               curve(0.5, 0),                  SHIFT,  FINCH) \
 X(time_maa_v2,      "att.time_maa_v2",         1, 1, C,               curve(1, 0.3),                  SHIFT,  FINCH_C2) \
-X(time_maa_w1,      "att.time_maa_w1",         C, 32 * mixes, 1,      constant(0),                    VECTOR, FINCH_C2) \
-X(time_maa_w2,      "att.time_maa_w2",         mixes, 32, C,          uniform(0.01),                  VECTOR, FINCH_C2) \
+X(time_maa_w1,      "att.time_maa_w1",         C, 32 * mixes, 1,      constant(0),                    VECTOR, FINCH_C2 | FINCH | GPTALPHA) \
+X(time_maa_w2,      "att.time_maa_w2",         mixes, 32, C,          uniform(0.01),                  VECTOR, FINCH_C2 | FINCH | GPTALPHA) \
 X(time_maa_q_w1,    "att.time_maa_q_w1",       C, 32, 1,              constant(0),                    VECTOR, GOLD) \
 X(time_maa_q_w2,    "att.time_maa_q_w2",       32, C, 1,              uniform(0.01),                  VECTOR, GOLD) \
 X(time_maa_kv_w1,   "att.time_maa_kv_w1",      C, 64, 1,              constant(0),                    VECTOR, GOLD) \
 X(time_maa_kv_w2,   "att.time_maa_kv_w2",      2, 32, C,              uniform(0.01),                  VECTOR, GOLD) \
-X(time_decay,       "att.time_decay",          1, 1, A,               (Init{TIME_DECAY, 0, 0}),       DECAY,  FINCH_C2) \
-X(time_decay_w1,    "att.time_decay_w1",       C, 64, 1,              constant(0),                    VECTOR, FINCH_C2) \
-X(time_decay_w2,    "att.time_decay_w2",       64, A, 1,              uniform(0.01),                  VECTOR, FINCH_C2) \
+X(time_decay,       "att.time_decay",          1, 1, A,               (Init{TIME_DECAY, 0, 0}),       DECAY,  FINCHES) \
+X(time_decay_w1,    "att.time_decay_w1",       C, 64, 1,              constant(0),                    VECTOR, FINCHES) \
+X(time_decay_w2,    "att.time_decay_w2",       64, A, 1,              uniform(0.01),                  VECTOR, FINCHES) \
 X(time_value2_w1,   "att.time_value2_w1",      C, 64, 1,              constant(0),                    VECTOR, FINCH_C2) \
 X(time_value2_w2,   "att.time_value2_w2",      64, A, 1,              uniform(0.01),                  VECTOR, FINCH_C2) \
-X(time_faaaa,       "att.time_faaaa",          H, 64, 1,              (Init{TIME_FAAAA, 0, 0}),       SHIFT,  FINCH_C2) \
+X(time_faaaa,       "att.time_faaaa",          H, 64, 1,              (Init{TIME_FAAAA, 0, 0}),       SHIFT,  RWKV) \
 X(time_key_w1,      "att.time_key_w1",         C, rank, 1,            constant(0),                    VECTOR, GOLD) \
 X(time_key_w2,      "att.time_key_w2",         rank, C, 1,            uniform(0.01),                  VECTOR, GOLD) \
 X(time_value_w1,    "att.time_value_w1",       C, rank, 1,            constant(0),                    VECTOR, GOLD) \
 X(time_value_w2,    "att.time_value_w2",       rank, C, 1,            uniform(0.01),                  VECTOR, GOLD) \
-X(receptance,       "att.receptance.weight",   A, C, 1,               orthogonal(1),                  MATRIX, FINCH_C2) \
-X(key,              "att.key.weight",          A, C, 1,               orthogonal(0.1),                MATRIX, FINCH_C2) \
-X(value,            "att.value.weight",        A, C, 1,               orthogonal(1),                  MATRIX, FINCH_C2) \
-X(query,            "att.query.weight",        A, C, 1,               orthogonal(1),                  MATRIX, GOLD) \
-X(output,           "att.output.weight",       C, A, 1,               constant(0),                    MATRIX, FINCH_C2 | GOLD) \
+X(receptance,       "att.receptance.weight",   A, C, 1,               orthogonal(1),                  MATRIX, RWKV) \
+X(key,              "att.key.weight",          A, C, 1,               orthogonal(0.1),                MATRIX, RWKV | GPTALPHA) \
+X(value,            "att.value.weight",        A, C, 1,               orthogonal(1),                  MATRIX, RWKV | GPTALPHA) \
+X(query,            "att.query.weight",        A, C, 1,               orthogonal(1),                  MATRIX, GOLD | GPTALPHA) \
+X(gate,             "att.gate.weight",         A, C, 1,               orthogonal(0.1),                MATRIX, FINCH | EAGLE) \
+X(output,           "att.output.weight",       C, A, 1,               constant(0),                    MATRIX, RWKV | GOLD | GPTALPHA) \
 X(ln_q_weight,      "att.ln_q.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD) \
 X(ln_q_bias,        "att.ln_q.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD) \
-X(ln_k_weight,      "att.ln_k.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD) \
-X(ln_k_bias,        "att.ln_k.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD) \
-X(ln_v_weight,      "att.ln_v.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD) \
-X(ln_v_bias,        "att.ln_v.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD) \
-X(ln_x_weight,      "att.ln_x.weight",         A, 0, 0,               (Init{LN_X_GAIN, 0, 0}),        VECTOR, FINCH_C2 | GOLD) \
-X(ln_x_bias,        "att.ln_x.bias",           A, 0, 0,               constant(0),                    VECTOR, FINCH_C2 | GOLD) \
+X(ln_k_weight,      "att.ln_k.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD | GPTALPHA) \
+X(ln_k_bias,        "att.ln_k.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD | GPTALPHA) \
+X(ln_v_weight,      "att.ln_v.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD | GPTALPHA) \
+X(ln_v_bias,        "att.ln_v.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD | GPTALPHA) \
+X(ln_x_weight,      "att.ln_x.weight",         A, 0, 0,               (Init{LN_X_GAIN, 0, 0}),        VECTOR, RWKV | GOLD | GPTALPHA) \
+X(ln_x_bias,        "att.ln_x.bias",           A, 0, 0,               constant(0),                    VECTOR, RWKV | GOLD | GPTALPHA) \
 X(ffn_time_maa_k,   "ffn.time_maa_k",          1, 1, C,               curve(1, 0),                    SHIFT,  CMIX) \
 X(ffn_time_maa_r,   "ffn.time_maa_r",          1, 1, C,               curve(1, 0),                    SHIFT,  CMIX) \
-X(ffn_key,          "ffn.key.weight",          F, C, 1,               orthogonal(1),                  MATRIX, CMIX) \
-X(ffn_receptance,   "ffn.receptance.weight",   C, C, 1,               constant(0),                    MATRIX, CMIX) \
-X(ffn_value,        "ffn.value.weight",        C, F, 1,               constant(0),                    MATRIX, CMIX)
+X(ffn_key,          "ffn.key.weight",          F, C, 1,               orthogonal(1),                  MATRIX, CMIX | CMIX_EAGLE) \
+X(ffn_receptance,   "ffn.receptance.weight",   C, C, 1,               constant(0),                    MATRIX, CMIX | CMIX_EAGLE) \
+X(ffn_value,        "ffn.value.weight",        C, F, 1,               constant(0),                    MATRIX, CMIX | CMIX_EAGLE) \
+X(ffn_w1,           "ffn.w1.weight",           FL, C, 1,              orthogonal(1),                  MATRIX, CMIX_LLAMA) \
+X(ffn_w2,           "ffn.w2.weight",           C, FL, 1,              orthogonal(1),                  MATRIX, CMIX_LLAMA) \
+X(ffn_w3,           "ffn.w3.weight",           FL, C, 1,              orthogonal(1),                  MATRIX, CMIX_LLAMA)
+
+// Fields that have another name, shape or beginning in some models.
+#define VARIANTS(X) \
+X(time_maa_w1,      "att.time_maa_rkvw_w1",    C, 32 * mixes, 1,      constant(0),                    VECTOR, FINCH_B) \
+X(time_maa_w2,      "att.time_maa_rkvw_w2",    mixes, 32, C,          uniform(0.01),                  VECTOR, FINCH_B) \
+X(time_maa_r,       "att.time_mix_r",          1, 1, C,               power(0.5, 0),                  SHIFT,  EAGLE) \
+X(time_maa_k,       "att.time_mix_k",          1, 1, C,               power(1, 0),                    SHIFT,  EAGLE) \
+X(time_maa_v,       "att.time_mix_v",          1, 1, C,               power(1, 0.3),                  SHIFT,  EAGLE) \
+X(time_maa_g,       "att.time_mix_g",          1, 1, C,               power(0.5, 0),                  SHIFT,  EAGLE) \
+X(time_decay,       "att.time_decay",          H, 64, 1,              (Init{TIME_DECAY, 0, 0}),       DECAY,  EAGLE) \
+X(ln_q_weight,      "att.ln_r.weight",         A, 0, 0,               constant(1),                    VECTOR, GPTALPHA) \
+X(ln_q_bias,        "att.ln_r.bias",           A, 0, 0,               constant(0),                    VECTOR, GPTALPHA) \
+X(query,            "att.wq.weight",           A, C, 1,               orthogonal(1),                  MATRIX, LLAMA) \
+X(key,              "att.wk.weight",           A, C, 1,               orthogonal(1),                  MATRIX, LLAMA) \
+X(value,            "att.wv.weight",           A, C, 1,               orthogonal(1),                  MATRIX, LLAMA) \
+X(output,           "att.wo.weight",           C, A, 1,               orthogonal(1),                  MATRIX, LLAMA) \
+X(ffn_time_maa_k,   "ffn.time_mix_k",          1, 1, C,               power(1, 0),                    SHIFT,  CMIX_EAGLE) \
+X(ffn_time_maa_r,   "ffn.time_mix_r",          1, 1, C,               power(1, 0),                    SHIFT,  CMIX_EAGLE)
 
 // One tensor of this model. offset: in elements, the same in the blocks of weights, gradients, masters and moments.
 typedef struct Tensor {
@@ -1322,13 +1418,20 @@ template <int n> struct Mixes {
     const floatX *mu[n];
     const floatX *m;
     floatX *x[n];                           // the outputs; in the backward pass their gradients
+    bool complement = false;                // Eagle: the parameters are 1 - mu
 };
+
+template <int n> __device__ inline Pack load_mu(const Mixes<n> &mix, int i, int c) {
+    Pack mu = load(mix.mu[i] + c);
+    for (int j = 0; j < 8 && mix.complement; j++) mu.x[j] = 1 - mu.x[j];
+    return mu;
+}
 
 template <int n> __global__ void token_shift_mix_forward(Mixes<n> mix, const floatX *x, int BT, int T, int C, int rows_per_block) {
     const int c = threadIdx.x * 8;
     if (c >= C) return;
     Pack mu[n];
-    for (int i = 0; i < n; i++) mu[i] = load(mix.mu[i] + c);
+    for (int i = 0; i < n; i++) mu[i] = load_mu(mix, i, c);
     const int64_t begin = (int64_t)blockIdx.x * rows_per_block, end = min((int64_t)BT, begin + rows_per_block);
     Pack before = begin % T ? load(x + (begin - 1) * C + c) : zero_pack();
     for (int64_t row = begin; row < end; row++) {
@@ -1361,7 +1464,7 @@ __global__ void token_shift_mix_backward(Mixes<n> mix, TX *dx, floatX *dm, float
     if (c >= C) return;
     Pack mu[n], dmu[n], later = zero_pack();                // later: what the next token gives to this one
     for (int i = 0; i < n; i++) {
-        mu[i] = load(mix.mu[i] + c);
+        mu[i] = load_mu(mix, i, c);
         dmu[i] = zero_pack();
     }
     const int64_t begin = (int64_t)blockIdx.x * rows_per_block, end = min((int64_t)BT, begin + rows_per_block);
@@ -1395,7 +1498,10 @@ __global__ void token_shift_mix_backward(Mixes<n> mix, TX *dx, floatX *dm, float
         store(dx + at, out);
         v = before;
     }
-    for (int i = 0; i < n; i++) store(partial + ((int64_t)blockIdx.x * n + i) * C + c, dmu[i]);
+    for (int i = 0; i < n; i++) {
+        for (int j = 0; j < 8 && mix.complement; j++) dmu[i].x[j] = -dmu[i].x[j];
+        store(partial + ((int64_t)blockIdx.x * n + i) * C + c, dmu[i]);
+    }
 }
 
 template <int n, typename TX, bool accumulate>
@@ -1443,31 +1549,40 @@ static int pack_blocks(int64_t n) { return (int)ceil_div(n, 8 * 256); }         
 //     y_t[j]   = sum_i r_t[i] (S[i][j] + u[i] k_t[i] v_t[j])
 //     S[i][j] <- d_t[i] S[i][j] + k_t[i] v_t[j]
 //
-// A block owns a head of a sequence and walks it in tiles of 16 tokens. Inside a tile, with W(s,t) the product of the
-// decays strictly between s and t, everything is a matrix product but the 16x16 scores, which are summed pair by pair:
+// A block owns a head of a sequence and walks it in tiles of 16 tokens. With W(s,t) the product of the decays strictly
+// between s and t, a tile is
 //
 //     a[t][s] = sum_i r_t[i] k_s[i] W(s,t)[i]  (s < t),  sum_i r_t[i] u[i] k_t[i]  (s = t)
-//     y       = r~ S + a v          r~_t = r_t * (product of the tile's decays before t)
-//     S       = D S + k~^T v        k~_s = k_s * (product of the tile's decays after s),  D: of all 16
+//     y       = r~ S + a v          r~_t = r_t * (the tile's decays before t)
+//     S       = D S + k~^T v        k~_s = k_s * (the tile's decays after s),  D: all 16
 //
-// All factors are products of numbers in [0, 1]: nothing overflows, whatever w is, and what underflows is zero. S, in
-// fp32, stays in the registers of four warps; warp j owns values 16j..16j+15 as rows of S^T (rows j, columns i):
+// Scores by levels. W(s,t) splits at any token between s and t; we split where the binary numbers of s and t part. Level
+// L = 8, 4, 2, 1 holds the pairs whose highest differing bit is L: t has that bit, s has not, and W(s,t) = (decays after s
+// up to there) * (decays from there up to t). So one matrix X_L (16 tokens x channels) is all that a level needs:
 //
-//          i 0     8    ..  56                     y^T (16 j x 16 t) = S^T (16 j x 64 i) r~^T + v^T a^T
-//     j  [ C0 | C1 | .. | C7 ]  one warp           S^T <- D S^T + v^T (16 j x 16 t) k~
+//     token      0 1 2 3 4 5 6 7 8 9 ..15         X_L[t] = r_t * (decays from its group's middle to t)    if t has bit L
+//     L = 8      k k k k k k k k r r .. r         X_L[s] = k_s * (decays from s to its group's middle)    if not
+//     L = 4      k k k k r r r r k k .. r
+//     L = 2      k k r r k k r r k k .. r         a[t][s] = (X_L X_L^T)[t][s]    on tensor cores
+//     L = 1      k r k r k r k r k r .. r
 //
-// D - 1 = expm1(-sum of e) keeps slow decays exact: S += S (D - 1). e is capped at 128, where exp(-e) is 0 in fp32 anyway.
-// Floor, forward: r, k, v, w in and y out, 5 BTA floatX; 6 N flop of products per number: bytes bind.
+// All factors are products of numbers in [0, 1]: nothing overflows, whatever w is, and what underflows is zero. e is capped
+// at 128, where exp(-e) is 0 in fp32 anyway. D - 1 = -(1 - exp(-sum of e)) keeps slow decays exact: S += S (D - 1).
+//
+// A warp owns 16 channels, a lane 2 of them for 4 tokens: a Share, laid out as two results of mma (channels as rows, tokens
+// as columns), so that it is an operand as it stands. Row g is channel 2 g, row g + 8 channel 2 g + 1: a lane's two are
+// neighbours in memory. A token's bits 1 and 2 are bits of the lane, so decays are multiplied up by two exchanges.
+// Floor, forward: r, k, v, w in, y out, 5 BTA floatX, and 2 for states: bytes bind.
 
 static const int N = 64;                    // head size
 static const int TILE = 16;                 // tokens of a tile
-static const int CHUNK = 64;                // tokens from one state kept for the backward pass to the next
-static const int PAD = 16 / sizeof(floatX), LD = N + PAD, LDF = N + 4;  // rows of operands in shared memory, floatX and fp32:
-                                            // 16 bytes longer than N, so that rows fall into different banks
+static const int CHUNK = PRECISION_BF16 ? 64 : 32;          // tokens from one state kept for the backward pass to the next
+static const int PAD = 16 / sizeof(floatX), LD = N + PAD, LDT = TILE + PAD;     // rows of operands in shared memory: 16 bytes
+                                            // longer than N or TILE, so that rows fall into different banks
 static const int WKV_THREADS = 128;
 
 struct Wkv {                                // (B, T, A) each, head h at channels h N .. h N + N - 1
-    const floatX *r, *k, *v, *w;
+    const floatX *r, *k, *v, *w;            // w null: zero
     const floatX *time_decay;               // (A), added to w; or null
     const floatX *u;                        // (A); or null for zero
     const floatX *v2;                       // added to y; or null
@@ -1477,358 +1592,542 @@ struct Wkv {                                // (B, T, A) each, head h at channel
     int T, H;
 };
 
-struct WkvTile {                            // shared memory of one tile
-    float r[TILE][N], k[TILE][N], d[TILE][N], e[TILE][N];
-    float r_tilde[TILE][LDF], k_tilde[TILE][LDF];
-    alignas(16) floatX v[TILE][LD];
-    alignas(16) floatX a[TILE][TILE + PAD];
-    float partial[8][TILE][TILE];           // scores, summed over eight channels each
-    float D_minus_1[N];
-};
+typedef TileC Share[2];                     // [n].x[i]: token tile_col(i) + 8 n, channel 2 (lane / 4) + i / 2 of the warp's 16
+#define EACH(n, i) for (int n = 0; n < 2; n++) for (int i = 0; i < 4; i++)
 
-// Thread (t, 8 channels) of 16 x 8 brings its share of a tile: r, k, d, e in fp32 and v as operand; zeros past the end.
-__device__ inline void wkv_load(WkvTile &s, const Wkv &p, int64_t base, int t0) {
-    const int t = threadIdx.x / 8, c = threadIdx.x % 8 * 8;
-    const int64_t at = base + (int64_t)t * p.H * N + c;
-    Pack r = zero_pack(), k = r, v = r, d, e = r;
-    if (t0 + t < p.T) {
-        r = load(p.r + at);
-        k = load(p.k + at);
-        v = load(p.v + at);
-        e = load(p.w + at);
-        if (p.time_decay) {
-            const Pack decay = load(p.time_decay + blockIdx.x * N + c);
-            for (int i = 0; i < 8; i++) e.x[i] += decay.x[i];
+struct WkvRaw { Pair r[4], k[4], w[4]; };   // a Share as it stands in memory: pairs of channels; pair m: token wkv_token(m)
+
+__device__ inline int wkv_token(int m) { return threadIdx.x % 4 * 2 + m % 2 + m / 2 * 8; }
+__device__ inline int wkv_channel(void) { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 * 2; }    // the first of two
+
+// The tile at token t0. Past the end: r = k = 0, and w such that e is 0.
+__device__ inline void wkv_fetch(WkvRaw &raw, const Wkv &p, int64_t base, int t0) {
+    const int A = p.H * N;
+    const int64_t at = base + wkv_channel() + wkv_token(0) * A;
+    if (t0 + TILE <= p.T) {
+#pragma unroll
+        for (int m = 0; m < 4; m++) {
+            const int next = (m % 2 + m / 2 * 8) * A;
+            raw.r[m] = load_pair(p.r + at + next);
+            raw.k[m] = load_pair(p.k + at + next);
+            raw.w[m] = p.w ? load_pair(p.w + at + next) : Pair{0, 0};
         }
-        for (int i = 0; i < 8; i++) e.x[i] = fminf(expf(e.x[i]), 128.f);
+        return;
     }
-    for (int i = 0; i < 8; i++) {
-        d.x[i] = expf(-e.x[i]);
-        if (p.one_minus_w) k.x[i] *= -expm1f(-e.x[i]);
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+        const bool inside = t0 + wkv_token(m) < p.T;
+        const int next = (m % 2 + m / 2 * 8) * A;
+        raw.r[m] = inside ? load_pair(p.r + at + next) : Pair{0, 0};
+        raw.k[m] = inside ? load_pair(p.k + at + next) : Pair{0, 0};
+        raw.w[m] = !inside ? Pair{-INFINITY, -INFINITY} : p.w ? load_pair(p.w + at + next) : Pair{0, 0};
     }
-    store(&s.r[t][c], r);
-    store(&s.k[t][c], k);
-    store(&s.d[t][c], d);
-    store(&s.e[t][c], e);
-    store(&s.v[t][c], v);
 }
 
-// Pairs of a tile: thread (key s, 8 channels) walks t = 0..15 with the decay products of its channels in registers.
-__device__ inline void wkv_pairs(WkvTile &s, const float *u) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, key = lane % 16, c = 16 * warp + lane / 16 * 8;
-    Pack after = load(&s.k[key][c]), before, bonus;         // k times decays since; decays up to key; u k
-    for (int i = 0; i < 8; i++) {
-        before.x[i] = 1;
-        bonus.x[i] = u ? u[c + i] * after.x[i] : 0;
+__device__ inline void wkv_share(Share &to, const Pair (&from)[4]) {
+    EACH(n, i) to[n].x[i] = i / 2 ? (float)from[2 * n + i % 2].y : (float)from[2 * n + i % 2].x;
+}
+
+// 1 - exp(-e), with all its digits where e is small; d = exp(-e)
+__device__ inline float one_minus(float d, float e) {
+    return e < 0.125f ? e * (1 + e * (-1 / 2.f + e * (1 / 6.f + e * (-1 / 24.f + e * (1 / 120.f))))) : 1 - d;
+}
+
+__device__ inline void wkv_decay(Share &e, Share &d, const WkvRaw &raw, const float (&decay)[2]) {
+    wkv_share(e, raw.w);
+    EACH(n, i) {
+        e[n].x[i] = fminf(fast_exp(e[n].x[i] + decay[i / 2]), 128.f);
+        d[n].x[i] = fast_exp(-e[n].x[i]);
     }
-    for (int t = 0; t < TILE; t++) {
-        const Pack r = load(&s.r[t][c]), d = load(&s.d[t][c]);
-        float sum = 0;
-        for (int i = 0; i < 8; i++) {
-            sum += r.x[i] * (t > key ? after.x[i] : t == key ? bonus.x[i] : 0);
-            after.x[i] *= t > key ? d.x[i] : 1;
-            before.x[i] *= t < key ? d.x[i] : 1;
+}
+
+__device__ inline void wkv_keys(Share &k, const WkvRaw &raw, const Share &e, const Share &d, bool one_minus_w) {
+    wkv_share(k, raw.k);
+    if (one_minus_w) EACH(n, i) k[n].x[i] *= one_minus(d[n].x[i], e[n].x[i]);
+}
+
+// D - 1 of the lane's two channels
+__device__ inline float2 wkv_decay_of_tile(const Share &e) {
+    const float2 sum = {warp_sum(e[0].x[0] + e[0].x[1] + e[1].x[0] + e[1].x[1], 4), warp_sum(e[0].x[2] + e[0].x[3] + e[1].x[2] + e[1].x[3], 4)};
+    return {-one_minus(fast_exp(-sum.x), sum.x), -one_minus(fast_exp(-sum.y), sum.y)};
+}
+
+// The decays from a token to the middle of its group of 2 L tokens (before the token if it has bit L, after it if not); and
+// to the tile's beginning (before) and end (after). Level 1 needs none.
+struct WkvFactors { Share level8, level4, level2, before, after; };
+
+__device__ inline void wkv_factors(WkvFactors &f, const Share &d) {
+    const bool bit2 = threadIdx.x & 1, bit4 = threadIdx.x & 2;      // of the lane's tokens, 2 (lane % 4) + (0, 1) + (0, 8)
+    float half[2][2];                                               // product of 8 tokens: [n][channel]
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+#pragma unroll
+        for (int c = 0; c < 4; c += 2) {
+            const float da = d[n].x[c], db = d[n].x[c + 1], pair = da * db;
+            const float beside = __shfl_xor_sync(0xffffffffu, pair, 1), four = pair * beside;
+            const float beyond = __shfl_xor_sync(0xffffffffu, four, 2);
+            const float before4 = bit2 ? beside : 1, after4 = bit2 ? 1 : beside;            // within four tokens
+            const float before8 = bit4 ? before4 * beyond : before4, after8 = bit4 ? after4 : after4 * beyond;
+            half[n][c / 2] = four * beyond;
+            f.level2[n].x[c] = bit2 ? 1 : db;
+            f.level2[n].x[c + 1] = bit2 ? da : 1;
+            f.level4[n].x[c] = bit4 ? before4 : after4 * db;
+            f.level4[n].x[c + 1] = bit4 ? before4 * da : after4;
+            f.level8[n].x[c] = n ? before8 : after8 * db;
+            f.level8[n].x[c + 1] = n ? before8 * da : after8;
+            f.before[n].x[c] = before8;
+            f.before[n].x[c + 1] = before8 * da;
+            f.after[n].x[c] = after8 * db;
+            f.after[n].x[c + 1] = after8;
         }
-        s.partial[warp * 2 + lane / 16][t][key] = sum;
-    }
-    store(&s.k_tilde[key][c], after);
-    const Pack r = load(&s.r[key][c]);
-    for (int i = 0; i < 8; i++) before.x[i] *= r.x[i];
-    store(&s.r_tilde[key][c], before);
-}
-
-__device__ inline void wkv_decay_of_tile(WkvTile &s) {      // by the first 64 threads
-    float sum = 0;
-    for (int t = 0; t < TILE; t++) sum += s.e[t][threadIdx.x];
-    s.D_minus_1[threadIdx.x] = expm1f(-sum);
-}
-
-__device__ inline void wkv_sum_scores(WkvTile &s) {
-    for (int i = threadIdx.x; i < TILE * TILE; i += WKV_THREADS) {
-        float sum = 0;
-        for (int j = 0; j < 8; j++) sum += s.partial[j][i / TILE][i % TILE];
-        s.a[i / TILE][i % TILE] = (floatX)sum;
-    }
-}
-
-// S^T <- D S^T + left^T right: left (16 t x 16 values) as operand, right (16 t x N keys) in shared memory; in twice the
-// precision of bf16, because the state is a sum over the whole sequence
-__device__ inline void wkv_update(TileC (&S)[8], const TileA &left, const float (*right)[LDF], const float *D_minus_1) {
-    TileB2 b[8];
-    for (int n = 0; n < 8; n++) {
-        b[n] = load_b2_t(&right[0][8 * n], LDF);
-        for (int i = 0; i < 4; i++) S[n].x[i] += S[n].x[i] * D_minus_1[8 * n + tile_col(i)];
-    }
-    mma(S, left, b);
-}
-
-// to (16 values x 16 t) = S^T rows^T + left^T scores (or its transpose): two tiles of 8 t
-__device__ inline void wkv_out(TileC (&to)[2], const TileC (&S)[8], const float (*rows)[LDF]) {
+#pragma unroll
     for (int i = 0; i < 4; i++) {
-        const TileA a = to_a(S[2 * i], S[2 * i + 1]);
-        const TileB b[2] = {load_b(&rows[0][16 * i], LDF), load_b(&rows[8][16 * i], LDF)};
-        mma(to, a, b);
+        f.before[1].x[i] *= half[0][i / 2];
+        f.after[0].x[i] *= half[1][i / 2];
     }
 }
 
-__device__ inline void wkv_store_state(float *to, int ld, const TileC (&S)[8]) {            // [j][i]
-    for (int n = 0; n < 8; n++)
-        for (int i = 0; i < 4; i++) to[(threadIdx.x / 32 * 16 + tile_row(i)) * ld + 8 * n + tile_col(i)] = S[n].x[i];
+// X_L: r where the token has bit L, else k; times the factors, if any
+__device__ inline void wkv_level(Share &x, int L, const Share &r, const Share &k, const Share *factor) {
+    EACH(n, i) {
+        const bool has = L == 8 ? n == 1 : L == 1 ? i % 2 : threadIdx.x % 4 * 2 & L;
+        x[n].x[i] = (has ? r[n].x[i] : k[n].x[i]) * (factor ? (*factor)[n].x[i] : 1);
+    }
 }
 
-__device__ inline void wkv_load_state(TileC (&S)[8], const float *from, int ld) {
-    for (int n = 0; n < 8; n++)
-        for (int i = 0; i < 4; i++) S[n].x[i] = from[(threadIdx.x / 32 * 16 + tile_row(i)) * ld + 8 * n + tile_col(i)];
+// A Share to rows (channels) of an array in shared memory; `row` is this lane's first channel's, `next` rows before the other
+__device__ inline void wkv_store_share(floatX (*to)[LDT], int row, int next, const Share &x) {
+    for (int n = 0; n < 2; n++) {
+        store_pair(&to[row][8 * n + tile_col(0)], x[n].x[0], x[n].x[1]);
+        store_pair(&to[row + next][8 * n + tile_col(0)], x[n].x[2], x[n].x[3]);
+    }
 }
 
-// Grid (H, B), blocks of 128 threads, dynamic shared memory sizeof(WkvForward).
+// This warp's part of the scores, summed over its 16 channels; transposed: rows are s. bonus: with u on the diagonal.
+__device__ inline float wkv_of_level(int differing, float level4, float level2, float level1) {     // bits of a pair of tokens
+    return differing >= 4 ? level4 : differing >= 2 ? level2 : level1;
+}
+
+struct WkvScores { alignas(16) floatX x[4][4][TILE][LDT]; };         // X_L: [level][warp]
+typedef float WkvPart[4][TILE][TILE + 8];                   // [warp]: 8 more, so that rows fall into different banks
+
+__device__ inline void wkv_scores(WkvScores &s, WkvPart &part, const Share (&level)[4], const Share &r, const Share &k,
+                                  const float (&u)[2], bool bonus, bool transposed) {
+    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
+    for (int l = 0; l < 4; l++) wkv_store_share(s.x[l][warp], g, 8, level[l]);
+    __syncwarp();
+    TileC product[4][2] = {}, a[2] = {};
+#pragma unroll
+    for (int l = 0; l < 4; l++) {
+        const TileA x = load_a_t(&s.x[l][warp][0][0], LDT);
+        const TileB b[2] = {as_b(x, 0), as_b(x, 1)};
+        mma(product[l], x, b);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const bool below = transposed ? g < tile_col(i) : g > tile_col(i);
+        for (int n = 0; n < 2; n++) {                       // between tokens of one half
+            const int j = 2 * n + i;
+            a[n].x[j] = below ? wkv_of_level(g ^ tile_col(i), product[1][n].x[j], product[2][n].x[j], product[3][n].x[j]) : 0;
+        }
+        if (transposed) a[1].x[i] = product[0][1].x[i];     // from one half to the other
+        else a[0].x[2 + i] = product[0][0].x[2 + i];
+    }
+    for (int m = 0; m < 4 && bonus; m++) {                  // the diagonal, one by one: sums over the lanes of a token
+        const int n = m / 2, i = m % 2;
+        float sum = u[0] * r[n].x[i] * k[n].x[i] + u[1] * r[n].x[i + 2] * k[n].x[i + 2];
+        for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+        for (int j = i; j < 4; j += 2)
+            if (tile_row(j) == wkv_token(m)) a[n].x[j] = sum;
+    }
+    for (int n = 0; n < 2; n++)
+        for (int i = 0; i < 4; i += 2) store_pair(&part[warp][tile_row(i)][8 * n + tile_col(i)], a[n].x[i], a[n].x[i + 1]);
+}
+
+__device__ inline TileA2 wkv_sum_scores(const WkvPart &parts) {
+    TileC a[2];
+    for (int n = 0; n < 2; n++)
+        for (int i = 0; i < 4; i++) {
+            const float *part = &parts[0][tile_row(i)][8 * n + tile_col(i)];
+            const int next = TILE * (TILE + 8);
+            a[n].x[i] = (part[0] + part[next]) + (part[2 * next] + part[3 * next]);
+        }
+    return to_a2(a[0], a[1]);
+}
+
+// ---- forward: warp j has values 16 j .. 16 j + 15 of the state, as rows of S^T, in fp32 in its registers ----
+//
+//          i 0     8    ..  56
+//     j  [ C0 | C1 | .. | C7 ]  one warp       y (16 t x 16 j) = r~ (16 t x 64 i) S + a v        S^T <- D S^T + v^T (16 j x 16 t) k~
+//
+// Grid (H, B), blocks of 128 threads, dynamic shared memory sizeof(WkvForward). What all warps read of a tile is there
+// twice, for even and odd tiles, so that one barrier a tile is enough.
 struct WkvForward {
-    WkvTile tile;
-    float y[TILE][LDF];
-    float u[N];
+    alignas(16) floatX v[2][TILE][LD];
+    alignas(16) floatX before[2][N][LDT], after[2][N][LDT]; // r~ and k~, rows are channels
+    float D_minus_1[2][N];
+    WkvScores scores;
+    WkvPart part[2];
 };
+
+__device__ inline void wkv_copy_tile(floatX (*to)[LD], const floatX *from, int64_t base, int t0, int T, int A) {   // 16 tokens of a head
+    const int per_row = N * sizeof(floatX) / 16, step = 16 / sizeof(floatX);
+    for (int i = threadIdx.x; i < TILE * per_row; i += WKV_THREADS) {
+        const int t = i / per_row, c = i % per_row * step;
+        const bool inside = t0 + t < T;
+        async_copy16(&to[t][c], from + (inside ? base + (int64_t)t * A + c : 0), inside);
+    }
+}
+
+__device__ inline void wkv_state_out(float *to, const TileC (&S)[8]) {                      // (values, keys)
+    for (int n = 0; n < 8; n++)
+        for (int i = 0; i < 4; i += 2)
+            store_pair(to + (threadIdx.x / 32 * 16 + tile_row(i)) * N + 8 * n + tile_col(i), S[n].x[i], S[n].x[i + 1]);
+}
 
 __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv p) {
     WkvForward &s = *dynamic_smem<WkvForward>();
-    WkvTile &tile = s.tile;
-    const int warp = threadIdx.x / 32, h = blockIdx.x, b = blockIdx.y, A = p.H * N;
+    const int warp = threadIdx.x / 32, h = blockIdx.x, b = blockIdx.y, A = p.H * N, channel = wkv_channel();
     const int chunks = (p.T + CHUNK - 1) / CHUNK;
-    if (threadIdx.x < N) s.u[threadIdx.x] = p.u ? (float)p.u[h * N + threadIdx.x] : 0;
+    float u[2] = {0, 0}, decay[2] = {0, 0};
+    for (int c = 0; c < 2; c++) {
+        if (p.u) u[c] = (float)p.u[h * N + channel + c];
+        if (p.time_decay) decay[c] = (float)p.time_decay[h * N + channel + c];
+    }
     TileC S[8] = {};
     float *carry = p.carry ? p.carry + ((int64_t)b * p.H + h) * N * N : nullptr;
-    if (carry) wkv_load_state(S, carry, N);
+    for (int n = 0; n < 8 && carry; n++)
+        for (int i = 0; i < 4; i++) S[n].x[i] = carry[(16 * warp + tile_row(i)) * N + 8 * n + tile_col(i)];
+    const int64_t head = (int64_t)b * p.T * A + h * N;
+    WkvRaw raw;
+    wkv_fetch(raw, p, head, 0);
+    wkv_copy_tile(s.v[0], p.v, head, 0, p.T, A);
+    async_commit();
     for (int t0 = 0; t0 < p.T; t0 += TILE) {
-        const int64_t base = ((int64_t)b * p.T + t0) * A + h * N;
-        if (p.states && t0 % CHUNK == 0)
-            wkv_store_state(p.states + (((int64_t)b * p.H + h) * chunks + t0 / CHUNK) * N * N, N, S);
-        wkv_load(tile, p, base, t0);
+        const int side = t0 / TILE % 2;
+        const int64_t base = head + (int64_t)t0 * A;
+        if (p.states && t0 % CHUNK == 0) wkv_state_out(p.states + (((int64_t)b * p.H + h) * chunks + t0 / CHUNK) * N * N, S);
+        {
+            Share r, k, e, d, level[4];
+            wkv_share(r, raw.r);
+            wkv_decay(e, d, raw, decay);
+            wkv_keys(k, raw, e, d, p.one_minus_w);
+            if (t0 + TILE < p.T) wkv_fetch(raw, p, base + (int64_t)TILE * A, t0 + TILE);
+            WkvFactors f;
+            wkv_factors(f, d);
+            wkv_level(level[0], 8, r, k, &f.level8);
+            wkv_level(level[1], 4, r, k, &f.level4);
+            wkv_level(level[2], 2, r, k, &f.level2);
+            wkv_level(level[3], 1, r, k, nullptr);
+            EACH(n, i) {
+                f.before[n].x[i] *= r[n].x[i];
+                f.after[n].x[i] *= k[n].x[i];
+            }
+            wkv_store_share(s.before[side], channel, 1, f.before);
+            wkv_store_share(s.after[side], channel, 1, f.after);
+            const float2 D = wkv_decay_of_tile(e);
+            if (threadIdx.x % 4 == 0) store_pair(&s.D_minus_1[side][channel], D.x, D.y);
+            wkv_scores(s.scores, s.part[side], level, r, k, u, p.u != nullptr, false);
+        }
+        const int64_t at = base + (int64_t)tile_row(0) * A + 16 * warp + tile_col(0);      // of y's element out[0].x[0]
+        Pair v2[4];
+        for (int m = 0; m < 4; m++) {
+            const bool there = p.v2 && t0 + tile_row(m) < p.T;              // out[m % 2].x[m / 2 * 2], and its neighbour
+            v2[m] = there ? load_pair(p.v2 + at + m / 2 * 8 * A + m % 2 * 8) : Pair{0, 0};
+        }
+        async_wait<0>();
         __syncthreads();
-        wkv_pairs(tile, p.u ? s.u : nullptr);
-        if (threadIdx.x < N) wkv_decay_of_tile(tile);
-        __syncthreads();
-        wkv_sum_scores(tile);
-        __syncthreads();
+        if (t0 + TILE < p.T) wkv_copy_tile(s.v[1 - side], p.v, base + (int64_t)TILE * A, t0 + TILE, p.T, A);
+        async_commit();
         TileC out[2] = {};
-        wkv_out(out, S, tile.r_tilde);
-        const TileA v = load_a_t(&tile.v[0][16 * warp], LD);
-        const TileB a[2] = {load_b(&tile.a[0][0], TILE + PAD), load_b(&tile.a[8][0], TILE + PAD)};
-        mma(out, v, a);
-        wkv_update(S, v, tile.k_tilde, tile.D_minus_1);
-        for (int n = 0; n < 2; n++)
-            for (int i = 0; i < 4; i++) s.y[8 * n + tile_col(i)][16 * warp + tile_row(i)] = out[n].x[i];
-        __syncthreads();
-        const int t = threadIdx.x / 8, c = threadIdx.x % 8 * 8;
-        if (t0 + t < p.T) {
-            Pack sum = load(&s.y[t][c]);
-            const int64_t at = base + (int64_t)t * A + c;
-            const Pack extra = p.v2 ? load(p.v2 + at) : zero_pack();
-            for (int i = 0; i < 8; i++) sum.x[i] += extra.x[i];
-            store(y + at, sum);
+        for (int i = 0; i < 4; i++) {
+            const TileA state = to_a(S[2 * i], S[2 * i + 1]);               // rows are values: as right operand, columns
+            const TileB values[2] = {as_b(state, 0), as_b(state, 1)};
+            mma(out, load_a_t(&s.before[side][16 * i][0], LDT), values);
+        }
+        TileB v[2], keys[8];
+        load_b_pair_t(v, &s.v[side][0][16 * warp], LD);
+        mma(out, wkv_sum_scores(s.part[side]), v);
+        for (int n = 0; n < 8; n++) {
+            if (n % 2 == 0) load_b_pair(&keys[n], &s.after[side][8 * n][0], LDT);
+            for (int i = 0; i < 4; i++) S[n].x[i] += S[n].x[i] * s.D_minus_1[side][8 * n + tile_col(i)];
+        }
+        mma(S, load_a_t(&s.v[side][0][16 * warp], LD), keys);
+        for (int m = 0; m < 4; m++) {
+            const float *from = &out[m % 2].x[m / 2 * 2];
+            if (t0 + tile_row(m) >= p.T) continue;
+            store_pair(y + at + m / 2 * 8 * A + m % 2 * 8, from[0] + (float)v2[m].x, from[1] + (float)v2[m].y);
         }
     }
-    if (carry) wkv_store_state(carry, N, S);
+    if (carry) wkv_state_out(carry, S);
 }
 
-// Backward. dS is the gradient of the state after a tile; it decays backwards as S does forwards. In a tile, with
-// S0 the state before it and dS the gradient after it:
+// ---- backward ----
+//
+// dS is the gradient of the state after a tile; it decays backwards as S does forwards. In a tile, with S0 the state before
+// it and dS the gradient after it:
 //
 //     da[t][s]  = dy_t . v_s             X[t][i] = sum_j dy_t[j] S0[i][j]        Y[s][i] = sum_j v_s[j] dS[i][j]
 //     dv        = k~ dS + a^T dy         dS <- D dS + r~^T dy
 //
-// and per channel i, one thread carries M[t'] = sum_j S_t[i][j] dy_t'[j] for all t' of the tile and Mend = sum_j S_t dS:
-// what the state before token t holds, seen through the gradients that will read it. They start as X and sum_j S0 dS and
-// follow the recurrence itself, M[t'] <- d_t M[t'] + k_t da[t'][t], Mend <- d_t Mend + k_t Y[t]; so
+// r and k get their gradients from S0 and dS and from the levels of the scores. In level L a row of X_L is either r's or
+// k's, so one product with the level's pairs of da serves both: Z_L = (da_L + da_L^T) X_L, and
 //
-//     dr_t = M[t]
-//     dk_t = sum_{t'>t} W(t,t') r_t' da[t'][t] + (decays after t) Y[t]
-//     dd_t = sum_{t'>t} W(t,t') r_t' M[t']     + (decays after t) Mend           = sum_j S_t[i][j] dS_t[i][j]
-//     dw_t = -e_t d_t dd_t
+//     dr_t = (decays before t) X[t] + sum of (t's factor in level L) Z_L[t]  over the levels in which t has the bit
+//     dk_s = (decays after s)  Y[s] + sum of (s's factor in level L) Z_L[s]  over the others
 //
-// and the u terms. Only sums of products: no difference of running sums, which would lose small dw behind large ones.
-// S0 of a chunk's second tile is made again from the chunk's state. Two threads share a channel: odd and even t'. S0 and
-// dS stand in shared memory in fp32 and are multiplied in twice the precision of bf16: dw is a sum in which much cancels.
-struct WkvBackward {                                        // 99 KB at most, what the smaller GPUs give a block
-    WkvTile tile;
-    alignas(16) floatX dy[TILE][LD];
-    float S0[N][LDF], dS[N][LDF];                           // [j][i]
-    float da[TILE][TILE];
-    union { float X[TILE][LDF], dr[TILE][LDF]; };           // each read by the thread that writes the other there
-    union { float Y[TILE][LDF], dk_even[TILE][LDF]; };
-    float dk_odd[TILE][LDF], dd[2][TILE][N];
-    float S0_dS[2][N];                                      // sum over j, in two halves
-    float u[N];
-    __device__ float (*dv())[N] { return (float (*)[N])tile.partial; }      // the scores are summed by then
+// The decay: w_t is felt by every pair s < t < t', dw_t = -e_t sum over them of r_t' k_s W(s,t') da[t'][s], where s may lie
+// before the tile and t' after it. In a level such pairs lie on both sides of a group's middle, so t has its half of the
+// group to itself: if t is in r's half, what passes it is what reaches the tokens t' > t there, sum of X_L[t'] Z_L[t'];
+// if in k's half, what left s < t there, sum of X_L[s] Z_L[s]. The same for r~ X (all t' > t of the tile), k~ Y (all s < t)
+// and sum_j D S0 dS (past the whole tile). These sums are products with a 0/1 matrix. No differences of running sums, which
+// would lose a small dw behind large ones.
+//
+// Here warp i has keys 16 i .. 16 i + 15 of S0 and dS as rows, so that Shares are operands without a detour. S0 of a chunk's
+// tiles is made again from the chunk's state. S0, dS and the sums' terms are multiplied in twice the precision of bf16
+// (TileA2): much cancels in dw. Floor: r, k, v, w, dy in, dr, dk, dv, dw out, 9 BTA floatX, 2 for states: bytes bind.
+static const int TILES = CHUNK / TILE, SIDES = PRECISION_BF16 ? 2 : 1;     // SIDES: what all warps read, twice if there is room
+
+struct WkvBackward {
+    alignas(16) floatX v[TILES][TILE][LD], dy[TILES][TILE][LD];
+    alignas(16) floatX dS[SIDES][N][LD], after[SIDES][N][LDT];      // rows are keys; after: k~
+    WkvScores scores;
+    WkvPart part[SIDES];
+    TileC S0[TILES > 2 ? (TILES - 2) * 8 : 1][WKV_THREADS]; // states before tiles 1, 2, ..; each thread's own
 };
 
-static_assert(sizeof(WkvBackward) <= 99 * 1024, "shared memory");
+static_assert(sizeof(WkvBackward) <= 99 * 1024, "what the smaller GPUs give a block");
 
 struct WkvGradients {
     const floatX *dy;
-    floatX *dr, *dk, *dv, *dw;              // (B, T, A)
+    floatX *dr, *dk, *dv, *dw;              // (B, T, A); dw may be null
     float *dw_sum, *du;                     // (B, A): summed over T, for time_decay and u
 };
 
-// The state before a tile of the chunk that starts at t0, made from the state before the chunk, into S0.
-__device__ inline void wkv_state_before(WkvBackward &s, const Wkv &p, const float *from, int64_t base, int t0, int q) {
-    WkvTile &tile = s.tile;
-    TileC S[8];
-    wkv_load_state(S, from, N);
-    for (int i = 0; i < q; i++) {
-        wkv_load(tile, p, base + (int64_t)i * TILE * p.H * N, t0 + i * TILE);
-        __syncthreads();
-        if (threadIdx.x < N) {
-            wkv_decay_of_tile(tile);
-        } else {
-            const int channel = threadIdx.x - N;
-            float product = 1;
-            for (int t = TILE - 1; t >= 0; t--) {
-                tile.k_tilde[t][channel] = tile.k[t][channel] * product;
-                product *= tile.d[t][channel];
-            }
-        }
-        __syncthreads();
-        wkv_update(S, load_a_t(&tile.v[0][threadIdx.x / 32 * 16], LD), tile.k_tilde, tile.D_minus_1);
-        __syncthreads();
-    }
-    wkv_store_state(&s.S0[0][0], LDF, S);
+__device__ inline void wkv_copy_tiles(WkvBackward &s, const Wkv &p, const WkvGradients &g, int64_t head, int c0, int q) {
+    const int t0 = c0 + q * TILE, A = p.H * N;
+    wkv_copy_tile(s.v[q], p.v, head + (int64_t)t0 * A, t0, p.T, A);
+    wkv_copy_tile(s.dy[q], g.dy, head + (int64_t)t0 * A, t0, p.T, A);
 }
 
-// to (16 t x N channels, this warp's 16) = rows (16 x N values) state[j][i]
-__device__ inline void wkv_through_state(float (*to)[LDF], const floatX (*rows)[LD], const float (*state)[LDF]) {
-    const int warp = threadIdx.x / 32;
-    TileC out[2] = {};
-    for (int i = 0; i < 4; i++) {
-        const TileA a = load_a(&rows[0][16 * i], LD);
-        const TileB2 b[2] = {load_b2_t(&state[16 * i][16 * warp], LDF), load_b2_t(&state[16 * i][16 * warp + 8], LDF)};
-        mma(out, a, b);
-    }
-    for (int n = 0; n < 2; n++)
-        for (int i = 0; i < 4; i++) to[tile_row(i)][16 * warp + 8 * n + tile_col(i)] = out[n].x[i];
+__device__ inline void wkv_state_in(TileC (&S)[8], const float *from) {                     // rows are keys, as in a Share
+    for (int n = 0; n < 8; n++)
+        for (int i = 0; i < 2; i++) {
+            const float2 keys = *(const float2 *)(from + (8 * n + tile_col(i)) * N + wkv_channel());
+            S[n].x[i] = keys.x;
+            S[n].x[i + 2] = keys.y;
+        }
 }
 
-// The pass over one channel described above; `half` takes the t' with t' % 2 == half, half 0 also Mend.
-__device__ inline void wkv_channel_backward(WkvBackward &s, int channel, int half) {
-    const WkvTile &tile = s.tile;
-    float M[TILE / 2], r[TILE / 2], d[TILE];
-#pragma unroll
-    for (int m = 0; m < TILE / 2; m++) {
-        M[m] = s.X[2 * m + half][channel];
-        r[m] = tile.r[2 * m + half][channel];
+// S <- D S + left^T rows: left as operand (16 keys x 16 tokens), rows (16 tokens x N values)
+__device__ inline void wkv_update(TileC (&S)[8], const TileA2 &left, const floatX (*rows)[LD], float2 D_minus_1) {
+    TileB b[8];
+    for (int n = 0; n < 8; n++) {
+        if (n % 2 == 0) load_b_pair_t(&b[n], &rows[0][8 * n], LD);
+        for (int i = 0; i < 4; i++) S[n].x[i] += S[n].x[i] * (i / 2 ? D_minus_1.y : D_minus_1.x);
     }
-#pragma unroll
-    for (int t = 0; t < TILE; t++) d[t] = tile.d[t][channel];
-    float Mend = s.S0_dS[0][channel] + s.S0_dS[1][channel];
-#pragma unroll
-    for (int t = 0; t < TILE; t++) {
-        const float k = tile.k[t][channel];
-        float decay = 1, dk = 0, dd = 0;                    // decay: W(t, t')
-        if (t % 2 == half) s.dr[t][channel] = M[t / 2];
-#pragma unroll
-        for (int m = t / 2; m < TILE / 2; m++) {
-            const float own = half ? decay * (2 * m > t ? d[2 * m] : 1) : decay, a = s.da[2 * m + half][t];
-            if (2 * m + half > t) {
-                dk += own * r[m] * a;
-                dd += own * r[m] * M[m];
-                M[m] = d[t] * M[m] + k * a;
-            }
-            decay *= (2 * m > t ? d[2 * m] : 1) * d[2 * m + 1];
-            if (2 * m + 1 == t) decay = 1;                  // t itself does not decay what it adds
-        }
-        if (half == 0) {
-            const float y = s.Y[t][channel];
-            dk += decay * y;
-            dd += decay * Mend;
-            Mend = d[t] * Mend + k * y;
-        }
-        (half ? s.dk_odd : s.dk_even)[t][channel] = dk;
-        s.dd[half][t][channel] = dd;
+    mma(S, left, b);
+}
+
+// The sums that dw needs, as right operands: ones where token `from` (row) passes token t (column). inner: within a half of
+// the tile, one pattern for both halves; upward: from > t, downward: from < t.
+struct WkvPassing { TileB upward, downward, level4, level2, all, none; };
+
+__device__ inline WkvPassing wkv_passing_patterns(void) {
+    const int t = threadIdx.x % 32 / 4;
+    float one[4][2];
+    for (int i = 0; i < 2; i++) {
+        const int from = tile_col(i);
+        const bool up = from > t, down = from < t;
+        one[0][i] = up, one[1][i] = down;
+        one[2][i] = (t ^ from) < 4 && (t & 4 ? up : down);
+        one[3][i] = (t ^ from) < 2 && (t & 2 ? up : down);
     }
+    TileB b[4];
+    for (int l = 0; l < 4; l++) b[l] = make_b(one[l][0], one[l][1], one[l][0], one[l][1]);
+    return {b[0], b[1], b[2], b[3], make_b(1, 1, 1, 1), make_b(0, 0, 0, 0)};
+}
+
+// passing += terms (16 channels x 16 tokens) [ first_first first_second ; second_first second_second ], each 8 tokens x 8
+__device__ inline void wkv_pass(Share &passing, const Share &terms, TileB first_first, TileB second_first, TileB first_second,
+                                TileB second_second) {
+    const TileB b[2] = {join_b(first_first, second_first), join_b(first_second, second_second)};
+    mma(passing, to_a2(terms[0], terms[1]), b);
 }
 
 __global__ void __launch_bounds__(WKV_THREADS) wkv_backward_kernel(WkvGradients g, Wkv p) {
     WkvBackward &s = *dynamic_smem<WkvBackward>();
-    WkvTile &tile = s.tile;
-    const int warp = threadIdx.x / 32, h = blockIdx.x, b = blockIdx.y, A = p.H * N;
-    const int t = threadIdx.x / 8, c = threadIdx.x % 8 * 8;                 // this thread's share of a tile's rows
-    if (threadIdx.x < N) s.u[threadIdx.x] = p.u ? (float)p.u[h * N + threadIdx.x] : 0;
-    TileC dS[8] = {};
-    Pack dw_sum = zero_pack(), du = zero_pack();
-    for (int chunk = (p.T - 1) / CHUNK; chunk >= 0; chunk--) {
-        const int tiles = min(CHUNK / TILE, (p.T - chunk * CHUNK + TILE - 1) / TILE);
-        const int64_t chunk_base = ((int64_t)b * p.T + chunk * CHUNK) * A + h * N;
-        const float *state = p.states + (((int64_t)b * p.H + h) * ((p.T + CHUNK - 1) / CHUNK) + chunk) * N * N;
-        for (int q = tiles - 1; q >= 0; q--) {
-            const int t0 = chunk * CHUNK + q * TILE;
-            const int64_t base = chunk_base + (int64_t)q * TILE * A, at = base + (int64_t)t * A + c;
-            __syncthreads();
-            wkv_state_before(s, p, state, chunk_base, chunk * CHUNK, q);
-            wkv_load(tile, p, base, t0);
-            store(&s.dy[t][c], t0 + t < p.T ? load(g.dy + at) : zero_pack());
-            wkv_store_state(&s.dS[0][0], LDF, dS);
-            __syncthreads();
-            wkv_pairs(tile, p.u ? s.u : nullptr);
-            wkv_through_state(s.X, s.dy, s.S0);
-            wkv_through_state(s.Y, tile.v, s.dS);
-            if (warp < 2) {                                                 // da: warp 0 its columns 0..7, warp 1 8..15
-                TileC out[1] = {};
-                for (int i = 0; i < 4; i++) {
-                    const TileB v[1] = {load_b(&tile.v[8 * warp][16 * i], LD)};
-                    mma(out, load_a(&s.dy[0][16 * i], LD), v);
-                }
-                for (int i = 0; i < 4; i++) s.da[tile_row(i)][8 * warp + tile_col(i)] = out[0].x[i];
-            }
-            float sum = 0;
-            const int channel = threadIdx.x % N, half = threadIdx.x / N;
-            for (int j = half * N / 2; j < (half + 1) * N / 2; j++) sum += s.S0[j][channel] * s.dS[j][channel];
-            s.S0_dS[half][channel] = sum;
-            if (threadIdx.x < N) wkv_decay_of_tile(tile);
-            __syncthreads();
-            wkv_sum_scores(tile);
-            wkv_channel_backward(s, channel, half);
-            __syncthreads();
-            TileC out[2] = {};                                              // dv, then dS
-            wkv_out(out, dS, tile.k_tilde);
-            const TileA dy = load_a_t(&s.dy[0][16 * warp], LD);
-            const TileB a[2] = {load_b_t(&tile.a[0][0], TILE + PAD), load_b_t(&tile.a[0][8], TILE + PAD)};
-            mma(out, dy, a);
-            wkv_update(dS, dy, tile.r_tilde, tile.D_minus_1);
-            for (int n = 0; n < 2; n++)
-                for (int i = 0; i < 4; i++) s.dv()[8 * n + tile_col(i)][16 * warp + tile_row(i)] = out[n].x[i];
-            __syncthreads();
-            if (t0 + t >= p.T) continue;
-            Pack dr = load(&s.dr[t][c]), dk = load(&s.dk_even[t][c]), dw = load(&s.dd[0][t][c]);
-            const Pack r = load(&tile.r[t][c]), k = load(&tile.k[t][c]), e = load(&tile.e[t][c]), d = load(&tile.d[t][c]);
-            const Pack k_plain = p.one_minus_w ? load(p.k + at) : k;
-            for (int i = 0; i < 8; i++) {
-                const float bonus = s.u[c + i] * s.da[t][t];
-                dr.x[i] += bonus * k.x[i];
-                dk.x[i] += s.dk_odd[t][c + i] + bonus * r.x[i];
-                dw.x[i] = -e.x[i] * d.x[i] * (dw.x[i] + s.dd[1][t][c + i]);
-                du.x[i] += r.x[i] * k.x[i] * s.da[t][t];
-                if (p.one_minus_w) {                                        // k was k_plain (1 - exp(-e)), e = exp(w)
-                    dw.x[i] += dk.x[i] * k_plain.x[i] * e.x[i] * d.x[i];
-                    dk.x[i] *= -expm1f(-e.x[i]);
-                }
-                dw_sum.x[i] += dw.x[i];
-            }
-            store(g.dr + at, dr);
-            store(g.dk + at, dk);
-            store(g.dw + at, dw);
-            store(g.dv + at, load(&s.dv()[t][c]));
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h = blockIdx.x, b = blockIdx.y, A = p.H * N, channel = wkv_channel();
+    const int chunks = (p.T + CHUNK - 1) / CHUNK;
+    const int64_t head = (int64_t)b * p.T * A + h * N;
+    const WkvPassing pass = wkv_passing_patterns();
+    float u[2] = {0, 0}, decay[2] = {0, 0}, dw_sum[2] = {0, 0}, du[2] = {0, 0};
+    for (int c = 0; c < 2; c++) {
+        if (p.u) u[c] = (float)p.u[h * N + channel + c];
+        if (p.time_decay) decay[c] = (float)p.time_decay[h * N + channel + c];
+    }
+    TileC dS[8] = {}, S0[8];                                                // S0: of the tile at hand
+    WkvRaw raw;
+    wkv_fetch(raw, p, head + (int64_t)(chunks - 1) * CHUNK * A, (chunks - 1) * CHUNK);
+    for (int q = 0; q < TILES; q++) wkv_copy_tiles(s, p, g, head, (chunks - 1) * CHUNK, q);
+    async_commit();
+    for (int chunk = chunks - 1; chunk >= 0; chunk--) {
+        const int c0 = chunk * CHUNK, tiles = min(TILES, (p.T - c0 + TILE - 1) / TILE);
+        const float *state = p.states + (((int64_t)b * p.H + h) * chunks + chunk) * N * N;
+        wkv_state_in(S0, state);
+        async_wait<0>();
+        __syncthreads();
+        for (int q = 0; q < tiles - 1; q++) {                               // forwards, for the states between the tiles
+            Share e, d, k;
+            WkvFactors f;
+            wkv_decay(e, d, raw, decay);
+            wkv_keys(k, raw, e, d, p.one_minus_w);
+            wkv_fetch(raw, p, head + (int64_t)(c0 + (q + 1) * TILE) * A, c0 + (q + 1) * TILE);
+            wkv_factors(f, d);
+            EACH(n, i) k[n].x[i] *= f.after[n].x[i];
+            wkv_update(S0, to_a2(k[0], k[1]), s.v[q], wkv_decay_of_tile(e));
+            for (int n = 0; n < 8 && q < tiles - 2; n++) s.S0[8 * q + n][threadIdx.x] = S0[n];
         }
+        for (int q = tiles - 1; q >= 0; q--) {
+            const int t0 = c0 + q * TILE, side = q % SIDES;
+            if (q == 0 && tiles > 1) wkv_state_in(S0, state);
+            for (int n = 0; n < 8 && q > 0 && q < tiles - 1; n++) S0[n] = s.S0[8 * (q - 1) + n][threadIdx.x];
+            Share r, k, k_plain, e, d, dr = {}, dk = {}, da = {}, da_t = {}, passing = {};
+            wkv_share(r, raw.r);
+            wkv_share(k_plain, raw.k);
+            wkv_decay(e, d, raw, decay);
+            wkv_keys(k, raw, e, d, p.one_minus_w);
+            const int next = q > 0 ? t0 - TILE : c0 - CHUNK;                // the tile after this one, here or in the next chunk
+            if (next >= 0) wkv_fetch(raw, p, head + (int64_t)next * A, next);
+            WkvFactors f;
+            wkv_factors(f, d);
+            const float2 D = wkv_decay_of_tile(e);
+            float past[2] = {0, 0};                                         // sum_j D S0 dS
+            for (int n = 0; n < 8; n++)
+                for (int i = 0; i < 4; i++) past[i / 2] += S0[n].x[i] * dS[n].x[i];
+            past[0] = warp_sum(past[0] + past[0] * D.x, 4), past[1] = warp_sum(past[1] + past[1] * D.y, 4);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {                                   // 16 values at a time
+                const TileA dy = load_a(&s.dy[q][0][16 * i], LD), v = load_a(&s.v[q][0][16 * i], LD);
+                const TileB dy_b[2] = {as_b(dy, 0), as_b(dy, 1)}, v_b[2] = {as_b(v, 0), as_b(v, 1)};
+                mma(dr, to_a2(S0[2 * i], S0[2 * i + 1]), dy_b);             // X^T
+                mma(dk, to_a2(dS[2 * i], dS[2 * i + 1]), v_b);              // Y^T
+                mma(da, dy, v_b);
+                mma(da_t, v, dy_b);
+            }
+            for (int n = 0; n < 8; n++)
+                for (int i = 0; i < 4; i += 2)
+                    store_pair(&s.dS[side][channel + i / 2][8 * n + tile_col(i)], dS[n].x[i], dS[n].x[i + 1]);
+            {                                                               // r~, k~: through S0 and dS
+                Share r_tilde, k_tilde;
+                EACH(n, i) {
+                    r_tilde[n].x[i] = r[n].x[i] * f.before[n].x[i];
+                    k_tilde[n].x[i] = k[n].x[i] * f.after[n].x[i];
+                }
+                wkv_store_share(s.after[side], channel, 1, k_tilde);
+                wkv_update(dS, to_a2(r_tilde[0], r_tilde[1]), s.dy[q], D);
+                EACH(n, i) {
+                    r_tilde[n].x[i] *= dr[n].x[i];
+                    k_tilde[n].x[i] *= dk[n].x[i];
+                    dr[n].x[i] *= f.before[n].x[i];
+                    dk[n].x[i] *= f.after[n].x[i];
+                }
+                wkv_pass(passing, r_tilde, pass.upward, pass.all, pass.none, pass.upward);
+                wkv_pass(passing, k_tilde, pass.downward, pass.none, pass.all, pass.downward);
+            }
+            Share level[4];
+            wkv_level(level[0], 8, r, k, &f.level8);
+            wkv_level(level[1], 4, r, k, &f.level4);
+            wkv_level(level[2], 2, r, k, &f.level2);
+            wkv_level(level[3], 1, r, k, nullptr);
+            wkv_scores(s.scores, s.part[side], level, r, k, u, p.u != nullptr, true);
+#pragma unroll
+            for (int l = 0; l < 4; l++) {                                   // through the levels of the scores
+                const int L = 8 >> l;
+                Share pairs = {}, z = {};
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const int g8 = lane / 4, differing = g8 ^ tile_col(i);
+                    const bool here = differing / L == 1;
+                    for (int n = 0; n < 2 && L < 8; n++)
+                        pairs[n].x[2 * n + i] = !here ? 0 : g8 > tile_col(i) ? da[n].x[2 * n + i] : da_t[n].x[2 * n + i];
+                    if (L == 8) pairs[0].x[2 + i] = da[0].x[2 + i], pairs[1].x[i] = da_t[1].x[i];
+                }
+                mma_transposed(z, to_a2(level[l][0], level[l][1]), to_a2(pairs[0], pairs[1]));
+                const Share *factor = l == 0 ? &f.level8 : l == 1 ? &f.level4 : l == 2 ? &f.level2 : nullptr;
+                EACH(n, i) {
+                    const bool has = L == 8 ? n == 1 : L == 1 ? i % 2 : threadIdx.x % 4 * 2 & L;
+                    const float own = z[n].x[i] * (factor ? (*factor)[n].x[i] : 1);
+                    dr[n].x[i] += has ? own : 0;
+                    dk[n].x[i] += has ? 0 : own;
+                    z[n].x[i] *= level[l][n].x[i];
+                }
+                if (L == 8) wkv_pass(passing, z, pass.downward, pass.none, pass.none, pass.upward);
+                if (L == 4) wkv_pass(passing, z, pass.level4, pass.none, pass.none, pass.level4);
+                if (L == 2) wkv_pass(passing, z, pass.level2, pass.none, pass.none, pass.level2);
+            }
+            for (int m = 0; m < 4 && p.u; m++) {                            // da[t][t] of the lane's tokens, from who has it
+                const int n = m / 2, t = m % 2, from = (threadIdx.x % 4 * 2 + t) * 4 + threadIdx.x % 4;
+                const float own = __shfl_sync(0xffffffffu, da[n].x[2 * n + t], from);
+                for (int c = 0; c < 2; c++) {
+                    const int i = 2 * c + t;
+                    dr[n].x[i] += u[c] * k[n].x[i] * own;
+                    dk[n].x[i] += u[c] * r[n].x[i] * own;
+                    du[c] += r[n].x[i] * k[n].x[i] * own;
+                }
+            }
+            EACH(n, i) {
+                float dw = -e[n].x[i] * (passing[n].x[i] + past[i / 2]);
+                if (p.one_minus_w) {                                        // k was k_plain (1 - exp(-e)), e = exp(w)
+                    dw += dk[n].x[i] * k_plain[n].x[i] * e[n].x[i] * d[n].x[i];
+                    dk[n].x[i] *= one_minus(d[n].x[i], e[n].x[i]);
+                }
+                dw_sum[i / 2] += dw;
+                passing[n].x[i] = dw;
+            }
+            const int64_t at = head + (int64_t)t0 * A + channel + wkv_token(0) * A;
+#pragma unroll
+            for (int m = 0; m < 4; m++) {
+                const int n = m / 2, i = m % 2, next_token = (m % 2 + m / 2 * 8) * A;
+                if (t0 + wkv_token(m) >= p.T) continue;
+                store_pair(g.dr + at + next_token, dr[n].x[i], dr[n].x[i + 2]);
+                store_pair(g.dk + at + next_token, dk[n].x[i], dk[n].x[i + 2]);
+                if (g.dw) store_pair(g.dw + at + next_token, passing[n].x[i], passing[n].x[i + 2]);
+            }
+            __syncthreads();
+
+            TileC dv[2] = {};                                               // 16 tokens x this warp's 16 values
+            for (int i = 0; i < 4; i++) {
+                TileB state_b[2];
+                load_b_pair_t(state_b, &s.dS[side][16 * i][16 * warp], LD);
+                mma(dv, load_a_t(&s.after[side][16 * i][0], LDT), state_b);
+            }
+            TileB dy_b[2];
+            load_b_pair_t(dy_b, &s.dy[q][0][16 * warp], LD);
+            mma(dv, wkv_sum_scores(s.part[side]), dy_b);
+            const int64_t at_v = head + (int64_t)(t0 + tile_row(0)) * A + 16 * warp + tile_col(0);
+#pragma unroll
+            for (int m = 0; m < 4; m++) {
+                const float *from = &dv[m % 2].x[m / 2 * 2];
+                if (t0 + tile_row(m) < p.T) store_pair(g.dv + at_v + m / 2 * 8 * A + m % 2 * 8, from[0], from[1]);
+            }
+            if (SIDES == 1) __syncthreads();
+            if (chunk == 0) continue;
+            // v and dy of the tile before this one have been read by all: room for the next chunk's
+            for (int slot = q + 1; slot < TILES && (slot == q + 1 || q == tiles - 1); slot++) wkv_copy_tiles(s, p, g, head, c0 - CHUNK, slot);
+            async_commit();
+        }
+        __syncthreads();
+        if (chunk > 0) wkv_copy_tiles(s, p, g, head, c0 - CHUNK, 0);
+        async_commit();
     }
-    __syncthreads();
-    store(&s.dr[t][c], dw_sum);                                             // sums over the 16 threads of a channel
-    store(&s.dk_odd[t][c], du);
-    __syncthreads();
-    if (threadIdx.x >= N) return;
-    float w = 0, u = 0;
-    for (int i = 0; i < TILE; i++) {
-        w += s.dr[i][threadIdx.x];
-        u += s.dk_odd[i][threadIdx.x];
+    for (int c = 0; c < 2; c++) {
+        dw_sum[c] = warp_sum(dw_sum[c], 4);
+        du[c] = warp_sum(du[c], 4);
+        if (lane % 4 > 0) continue;
+        g.dw_sum[(int64_t)b * A + h * N + channel + c] = dw_sum[c];
+        g.du[(int64_t)b * A + h * N + channel + c] = du[c];
     }
-    g.dw_sum[(int64_t)b * A + h * N + threadIdx.x] = w;
-    g.du[(int64_t)b * A + h * N + threadIdx.x] = u;
 }
 
 template <typename Kernel> static void allow_smem(Kernel kernel, size_t bytes) {     // more than 48 KB a block must be asked for
@@ -1849,113 +2148,168 @@ static void wkv_backward(const WkvGradients &g, const Wkv &p, int B) {
 //
 //     y_t = sum_{s<=t} p_ts v_s,   p_ts = exp(q_t . k_s / sqrt(N) - l_t),   l_t = log sum_{s<=t} exp(q_t . k_s / sqrt(N))
 //
-// q, k, v, y are (B, T, A), head h at channels h N; l (B, H, T) in units of log 2. A block takes 64 queries of a head, a
-// warp 16 of them, and walks the keys in tiles of 64 with a running maximum and sum (FlashAttention-2, arXiv 2307.08691);
-// the next tile is copied while this one is multiplied. Flops: 2 N T^2 forward, 7/2 of that backward (scores twice).
+// q, k, v, y are (B, T, A), head h at channels h N; l (B, H, T) in units of log 2. A block takes 128 queries of a head, each of
+// its four warps 32, and walks the keys with a running maximum and sum (FlashAttention-2, arXiv 2307.08691); the next 64 are
+// copied while these are multiplied. Squares of 32 queries by 32 keys that lie above the diagonal are left out:
+//
+//                   keys  0   32   64   96  128
+//     queries  0 warp 0   \    .    .    .
+//             32 warp 1   #    \    .    .         # all 32 x 32 scores     \ those with s <= t     . none
+//             64 warp 2   #    #    \    .
+//             96 warp 3   #    #    #    \         (and the same shifted by 128, 256, .. for the next blocks)
+//
+// Floor: flops, 2 N for each product of each pair. Forward has 2 products, backward 5, of which we do 7: scores and their
+// gradients twice, so that every sum stays in one warp, without atomics. Beside a tile product (16 x 8 x 16), which costs an H100
+// 1 clock by its data sheet and 1.6 by mma.sync, it must load 128 bytes from shared memory, 1 clock, because a fragment (256
+// bytes) feeds two products and the left operands stay in registers; and make 16 exponentials forward, 1 clock.
 
-static const int QT = 64;                   // queries or keys of a tile
-static const int ATTENTION_THREADS = 128;
+static const int ATTENTION_THREADS = 128, ATTENTION_ROWS = 128;             // of a block: threads; queries or keys
 #define SCALE_LOG2 (0.125f * 1.4426950408889634f)           // 1/sqrt(N) log2(e): exp(x/sqrt(N)) = exp2(x SCALE_LOG2)
 
-typedef floatX AttentionTile[QT][LD];
+typedef floatX HeadRow[LD];                 // a token's N channels of a head in shared memory
+static const size_t ATTENTION_SMEM = 256 * sizeof(HeadRow);                 // 36 KB in bf16: blocks are limited by registers
 
-// 64 rows of a head, starting at row t0, on their way to shared memory; zeros past the end
-__device__ inline void attention_load(AttentionTile &to, const floatX *from, int t0, int T, int A) {
-    const int per_row = N * sizeof(floatX) / 16, step = 16 / sizeof(floatX);
-    for (int i = threadIdx.x; i < QT * per_row; i += ATTENTION_THREADS) {
-        const int row = i / per_row, c = i % per_row * step;
-        const bool valid = t0 + row < T;
-        async_copy16(&to[row][c], from + (valid ? (int64_t)(t0 + row) * A + c : 0), valid);
+// `count` tokens of a head, starting at t0, on their way to shared memory; zeros past the end
+template <int count> __device__ inline void attention_load(HeadRow *to, const floatX *from, int t0, int T, int A) {
+    const int per_row = N * sizeof(floatX) / 16, row = threadIdx.x / per_row, c = threadIdx.x % per_row * (N / per_row);
+    const floatX *p = from + (int64_t)(t0 + row) * A + c;
+#pragma unroll
+    for (int i = 0; i < count; i += ATTENTION_THREADS / per_row) {
+        async_copy16(&to[row + i][c], p + (int64_t)i * A, t0 + row + i < T);
     }
 }
 
-// 16 rows of a tile as left operands (16 x N in four steps of 16)
-__device__ inline void attention_rows(TileA (&a)[4], const AttentionTile &tile, int row) {
-    for (int i = 0; i < 4; i++) a[i] = load_a(&tile[row][16 * i], LD);
+// 32 rows as left operands: two row tiles of four 16 x 16 pieces
+struct Left { TileA x[2][4]; };
+__device__ inline void attention_left(Left &a, const HeadRow *rows) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) a.x[i / 4][i % 4] = load_a(&rows[i / 4 * 16][i % 4 * 16], LD);
 }
 
-// out (16 x 8 n) = a (16 x N) tile[row..row + 8 n)^T
-template <int n> __device__ inline void attention_scores(TileC (&out)[n], const TileA (&a)[4], const AttentionTile &tile, int row) {
+// out (32 x 8 n) = a (32 x N) rows[0..8 n)^T
+template <int n> __device__ inline void attention_scores(TileC (&out)[2][n], const Left &a, const HeadRow *rows) {
+#pragma unroll
     for (int i = 0; i < 4; i++) {
         TileB b[n];
-        for (int j = 0; j < n; j++) b[j] = load_b(&tile[row + 8 * j][16 * i], LD);
-        mma(out, a[i], b);
+#pragma unroll
+        for (int j = 0; j < n; j += 2) load_b_pair(&b[j], &rows[8 * j][16 * i], LD);
+        mma(out[0], a.x[0][i], b);
+        mma(out[1], a.x[1][i], b);
     }
 }
 
-// out (16 x N) += p (16 x 8 n) tile[row..row + 8 n)
-template <int n> __device__ inline void attention_values(TileC (&out)[8], const TileC (&p)[n], const AttentionTile &tile, int row) {
+// out (32 x N) += p (32 x 8 n) rows[0..8 n)
+template <int n> __device__ inline void attention_values(TileC (&out)[2][8], const TileC (&p)[2][n], const HeadRow *rows) {
+#pragma unroll
     for (int i = 0; i < n / 2; i++) {
         TileB b[8];
-        for (int j = 0; j < 8; j++) b[j] = load_b_t(&tile[row + 16 * i][8 * j], LD);
-        mma(out, to_a(p[2 * i], p[2 * i + 1]), b);
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) load_b_pair_t(&b[j], &rows[16 * i][8 * j], LD);
+        mma(out[0], to_a(p[0][2 * i], p[0][2 * i + 1]), b);
+        mma(out[1], to_a(p[1][2 * i], p[1][2 * i + 1]), b);
     }
 }
 
-// this warp's 16 rows, times a factor for each half row of the lane, from its tiles to memory
-__device__ inline void attention_store(floatX *to, const TileC (&x)[8], const float (&factor)[2], int t0, int T, int A) {
-    for (int i = 0; i < 4; i++) {
-        const int t = t0 + tile_row(i);
-        for (int n = 0; n < 8 && t < T; n++) to[(int64_t)t * A + 8 * n + tile_col(i)] = (floatX)(x[n].x[i] * factor[i / 2]);
+// this warp's 32 rows, times a factor for each row of the lane, from its tiles to memory
+__device__ inline void attention_store(floatX *to, const TileC (&x)[2][8], const float (&factor)[4], int t0, int T, int A) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int t = t0 + i / 4 * 16 + tile_row(i % 4);
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+            if (t < T) to[(int64_t)t * A + 8 * n + tile_col(i)] = (floatX)(x[i / 4][n].x[i % 4] * factor[i / 2]);
     }
 }
 
-__global__ void __launch_bounds__(ATTENTION_THREADS)
+// A square on the diagonal, `offset` columns in: scores of keys after their query become -infinity.
+template <bool rows_are_keys, int n> __device__ inline void attention_mask(TileC (&p)[2][n], int offset) {
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int j = 0; j < n; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int row = 16 * m + tile_row(i), column = offset + 8 * j + tile_col(i);
+                if (rows_are_keys ? row > column : column > row) p[m][j].x[i] = -INFINITY;
+            }
+}
+
+// The running softmax of this lane's four rows. exp2(score - top) needs top near the maximum only to stay in range, and y is the
+// same for any top. So top is moved, and out and sum are scaled anew, only when a score is more than 2^8 times too large: rarely.
+struct Softmax { float top[4], sum[4]; };
+static const float ATTENTION_MARGIN = 8;
+
+template <int n> __device__ inline void attention_softmax(Softmax &s, TileC (&p)[2][n], TileC (&out)[2][8]) {
+    float high[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+    bool grows = false;
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+#pragma unroll
+        for (int j = 0; j < n; j++) high[r] = fmaxf(high[r], fmaxf(p[r / 2][j].x[r % 2 * 2], p[r / 2][j].x[r % 2 * 2 + 1]));
+        grows |= high[r] * SCALE_LOG2 > s.top[r] + ATTENTION_MARGIN;
+    }
+    if (__any_sync(0xffffffffu, grows)) {
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const float top = fmaxf(s.top[r], warp_max(high[r], 4) * SCALE_LOG2), shrink = exp2_fast(s.top[r] - top);
+            s.top[r] = top;
+            s.sum[r] *= shrink;
+#pragma unroll
+            for (int j = 0; j < 16; j++) out[r / 2][j / 2].x[r % 2 * 2 + j % 2] *= shrink;
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+#pragma unroll
+        for (int j = 0; j < 2 * n; j++) {
+            float &x = p[r / 2][j / 2].x[r % 2 * 2 + j % 2];
+            x = exp2_fast(x * SCALE_LOG2 - s.top[r]);
+            s.sum[r] += x;
+        }
+}
+
+__global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 attention_forward_kernel(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
-    AttentionTile *tiles = dynamic_smem<AttentionTile>();   // K, V; K, V of the next tile; the queries
+    HeadRow *smem = dynamic_smem<HeadRow>();                // 64 keys, 64 values; the next 64 of each, at first the queries
     const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
-    const int last = gridDim.x - 1 - blockIdx.x, t0 = last * QT + 16 * warp;    // the longest rows first
+    const int t0 = (gridDim.x - 1 - blockIdx.x) * ATTENTION_ROWS, mine = t0 + 32 * warp;        // the longest rows first
+    const int end = min(T, t0 + ATTENTION_ROWS);
     const int64_t head = (int64_t)b * T * A + h * N;
-    attention_load(tiles[4], q + head, last * QT, T, A);
-    attention_load(tiles[0], k + head, 0, T, A);
-    attention_load(tiles[1], v + head, 0, T, A);
+    attention_load<128>(smem + 128, q + head, t0, T, A);
+    attention_load<64>(smem, k + head, 0, T, A);
+    attention_load<64>(smem + 64, v + head, 0, T, A);
     async_commit();
-    TileA queries[4];
-    TileC out[8] = {};
-    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};                 // of the two rows in this lane
-    for (int tile = 0; tile <= last; tile++) {
-        const AttentionTile &keys = tiles[tile % 2 * 2], &values = tiles[tile % 2 * 2 + 1];
-        if (tile < last) {
-            attention_load(tiles[(tile + 1) % 2 * 2], k + head, (tile + 1) * QT, T, A);
-            attention_load(tiles[(tile + 1) % 2 * 2 + 1], v + head, (tile + 1) * QT, T, A);
+    async_wait<0>();
+    __syncthreads();
+    Left queries;
+    attention_left(queries, smem + 128 + 32 * warp);
+    TileC out[2][8] = {};
+    Softmax s = {{-INFINITY, -INFINITY, -INFINITY, -INFINITY}, {0, 0, 0, 0}};
+    for (int tile = 0; tile * 64 < end; tile++) {
+        const HeadRow *keys = smem + tile % 2 * 128, *values = keys + 64;
+        HeadRow *next = smem + (tile + 1) % 2 * 128;
+        async_wait<0>();
+        __syncthreads();                                    // this tile is there for all, and nobody needs the last one
+        if ((tile + 1) * 64 < end) {
+            attention_load<64>(next, k + head, (tile + 1) * 64, T, A);
+            attention_load<64>(next + 64, v + head, (tile + 1) * 64, T, A);
+            async_commit();
         }
-        async_commit();
-        async_wait<1>();
-        __syncthreads();
-        if (tile == 0) attention_rows(queries, tiles[4], 16 * warp);
-        TileC p[8] = {};
-        attention_scores(p, queries, keys, 0);
-        float high[2] = {top[0], top[1]};
-        for (int n = 0; n < 8; n++)
-            for (int i = 0; i < 4; i++) {
-                if (tile == last && 8 * n + tile_col(i) > 16 * warp + tile_row(i)) p[n].x[i] = -INFINITY;
-                high[i / 2] = fmaxf(high[i / 2], p[n].x[i]);
-            }
-        for (int i = 0; i < 2; i++) {
-            high[i] = warp_max(high[i], 4);
-            const float shrink = exp2f((top[i] - high[i]) * SCALE_LOG2);
-            sum[i] *= shrink;
-            for (int n = 0; n < 8; n++) {
-                out[n].x[2 * i] *= shrink;
-                out[n].x[2 * i + 1] *= shrink;
-            }
-            top[i] = high[i];
+        for (int part = 0; part < 64 && tile * 64 + part <= mine; part += 32) {
+            TileC p[2][4] = {};
+            attention_scores(p, queries, keys + part);
+            if (tile * 64 + part == mine) attention_mask<false>(p, 0);
+            attention_softmax(s, p, out);
+            attention_values(out, p, values + part);
         }
-        for (int n = 0; n < 8; n++)
-            for (int i = 0; i < 4; i++) {
-                p[n].x[i] = exp2f((p[n].x[i] - top[i / 2]) * SCALE_LOG2);
-                sum[i / 2] += p[n].x[i];
-            }
-        attention_values(out, p, values, 0);
-        __syncthreads();
     }
-    for (int i = 0; i < 2; i++) {
-        sum[i] = warp_sum(sum[i], 4);
-        const int t = t0 + tile_row(2 * i);
-        if (threadIdx.x % 4 == 0 && t < T) l[((int64_t)b * H + h) * T + t] = top[i] * SCALE_LOG2 + log2f(sum[i]);
-        sum[i] = 1 / sum[i];
+    for (int r = 0; r < 4; r++) {
+        const int t = mine + r / 2 * 16 + tile_row(r % 2 * 2);
+        s.sum[r] = warp_sum(s.sum[r], 4);
+        if (threadIdx.x % 4 == 0 && t < T) l[((int64_t)b * H + h) * T + t] = s.top[r] + log2f(s.sum[r]);
+        s.sum[r] = 1 / s.sum[r];
     }
-    attention_store(y + head, out, sum, t0, T, A);
+    attention_store(y + head, out, s.sum, mine, T, A);
 }
 
 // delta (B, H, T): dy_t . y_t per head, what the softmax's gradient subtracts. Blocks of a row; 8 lanes hold a head.
@@ -1970,121 +2324,134 @@ __global__ void attention_delta(float *delta, const floatX *dy, const floatX *y,
     if (mine && threadIdx.x % 8 == 0) delta[(row / T * H + c / N) * T + row % T] = sum;
 }
 
-// With ds = p * (dy v^T - delta):   dv = p^T dy,  dk = ds^T q / sqrt(N)     (a block: 64 keys, walking the queries)
-//                                   dq = ds k / sqrt(N)                     (a block: 64 queries, walking the keys)
-// Each sum stays in one block: no atomics, at the price of the scores made twice.
+// With ds = p * (dy v^T - delta):   dv = p^T dy,  dk = ds^T q / sqrt(N)     (a block: 128 keys, walking the queries)
+//                                   dq = ds k / sqrt(N)                     (a block: 128 queries, walking the keys)
 struct AttentionGradients { floatX *dq, *dk, *dv; const floatX *dy; const float *l, *delta; };
 
-struct AttentionBackward {
-    AttentionTile tile[4];
-    float l[QT], delta[QT];
-};
-
-__global__ void __launch_bounds__(ATTENTION_THREADS)
-attention_backward_kv(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
-    AttentionBackward &s = *dynamic_smem<AttentionBackward>();              // K, V, Q, dY
-    const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N, first = blockIdx.x;
-    const int64_t head = (int64_t)b * T * A + h * N, stats = ((int64_t)b * H + h) * T;
-    attention_load(s.tile[0], k + head, first * QT, T, A);
-    attention_load(s.tile[1], v + head, first * QT, T, A);
-    TileA keys[4], values[4];
-    TileC dk[8] = {}, dv[8] = {};
-    for (int tile = first; tile * QT < T; tile++) {
-        attention_load(s.tile[2], q + head, tile * QT, T, A);
-        attention_load(s.tile[3], g.dy + head, tile * QT, T, A);
-        async_commit();
-        if (threadIdx.x < QT) {
-            const int t = tile * QT + threadIdx.x;
-            s.l[threadIdx.x] = t < T ? g.l[stats + t] : INFINITY;           // past the end: p = 0
-            s.delta[threadIdx.x] = t < T ? g.delta[stats + t] : 0;
-        }
-        async_wait<0>();
-        __syncthreads();
-        if (tile == first) {
-            attention_rows(keys, s.tile[0], 16 * warp);
-            attention_rows(values, s.tile[1], 16 * warp);
-        }
-        for (int part = 0; part < QT; part += 32) {                         // 32 queries at a time: registers
-            TileC p[4] = {}, ds[4] = {};                                    // transposed: rows are keys
-            attention_scores(p, keys, s.tile[2], part);
-            attention_scores(ds, values, s.tile[3], part);
-            for (int n = 0; n < 4; n++)
-                for (int i = 0; i < 4; i++) {
-                    const int query = part + 8 * n + tile_col(i);
-                    const bool seen = tile > first || 16 * warp + tile_row(i) <= query;
-                    p[n].x[i] = seen ? exp2f(p[n].x[i] * SCALE_LOG2 - s.l[query]) : 0;
-                    ds[n].x[i] = p[n].x[i] * (ds[n].x[i] - s.delta[query]);
-                }
-            attention_values(dv, p, s.tile[3], part);
-            attention_values(dk, ds, s.tile[2], part);
-        }
-        __syncthreads();
-    }
-    const float one[2] = {1, 1}, scale[2] = {0.125f, 0.125f};
-    attention_store(g.dv + head, dv, one, first * QT + 16 * warp, T, A);
-    attention_store(g.dk + head, dk, scale, first * QT + 16 * warp, T, A);
+// The block's own 128 rows of two arrays, of which each warp takes 32 into registers
+__device__ inline void attention_own(Left &a, Left &b, HeadRow *smem, const floatX *pa, const floatX *pb, int t0, int T, int A) {
+    attention_load<128>(smem, pa, t0, T, A);
+    attention_load<128>(smem + 128, pb, t0, T, A);
+    async_commit();
+    async_wait<0>();
+    __syncthreads();
+    attention_left(a, smem + threadIdx.x / 32 * 32);
+    attention_left(b, smem + 128 + threadIdx.x / 32 * 32);
+    __syncthreads();
 }
 
-__global__ void __launch_bounds__(ATTENTION_THREADS)
-attention_backward_q(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
-    AttentionBackward &s = *dynamic_smem<AttentionBackward>();              // Q, dY, K, V
+__global__ void __launch_bounds__(ATTENTION_THREADS, 2)
+attention_backward_kv(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+    HeadRow *smem = dynamic_smem<HeadRow>();                // 64 queries, 64 dy; the next 64 of each
+    __shared__ float2 stats[2][64];                         // l, delta of these queries
     const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
-    const int last = gridDim.x - 1 - blockIdx.x, t0 = last * QT + 16 * warp;
-    const int64_t head = (int64_t)b * T * A + h * N, stats = ((int64_t)b * H + h) * T;
-    attention_load(s.tile[0], q + head, last * QT, T, A);
-    attention_load(s.tile[1], g.dy + head, last * QT, T, A);
-    TileA queries[4], dy[4];
-    TileC dq[8] = {};
-    float l[2], delta[2];
-    for (int i = 0; i < 2; i++) {
-        const int t = t0 + tile_row(2 * i);
-        l[i] = t < T ? g.l[stats + t] : INFINITY;
-        delta[i] = t < T ? g.delta[stats + t] : 0;
-    }
-    for (int tile = 0; tile <= last; tile++) {
-        attention_load(s.tile[2], k + head, tile * QT, T, A);
-        attention_load(s.tile[3], v + head, tile * QT, T, A);
+    const int t0 = blockIdx.x * ATTENTION_ROWS, mine = t0 + 32 * warp;
+    const int64_t head = (int64_t)b * T * A + h * N, row = ((int64_t)b * H + h) * T;
+    Left keys, values;
+    attention_own(keys, values, smem, k + head, v + head, t0, T, A);
+    auto fetch = [&](int t) {
+        attention_load<64>(smem + t % 128 * 2, q + head, t, T, A);
+        attention_load<64>(smem + t % 128 * 2 + 64, g.dy + head, t, T, A);
         async_commit();
+        const int mine = t + threadIdx.x % 64;
+        return mine < T ? make_float2(g.l[row + mine], g.delta[row + mine]) : make_float2(INFINITY, 0);     // past the end: p = 0
+    };
+    float2 next = fetch(t0);
+    TileC dk[2][8] = {}, dv[2][8] = {};
+    for (int t = t0; t < T; t += 64) {
+        if (threadIdx.x < 64) stats[t / 64 % 2][threadIdx.x] = next;
+        async_wait<0>();
+        __syncthreads();                                    // this tile is there for all, and nobody needs the last one
+        if (t + 64 < T) next = fetch(t + 64);
+#pragma unroll 1
+        for (int part = max(0, mine - t); part < 64; part += 16) {              // 16 queries at a time: registers
+            const HeadRow *queries = smem + t % 128 * 2 + part, *dy = queries + 64;
+            TileC p[2][2] = {}, ds[2][2] = {};              // transposed: rows are keys
+            attention_scores(p, keys, queries);
+            attention_scores(ds, values, dy);
+            if (t + part < mine + 32) attention_mask<true>(p, t + part - mine);
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float2 s = stats[t / 64 % 2][part + j / 2 * 8 + tile_col(j % 2)];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float &weight = p[i / 2][j / 2].x[i % 2 * 2 + j % 2], &gradient = ds[i / 2][j / 2].x[i % 2 * 2 + j % 2];
+                    weight = exp2_fast(weight * SCALE_LOG2 - s.x);
+                    gradient = weight * (gradient - s.y);
+                }
+            }
+            attention_values(dv, p, dy);
+            attention_values(dk, ds, queries);
+        }
+    }
+    const float one[4] = {1, 1, 1, 1}, scale[4] = {0.125f, 0.125f, 0.125f, 0.125f};
+    attention_store(g.dv + head, dv, one, mine, T, A);
+    attention_store(g.dk + head, dk, scale, mine, T, A);
+}
+
+__global__ void __launch_bounds__(ATTENTION_THREADS, 2)
+attention_backward_q(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+    HeadRow *smem = dynamic_smem<HeadRow>();                // 64 keys, 64 values; the next 64 of each
+    const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
+    const int t0 = (gridDim.x - 1 - blockIdx.x) * ATTENTION_ROWS, mine = t0 + 32 * warp;        // the longest rows first
+    const int end = min(T, t0 + ATTENTION_ROWS);
+    const int64_t head = (int64_t)b * T * A + h * N, row = ((int64_t)b * H + h) * T;
+    Left queries, dy;
+    attention_own(queries, dy, smem, q + head, g.dy + head, t0, T, A);
+    auto fetch = [&](int t) {
+        attention_load<64>(smem + t % 128 * 2, k + head, t, T, A);
+        attention_load<64>(smem + t % 128 * 2 + 64, v + head, t, T, A);
+        async_commit();
+    };
+    fetch(0);
+    float l[4], delta[4];                                   // of this lane's rows
+    for (int r = 0; r < 4; r++) {
+        const int t = mine + r / 2 * 16 + tile_row(r % 2 * 2);
+        l[r] = t < T ? g.l[row + t] : INFINITY;
+        delta[r] = t < T ? g.delta[row + t] : 0;
+    }
+    TileC dq[2][8] = {};
+    for (int t = 0; t < end; t += 64) {
         async_wait<0>();
         __syncthreads();
-        if (tile == 0) {
-            attention_rows(queries, s.tile[0], 16 * warp);
-            attention_rows(dy, s.tile[1], 16 * warp);
-        }
-        for (int part = 0; part < QT; part += 32) {
-            TileC p[4] = {}, ds[4] = {};
-            attention_scores(p, queries, s.tile[2], part);
-            attention_scores(ds, dy, s.tile[3], part);
-            for (int n = 0; n < 4; n++)
-                for (int i = 0; i < 4; i++) {
-                    const bool seen = tile < last || part + 8 * n + tile_col(i) <= 16 * warp + tile_row(i);
-                    const float weight = seen ? exp2f(p[n].x[i] * SCALE_LOG2 - l[i / 2]) : 0;
-                    ds[n].x[i] = weight * (ds[n].x[i] - delta[i / 2]);
+        if (t + 64 < end) fetch(t + 64);
+#pragma unroll 1
+        for (int part = 0; part < min(64, mine + 32 - t); part += 32) {
+            const HeadRow *keys = smem + t % 128 * 2 + part, *values = keys + 64;
+            TileC p[2][4] = {}, ds[2][4] = {};
+            attention_scores(p, queries, keys);
+            attention_scores(ds, dy, values);
+            if (t + part == mine) attention_mask<false>(p, 0);
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    float &gradient = ds[r / 2][j / 2].x[r % 2 * 2 + j % 2];
+                    const float weight = exp2_fast(p[r / 2][j / 2].x[r % 2 * 2 + j % 2] * SCALE_LOG2 - l[r]);
+                    gradient = weight * (gradient - delta[r]);
                 }
-            attention_values(dq, ds, s.tile[2], part);
+            attention_values(dq, ds, keys);
         }
-        __syncthreads();
     }
-    const float scale[2] = {0.125f, 0.125f};
-    attention_store(g.dq + head, dq, scale, t0, T, A);
+    const float scale[4] = {0.125f, 0.125f, 0.125f, 0.125f};
+    attention_store(g.dq + head, dq, scale, mine, T, A);
 }
 
 static void attention_forward(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int B, int T, int H) {
-    const size_t smem = 5 * sizeof(AttentionTile);
-    allow_smem(attention_forward_kernel, smem);
-    attention_forward_kernel<<<dim3((int)ceil_div(T, QT), H, B), ATTENTION_THREADS, smem, stream>>>(y, l, q, k, v, T, H);
+    allow_smem(attention_forward_kernel, ATTENTION_SMEM);
+    const dim3 grid((int)ceil_div(T, ATTENTION_ROWS), H, B);
+    attention_forward_kernel<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(y, l, q, k, v, T, H);
 }
 
 static void attention_backward(floatX *dq, floatX *dk, floatX *dv, float *delta, const floatX *dy, const floatX *y, const float *l,
                                const floatX *q, const floatX *k, const floatX *v, int B, int T, int H) {
-    const size_t smem = sizeof(AttentionBackward);
-    const dim3 grid((int)ceil_div(T, QT), H, B);
+    const dim3 grid((int)ceil_div(T, ATTENTION_ROWS), H, B);
     const AttentionGradients g = {dq, dk, dv, dy, l, delta};
     attention_delta<<<B * T, row_threads(H * N), 0, stream>>>(delta, dy, y, T, H);
-    allow_smem(attention_backward_kv, smem);
-    attention_backward_kv<<<grid, ATTENTION_THREADS, smem, stream>>>(g, q, k, v, T, H);
-    allow_smem(attention_backward_q, smem);
-    attention_backward_q<<<grid, ATTENTION_THREADS, smem, stream>>>(g, q, k, v, T, H);
+    allow_smem(attention_backward_kv, ATTENTION_SMEM);
+    attention_backward_kv<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(g, q, k, v, T, H);
+    allow_smem(attention_backward_q, ATTENTION_SMEM);
+    attention_backward_q<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(g, q, k, v, T, H);
 }
 
 // ---- channel mix (spec section 4) ----
@@ -2129,6 +2496,152 @@ __global__ void gate_backward(floatX *dr, floatX *dv, const floatX *dout, const 
     }
     store(dr + at, gate);
     store(dv + at, value);
+}
+
+// ---- rope: positions as rotations (spec section 3) ----
+//
+//     (a, b) = channels (2i, 2i + 1) of each head  ->  (a cos z - b sin z, a sin z + b cos z),   z = position * velocity_i
+//     rope:  velocity_i = base^(-2i/N) / rescale          brope:  velocity_i = pi 2^-i / rescale,  0 for i >= log2(ctx_len)
+//
+// An fp32 z would be off by 1e-2 at position 262,144: whole turns are taken away in fp64 first. The gradient turns back.
+struct Rope {
+    bool used;
+    double turns[N / 2];                    // of each pair, per token: velocity / 2 pi
+};
+
+static Rope make_rope(const Settings *s) {
+    const bool rope = s->rope.base > 0, brope = s->brope.rescale > 0;
+    Rope r = {rope || brope, {}};
+    for (int i = 0; i < N / 2; i++) {
+        if (rope) r.turns[i] = pow(s->rope.base * s->rope.rebase, -2.0 * i / N) / s->rope.rescale / (2 * M_PI);
+        if (brope) r.turns[i] = i < (int)log2((double)s->ctx_len) ? 0.5 * pow(2, -i) / s->brope.rescale : 0;
+    }
+    return r;
+}
+
+// Channels c.. of a row at this position. direction: 1, or -1 to turn back.
+__device__ inline Pack rope_pack(Pack v, const Rope &rope, int64_t position, int c, float direction) {
+    for (int i = 0; i < 8; i += 2) {
+        const double turns = (double)position * rope.turns[c % N / 2 + i / 2];
+        float sine, cosine;
+        sincospif(2 * (float)(turns - rint(turns)), &sine, &cosine);
+        sine *= direction;
+        const float a = v.x[i], b = v.x[i + 1];
+        v.x[i] = a * cosine - b * sine;
+        v.x[i + 1] = a * sine + b * cosine;
+    }
+    return v;
+}
+
+// x (rows, A) in place; row 0 has position `first`, every T rows it begins again.
+__global__ void rope_rotate(floatX *x, Rope rope, int64_t first, int T, int A, float direction) {
+    const int c = threadIdx.x * 8;
+    if (c >= A) return;
+    floatX *at = x + (int64_t)blockIdx.x * A + c;
+    store(at, rope_pack(load(at), rope, first + blockIdx.x % T, c, direction));
+}
+
+// ---- group norm and gate of Finch and Eagle (spec section 3) ----
+//
+//     out = GroupNorm(y) * silu(g):  every head normed by itself, eps 1e-5 divisor^2;  silu(g) = g sigmoid(g)
+//
+// Eagle's GroupNorm(y / divisor) with eps 1e-5 is the same function. Eight lanes hold a head. Bytes a row: 3 A floatX.
+__device__ inline float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+__device__ inline float silu_gradient(float x) { return sigmoid(x) * (1 + x * (1 - sigmoid(x))); }
+
+__device__ inline Pack head_norm(Pack y, float eps, float *rstd) {              // (y - mean) / sqrt(var + eps)
+    float total = 0, squares = 0;
+    for (int i = 0; i < 8; i++) total += y.x[i];
+    const float mean = warp_sum(total, 8) / N;
+    for (int i = 0; i < 8; i++) squares += (y.x[i] - mean) * (y.x[i] - mean);
+    *rstd = rsqrtf(warp_sum(squares, 8) / N + eps);
+    for (int i = 0; i < 8; i++) y.x[i] = (y.x[i] - mean) * *rstd;
+    return y;
+}
+
+__global__ void gated_group_norm_forward_kernel(floatX *out, const floatX *y, const floatX *g, const floatX *gain, const floatX *bias,
+                                                float eps, int A) {
+    const int c = threadIdx.x * 8;
+    const bool mine = c < A;
+    const int64_t at = (int64_t)blockIdx.x * A + c;
+    float rstd;
+    Pack n = head_norm(mine ? load(y + at) : zero_pack(), eps, &rstd);
+    if (!mine) return;
+    const Pack gate = load(g + at), a = load(gain + c), b = load(bias + c);
+    for (int i = 0; i < 8; i++) n.x[i] = (n.x[i] * a.x[i] + b.x[i]) * gate.x[i] * sigmoid(gate.x[i]);
+    store(out + at, n);
+}
+
+static void gated_group_norm_forward(floatX *out, const floatX *y, const floatX *g, Param gain, Param bias, float eps, int rows, int A) {
+    gated_group_norm_forward_kernel<<<rows, row_threads(A), 0, stream>>>(out, y, g, gain.w, bias.w, eps, A);
+}
+
+// With d = dout silu(g), n = the head's norm, dn = d gain:   dy = (dn - mean(dn) - n mean(dn n)) rstd,
+// dg = dout (n gain + bias) silu'(g);   partial (blocks, 2, A): sums of d n and of d.
+__global__ void gated_group_norm_backward_kernel(floatX *dy, floatX *dg, float *partial, const floatX *dout, const floatX *y,
+                                                 const floatX *g, const floatX *gain, const floatX *bias, float eps,
+                                                 int rows, int rows_per_block, int A) {
+    const int c = threadIdx.x * 8;
+    const bool mine = c < A;
+    const Pack a = mine ? load(gain + c) : zero_pack(), b = mine ? load(bias + c) : zero_pack();
+    Pack dgain = zero_pack(), dbias = zero_pack();
+    const int64_t end = min((int64_t)rows, (int64_t)(blockIdx.x + 1) * rows_per_block);
+    for (int64_t row = (int64_t)blockIdx.x * rows_per_block; row < end; row++) {
+        const int64_t at = row * A + c;
+        float rstd, sum = 0, sum_n = 0;
+        const Pack n = head_norm(mine ? load(y + at) : zero_pack(), eps, &rstd);
+        Pack d = mine ? load(dout + at) : zero_pack(), gate = mine ? load(g + at) : zero_pack();
+        for (int i = 0; i < 8; i++) {
+            const float all = d.x[i], z = gate.x[i];
+            gate.x[i] = all * (n.x[i] * a.x[i] + b.x[i]) * silu_gradient(z);
+            d.x[i] = all * z * sigmoid(z);
+            dgain.x[i] += d.x[i] * n.x[i];
+            dbias.x[i] += d.x[i];
+            d.x[i] *= a.x[i];
+            sum += d.x[i];
+            sum_n += d.x[i] * n.x[i];
+        }
+        const float mean = warp_sum(sum, 8) / N, mean_n = warp_sum(sum_n, 8) / N;
+        for (int i = 0; i < 8; i++) d.x[i] = (d.x[i] - mean - n.x[i] * mean_n) * rstd;
+        if (!mine) continue;
+        store(dg + at, gate);
+        store(dy + at, d);
+    }
+    if (!mine) return;
+    store(partial + (int64_t)blockIdx.x * 2 * A + c, dgain);
+    store(partial + (int64_t)blockIdx.x * 2 * A + A + c, dbias);
+}
+
+static void gated_group_norm_backward(floatX *dy, floatX *dg, float *partial, const floatX *dout, const floatX *y, const floatX *g,
+                                      Param gain, Param bias, float eps, int rows, int A) {
+    const int blocks = row_blocks(rows), per = rows_per_block(rows), threads = row_threads(A);
+    gated_group_norm_backward_kernel<<<blocks, threads, 0, stream>>>(dy, dg, partial, dout, y, g, gain.w, bias.w, eps, rows, per, A);
+    add_partials({{gain.g, bias.g}}, partial, blocks, 2, A);
+}
+
+// ---- Llama's gate ----
+
+__global__ void swiglu_forward(floatX *out, const floatX *a, const floatX *b, int64_t n) {              // out = silu(a) b
+    const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (at >= n) return;
+    Pack v = load(a + at);
+    const Pack w = load(b + at);
+    for (int i = 0; i < 8; i++) v.x[i] *= sigmoid(v.x[i]) * w.x[i];
+    store(out + at, v);
+}
+
+__global__ void swiglu_backward(floatX *da, floatX *db, const floatX *dout, const floatX *a, const floatX *b, int64_t n) {
+    const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (at >= n) return;
+    const Pack d = load(dout + at);
+    Pack v = load(a + at), w = load(b + at);
+    for (int i = 0; i < 8; i++) {
+        const float x = v.x[i];
+        v.x[i] = d.x[i] * w.x[i] * silu_gradient(x);
+        w.x[i] = d.x[i] * x * sigmoid(x);
+    }
+    store(da + at, v);
+    store(db + at, w);
 }
 
 // ---- classifier (spec section 5): loss and its gradient on the logits in one kernel, in place ----
@@ -2297,7 +2810,9 @@ __global__ void round_params(floatX *params, const float *master, const Piece *p
 // Inference goes on from what came before. There, row 0 stands for the token before the first (lead = 1, otherwise 0):
 // its normed input is all that a shift needs of it, and what the row gives after the shift is not used.
 
-typedef struct Dims { int B, T, BT, C, A, F, H, V, R, L, G0, lead; } Dims;
+// `first`: the position of row 0, 0 in training.
+
+typedef struct Dims { int B, T, BT, C, A, F, H, V, R, L, G0, lead; int64_t first; } Dims;
 
 // A block of memory handed out piece by piece; without a base it only counts. Under the sanitizers a guarded gap follows
 // each piece of memory that is handed out once.
@@ -2348,7 +2863,46 @@ typedef struct Cmix {
     struct { floatX *dxk, *dxr, *dk, *dv, *dr; } tmp;
 } Cmix;
 
+typedef struct CmixLlama {
+    floatX *a, *b, *k;                      // (BT, FL): w1 x, w3 x, silu(a) b
+    struct { floatX *da, *db, *dk; } tmp;
+} CmixLlama;
+
+typedef struct LowRankMix {                 // mixes whose amounts depend on the data, of n inputs
+    floatX *xx, *h;                         // (BT, C), (BT, 32 n): input and hidden layer
+    struct { floatX *m, *dm, *dxx, *dh; } tmp;          // (n, BT, C) twice, (BT, C), (BT, 32 n)
+} LowRankMix;
+
+typedef struct Finch {                      // Finch, its gateless variant and Eagle
+    LowRankMix mix;                         // not Eagle's
+    floatX *xr, *xk, *xv, *xw, *xg;         // (BT, C)
+    floatX *r, *k, *v, *w, *g;              // (BT, A)
+    floatX *hw;                             // (BT, 64): hidden layer of w
+    floatX *y, *yn;                         // (BT, A): WKV's output; normed and gated
+    float *states;                          // WKV's states at the start of every chunk
+    struct {
+        floatX *dxr, *dxk, *dxv, *dxw, *dxg;
+        floatX *dr, *dk, *dv, *dw, *dg, *dy, *dyn;
+        floatX *dh;                         // (BT, 64)
+        float *dw_sum, *du;                 // (B, A)
+    } tmp;
+} Finch;
+
+typedef struct Attention {                  // GPTAlpha and Llama
+    LowRankMix mix;                         // GPTAlpha: the mix, mixed inputs, queries, keys and values before their norms
+    floatX *xq, *xk, *xv, *q0, *k0, *v0;
+    floatX *q, *k, *v;                      // (BT, A), q and k rotated
+    floatX *y, *yn;                         // (BT, A): attention's output; GPTAlpha: normed
+    float *l;                               // (B, H, T): attention's log sums
+    struct {
+        floatX *dxq, *dxk, *dxv, *dq0, *dk0, *dv0;
+        floatX *dq, *dk, *dv, *dy, *dyn;
+        float *delta;                       // (B, H, T)
+    } tmp;
+} Attention;
+
 struct Mixer;
+struct Model;
 typedef struct Layer {
     int l;
     const struct Mixer *tmix, *cmix;
@@ -2356,15 +2910,20 @@ typedef struct Layer {
     floatX *x, *ln1, *x_mid, *ln2;          // (BT, C): residual stream before the layer, normed; after its time mixer, normed
     floatX *tmix_shift, *cmix_shift;        // (C), inference: ln1 and ln2 of the last token; null in training
     float *wkv_state;                       // (H, N, N), inference: WKV's state; null in training
+    void (*attend)(Model *, Layer *);       // inference: attention over all keys and values so far; null in training
     FinchC2 finch_c2;
     Gold gold;
+    Finch finch;
+    Attention attention;
     Cmix ffn;
+    CmixLlama ffn_llama;
 } Layer;
 
 typedef struct Model {
     Settings s;
     int B, T;                               // capacity: sequences of a micro-batch, tokens of a sequence
     Dims d;                                 // sizes of the micro-batch at hand
+    Rope rope;
     Tensor *tensors;
     Param **fields;                         // where the layers keep each tensor's pointers
     int n_tensors;
@@ -2398,6 +2957,17 @@ typedef struct Model {
     int distinct;                           // ids in the micro-batch at hand
 } Model;
 
+typedef struct Mixer {
+    const char *name;
+    int tensors, mixes;                     // mixes: inputs mixed by time_maa_w1
+    bool needs_cache;                       // K0, so layers before it
+    bool keeps_kv;                          // attention with its own keys and values
+    bool complement;                        // its time_mix is 1 - time_maa
+    void (*plan)(Model *, Layer *, Arena *kept, Arena *scratch);
+    void (*forward)(Model *, Layer *, floatX *out, const floatX *x);
+    void (*backward)(Model *, Layer *, floatX *dx, const floatX *dout, const floatX *x);
+} Mixer;
+
 // ---- products with weights ----
 
 // out (M, O) = x (M, I) W^T + beta out, W (O, I)
@@ -2429,6 +2999,15 @@ static void low_rank_backward(floatX *dx, floatX *dh, const floatX *dout, const 
     matmul(w1.g, w1.ld, columns(x, I), rows(dh, R * n), I, R * n, M, 1);
     matmul(dx, I, rows(dh, R * n), columns(w1.w, w1.ld), M, I, R * n, beta);
 }
+
+// ---- positions: q and k (BT, A) of an attention turn in place, their gradients turn back ----
+
+static void rope_turn(const Model *m, floatX *x, float direction) {
+    const Dims &d = m->d;
+    if (m->rope.used) rope_rotate<<<d.BT, row_threads(d.A), 0, stream>>>(x, m->rope, d.first, d.T, d.A, direction);
+}
+static void rope_forward(const Model *m, floatX *q_or_k) { rope_turn(m, q_or_k, 1); }
+static void rope_backward(const Model *m, floatX *gradient) { rope_turn(m, gradient, -1); }
 
 // ---- Finch-C2 time mix, x060c2 ----
 //
@@ -2569,7 +3148,7 @@ static void token_cat_backward(Model *m, floatX *dx, const floatX *x) {
 //         m   = tanh((xo + dxo * time_maa_v_cache) @ time_maa_kv_w1);  m_k = m[:, :32] @ time_maa_kv_w2[0];  m_v = m[:, 32:] @ ..[1]
 //     k   = K0 + (shift(K0) - K0) * (time_maa_k + m_k);   v = xo + dxo * (time_maa_v + m_v)
 //     k   = LayerNorm_ln_k(k + tanh(k @ time_key_w1) @ time_key_w2);   v = LayerNorm_ln_v(v + tanh(v @ time_value_w1) @ time_value_w2)
-//     out = output LayerNorm_ln_x(causal_attention(q, k, v))
+//     out = output LayerNorm_ln_x(causal_attention(q, k, v))                 with rope, q and k are turned first
 //
 // No key or value projection: k and v depend on K0 and the token ids alone.
 
@@ -2600,6 +3179,7 @@ static void gold_queries(Model *m, Layer *layer, const floatX *x) {             
     mix_forward<1>({{p.time_maa_q.w}, a.tmp.m, {a.xq}}, x, d.BT, d.T, d.C);
     linear_forward(a.q0, a.xq, p.query, d.BT, d.A, d.C);
     layernorm_forward(a.q, nullptr, a.q0, nullptr, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
+    rope_forward(m, a.q);
 }
 
 static void gold_keys_values(Model *m, Layer *layer) {                              // a.k, a.v from m->k0 and m->xo
@@ -2615,6 +3195,7 @@ static void gold_keys_values(Model *m, Layer *layer) {                          
     mix_forward<1>({{p.time_maa_v.w}, a.tmp.m + E, {a.v1}}, m->xo, d.BT, d.T, d.C);
     low_rank_forward(low_rank, a.hk, a.k1, p.time_key_w1, p.time_key_w2, d.BT, d.C, rank, d.C);
     layernorm_forward(a.k, a.k2, a.k1, nullptr, low_rank, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
+    rope_forward(m, a.k);
     low_rank_forward(low_rank, a.hv, a.v1, p.time_value_w1, p.time_value_w2, d.BT, d.C, rank, d.C);
     layernorm_forward(a.v, a.v2, a.v1, nullptr, low_rank, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
 }
@@ -2646,6 +3227,7 @@ static void gold_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
     linear_backward(t.dyn, dout, a.yn, p.output, d.BT, d.C, d.A);
     layernorm_backward<false>(t.dy, m->partial, t.dyn, a.y, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
     attention_backward(t.dq, t.dk, t.dv, t.delta, t.dy, a.y, a.l, a.q, a.k, a.v, d.B, d.T, d.H);
+    for (floatX *gradient : {t.dq, t.dk}) rope_backward(m, gradient);
 
     layernorm_backward<false>(t.dk2, m->partial, t.dk, a.k2, nullptr, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
     layernorm_backward<false>(t.dv2, m->partial, t.dv, a.v2, nullptr, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
@@ -2667,9 +3249,11 @@ static void gold_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
     mix_backward<1, floatX, true>({{p.time_maa_x.w}, nullptr, {t.dxx}}, dx, nullptr, {{p.time_maa_x.g}}, m->partial, x, d.BT, d.T, d.C);
 }
 
-// ---- channel mix, x060 ----
+// ---- channel mixes, x060 and x052 ----
 //
 //     k = relu(key (x + dx * time_maa_k))^2;   out = sigmoid(receptance (x + dx * time_maa_r)) * (value k)
+//
+// x052, Eagle's, with x * time_mix_i + shift(x) * (1 - time_mix_i) for x + dx * time_maa_i: it keeps 1 - time_maa.
 
 static void cmix_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
     const Dims &d = m->d;
@@ -2686,7 +3270,8 @@ static void cmix_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
     const Params &p = layer->p;
     Cmix &a = layer->ffn;
     const int64_t E = (int64_t)d.BT * d.C, EF = (int64_t)d.BT * d.F;
-    mix_forward<2>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, nullptr, {a.xk, a.xr}}, x, d.BT, d.T, d.C);
+    const bool eagle = layer->cmix->complement;
+    mix_forward<2>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, nullptr, {a.xk, a.xr}, eagle}, x, d.BT, d.T, d.C);
     linear_forward(a.k, a.xk, p.ffn_key, d.BT, d.F, d.C);
     relu_squared_forward<<<pack_blocks(EF), 256, 0, stream>>>(a.k, EF);
     linear_forward(a.v, a.k, p.ffn_value, d.BT, d.C, d.F);
@@ -2700,37 +3285,398 @@ static void cmix_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
     Cmix &a = layer->ffn;
     auto &t = a.tmp;
     const int64_t E = (int64_t)d.BT * d.C, EF = (int64_t)d.BT * d.F;
+    const bool eagle = layer->cmix->complement;
     gate_backward<<<pack_blocks(E), 256, 0, stream>>>(t.dr, t.dv, dout, a.r, a.v, E);
     linear_backward(t.dxr, t.dr, a.xr, p.ffn_receptance, d.BT, d.C, d.C);
     linear_backward(t.dk, t.dv, a.k, p.ffn_value, d.BT, d.C, d.F);
     relu_squared_backward<<<pack_blocks(EF), 256, 0, stream>>>(t.dk, a.k, EF);
     linear_backward(t.dxk, t.dk, a.xk, p.ffn_key, d.BT, d.F, d.C);
-    mix_backward<2, floatX, false>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, nullptr, {t.dxk, t.dxr}}, dx, nullptr,
+    mix_backward<2, floatX, false>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, nullptr, {t.dxk, t.dxr}, eagle}, dx, nullptr,
                                    {{p.ffn_time_maa_k.g, p.ffn_time_maa_r.g}}, m->partial, x, d.BT, d.T, d.C);
 }
 
-// The mixers, under the names that settings use. `mixes`: inputs mixed by time_maa_w1.
-typedef struct Mixer {
-    const char *name;
-    int tensors, mixes;
-    bool needs_cache;                       // K0, so layers before it
-    void (*plan)(Model *, Layer *, Arena *kept, Arena *scratch);
-    void (*forward)(Model *, Layer *, floatX *out, const floatX *x);
-    void (*backward)(Model *, Layer *, floatX *dx, const floatX *dout, const floatX *x);
-} Mixer;
+// ---- what the mixers below share: mixes by low-rank functions of the data ----
+//
+//     m   = tanh((x + dx * time_maa_x) @ time_maa_w1);  m_i = m[:, 32 i : 32 i + 32] @ time_maa_w2[i],  i = 0 .. n-1
+//     x_i = x + dx * (time_maa_i + m_i)
+
+static void low_rank_mix_plan(const Dims &d, LowRankMix *a, int n, Arena *kept, Arena *scratch) {
+    const int64_t E = (int64_t)d.BT * d.C;
+    take(kept, &a->xx, E);
+    take(kept, &a->h, (int64_t)d.BT * 32 * n);
+    for (floatX **p : {&a->tmp.m, &a->tmp.dm}) take(scratch, p, n * E);
+    take(scratch, &a->tmp.dxx, E);
+    take(scratch, &a->tmp.dh, (int64_t)d.BT * 32 * n);
+}
+
+template <int n> static void low_rank_mix_forward(const Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix, const floatX *x) {
+    const Dims &d = m->d;
+    mix_forward<1>({{p.time_maa_x.w}, nullptr, {a.xx}}, x, d.BT, d.T, d.C);
+    low_rank_forward(a.tmp.m, a.h, a.xx, p.time_maa_w1, p.time_maa_w2, d.BT, d.C, 32, d.C, n);
+    mix_forward<n>(mix, x, d.BT, d.T, d.C);
+}
+
+template <int n> static void low_rank_mix_backward(const Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix, Targets dmu,
+                                                   floatX *dx, const floatX *x) {
+    const Dims &d = m->d;
+    const auto &t = a.tmp;                                                          // m is made again: it is cheap, and large
+    matmul(t.m, d.C, rows(a.h, 32 * n, 32), rows(p.time_maa_w2.w, d.C, 32 * d.C), d.BT, d.C, 32, 0, n, (int64_t)d.BT * d.C);
+    mix_backward<n, floatX, false>(mix, dx, t.dm, dmu, m->partial, x, d.BT, d.T, d.C);
+    low_rank_backward(t.dxx, t.dh, t.dm, a.h, a.xx, p.time_maa_w1, p.time_maa_w2, d.BT, d.C, 32, d.C, n);
+    mix_backward<1, floatX, true>({{p.time_maa_x.w}, nullptr, {t.dxx}}, dx, nullptr, {{p.time_maa_x.g}}, m->partial, x, d.BT, d.T, d.C);
+}
+
+// ---- Finch (RWKV-6) time mix, x060 ----
+//
+//     x_i = the mixes above, i: w, k, v, r, g
+//     r = receptance x_r;  k = key x_k;  v = value x_v;  g = gate x_g
+//     w = time_decay + tanh(x_w @ time_decay_w1) @ time_decay_w2
+//     y = WKV(r, k, v, w, time_faaaa)
+//     out = output (GroupNorm_ln_x(y) * silu(g))               H groups, eps 1e-5 head_size_divisor^2
+
+static void finch_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {       // x060b and x052 too
+    const Dims &d = m->d;
+    Finch &a = layer->finch;
+    auto &t = a.tmp;
+    const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
+    const bool w = layer->p.time_decay_w1.ld > 0, g = layer->p.gate.ld > 0;         // has these tensors
+    if (layer->tmix->mixes) low_rank_mix_plan(d, &a.mix, layer->tmix->mixes, kept, scratch);
+    for (floatX **p : {&a.xr, &a.xk, &a.xv}) take(kept, p, E);
+    for (floatX **p : {&a.r, &a.k, &a.v, &a.y, &a.yn}) take(kept, p, EA);
+    take(kept, &a.states, d.B * d.H * ceil_div(d.T, CHUNK) * N * N);
+    for (floatX **p : {&t.dxr, &t.dxk, &t.dxv}) take(scratch, p, E);
+    for (floatX **p : {&t.dr, &t.dk, &t.dv, &t.dy, &t.dyn}) take(scratch, p, EA);
+    for (float **p : {&t.dw_sum, &t.du}) take(scratch, p, (int64_t)d.B * d.A);
+    if (w) {                                                                        // decays that depend on the data
+        take(kept, &a.xw, E), take(kept, &a.w, EA), take(kept, &a.hw, (int64_t)d.BT * 64);
+        take(scratch, &t.dxw, E), take(scratch, &t.dw, EA), take(scratch, &t.dh, (int64_t)d.BT * 64);
+    }
+    if (g) {                                                                        // a gate
+        take(kept, &a.xg, E), take(kept, &a.g, EA);
+        take(scratch, &t.dxg, E), take(scratch, &t.dg, EA);
+    }
+}
+
+static Wkv finch_wkv(const Model *m, const Layer *layer) {
+    const Finch &a = layer->finch;
+    const int64_t lead = m->d.lead * (int64_t)m->d.A;
+    return {a.r + lead, a.k + lead, a.v + lead, a.w ? a.w + lead : nullptr, layer->p.time_decay.w, layer->p.time_faaaa.w, nullptr, false,
+            layer->wkv_state ? nullptr : a.states, layer->wkv_state, m->d.T - m->d.lead, m->d.H};
+}
+
+// From dy: dr, dk, dv, dw, and the gradients of time_decay and time_faaaa
+static void finch_wkv_backward(const Model *m, const Layer *layer) {
+    const Dims &d = m->d;
+    const auto &t = layer->finch.tmp;
+    wkv_backward({t.dy, t.dr, t.dk, t.dv, t.dw, t.dw_sum, t.du}, finch_wkv(m, layer), d.B);
+    add_partials({{layer->p.time_decay.g}}, t.dw_sum, d.B, 1, d.A);
+    add_partials({{layer->p.time_faaaa.g}}, t.du, d.B, 1, d.A);
+}
+
+static float group_norm_eps(const Model *m) { return (float)(1e-5 * m->s.head_size_divisor * m->s.head_size_divisor); }
+
+static void finch_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Finch &a = layer->finch;
+    low_rank_mix_forward<5>(m, p, a.mix, {{p.time_maa_w.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, a.mix.tmp.m,
+                                          {a.xw, a.xk, a.xv, a.xr, a.xg}}, x);
+    linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
+    linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
+    linear_forward(a.v, a.xv, p.value, d.BT, d.A, d.C);
+    linear_forward(a.g, a.xg, p.gate, d.BT, d.A, d.C);
+    low_rank_forward(a.w, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
+    wkv_forward(a.y + d.lead * (int64_t)d.A, finch_wkv(m, layer), d.B);
+    gated_group_norm_forward(a.yn, a.y, a.g, p.ln_x_weight, p.ln_x_bias, group_norm_eps(m), d.BT, d.A);
+    linear_forward(out, a.yn, p.output, d.BT, d.C, d.A);
+}
+
+static void finch_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Finch &a = layer->finch;
+    auto &t = a.tmp;
+    linear_backward(t.dyn, dout, a.yn, p.output, d.BT, d.C, d.A);
+    gated_group_norm_backward(t.dy, t.dg, m->partial, t.dyn, a.y, a.g, p.ln_x_weight, p.ln_x_bias, group_norm_eps(m), d.BT, d.A);
+    finch_wkv_backward(m, layer);
+    linear_backward(t.dxr, t.dr, a.xr, p.receptance, d.BT, d.A, d.C);
+    linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
+    linear_backward(t.dxv, t.dv, a.xv, p.value, d.BT, d.A, d.C);
+    linear_backward(t.dxg, t.dg, a.xg, p.gate, d.BT, d.A, d.C);
+    low_rank_backward(t.dxw, t.dh, t.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
+    low_rank_mix_backward<5>(m, p, a.mix, {{p.time_maa_w.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w},
+                                           a.mix.tmp.m, {t.dxw, t.dxk, t.dxv, t.dxr, t.dxg}},
+                             {{p.time_maa_w.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_r.g, p.time_maa_g.g}}, dx, x);
+}
+
+// ---- Finch without a gate, x060b ----
+//
+//     as x060, with i: r, k, v, w (time_maa_rkvw_w1, _w2);   out = output LayerNorm_ln_x(y)
+
+static void finch_b_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Finch &a = layer->finch;
+    low_rank_mix_forward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, a.mix.tmp.m,
+                                          {a.xr, a.xk, a.xv, a.xw}}, x);
+    linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
+    linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
+    linear_forward(a.v, a.xv, p.value, d.BT, d.A, d.C);
+    low_rank_forward(a.w, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
+    wkv_forward(a.y + d.lead * (int64_t)d.A, finch_wkv(m, layer), d.B);
+    layernorm_forward(a.yn, nullptr, a.y, nullptr, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
+    linear_forward(out, a.yn, p.output, d.BT, d.C, d.A);
+}
+
+static void finch_b_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Finch &a = layer->finch;
+    auto &t = a.tmp;
+    linear_backward(t.dyn, dout, a.yn, p.output, d.BT, d.C, d.A);
+    layernorm_backward<false>(t.dy, m->partial, t.dyn, a.y, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
+    finch_wkv_backward(m, layer);
+    linear_backward(t.dxr, t.dr, a.xr, p.receptance, d.BT, d.A, d.C);
+    linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
+    linear_backward(t.dxv, t.dv, a.xv, p.value, d.BT, d.A, d.C);
+    low_rank_backward(t.dxw, t.dh, t.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
+    low_rank_mix_backward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, a.mix.tmp.m,
+                                           {t.dxr, t.dxk, t.dxv, t.dxw}},
+                             {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g}}, dx, x);
+}
+
+// ---- Eagle (RWKV-5) time mix, x052 ----
+//
+//     x_i = x * time_mix_i + shift(x) * (1 - time_mix_i),  i: k, v, r, g          nothing depends on the data,
+//     r = receptance x_r;  k = key x_k;  v = value x_v;  g = gate x_g
+//     y = WKV(r, k, v, time_decay, time_faaaa)                                    nor does the decay
+//     out = output (GroupNorm_ln_x(y / head_size_divisor) * silu(g))              H groups, eps 1e-5
+//
+// The fields are x060's: time_maa_i holds time_mix_i, which is one minus what x060 would mix by.
+
+static void eagle_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Finch &a = layer->finch;
+    mix_forward<4>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, nullptr, {a.xk, a.xv, a.xr, a.xg},
+                    layer->tmix->complement}, x, d.BT, d.T, d.C);
+    linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
+    linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
+    linear_forward(a.v, a.xv, p.value, d.BT, d.A, d.C);
+    linear_forward(a.g, a.xg, p.gate, d.BT, d.A, d.C);
+    wkv_forward(a.y + d.lead * (int64_t)d.A, finch_wkv(m, layer), d.B);
+    gated_group_norm_forward(a.yn, a.y, a.g, p.ln_x_weight, p.ln_x_bias, group_norm_eps(m), d.BT, d.A);
+    linear_forward(out, a.yn, p.output, d.BT, d.C, d.A);
+}
+
+static void eagle_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Finch &a = layer->finch;
+    auto &t = a.tmp;
+    linear_backward(t.dyn, dout, a.yn, p.output, d.BT, d.C, d.A);
+    gated_group_norm_backward(t.dy, t.dg, m->partial, t.dyn, a.y, a.g, p.ln_x_weight, p.ln_x_bias, group_norm_eps(m), d.BT, d.A);
+    finch_wkv_backward(m, layer);
+    linear_backward(t.dxr, t.dr, a.xr, p.receptance, d.BT, d.A, d.C);
+    linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
+    linear_backward(t.dxv, t.dv, a.xv, p.value, d.BT, d.A, d.C);
+    linear_backward(t.dxg, t.dg, a.xg, p.gate, d.BT, d.A, d.C);
+    mix_backward<4, floatX, false>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, nullptr,
+                                    {t.dxk, t.dxv, t.dxr, t.dxg}, layer->tmix->complement}, dx, nullptr,
+                                   {{p.time_maa_k.g, p.time_maa_v.g, p.time_maa_r.g, p.time_maa_g.g}}, m->partial, x, d.BT, d.T, d.C);
+}
+
+// ---- GPTAlpha time mix, gptalpha ----
+//
+//     x_i = the mixes above, i: r, k, v
+//     q = LayerNorm_ln_r(query x_r);  k = LayerNorm_ln_k(key x_k);  v = LayerNorm_ln_v(value x_v);  rope turns q and k
+//     out = output LayerNorm_ln_x(causal_attention(q, k, v))
+
+static void attention_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {   // llama's too
+    const Dims &d = m->d;
+    Attention &a = layer->attention;
+    auto &t = a.tmp;
+    const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
+    for (floatX **p : {&a.q, &a.k, &a.v, &a.y}) take(kept, p, EA);
+    take(kept, &a.l, (int64_t)d.BT * d.H);
+    for (floatX **p : {&t.dq, &t.dk, &t.dv, &t.dy}) take(scratch, p, EA);
+    take(scratch, &t.delta, (int64_t)d.BT * d.H);
+    if (!layer->tmix->mixes) return;
+    low_rank_mix_plan(d, &a.mix, layer->tmix->mixes, kept, scratch);
+    for (floatX **p : {&a.xq, &a.xk, &a.xv}) take(kept, p, E);
+    for (floatX **p : {&a.q0, &a.k0, &a.v0, &a.yn}) take(kept, p, EA);
+    for (floatX **p : {&t.dxq, &t.dxk, &t.dxv}) take(scratch, p, E);
+    for (floatX **p : {&t.dq0, &t.dk0, &t.dv0, &t.dyn}) take(scratch, p, EA);
+}
+
+static void attend_forward(Model *m, Layer *layer) {                                // y from q, k and v
+    const Dims &d = m->d;
+    Attention &a = layer->attention;
+    for (floatX *x : {a.q, a.k}) rope_forward(m, x);
+    if (layer->attend) layer->attend(m, layer);
+    else attention_forward(a.y, a.l, a.q, a.k, a.v, d.B, d.T, d.H);
+}
+
+static void attend_backward(Model *m, Layer *layer) {                               // dq, dk and dv from dy
+    const Dims &d = m->d;
+    Attention &a = layer->attention;
+    auto &t = a.tmp;
+    attention_backward(t.dq, t.dk, t.dv, t.delta, t.dy, a.y, a.l, a.q, a.k, a.v, d.B, d.T, d.H);
+    for (floatX *gradient : {t.dq, t.dk}) rope_backward(m, gradient);
+}
+
+static void gptalpha_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Attention &a = layer->attention;
+    low_rank_mix_forward<3>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w}, a.mix.tmp.m, {a.xq, a.xk, a.xv}}, x);
+    linear_forward(a.q0, a.xq, p.query, d.BT, d.A, d.C);
+    linear_forward(a.k0, a.xk, p.key, d.BT, d.A, d.C);
+    linear_forward(a.v0, a.xv, p.value, d.BT, d.A, d.C);
+    layernorm_forward(a.q, nullptr, a.q0, nullptr, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
+    layernorm_forward(a.k, nullptr, a.k0, nullptr, nullptr, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
+    layernorm_forward(a.v, nullptr, a.v0, nullptr, nullptr, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
+    attend_forward(m, layer);
+    layernorm_forward(a.yn, nullptr, a.y, nullptr, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
+    linear_forward(out, a.yn, p.output, d.BT, d.C, d.A);
+}
+
+static void gptalpha_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Attention &a = layer->attention;
+    auto &t = a.tmp;
+    linear_backward(t.dyn, dout, a.yn, p.output, d.BT, d.C, d.A);
+    layernorm_backward<false>(t.dy, m->partial, t.dyn, a.y, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
+    attend_backward(m, layer);
+    layernorm_backward<false>(t.dq0, m->partial, t.dq, a.q0, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
+    layernorm_backward<false>(t.dk0, m->partial, t.dk, a.k0, nullptr, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
+    layernorm_backward<false>(t.dv0, m->partial, t.dv, a.v0, nullptr, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
+    linear_backward(t.dxq, t.dq0, a.xq, p.query, d.BT, d.A, d.C);
+    linear_backward(t.dxk, t.dk0, a.xk, p.key, d.BT, d.A, d.C);
+    linear_backward(t.dxv, t.dv0, a.xv, p.value, d.BT, d.A, d.C);
+    low_rank_mix_backward<3>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w}, a.mix.tmp.m, {t.dxq, t.dxk, t.dxv}},
+                             {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g}}, dx, x);
+}
+
+// ---- Llama's attention, llama ----
+//
+//     q = wq x;  k = wk x;  v = wv x;  rope turns q and k;   out = wo causal_attention(q, k, v)          no token shift
+
+static void llama_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Attention &a = layer->attention;
+    linear_forward(a.q, x, p.query, d.BT, d.A, d.C);
+    linear_forward(a.k, x, p.key, d.BT, d.A, d.C);
+    linear_forward(a.v, x, p.value, d.BT, d.A, d.C);
+    attend_forward(m, layer);
+    linear_forward(out, a.y, p.output, d.BT, d.C, d.A);
+}
+
+static void llama_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Attention &a = layer->attention;
+    auto &t = a.tmp;
+    linear_backward(t.dy, dout, a.y, p.output, d.BT, d.C, d.A);
+    attend_backward(m, layer);
+    linear_backward(dx, t.dq, x, p.query, d.BT, d.A, d.C);
+    linear_backward(dx, t.dk, x, p.key, d.BT, d.A, d.C, 1);
+    linear_backward(dx, t.dv, x, p.value, d.BT, d.A, d.C, 1);
+}
+
+// ---- Llama's channel mix, llama ----
+//
+//     out = w2 (silu(w1 x) * (w3 x))            FL = 8C/3 wide, rounded down to a multiple of 32; no token shift
+
+static int llama_width(const Dims &d) { return d.C * 4 * 2 / 3 / 32 * 32; }
+
+static void cmix_llama_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
+    CmixLlama &a = layer->ffn_llama;
+    const int64_t EF = (int64_t)m->d.BT * llama_width(m->d);
+    for (floatX **p : {&a.a, &a.b, &a.k}) take(kept, p, EF);
+    for (floatX **p : {&a.tmp.da, &a.tmp.db, &a.tmp.dk}) take(scratch, p, EF);
+}
+
+static void cmix_llama_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    CmixLlama &a = layer->ffn_llama;
+    const int FL = llama_width(d);
+    const int64_t EF = (int64_t)d.BT * FL;
+    linear_forward(a.a, x, p.ffn_w1, d.BT, FL, d.C);
+    linear_forward(a.b, x, p.ffn_w3, d.BT, FL, d.C);
+    swiglu_forward<<<pack_blocks(EF), 256, 0, stream>>>(a.k, a.a, a.b, EF);
+    linear_forward(out, a.k, p.ffn_w2, d.BT, d.C, FL);
+}
+
+static void cmix_llama_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    CmixLlama &a = layer->ffn_llama;
+    auto &t = a.tmp;
+    const int FL = llama_width(d);
+    const int64_t EF = (int64_t)d.BT * FL;
+    linear_backward(t.dk, dout, a.k, p.ffn_w2, d.BT, d.C, FL);
+    swiglu_backward<<<pack_blocks(EF), 256, 0, stream>>>(t.da, t.db, t.dk, a.a, a.b, EF);
+    linear_backward(dx, t.da, x, p.ffn_w1, d.BT, FL, d.C);
+    linear_backward(dx, t.db, x, p.ffn_w3, d.BT, FL, d.C, 1);
+}
+
+// The mixers, under the names that settings use.
 
 static const Mixer TIME_MIXERS[] = {
-    {"x060c2", FINCH_C2, 5, false, finch_c2_plan, finch_c2_forward, finch_c2_backward},
-    {"gold", GOLD, 0, true, gold_plan, gold_forward, gold_backward},
+    //                        mixes  K0     own K, V  complement
+    {"x060c2",   FINCH_C2, 5, false, false, false, finch_c2_plan, finch_c2_forward, finch_c2_backward},
+    {"gold",     GOLD,     0, true,  false, false, gold_plan, gold_forward, gold_backward},
+    {"x060",     FINCH,    5, false, false, false, finch_plan, finch_forward, finch_backward},
+    {"x060b",    FINCH_B,  4, false, false, false, finch_plan, finch_b_forward, finch_b_backward},
+    {"x052",     EAGLE,    0, false, false, true,  finch_plan, eagle_forward, eagle_backward},
+    {"gptalpha", GPTALPHA, 3, false, true,  false, attention_plan, gptalpha_forward, gptalpha_backward},
+    {"llama",    LLAMA,    0, false, true,  false, attention_plan, llama_forward, llama_backward},
 };
 static const Mixer CHANNEL_MIXERS[] = {
-    {"x060", CMIX, 0, false, cmix_plan, cmix_forward, cmix_backward},
+    {"x060",  CMIX,       0, false, false, false, cmix_plan, cmix_forward, cmix_backward},
+    {"x052",  CMIX_EAGLE, 0, false, false, true,  cmix_plan, cmix_forward, cmix_backward},
+    {"llama", CMIX_LLAMA, 0, false, false, false, cmix_llama_plan, cmix_llama_forward, cmix_llama_backward},
 };
 
 template <size_t n> static const Mixer *find_mixer(const Mixer (&table)[n], const char *name) {     // NULL if there is none
     for (const Mixer &mixer : table)
         if (strcmp(mixer.name, name) == 0) return &mixer;
     return nullptr;
+}
+
+template <size_t n> static const Mixer *check_mixer(const Mixer (&table)[n], const char *key, const char *name) {
+    const Mixer *mixer = find_mixer(table, name);
+    char known[128] = "";
+    for (const Mixer &row : table) snprintf(known + strlen(known), sizeof known - strlen(known), " %s", row.name);
+    if (!mixer) die(2, "--model.%s: expected one of%s, found \"%s\"", key, known, name);
+    return mixer;
+}
+
+// First layer of the last ones, which have tmix2 and cmix2
+static int second_layers_begin(const Settings *s) {
+    const double ratio = s->inv_other_layer_ratio;
+    return s->tmix2[0] ? (int)(s->n_layer * (ratio - 1) / ratio) : (int)s->n_layer;
+}
+
+// Turns away mixers that do not exist or do not go together; after settings_check.
+void settings_check_mixers(const Settings *s) {
+    const Mixer *tmix = check_mixer(TIME_MIXERS, "tmix", s->tmix), *last = tmix;
+    check_mixer(CHANNEL_MIXERS, "cmix", s->cmix);
+    if (s->tmix2[0]) last = check_mixer(TIME_MIXERS, "tmix2", s->tmix2);
+    if (s->cmix2[0]) check_mixer(CHANNEL_MIXERS, "cmix2", s->cmix2);
+    const bool rope = s->rope.base > 0, attends = tmix->keeps_kv || last->keeps_kv || last->needs_cache;
+    if ((rope || s->brope.rescale > 0) && !attends)
+        die(2, "--model.%s: expected 0, as %s has no attention that could use positions, found %g", rope ? "rope.base" : "brope.rescale",
+            s->tmix, rope ? s->rope.base : s->brope.rescale);
+    if (tmix->needs_cache || (last->needs_cache && second_layers_begin(s) == 0))
+        die(2, "--model.%s: '%s' needs a layer before it: n_layer %ld is too small for inv_other_layer_ratio %g",
+            tmix->needs_cache ? "tmix" : "tmix2", last->name, s->n_layer, s->inv_other_layer_ratio);
+    if (last->needs_cache && s->dim_att != s->n_embd)
+        die(2, "--model.dim_att: with gold layers it must be n_embd, %ld, found %ld", s->n_embd, s->dim_att);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2759,10 +3705,11 @@ static void add_tensor(Model *m, int layer, Param *field, const char *name, int6
 }
 
 static void add_tensors(Model *m, int layer, Params *params, int where, int mixes) {
-    const int64_t V = m->d.V, C = m->d.C, A = m->d.A, F = m->d.F, R = m->d.R, H = m->d.H, rank = gold_rank(m->d);
+    const int64_t V = m->d.V, C = m->d.C, A = m->d.A, F = m->d.F, R = m->d.R, H = m->d.H, rank = gold_rank(m->d), FL = llama_width(m->d);
 #define ROW(field, name, s0, s1, s2, init, group, places) \
     if ((places) & where) add_tensor(m, layer, &params->field, name, s0, s1, s2, init, group);
     TENSORS(ROW)
+    VARIANTS(ROW)
 #undef ROW
 }
 
@@ -2820,10 +3767,12 @@ static void model_plan(Model *m, const Settings *s, int B, int T) {
     memset(m, 0, sizeof *m);
     m->s = *s;
     m->B = B, m->T = T;
+    m->rope = make_rope(s);
     Dims &d = m->d;
     d.L = (int)s->n_layer, d.C = (int)s->n_embd, d.A = (int)s->dim_att, d.F = (int)s->dim_ffn, d.V = (int)s->vocab_size;
     d.H = d.A / N, d.R = (int)(d.C / s->kv_cache_compression_ratio);
-    d.G0 = s->tmix2[0] ? (int)(d.L * (s->inv_other_layer_ratio - 1) / s->inv_other_layer_ratio) : d.L;
+    d.G0 = second_layers_begin(s);
+    settings_check_mixers(s);
     if ((int64_t)B * T > INT_MAX / 8) die(2, "micro_bsz x ctx_len is %lld tokens, expected at most %d", (long long)B * T, INT_MAX / 8);
     set_batch(m, B, T);
     m->layers = (Layer *)calloc(d.L, sizeof(Layer));
@@ -2833,13 +3782,6 @@ static void model_plan(Model *m, const Settings *s, int B, int T) {
         layer->l = l;
         layer->tmix = find_mixer(TIME_MIXERS, tmix);
         layer->cmix = find_mixer(CHANNEL_MIXERS, cmix);
-        if (!layer->tmix) die(2, "unknown time mixer '%s', expected x060c2 or gold", tmix);
-        if (!layer->cmix) die(2, "unknown channel mixer '%s', expected x060", cmix);
-        if (layer->tmix->needs_cache && d.A != d.C)
-            die(2, "dim_att is %d: with gold layers it must be n_embd, %d", d.A, d.C);
-        if (layer->tmix->needs_cache && (l == 0 || d.G0 == 0))
-            die(2, "layer %d would be '%s', which needs a layer before it: n_layer %d is too small for inv_other_layer_ratio %g",
-                l, tmix, d.L, s->inv_other_layer_ratio);
         if (layer->tmix->needs_cache && d.R < 1)
             die(2, "kv_cache_compression_ratio is %g, expected at most n_embd, %d", s->kv_cache_compression_ratio, d.C);
     }
@@ -2983,22 +3925,20 @@ __global__ void fill_normal(float *x, int64_t n, uint64_t key) {                
 
 static const int PANEL = 16;
 
-// Makes the `count` <= 16 rows of a panel (length n) orthonormal by Gram-Schmidt, each row twice. One block.
-__global__ void orthonormalize_panel(float *panel, int count, int64_t n) {
+// Makes the `count` <= 16 rows of a panel (length n) orthonormal by Gram-Schmidt. One block.
+__global__ void __launch_bounds__(1024) orthonormalize_panel(float *panel, int count, int64_t n) {
     __shared__ float2 shared[32];
     for (int row = 0; row < count; row++) {
         float *x = panel + row * n;
-        for (int pass = 0; pass < 2; pass++) {
-            float dots[PANEL] = {};
-            for (int64_t i = threadIdx.x; i < n; i += blockDim.x)
-                for (int j = 0; j < PANEL; j++)
-                    if (j < row) dots[j] += x[i] * panel[j * n + i];
+        float dots[PANEL] = {};
+        for (int64_t i = threadIdx.x; i < n; i += blockDim.x)
             for (int j = 0; j < PANEL; j++)
-                if (j < row) dots[j] = block_sum(dots[j], shared);
-            for (int64_t i = threadIdx.x; i < n; i += blockDim.x)
-                for (int j = 0; j < PANEL; j++)
-                    if (j < row) x[i] -= dots[j] * panel[j * n + i];
-        }
+                if (j < row) dots[j] += x[i] * panel[j * n + i];
+        for (int j = 0; j < PANEL; j++)
+            if (j < row) dots[j] = block_sum(dots[j], shared);
+        for (int64_t i = threadIdx.x; i < n; i += blockDim.x)
+            for (int j = 0; j < PANEL; j++)
+                if (j < row) x[i] -= dots[j] * panel[j * n + i];
         float squares = 0;
         for (int64_t i = threadIdx.x; i < n; i += blockDim.x) squares += x[i] * x[i];
         const float scale = rsqrtf(block_sum(squares, shared));
@@ -3014,11 +3954,13 @@ static void orthonormal_rows(float *work, int count, int n, uint64_t key) {
     for (int done = 0; done < count; done += PANEL) {
         const int here = count - done < PANEL ? count - done : PANEL;
         float *panel = work + (int64_t)done * n;
-        for (int pass = 0; pass < 2 && done > 0; pass++) {                          // panel -= (panel doneᵀ) done, twice
-            matmul(dots, done, rows(panel, n), columns(work, n), here, done, n);
-            matmul(panel, n, rows(dots, done), rows(work, n), here, n, done, 1, 1, 0, -1);
+        for (int pass = 0; pass < 2; pass++) {          // twice: a row of which little is left has large errors beside it
+            if (done > 0) {                                                         // panel -= (panel doneᵀ) done
+                matmul(dots, done, rows(panel, n), columns(work, n), here, done, n);
+                matmul(panel, n, rows(dots, done), rows(work, n), here, n, done, 1, 1, 0, -1);
+            }
+            orthonormalize_panel<<<1, threads, 0, stream>>>(panel, here, n);
         }
-        orthonormalize_panel<<<1, threads, 0, stream>>>(panel, here, n);
     }
 }
 
@@ -3037,6 +3979,9 @@ static void tensor_init(const Model *m, const Tensor *t, float *x, uint64_t key)
         return;
     case CURVE:
         for (int64_t i = 0; i < n; i++) x[i] = (float)(1 - (pow(i / C, t->init.a * q) + t->init.b * p));
+        return;
+    case POWER:
+        for (int64_t i = 0; i < n; i++) x[i] = (float)(pow(i / C, t->init.a * q) + t->init.b * p);
         return;
     case UNIFORM:
 #pragma omp parallel for
@@ -3069,8 +4014,8 @@ static void tensor_init(const Model *m, const Tensor *t, float *x, uint64_t key)
 }
 
 static void model_params_changed(Model *m) {                                        // masters were written: round them again
-    if (!PRECISION_BF16) return;
-    round_params<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->pieces);
+    if (PRECISION_BF16) round_params<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->pieces);
+    CUDA_CHECK(cudaGetLastError());
     CUDA_CHECK(cudaStreamSynchronize(stream));
 }
 
@@ -3251,6 +4196,7 @@ static void model_update(Model *m, int64_t step, double lr, double weight_decay)
     const AdamW a = {(float)lr, (float)s.beta1, (float)s.beta2, (float)s.adam_eps, (float)weight_decay,
                      (float)(1 - pow(s.beta1, step + 1.0)), (float)(1 - pow(s.beta2, step + 1.0))};
     adamw_kernel<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->m, m->v, m->grads, m->pieces, m->state, a);
+    CUDA_CHECK(cudaGetLastError());                                                 // of all launches of the step
     CUDA_CHECK(cudaMemcpyAsync(&m->results[step % 2], m->state, sizeof(UpdateState), cudaMemcpyDeviceToHost, stream));
     CUDA_CHECK(cudaEventRecord(m->result_done[step % 2], stream));
 }
@@ -3270,6 +4216,7 @@ static void model_evaluate(Model *m, const int *tokens, int B, int T, double *lo
     stage_tokens(m, tokens, B, T);
     model_forward(m);
     model_classifier(m, 0);
+    CUDA_CHECK(cudaGetLastError());
     CUDA_CHECK(cudaStreamSynchronize(stream));
     CUDA_CHECK(cudaMemcpy(totals, m->totals, sizeof totals, cudaMemcpyDeviceToHost));
     *loss_sum = totals[0];
@@ -3299,7 +4246,7 @@ static void model_logits_last(Model *m, const int *tokens, int n, float *logits)
 static double model_flops_per_token(const Model *m) {
     double flops = 6.0 * (m->n_parameters - (double)m->d.V * m->d.C);
     for (int l = 0; l < m->d.L; l++)
-        if (m->layers[l].tmix->needs_cache) flops += 6.0 * m->d.A * m->T;           // 2 products of A T / 2, three times
+        if (m->layers[l].tmix->needs_cache || m->layers[l].tmix->keeps_kv) flops += 6.0 * m->d.A * m->T;           // 2 products of A T / 2, three times
     return flops;
 }
 
@@ -4322,7 +5269,10 @@ bool train(Run *r) {
     bool first = true, waiting = false, stop = false;
     Step late;                                                  // if waiting: the step whose result is still to be read
     while (r->p.step < r->n_steps && !stop) {
+        const bool profiled = r->p.step + 1 == r->s.profile_step;
+        if (profiled) { profile_begin(); }
         const Step step = begin_step(r);
+        if (profiled) { profile_end(); }
         if (waiting) { end_step(r, &late, false); }
         stop = stop_requested;
         const bool last = r->p.step == r->n_steps, saves = last || stop || due(r->p.step, r->s.save_every);
@@ -4368,6 +5318,7 @@ int main(int argc, char **argv) {
         snprintf(s->out, sizeof(s->out), "%s", folder);
     }
     settings_check(s);
+    settings_check_mixers(s);
     if (print_config) {
         settings_print_config(s);
         return 0;
@@ -4488,7 +5439,7 @@ static void model_free(Model *m) {
         cudaFreeHost(m->staged[i]);
         cudaEventDestroy(m->staged_done[i]);
     }
-    for (int i = 0; i < 2; i++) cudaEventDestroy(m->result_done[i]);
+    for (int i = 0; i < 2 && m->results; i++) cudaEventDestroy(m->result_done[i]);             // null where only inference was asked for
     cudaFreeHost(m->results);
     model_free_plan(m);
 }
