@@ -884,7 +884,7 @@ static void gold_cached_forward(Model *m, Layer *layer, floatX *out, const float
     gold_output(m, layer, out);
 }
 
-static const Mixer GOLD_FROM_CACHE = {"gold", GOLD, 0, true, false, false, gold_plan, gold_cached_forward, nullptr};
+static const Mixer GOLD_FROM_CACHE = {"gold", GOLD, 0, true, false, false, gold_plan, gold_cached_forward, nullptr, nullptr};
 
 // ---- attention of layers that keep their own keys and values (gptalpha, llama) ----
 //

@@ -88,7 +88,7 @@ void expect(const char *file, const char *field, int64_t index, int64_t low, int
     X(optimizer, REAL, weight_decay_final, "-1", -1, 1e3, 0, "weight decay at my_exit_tokens (0 or less: no change)") \
     X(optimizer, REAL, gradient_clip_val, "1", 1e-9, 1e9, 0, "largest norm of the gradient") \
     X(optimizer, INT,  layerwise_lr, "1", 0, 1, 1, "groups have their own factors on the learning rate") \
-    X(optimizer, INT,  grad_cp, "0", 0, 1, 1, "recompute activations in the backward pass: less memory, slower") \
+    X(optimizer, INT,  grad_cp, "0", 0, 2, 1, "recompute in the backward pass: 0 nothing, 2 norms and mixes, 1 whole layers") \
     X(optimizer, INT,  train_stage, "3", 1, 3, 1, "1: initialize, save, stop; 2: train, own rate factors; 3: train") \
     X(optimizer, INT,  seed_everything, "1", 0, 1e15, 1, "of the initial weights and the samples") \
     X(data, PATH, data_file, "", 0, 0, 0, "binidx: PREFIX of PREFIX.bin and .idx; utf-8: a text") \
@@ -746,6 +746,10 @@ static void matmul(TC *c, int64_t ldc, Matrix<T> a, Matrix<T> b, int M, int N, i
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+template <typename Kernel> static void allow_smem(Kernel kernel, size_t bytes) {     // more than 48 KB a block must be asked for
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+}
+
 // Eight neighbouring elements: the unit in which kernels load and store, 16 bytes in bf16 (p is 16-byte aligned).
 struct Pack { float x[8]; };
 
@@ -933,9 +937,12 @@ __device__ inline float block_sum(float v, float2 *shared) {    // the same for 
 //     lane = 4 g + t:   x[0], x[1] at row g, columns 2t, 2t+1        x[2], x[3] at row g + 8, the same columns
 //
 // The lanes' shares are those of the PTX instruction mma.m16n8k16; FP32 builds and the CPU keep the same shares as floats.
+static const int N = 64;                    // head size, and channels that a tile's rows in shared memory have
+static const int PAD = 16 / sizeof(floatX), LD = N + PAD;       // 16 bytes longer, so that rows fall into different banks
 struct TileC { float x[4]; };
 __device__ inline int tile_row(int i) { return threadIdx.x % 32 / 4 + 8 * (i / 2); }
 __device__ inline int tile_col(int i) { return 2 * (threadIdx.x % 4) + i % 2; }
+__device__ inline int tile_k(int i) { return 2 * (threadIdx.x % 4) + i % 2 + i / 2 * 8; }      // row of element i of a B, see to_floats
 
 #if PRECISION_BF16 && !defined(CUDA_ON_CPU)
 struct TileA { unsigned x[4]; };
@@ -991,9 +998,18 @@ __device__ inline void load_b_pair_t(TileB *b, const floatX *p, int ld) {       
                  : "=r"(b[0].x[0]), "=r"(b[0].x[1]), "=r"(b[1].x[0]), "=r"(b[1].x[1])
                  : "r"(smem_address(p + l % 16 * ld + l / 16 * 8)) : "memory");
 }
+__device__ inline TileA load_a_global(const floatX *p, int ld, int rows) {      // as load_a, from global memory; the last of so many
+    const int l = threadIdx.x % 32, k = l % 4 * 2;                              // rows stands for those after it; ld even
+    const floatX *upper = p + (int64_t)min(l / 4, rows - 1) * ld + k, *lower = p + (int64_t)min(l / 4 + 8, rows - 1) * ld + k;
+    return {{*(const unsigned *)upper, *(const unsigned *)lower, *(const unsigned *)(upper + 8), *(const unsigned *)(lower + 8)}};
+}
 __device__ inline TileB load_b_global(const floatX *p, int ld) {                // as load_b, from global memory; ld even
     p += threadIdx.x % 32 / 4 * ld + threadIdx.x % 4 * 2;
     return {{*(const unsigned *)p, *(const unsigned *)(p + 8)}};
+}
+__device__ inline void to_floats(float (&x)[4], const TileB &b) {               // B[tile_k(i)][lane / 4]
+    const float2 upper = __bfloat1622float2(*(const __nv_bfloat162 *)&b.x[0]), lower = __bfloat1622float2(*(const __nv_bfloat162 *)&b.x[1]);
+    x[0] = upper.x, x[1] = upper.y, x[2] = lower.x, x[3] = lower.y;
 }
 // Two results side by side, (16x8 | 16x8), as the left operand of the next product.
 __device__ inline TileA to_a(const TileC &left, const TileC &right) {
@@ -1045,7 +1061,15 @@ __device__ inline TileB load_b(const floatX *p, int ld) {
     for (int i = 0; i < 4; i++) b.x[i] = (float)p[b_col() * ld + b_row(i)];
     return b;
 }
+__device__ inline TileA load_a_global(const floatX *p, int ld, int rows) {
+    TileA a;
+    for (int i = 0; i < 8; i++) a.x[i] = (float)p[(int64_t)min(a_row(i), rows - 1) * ld + a_col(i)];
+    return a;
+}
 __device__ inline TileB load_b_global(const floatX *p, int ld) { return load_b(p, ld); }
+__device__ inline void to_floats(float (&x)[4], const TileB &b) {
+    for (int i = 0; i < 4; i++) x[i] = b.x[i];
+}
 __device__ inline TileB load_b_t(const floatX *p, int ld) {
     TileB b;
     for (int i = 0; i < 4; i++) b.x[i] = (float)p[b_row(i) * ld + b_col()];
@@ -1258,22 +1282,25 @@ static int row_blocks(int rows) { return (int)ceil_div(rows, rows_per_block(rows
 
 struct Targets { float *g[6]; };            // gradients of up to six vectors of C numbers
 
-// g[i][c] += sum over the P rows of partial (P, n, C), always in the same order. Blocks of 32 columns x 8 rows.
-__global__ void add_partials_kernel(Targets to, const float *partial, int P, int n, int C) {
+// Sums over the P parts of partial (P, rows + n, C), always in the same order: of the first `rows` rows to matrix (rows, C),
+// which adds them up, of the others to g[0..n-1]. Blocks of 32 columns x 8 parts.
+__global__ void add_partials_kernel(Targets to, float *matrix, const float *partial, int P, int rows, int n, int C) {
     __shared__ float sums[8][32];
-    const int c = blockIdx.x * 32 + threadIdx.x % 32, y = threadIdx.x / 32;
+    const int64_t at = (int64_t)blockIdx.x * 32 + threadIdx.x % 32;
+    const int part = threadIdx.x / 32;
     float sum = 0;
-    for (int row = y; row < P; row += 8) sum += partial[(int64_t)row * n * C + c];
-    sums[y][threadIdx.x % 32] = sum;
+    for (int i = part; i < P; i += 8) sum += partial[(int64_t)i * (rows + n) * C + at];
+    sums[part][threadIdx.x % 32] = sum;
     __syncthreads();
-    if (y > 0) return;
+    if (part > 0) return;
     for (int i = 1; i < 8; i++) sum += sums[i][threadIdx.x];
+    if (at < (int64_t)rows * C) matrix[at] += sum;
     for (int i = 0; i < n; i++)
-        if (c / C == i) to.g[i][c % C] += sum;
+        if (at / C == rows + i) to.g[i][at % C] += sum;
 }
 
-static void add_partials(Targets to, const float *partial, int P, int n, int C) {
-    add_partials_kernel<<<n * C / 32, 256, 0, stream>>>(to, partial, P, n, C);
+static void add_partials(Targets to, const float *partial, int P, int n, int C, float *matrix = nullptr, int rows = 0) {
+    add_partials_kernel<<<(rows + n) * C / 32, 256, 0, stream>>>(to, matrix, partial, P, rows, n, C);
 }
 
 // ---- layer norm ----
@@ -1394,33 +1421,45 @@ __global__ void rms_norm_backward(floatX *dx, const float *dout, const float *ad
 // ---- embedding ----
 //
 // Forward is layernorm_forward over rows emb[token]. Backward: demb[id] += the rows of dx whose token is id. The host
-// sorts the tokens by id as it hands them over; a block sums one id's rows in the order of their positions.
+// sorts the tokens by id as it hands them over; a block sums 64 channels of one id's rows, 16 rows at a time (some ids are
+// in every twentieth place), always in the same order.
 // ids (distinct), starts (distinct + 1), order (B T): order[starts[i]..starts[i+1]) are the positions of ids[i].
+static const int EMBEDDING_ROWS = 16, EMBEDDING_CHANNELS = 64;
+
 __global__ void embedding_backward(float *demb, const floatX *dx, const int *ids, const int *starts, const int *order, int C) {
-    const int c = threadIdx.x * 8;
-    if (c >= C) return;
-    float *to = demb + (int64_t)ids[blockIdx.x] * C + c;
-    Pack sum = load(to);
-    for (int j = starts[blockIdx.x]; j < starts[blockIdx.x + 1]; j++) {
+    __shared__ __align__(16) float sums[EMBEDDING_ROWS][EMBEDDING_CHANNELS];
+    const int row = threadIdx.x / 8, c = blockIdx.y * EMBEDDING_CHANNELS + threadIdx.x % 8 * 8, end = starts[blockIdx.x + 1];
+    Pack sum = zero_pack();
+#pragma unroll 4
+    for (int j = starts[blockIdx.x] + row; j < end; j += EMBEDDING_ROWS) {
         const Pack d = load(dx + (int64_t)order[j] * C + c);
         for (int i = 0; i < 8; i++) sum.x[i] += d.x[i];
     }
-    store(to, sum);
+    store(&sums[row][threadIdx.x % 8 * 8], sum);
+    __syncthreads();
+    if (threadIdx.x >= EMBEDDING_CHANNELS) return;
+    float total = 0;
+    for (int i = 0; i < EMBEDDING_ROWS; i++) total += sums[i][threadIdx.x];
+    demb[(int64_t)ids[blockIdx.x] * C + blockIdx.y * EMBEDDING_CHANNELS + threadIdx.x] += total;
 }
 
 // ---- token shift and its mixes (spec section 2) ----
 //
 //     dx = shift(x) - x,  shift(x)_t = x_{t-1}, zero before a sequence
-//     out_i = x + dx * (mu_i + m_i)          n mixes of one x in one pass; m (n, BT, C), or null for the plain mu_i
+//     out_i = x + dx * (mu_i + m_i)          n mixes of one x in one pass
+//     m_i   = h_i @ w2_i                     low rank: h_i (BT, 32) @ w2_i (32, C); or no m
 //
-// Bytes a row: C (1 + 2n) floatX (1 + n without m).
+// Bytes a row: C (1 + n) floatX, and with low ranks 32 n more: m is made on the fly by tensor cores, never written.
+static const int RANK = 32;                 // of a mix
+
 template <int n> struct Mixes {
     const floatX *mu[n];
-    const floatX *m;
+    struct { const floatX *h; int ld; const floatX *w2; } low;      // h_i at columns 32 i of h (BT, ld); w2 (n, 32, C); or nulls
     floatX *x[n];                           // the outputs; in the backward pass their gradients
     bool complement = false;                // Eagle: the parameters are 1 - mu
 };
 
+// Without low ranks a thread walks down a few rows of its 8 channels.
 template <int n> __device__ inline Pack load_mu(const Mixes<n> &mix, int i, int c) {
     Pack mu = load(mix.mu[i] + c);
     for (int j = 0; j < 8 && mix.complement; j++) mu.x[j] = 1 - mu.x[j];
@@ -1439,15 +1478,90 @@ template <int n> __global__ void token_shift_mix_forward(Mixes<n> mix, const flo
         const Pack v = load(x + at);
         if (row % T == 0) before = zero_pack();
         for (int i = 0; i < n; i++) {
-            Pack m = mix.m ? load(mix.m + (int64_t)i * BT * C + at) : zero_pack();
-            for (int j = 0; j < 8; j++) m.x[j] = v.x[j] + (before.x[j] - v.x[j]) * (mu[i].x[j] + m.x[j]);
-            store(mix.x[i] + at, m);
+            Pack out;
+            for (int j = 0; j < 8; j++) out.x[j] = v.x[j] + (before.x[j] - v.x[j]) * mu[i].x[j];
+            store(mix.x[i] + at, out);
         }
         before = v;
     }
 }
 
+// With low ranks a block owns 64 channels, keeps their part of w2 in shared memory and walks down the rows; a warp takes 16
+// rows at a time, c_i = mu_i + m_i being a result of mma (16 tokens x 64 channels). w2's columns are permuted there so that
+// a lane gets 8 neighbouring channels of a row, 16 bytes: column 8 j + 2 l + e of 32 is channel 8 l + 2 j + e.
+static const int MIX_THREADS = 128, MIX_CHANNELS = 64;
+
+template <int n> struct LowRankMixSmem {
+    alignas(16) floatX w2[n][RANK][LD];
+    float mu[n][MIX_CHANNELS];              // permuted like w2
+};
+
+__device__ inline int mix_column(int c) { return c / 32 * 32 + c % 2 + c % 32 / 8 * 2 + c % 8 / 2 * 8; }    // of channel c of 64
+
+template <int n> __device__ inline void mix_load_w2(LowRankMixSmem<n> &s, const Mixes<n> &mix, int first, int C) {
+    for (int i = threadIdx.x; i < n * RANK * MIX_CHANNELS / 8; i += blockDim.x) {
+        const int c = i % (MIX_CHANNELS / 8) * 8, k = i / (MIX_CHANNELS / 8);
+        const Pack w = load(mix.low.w2 + (int64_t)k * C + first + c);
+        for (int j = 0; j < 8; j += 2) store_pair(&s.w2[0][0][0] + k * LD + mix_column(c + j), w.x[j], w.x[j + 1]);
+    }
+#pragma unroll
+    for (int i = 0; i < n; i++)
+        for (int c = threadIdx.x; c < MIX_CHANNELS; c += blockDim.x) s.mu[i][mix_column(c)] = (float)mix.mu[i][first + c];
+}
+
+// c (16 tokens x 32 permuted channels from `group` on) = mu_i + h_i w2_i
+template <int n> __device__ inline void mix_amounts(TileC (&c)[4], const LowRankMixSmem<n> &s, int i, int group, const TileA (&h)[2]) {
+    for (int j = 0; j < 4; j++)
+        for (int e = 0; e < 4; e++) c[j].x[e] = s.mu[i][group + 8 * j + tile_col(e)];
+    for (int k = 0; k < 2; k++) {
+        TileB b[4];
+        for (int j = 0; j < 4; j += 2) load_b_pair_t(&b[j], &s.w2[i][16 * k][group + 8 * j], LD);
+        mma(c, h[k], b);
+    }
+}
+
+template <int n> __global__ void __launch_bounds__(MIX_THREADS)
+low_rank_mix_forward_kernel(Mixes<n> mix, const floatX *x, int BT, int T, int C) {
+    LowRankMixSmem<n> &s = *dynamic_smem<LowRankMixSmem<n>>();
+    const int first = blockIdx.x * MIX_CHANNELS, warp = threadIdx.x / 32;
+    mix_load_w2(s, mix, first, C);
+    __syncthreads();
+    for (int row0 = (blockIdx.y * (MIX_THREADS / 32) + warp) * 16; row0 < BT; row0 += gridDim.y * (MIX_THREADS / 32) * 16) {
+        TileA h[n][2];
+        for (int i = 0; i < n; i++)
+            for (int k = 0; k < 2; k++) h[i][k] = load_a_global(mix.low.h + (int64_t)row0 * mix.low.ld + RANK * i + 16 * k, mix.low.ld, BT - row0);
+        for (int group = 0; group < MIX_CHANNELS; group += 32) {
+            const int c = first + group + threadIdx.x % 4 * 8;
+            Pack v[2], before[2];
+            for (int half = 0; half < 2; half++) {
+                const int64_t row = row0 + tile_row(2 * half);
+                v[half] = row < BT ? load(x + row * C + c) : zero_pack();
+                before[half] = row < BT && row % T ? load(x + (row - 1) * C + c) : zero_pack();
+            }
+#pragma unroll
+            for (int i = 0; i < n; i++) {
+                TileC amount[4];
+                mix_amounts(amount, s, i, group, h[i]);
+                for (int half = 0; half < 2; half++) {
+                    const int64_t row = row0 + tile_row(2 * half);
+                    Pack out;
+                    for (int j = 0; j < 8; j++)
+                        out.x[j] = v[half].x[j] + (before[half].x[j] - v[half].x[j]) * amount[j / 2].x[2 * half + j % 2];
+                    if (row < BT) store(mix.x[i] + row * C + c, out);
+                }
+            }
+        }
+    }
+}
+
 template <int n> static void mix_forward(Mixes<n> mix, const floatX *x, int BT, int T, int C) {
+    if (mix.low.h) {
+        const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_THREADS / 2);
+        const int split = (int)ceil_div(528, slices);                               // four blocks a multiprocessor, if there are 132
+        allow_smem(low_rank_mix_forward_kernel<n>, sizeof(LowRankMixSmem<n>));
+        low_rank_mix_forward_kernel<n><<<dim3(slices, split < tiles ? split : tiles), MIX_THREADS, sizeof(LowRankMixSmem<n>), stream>>>(mix, x, BT, T, C);
+        return;
+    }
     const int per = 8, blocks = (int)ceil_div(BT, per);
     token_shift_mix_forward<n><<<blocks, row_threads(C), 0, stream>>>(mix, x, BT, T, C, per);
 }
@@ -1455,11 +1569,12 @@ template <int n> static void mix_forward(Mixes<n> mix, const floatX *x, int BT, 
 // With c_i = mu_i + m_i and g_i the gradient of out_i:
 //     dx_t = sum_i g_i,t (1 - c_i,t)  +  sum_i g_i,t+1 c_i,t+1 (of the next token, if it is in the same sequence)
 //     dm_i = g_i * (x_{t-1} - x_t),   dmu_i = the sum of dm_i over all tokens
-// Rows are walked backwards, so the next token's part is at hand. TX: floatX, or float where layers add up.
-// partial (blocks, n, C); dm (n, BT, C) or null.
+//     dh_i = dm_i w2_i^T,             dw2_i = h_i^T dm_i
+// TX: floatX, or float where layers add up.
+//
+// Without low ranks rows are walked backwards, so the next token's part is at hand. partial (blocks, n, C).
 template <int n, typename TX, bool accumulate>
-__global__ void token_shift_mix_backward(Mixes<n> mix, TX *dx, floatX *dm, float *partial, const floatX *x,
-                                         int BT, int T, int C, int rows_per_block) {
+__global__ void token_shift_mix_backward(Mixes<n> mix, TX *dx, float *partial, const floatX *x, int BT, int T, int C, int rows_per_block) {
     const int c = threadIdx.x * 8;
     if (c >= C) return;
     Pack mu[n], dmu[n], later = zero_pack();                // later: what the next token gives to this one
@@ -1470,8 +1585,8 @@ __global__ void token_shift_mix_backward(Mixes<n> mix, TX *dx, floatX *dm, float
     const int64_t begin = (int64_t)blockIdx.x * rows_per_block, end = min((int64_t)BT, begin + rows_per_block);
     if (end < BT && end % T)
         for (int i = 0; i < n; i++) {
-            const Pack g = load(mix.x[i] + end * C + c), m = mix.m ? load(mix.m + ((int64_t)i * BT + end) * C + c) : zero_pack();
-            for (int j = 0; j < 8; j++) later.x[j] += g.x[j] * (mu[i].x[j] + m.x[j]);
+            const Pack g = load(mix.x[i] + end * C + c);
+            for (int j = 0; j < 8; j++) later.x[j] += g.x[j] * mu[i].x[j];
         }
     Pack v = load(x + (end - 1) * C + c);
     for (int64_t row = end - 1; row >= begin; row--) {
@@ -1485,15 +1600,12 @@ __global__ void token_shift_mix_backward(Mixes<n> mix, TX *dx, floatX *dm, float
         }
         for (int i = 0; i < n; i++) {
             const Pack g = load(mix.x[i] + at);
-            Pack m = mix.m ? load(mix.m + (int64_t)i * BT * C + at) : zero_pack();
             for (int j = 0; j < 8; j++) {
-                const float mixed = g.x[j] * (mu[i].x[j] + m.x[j]);
+                const float mixed = g.x[j] * mu[i].x[j];
                 out.x[j] += g.x[j] - mixed;
                 later.x[j] += inside * mixed;
-                m.x[j] = g.x[j] * (inside * before.x[j] - v.x[j]);
-                dmu[i].x[j] += m.x[j];
+                dmu[i].x[j] += g.x[j] * (inside * before.x[j] - v.x[j]);
             }
-            if (dm) store(dm + (int64_t)i * BT * C + at, m);
         }
         store(dx + at, out);
         v = before;
@@ -1504,10 +1616,174 @@ __global__ void token_shift_mix_backward(Mixes<n> mix, TX *dx, floatX *dm, float
     }
 }
 
+// With low ranks, first dx and dh: a warp takes 16 rows and walks over all channels, 64 at a time, its part of dh in
+// registers. Rows of different warps overlap by one, whose share of dx belongs to the row before it. dh is given as the
+// gradient before the tanh that made h.
+template <int n> struct LowRankMixBackward {
+    LowRankMixSmem<n> w;
+    alignas(16) floatX h[MIX_THREADS / 32][16][RANK * n + PAD];
+    float shifted[MIX_THREADS / 32][16][32 + 4];            // sum_i g_i c_i of 32 channels
+};
+
+template <int n, typename TX, bool accumulate> __global__ void __launch_bounds__(MIX_THREADS)
+low_rank_mix_backward_dx(Mixes<n> mix, TX *dx, floatX *dh, const floatX *x, int BT, int T, int C) {
+    LowRankMixBackward<n> &s = *dynamic_smem<LowRankMixBackward<n>>();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row0 = (blockIdx.x * (MIX_THREADS / 32) + warp) * 15;
+    for (int i = lane; i < 16 * RANK * n / 8; i += 32) {
+        const int row = i / (RANK * n / 8), k = i % (RANK * n / 8) * 8;
+        store(&s.h[warp][row][k], row0 + row < BT ? load(mix.low.h + (int64_t)(row0 + row) * mix.low.ld + k) : zero_pack());
+    }
+    TileC dhidden[n][4] = {};
+    for (int first = 0; first < C; first += MIX_CHANNELS) {
+        __syncthreads();
+        mix_load_w2(s.w, mix, first, C);
+        __syncthreads();
+        for (int group = 0; group < MIX_CHANNELS; group += 32) {
+            const int c = first + group + lane % 4 * 8;
+            Pack delta[2], out[2], shifted[2];
+            for (int half = 0; half < 2; half++) {
+                const int64_t row = row0 + tile_row(2 * half);
+                const Pack v = row < BT ? load(x + row * C + c) : zero_pack();
+                delta[half] = row < BT && row % T ? load(x + (row - 1) * C + c) : zero_pack();
+                for (int j = 0; j < 8; j++) delta[half].x[j] -= v.x[j];
+                out[half] = shifted[half] = zero_pack();
+            }
+#pragma unroll
+            for (int i = 0; i < n; i++) {
+                const TileA h[2] = {load_a(&s.h[warp][0][RANK * i], RANK * n + PAD), load_a(&s.h[warp][0][RANK * i + 16], RANK * n + PAD)};
+                TileC amount[4];
+                mix_amounts(amount, s.w, i, group, h);
+                for (int half = 0; half < 2; half++) {
+                    const int64_t row = row0 + tile_row(2 * half);
+                    const Pack g = row < BT ? load(mix.x[i] + row * C + c) : zero_pack();
+                    for (int j = 0; j < 8; j++) {
+                        float &one = amount[j / 2].x[2 * half + j % 2];
+                        out[half].x[j] += g.x[j] - g.x[j] * one;
+                        shifted[half].x[j] += g.x[j] * one;
+                        one = g.x[j] * delta[half].x[j];                    // from here on dm
+                    }
+                }
+                for (int k = 0; k < 2; k++) {
+                    TileB b[4];
+                    for (int j = 0; j < 4; j += 2) load_b_pair(&b[j], &s.w.w2[i][8 * j][group + 16 * k], LD);
+                    mma(dhidden[i], to_a(amount[2 * k], amount[2 * k + 1]), b);
+                }
+            }
+            for (int half = 0; half < 2; half++) store(&s.shifted[warp][tile_row(2 * half)][lane % 4 * 8], shifted[half]);
+            __syncwarp();
+            for (int half = 0; half < 2; half++) {
+                const int local = tile_row(2 * half);
+                const int64_t row = row0 + local;
+                if (local == 15 || row >= BT) continue;
+                Pack to = accumulate ? load(dx + row * C + c) : zero_pack();
+                const Pack next = (row + 1) % T ? load(&s.shifted[warp][local + 1][lane % 4 * 8]) : zero_pack();
+                for (int j = 0; j < 8; j++) to.x[j] += out[half].x[j] + next.x[j];
+                store(dx + row * C + c, to);
+            }
+            __syncwarp();
+        }
+    }
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < 4; j++)
+            for (int e = 0; e < 4; e += 2) {
+                const int local = tile_row(e), k = RANK * i + 8 * j + tile_col(e);
+                if (local == 15 || row0 + local >= BT) continue;
+                const Pair h = load_pair(&s.h[warp][local][k]);
+                const float h0 = (float)h.x, h1 = (float)h.y;
+                store_pair(dh + (int64_t)(row0 + local) * mix.low.ld + k, dhidden[i][j].x[e] * (1 - h0 * h0), dhidden[i][j].x[e + 1] * (1 - h1 * h1));
+            }
+}
+
+// Then dw2 and dmu: a block owns 64 channels, 8 a warp, and walks down its share of the rows in tiles of 32.
+// partial (blocks of rows, 32 n + n, C): dw2's rows, then dmu's.
+static const int MIX_W2_THREADS = 256, MIX_W2_ROWS = 32, MIX_STAGES = PRECISION_BF16 ? 2 : 1;
+
+template <int n> struct LowRankMixTile {
+    alignas(16) floatX g[n][MIX_W2_ROWS][LD], x[1 + MIX_W2_ROWS][LD];       // x from the row before on
+    alignas(16) floatX h[MIX_W2_ROWS][RANK * n + PAD];
+};
+
+template <int n> __device__ inline void mix_copy_tile(LowRankMixTile<n> &s, const Mixes<n> &mix, const floatX *x, int row0, int BT, int first, int C) {
+    const int step = 16 / sizeof(floatX), per_row = MIX_CHANNELS / step, per_h = RANK * n / step;
+    for (int i = threadIdx.x; i < (1 + MIX_W2_ROWS) * per_row; i += MIX_W2_THREADS) {
+        const int64_t row = row0 - 1 + i / per_row;
+        const bool inside = row >= 0 && row < BT;
+        async_copy16(&s.x[i / per_row][i % per_row * step], x + (inside ? row * C + first + i % per_row * step : 0), inside);
+    }
+    for (int j = 0; j < n; j++)
+        for (int i = threadIdx.x; i < MIX_W2_ROWS * per_row; i += MIX_W2_THREADS) {
+            const int64_t row = row0 + i / per_row;
+            async_copy16(&s.g[j][i / per_row][i % per_row * step], mix.x[j] + (row < BT ? row * C + first + i % per_row * step : 0), row < BT);
+        }
+    for (int i = threadIdx.x; i < MIX_W2_ROWS * per_h; i += MIX_W2_THREADS) {
+        const int64_t row = row0 + i / per_h;
+        async_copy16(&s.h[i / per_h][i % per_h * step], mix.low.h + (row < BT ? row * mix.low.ld + i % per_h * step : 0), row < BT);
+    }
+    async_commit();
+}
+
+template <int n> __global__ void __launch_bounds__(MIX_W2_THREADS)
+low_rank_mix_backward_w2(Mixes<n> mix, float *partial, const floatX *x, int BT, int T, int C) {
+    LowRankMixTile<n> *tiles = dynamic_smem<LowRankMixTile<n>>();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * MIX_CHANNELS, step = gridDim.y * MIX_W2_ROWS;
+    TileC dw2[n][2][1] = {};
+    float dmu[n] = {};
+    mix_copy_tile(tiles[0], mix, x, blockIdx.y * MIX_W2_ROWS, BT, first, C);
+    for (int row0 = blockIdx.y * MIX_W2_ROWS, turn = 0; row0 < BT; row0 += step, turn++) {
+        LowRankMixTile<n> &s = tiles[turn % MIX_STAGES];
+        if (MIX_STAGES > 1) mix_copy_tile(tiles[(turn + 1) % MIX_STAGES], mix, x, row0 + step, BT, first, C);
+        async_wait<MIX_STAGES - 1>();
+        __syncthreads();
+        for (int r = 0; r < MIX_W2_ROWS; r += 16) {
+            float delta[4], now[4];                                         // of the rows in this lane
+            to_floats(now, load_b_t(&s.x[1 + r][8 * warp], LD));
+            to_floats(delta, load_b_t(&s.x[r][8 * warp], LD));
+            for (int e = 0; e < 4; e++) delta[e] = ((row0 + r + tile_k(e)) % T ? delta[e] : 0) - now[e];
+#pragma unroll
+            for (int i = 0; i < n; i++) {
+                float dm[4];
+                to_floats(dm, load_b_t(&s.g[i][r][8 * warp], LD));
+                for (int e = 0; e < 4; e++) {
+                    dm[e] *= delta[e];
+                    dmu[i] += dm[e];
+                }
+                const TileB b[1] = {make_b(dm[0], dm[1], dm[2], dm[3])};
+                for (int k = 0; k < 2; k++) mma(dw2[i][k], load_a_t(&s.h[r][RANK * i + 16 * k], RANK * n + PAD), b);
+            }
+        }
+        __syncthreads();
+        if (MIX_STAGES == 1) mix_copy_tile(tiles[0], mix, x, row0 + step, BT, first, C);
+    }
+    float *to = partial + (int64_t)blockIdx.y * (RANK + 1) * n * C + first + 8 * warp;
+    for (int i = 0; i < n; i++) {
+        for (int k = 0; k < 2; k++)
+            for (int e = 0; e < 4; e += 2)
+                store_pair(to + (int64_t)(RANK * i + 16 * k + tile_row(e)) * C + tile_col(e), dw2[i][k][0].x[e], dw2[i][k][0].x[e + 1]);
+        dmu[i] = warp_sum(dmu[i], 4);
+        if (lane % 4 == 0) to[(int64_t)(RANK * n + i) * C + lane / 4] = dmu[i];
+    }
+}
+
+static const int MIX_SPLITS = 32;           // blocks of rows for dw2: the same for every GPU, as it says how sums are split
+
+static int64_t mix_partial_floats(int C) { return (int64_t)MIX_SPLITS * (RANK + 1) * 5 * C; }
+
+// dh, dw2: null without low ranks
 template <int n, typename TX, bool accumulate>
-static void mix_backward(Mixes<n> mix, TX *dx, floatX *dm, Targets dmu, float *partial, const floatX *x, int BT, int T, int C) {
+static void mix_backward(Mixes<n> mix, TX *dx, floatX *dh, float *dw2, Targets dmu, float *partial, const floatX *x, int BT, int T, int C) {
+    if (mix.low.h) {
+        const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_W2_ROWS), split = tiles < MIX_SPLITS ? tiles : MIX_SPLITS;
+        const size_t smem = sizeof(LowRankMixBackward<n>), smem_w2 = MIX_STAGES * sizeof(LowRankMixTile<n>);
+        const int blocks = (int)ceil_div(BT, MIX_THREADS / 32 * 15);
+        allow_smem(low_rank_mix_backward_dx<n, TX, accumulate>, smem);
+        low_rank_mix_backward_dx<n, TX, accumulate><<<blocks, MIX_THREADS, smem, stream>>>(mix, dx, dh, x, BT, T, C);
+        allow_smem(low_rank_mix_backward_w2<n>, smem_w2);
+        low_rank_mix_backward_w2<n><<<dim3(slices, split), MIX_W2_THREADS, smem_w2, stream>>>(mix, partial, x, BT, T, C);
+        add_partials(dmu, partial, split, n, C, dw2, RANK * n);
+        return;
+    }
     const int blocks = row_blocks(BT), per = rows_per_block(BT), threads = row_threads(C);
-    token_shift_mix_backward<n, TX, accumulate><<<blocks, threads, 0, stream>>>(mix, dx, dm, partial, x, BT, T, C, per);
+    token_shift_mix_backward<n, TX, accumulate><<<blocks, threads, 0, stream>>>(mix, dx, partial, x, BT, T, C, per);
     add_partials(dmu, partial, blocks, n, C);
 }
 
@@ -1574,11 +1850,9 @@ static int pack_blocks(int64_t n) { return (int)ceil_div(n, 8 * 256); }         
 // neighbours in memory. A token's bits 1 and 2 are bits of the lane, so decays are multiplied up by two exchanges.
 // Floor, forward: r, k, v, w in, y out, 5 BTA floatX, and 2 for states: bytes bind.
 
-static const int N = 64;                    // head size
 static const int TILE = 16;                 // tokens of a tile
 static const int CHUNK = PRECISION_BF16 ? 64 : 32;          // tokens from one state kept for the backward pass to the next
-static const int PAD = 16 / sizeof(floatX), LD = N + PAD, LDT = TILE + PAD;     // rows of operands in shared memory: 16 bytes
-                                            // longer than N or TILE, so that rows fall into different banks
+static const int LDT = TILE + PAD;
 static const int WKV_THREADS = 128;
 
 struct Wkv {                                // (B, T, A) each, head h at channels h N .. h N + N - 1
@@ -2130,10 +2404,6 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_backward_kernel(WkvGradients 
     }
 }
 
-template <typename Kernel> static void allow_smem(Kernel kernel, size_t bytes) {     // more than 48 KB a block must be asked for
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-}
-
 static void wkv_forward(floatX *y, const Wkv &p, int B) {
     allow_smem(wkv_forward_kernel, sizeof(WkvForward));
     wkv_forward_kernel<<<dim3(p.H, B), WKV_THREADS, sizeof(WkvForward), stream>>>(y, p);
@@ -2649,27 +2919,38 @@ __global__ void swiglu_backward(floatX *da, floatX *db, const floatX *dout, cons
 //     loss_t = log sum_i exp(z_i) - z_target
 //     dz_i   = scale (softmax(z)_i - [i = target] + 1e-4 z_max [i = first of the largest])        scale = 1 / targets
 //
-// A block takes a row of V logits: reads it once from memory, once more from L2, writes it once. losses[row]: loss;
-// right[row]: 1 if the largest logit is the target's. scale 0 leaves the logits as they are (validation).
-__global__ void classifier_kernel(floatX *logits, float *losses, int *right, const int *targets, float scale, int V) {
+// A block takes a row of V logits and keeps it in registers (in bf16 up to 65536 of them; what is beyond is read twice):
+// one read, one write. losses[row]: loss; right[row]: 1 if the largest logit is the target's. scale 0 leaves the logits as
+// they are (validation).
+static const int CLASSIFIER_KEEPS = PRECISION_BF16 ? 8 : 1;                 // packs a thread
+
+__global__ void __launch_bounds__(1024) classifier_kernel(floatX *logits, float *losses, int *right, const int *targets, float scale, int V) {
     __shared__ float tops[32];
     __shared__ float sums[32];
     __shared__ int where[32];
     floatX *z = logits + (int64_t)blockIdx.x * V;
+    const int first = threadIdx.x * 8, step = blockDim.x * 8;
+    RawPack<floatX> kept[CLASSIFIER_KEEPS];
     float top = -INFINITY, sum = 0;
     int at = 0;
-    for (int c = threadIdx.x * 8; c < V; c += blockDim.x * 8) {
-        const Pack v = load(z + c);
+    auto count = [&](const Pack &v, int c) {
         float high = top;
         for (int i = 0; i < 8; i++)
             if (v.x[i] > high) {                                            // the lowest id on ties
                 high = v.x[i];
                 at = c + i;
             }
-        sum *= top == high ? 1 : expf(top - high);
+        sum *= top == high ? 1 : fast_exp(top - high);
         top = high;
-        for (int i = 0; i < 8; i++) sum += top > -INFINITY ? expf(v.x[i] - top) : 0;
-    }
+        for (int i = 0; i < 8; i++) sum += top > -INFINITY ? fast_exp(v.x[i] - top) : 0;
+    };
+#pragma unroll
+    for (int i = 0; i < CLASSIFIER_KEEPS; i++)
+        if (first + i * step < V) kept[i] = load_raw(z + first + i * step);
+#pragma unroll
+    for (int i = 0; i < CLASSIFIER_KEEPS; i++)
+        if (first + i * step < V) count(unpack(kept[i]), first + i * step);
+    for (int c = first + CLASSIFIER_KEEPS * step; c < V; c += step) count(load(z + c), c);
     const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const float warp_top = warp_max(top);
     sum = warp_sum(top > -INFINITY ? sum * expf(top - warp_top) : 0);
@@ -2694,14 +2975,17 @@ __global__ void classifier_kernel(floatX *logits, float *losses, int *right, con
     if (scale == 0) return;
     __syncthreads();                                                        // z[target] is read
     const float inverse = 1 / sum;
-    for (int c = threadIdx.x * 8; c < V; c += blockDim.x * 8) {
-        Pack v = load(z + c);
+    auto finish = [&](Pack v, int c) {
         for (int i = 0; i < 8; i++) {
-            v.x[i] = expf(v.x[i] - top) * inverse - (c + i == target ? 1 : 0) + (c + i == at ? 1e-4f * top : 0);
+            v.x[i] = fast_exp(v.x[i] - top) * inverse - (c + i == target ? 1 : 0) + (c + i == at ? 1e-4f * top : 0);
             v.x[i] *= scale;
         }
         store(z + c, v);
-    }
+    };
+#pragma unroll
+    for (int i = 0; i < CLASSIFIER_KEEPS; i++)
+        if (first + i * step < V) finish(unpack(kept[i]), first + i * step);
+    for (int c = first + CLASSIFIER_KEEPS * step; c < V; c += step) finish(load(z + c), c);
 }
 
 // totals[0] += the sum of losses, totals[1] += the number right; one block, fixed order
@@ -2825,35 +3109,39 @@ template <typename T> static void take(Arena *arena, T **p, int64_t count) {
     if (arena->base && arena->once) guard_gap(end, arena->base + arena->used - end);
 }
 
+typedef struct LowRankMix {                 // mixes whose amounts depend on the data, of n inputs
+    floatX *xx, *h;                         // (BT, C), (BT, 32 n): input and hidden layer
+    struct { floatX *dxx, *dh; } tmp;
+} LowRankMix;
+
 typedef struct FinchC2 {
-    floatX *xx, *h;                         // (BT, C), (BT, 32 mixes): input and hidden layer of the mixes
+    LowRankMix mix;
     floatX *xr, *xk, *xw, *xv, *xv2;        // (BT, C) each; xv and xv2 adjacent
     floatX *r, *k, *w, *v, *v2;             // (BT, A) each; v and v2 adjacent
     floatX *hw, *hv2;                       // (BT, 64): hidden layers of w and v2
     floatX *y, *yn;                         // (BT, A): WKV's output, and normed
     float *states;                          // WKV's states at the start of every chunk
     struct {
-        floatX *m, *dm;                     // (mixes, BT, C)
-        floatX *dxr, *dxk, *dxw, *dxv, *dxv2, *dxx;     // (BT, C); dxv and dxv2 adjacent
+        floatX *dxr, *dxk, *dxw, *dxv, *dxv2;           // (BT, C); dxv and dxv2 adjacent
         floatX *dr, *dk, *dw, *dv, *dy, *dyn;           // (BT, A); dv and dy (which is dv2) adjacent
-        floatX *dh;                         // (BT, 32 mixes)
+        floatX *dh;                         // (BT, 64)
         float *dw_sum, *du;                 // (B, A)
     } tmp;
 } FinchC2;
 
 typedef struct Gold {
-    floatX *xx, *hq, *xq, *q0, *q;          // queries: input and hidden layer (BT, 32) of the mix, mixed; query x_q, normed
-    floatX *xc, *hkv;                       // (BT, C), (BT, 64): input and hidden layer of the mixes of keys and values
+    LowRankMix mix_q, mix_kv;               // of x; of xo, two mixes
+    floatX *xq, *q0, *q;                    // queries: mixed, query x_q, normed
     floatX *k1, *hk, *k2, *k;               // keys: mixed, hidden layer (BT, rank), + low rank, normed
     floatX *v1, *hv, *v2, *v;               // values, likewise
     floatX *y, *yn;                         // attention's output, and normed
     float *l;                               // (B, H, T): attention's log sums
     struct {
-        floatX *m, *dm;                     // (2, BT, C)
+        floatX *low_rank;                   // (BT, C)
         floatX *dq, *dk, *dv, *dy, *dyn;    // (BT, A)
         floatX *dq0, *dk2, *dv2;            // (BT, A)
-        floatX *dxq, *dxx, *dxc;            // (BT, C)
-        floatX *dh;                         // (BT, max(64, rank))
+        floatX *dxq;                        // (BT, C)
+        floatX *dh;                         // (BT, rank)
         float *delta;                       // (B, H, T)
     } tmp;
 } Gold;
@@ -2867,11 +3155,6 @@ typedef struct CmixLlama {
     floatX *a, *b, *k;                      // (BT, FL): w1 x, w3 x, silu(a) b
     struct { floatX *da, *db, *dk; } tmp;
 } CmixLlama;
-
-typedef struct LowRankMix {                 // mixes whose amounts depend on the data, of n inputs
-    floatX *xx, *h;                         // (BT, C), (BT, 32 n): input and hidden layer
-    struct { floatX *m, *dm, *dxx, *dh; } tmp;          // (n, BT, C) twice, (BT, C), (BT, 32 n)
-} LowRankMix;
 
 typedef struct Finch {                      // Finch, its gateless variant and Eagle
     LowRankMix mix;                         // not Eagle's
@@ -2966,6 +3249,7 @@ typedef struct Mixer {
     void (*plan)(Model *, Layer *, Arena *kept, Arena *scratch);
     void (*forward)(Model *, Layer *, floatX *out, const floatX *x);
     void (*backward)(Model *, Layer *, floatX *dx, const floatX *dout, const floatX *x);
+    void (*remake)(Model *, Layer *, const floatX *x);      // grad_cp 2: what was not kept for the backward pass; null: all was
 } Mixer;
 
 // ---- products with weights ----
@@ -2981,23 +3265,21 @@ static void linear_backward(floatX *dx, const floatX *dout, const floatX *x, Par
     matmul(dx, I, rows(dout, O), rows(W.w, W.ld), M, I, O, beta);
 }
 
-// out_i (M, O) = tanh(x (M, I) w1) [:, R i .. R i + R) w2_i + beta out_i for i in 0..n-1: w1 (I, R n or more), w2 (n, R, O), out (n, M, O).
-// h (M, R n): the hidden layer, kept.
-static void low_rank_forward(floatX *out, floatX *h, const floatX *x, Param w1, Param w2, int M, int I, int R, int O, int n = 1,
-                             float beta = 0) {
-    matmul(h, R * n, rows(x, I), rows(w1.w, w1.ld), M, R * n, I);
-    tanh_forward<<<pack_blocks((int64_t)M * R * n), 256, 0, stream>>>(h, (int64_t)M * R * n);
-    matmul(out, O, rows(h, R * n, R), rows(w2.w, w2.ld, (int64_t)R * O), M, O, R, beta, n, (int64_t)M * O);
+// out (M, O) = tanh(x (M, I) w1) w2 + beta out: w1 (I, R), w2 (R, O). h (M, R): the hidden layer, kept.
+static void low_rank_forward(floatX *out, floatX *h, const floatX *x, Param w1, Param w2, int M, int I, int R, int O, float beta = 0) {
+    matmul(h, R, rows(x, I), rows(w1.w, w1.ld), M, R, I);
+    tanh_forward<<<pack_blocks((int64_t)M * R), 256, 0, stream>>>(h, (int64_t)M * R);
+    matmul(out, O, rows(h, R), rows(w2.w, w2.ld), M, O, R, beta);
 }
 
-// dx = d(hidden layer's input) w1^T + beta dx. dx may be dout itself (it is written last). dh (M, R n): scratch.
+// dx = d(hidden layer's input) w1^T + beta dx. dx may be dout itself (it is written last). dh (M, R): scratch.
 static void low_rank_backward(floatX *dx, floatX *dh, const floatX *dout, const floatX *h, const floatX *x, Param w1, Param w2,
-                              int M, int I, int R, int O, int n = 1, float beta = 0) {
-    matmul(dh, R * n, rows(dout, O, (int64_t)M * O), columns(w2.w, w2.ld, (int64_t)R * O), M, R, O, 0, n, R);
-    matmul(w2.g, w2.ld, columns(h, R * n, R), rows(dout, O, (int64_t)M * O), R, O, M, 1, n, (int64_t)R * O);
-    tanh_backward<<<pack_blocks((int64_t)M * R * n), 256, 0, stream>>>(dh, h, (int64_t)M * R * n);
-    matmul(w1.g, w1.ld, columns(x, I), rows(dh, R * n), I, R * n, M, 1);
-    matmul(dx, I, rows(dh, R * n), columns(w1.w, w1.ld), M, I, R * n, beta);
+                              int M, int I, int R, int O, float beta = 0) {
+    matmul(dh, R, rows(dout, O), columns(w2.w, w2.ld), M, R, O);
+    matmul(w2.g, w2.ld, columns(h, R), rows(dout, O), R, O, M, 1);
+    tanh_backward<<<pack_blocks((int64_t)M * R), 256, 0, stream>>>(dh, h, (int64_t)M * R);
+    matmul(w1.g, w1.ld, columns(x, I), rows(dh, R), I, R, M, 1);
+    matmul(dx, I, rows(dh, R), columns(w1.w, w1.ld), M, I, R, beta);
 }
 
 // ---- positions: q and k (BT, A) of an attention turn in place, their gradients turn back ----
@@ -3008,6 +3290,62 @@ static void rope_turn(const Model *m, floatX *x, float direction) {
 }
 static void rope_forward(const Model *m, floatX *q_or_k) { rope_turn(m, q_or_k, 1); }
 static void rope_backward(const Model *m, floatX *gradient) { rope_turn(m, gradient, -1); }
+
+// ---- mixes by low-rank functions of the data, which most time mixers begin with ----
+//
+//     m   = tanh((x + dx * mu_x) @ w1);  m_i = m[:, 32 i : 32 i + 32] @ w2[i],  i = 0 .. n-1        w1 (C, 32 n), w2 (n, 32, C)
+//     x_i = x + dx * (mu_i + m_i)
+
+static void low_rank_mix_plan(const Dims &d, LowRankMix *a, int n, Arena *kept, Arena *again, Arena *scratch) {
+    const int64_t E = (int64_t)d.BT * d.C;
+    take(again, &a->xx, E);
+    take(kept, &a->h, (int64_t)d.BT * RANK * n);
+    take(scratch, &a->tmp.dxx, E);
+    take(scratch, &a->tmp.dh, (int64_t)d.BT * RANK * n);
+}
+
+// xx and h, for n mixes
+static void low_rank_mix_hidden(const Dims &d, const LowRankMix &a, Param mu_x, Param w1, int n, const floatX *x) {
+    mix_forward<1>({{mu_x.w}, {}, {a.xx}}, x, d.BT, d.T, d.C);
+    matmul(a.h, RANK * n, rows(a.xx, d.C), rows(w1.w, w1.ld), d.BT, RANK * n, d.C);
+    tanh_forward<<<pack_blocks((int64_t)d.BT * RANK * n), 256, 0, stream>>>(a.h, (int64_t)d.BT * RANK * n);
+}
+
+// From tmp.dh: w1's and mu_x's gradients; adds x's to dx.
+template <typename TX> static void low_rank_mix_hidden_backward(Model *m, const LowRankMix &a, Param mu_x, Param w1, int n, TX *dx, const floatX *x) {
+    const Dims &d = m->d;
+    matmul(w1.g, w1.ld, columns(a.xx, d.C), rows(a.tmp.dh, RANK * n), d.C, RANK * n, d.BT, 1);
+    matmul(a.tmp.dxx, d.C, rows(a.tmp.dh, RANK * n), columns(w1.w, w1.ld), d.BT, d.C, RANK * n);
+    mix_backward<1, TX, true>({{mu_x.w}, {}, {a.tmp.dxx}}, dx, nullptr, nullptr, {{mu_x.g}}, m->partial, x, d.BT, d.T, d.C);
+}
+
+// Mix `first` of n and those after it, where all read the same x
+template <int n> static void low_rank_mix_outputs(const Dims &d, const LowRankMix &a, Param w2, int of, int first, Mixes<n> mix, const floatX *x) {
+    mix.low = {a.h + RANK * first, RANK * of, w2.w + (int64_t)RANK * d.C * first};
+    mix_forward<n>(mix, x, d.BT, d.T, d.C);
+}
+
+template <int n, typename TX, bool accumulate>
+static void low_rank_mix_outputs_backward(Model *m, const LowRankMix &a, Param w2, int of, int first, Mixes<n> mix, Targets dmu, TX *dx, const floatX *x) {
+    const Dims &d = m->d;
+    const int64_t from = (int64_t)RANK * d.C * first;
+    mix.low = {a.h + RANK * first, RANK * of, w2.w + from};
+    mix_backward<n, TX, accumulate>(mix, dx, a.tmp.dh + RANK * first, w2.g + from, dmu, m->partial, x, d.BT, d.T, d.C);
+}
+
+// The whole of it, with time_maa_x, _w1 and _w2; again: h is there already.
+template <int n> static void low_rank_mix_forward(const Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix, const floatX *x, bool again = false) {
+    const Dims &d = m->d;
+    if (again) mix_forward<1>({{p.time_maa_x.w}, {}, {a.xx}}, x, d.BT, d.T, d.C);
+    else low_rank_mix_hidden(d, a, p.time_maa_x, p.time_maa_w1, n, x);
+    low_rank_mix_outputs<n>(d, a, p.time_maa_w2, n, 0, mix, x);
+}
+
+template <int n> static void low_rank_mix_backward(Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix, Targets dmu,
+                                                   floatX *dx, const floatX *x) {
+    low_rank_mix_outputs_backward<n, floatX, false>(m, a, p.time_maa_w2, n, 0, mix, dmu, dx, x);
+    low_rank_mix_hidden_backward(m, a, p.time_maa_x, p.time_maa_w1, n, dx, x);
+}
 
 // ---- Finch-C2 time mix, x060c2 ----
 //
@@ -3022,20 +3360,21 @@ static void rope_backward(const Model *m, floatX *gradient) { rope_turn(m, gradi
 static void finch_c2_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
     const Dims &d = m->d;
     FinchC2 &a = layer->finch_c2;
+    Arena *again = m->s.grad_cp == 2 ? scratch : kept;
     const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
-    for (floatX **p : {&a.xx, &a.xr, &a.xk, &a.xw}) take(kept, p, E);
-    take(kept, &a.xv, 2 * E);
-    take(kept, &a.h, (int64_t)d.BT * 160);
-    for (floatX **p : {&a.r, &a.k, &a.w, &a.y, &a.yn}) take(kept, p, EA);
+    low_rank_mix_plan(d, &a.mix, 5, kept, again, scratch);
+    for (floatX **p : {&a.xr, &a.xk, &a.xw}) take(again, p, E);
+    take(again, &a.xv, 2 * E);
+    for (floatX **p : {&a.r, &a.k, &a.w, &a.y}) take(kept, p, EA);
+    take(again, &a.yn, EA);
     take(kept, &a.v, 2 * EA);
     for (floatX **p : {&a.hw, &a.hv2}) take(kept, p, (int64_t)d.BT * 64);
     take(kept, &a.states, d.B * d.H * ceil_div(d.T, CHUNK) * N * N);
-    for (floatX **p : {&a.tmp.m, &a.tmp.dm}) take(scratch, p, 5 * E);
-    for (floatX **p : {&a.tmp.dxr, &a.tmp.dxk, &a.tmp.dxw, &a.tmp.dxx}) take(scratch, p, E);
+    for (floatX **p : {&a.tmp.dxr, &a.tmp.dxk, &a.tmp.dxw}) take(scratch, p, E);
     take(scratch, &a.tmp.dxv, 2 * E);
     for (floatX **p : {&a.tmp.dr, &a.tmp.dk, &a.tmp.dw, &a.tmp.dyn}) take(scratch, p, EA);
     take(scratch, &a.tmp.dv, 2 * EA);
-    take(scratch, &a.tmp.dh, (int64_t)d.BT * 160);
+    take(scratch, &a.tmp.dh, (int64_t)d.BT * 64);
     for (float **p : {&a.tmp.dw_sum, &a.tmp.du}) take(scratch, p, (int64_t)d.B * d.A);
 }
 
@@ -3056,28 +3395,39 @@ static Wkv finch_c2_wkv(const Model *m, const Layer *layer) {
             m->d.T - m->d.lead, m->d.H};
 }
 
+static void finch_c2_mixes(Model *m, Layer *layer, const floatX *x, bool again) {
+    const Params &p = layer->p;
+    const FinchC2 &a = layer->finch_c2;
+    if (m->s.use_v2)
+        low_rank_mix_forward<5>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w, p.time_maa_v2.w}, {},
+                                              {a.xr, a.xk, a.xv, a.xw, a.xv2}}, x, again);
+    else
+        low_rank_mix_forward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {},
+                                              {a.xr, a.xk, a.xv, a.xw}}, x, again);
+}
+
 static void finch_c2_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
     const Dims &d = m->d;
     const Params &p = layer->p;
     FinchC2 &a = layer->finch_c2;
     const bool v2 = m->s.use_v2;
     finch_c2_adjacent(d, a);
-    mix_forward<1>({{p.time_maa_x.w}, nullptr, {a.xx}}, x, d.BT, d.T, d.C);
-    low_rank_forward(a.tmp.m, a.h, a.xx, p.time_maa_w1, p.time_maa_w2, d.BT, d.C, 32, d.C, v2 ? 5 : 4);
-    if (v2)
-        mix_forward<5>({{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w, p.time_maa_v2.w}, a.tmp.m,
-                        {a.xr, a.xk, a.xv, a.xw, a.xv2}}, x, d.BT, d.T, d.C);
-    else
-        mix_forward<4>({{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, a.tmp.m,
-                        {a.xr, a.xk, a.xv, a.xw}}, x, d.BT, d.T, d.C);
+    finch_c2_mixes(m, layer, x, false);
     linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
     linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
     linear_forward(a.v, a.xv, p.value, v2 ? 2 * d.BT : d.BT, d.A, d.C);             // x_v and x_v2 in one product
-    if (v2) low_rank_forward(a.v2, a.hv2, a.xv2, p.time_value2_w1, p.time_value2_w2, d.BT, d.C, 64, d.A, 1, 1);
+    if (v2) low_rank_forward(a.v2, a.hv2, a.xv2, p.time_value2_w1, p.time_value2_w2, d.BT, d.C, 64, d.A, 1);
     low_rank_forward(a.w, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
     wkv_forward(a.y + d.lead * (int64_t)d.A, finch_c2_wkv(m, layer), d.B);
     layernorm_forward(a.yn, nullptr, a.y, nullptr, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
     linear_forward(out, a.yn, p.output, d.BT, d.C, d.A);
+}
+
+static void finch_c2_remake(Model *m, Layer *layer, const floatX *x) {
+    const Dims &d = m->d;
+    FinchC2 &a = layer->finch_c2;
+    finch_c2_mixes(m, layer, x, true);
+    layernorm_forward(a.yn, nullptr, a.y, nullptr, nullptr, layer->p.ln_x_weight, layer->p.ln_x_bias, d.BT, d.A);
 }
 
 static void finch_c2_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
@@ -3095,20 +3445,16 @@ static void finch_c2_backward(Model *m, Layer *layer, floatX *dx, const floatX *
     linear_backward(t.dxr, t.dr, a.xr, p.receptance, d.BT, d.A, d.C);
     linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
     linear_backward(t.dxv, t.dv, a.xv, p.value, v2 ? 2 * d.BT : d.BT, d.A, d.C);
-    if (v2) low_rank_backward(t.dxv2, t.dh, t.dy, a.hv2, a.xv2, p.time_value2_w1, p.time_value2_w2, d.BT, d.C, 64, d.A, 1, 1);
+    if (v2) low_rank_backward(t.dxv2, t.dh, t.dy, a.hv2, a.xv2, p.time_value2_w1, p.time_value2_w2, d.BT, d.C, 64, d.A, 1);
     low_rank_backward(t.dxw, t.dh, t.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
-    const int n = v2 ? 5 : 4;                                                       // m is made again: it is cheap, and large
-    matmul(t.m, d.C, rows(a.h, 32 * n, 32), rows(p.time_maa_w2.w, d.C, 32 * d.C), d.BT, d.C, 32, 0, n, (int64_t)d.BT * d.C);
     if (v2)
-        mix_backward<5, floatX, false>({{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w, p.time_maa_v2.w}, t.m,
-            {t.dxr, t.dxk, t.dxv, t.dxw, t.dxv2}}, dx, t.dm,
-            {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g, p.time_maa_v2.g}}, m->partial, x, d.BT, d.T, d.C);
+        low_rank_mix_backward<5>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w, p.time_maa_v2.w}, {},
+                                               {t.dxr, t.dxk, t.dxv, t.dxw, t.dxv2}},
+                                 {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g, p.time_maa_v2.g}}, dx, x);
     else
-        mix_backward<4, floatX, false>({{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, t.m,
-            {t.dxr, t.dxk, t.dxv, t.dxw}}, dx, t.dm,
-            {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g}}, m->partial, x, d.BT, d.T, d.C);
-    low_rank_backward(t.dxx, t.dh, t.dm, a.h, a.xx, p.time_maa_w1, p.time_maa_w2, d.BT, d.C, 32, d.C, n);
-    mix_backward<1, floatX, true>({{p.time_maa_x.w}, nullptr, {t.dxx}}, dx, nullptr, {{p.time_maa_x.g}}, m->partial, x, d.BT, d.T, d.C);
+        low_rank_mix_backward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {},
+                                               {t.dxr, t.dxk, t.dxv, t.dxw}},
+                                 {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g}}, dx, x);
 }
 
 // ---- TokenCat: the compressed key cache (spec section 1) ----
@@ -3157,26 +3503,37 @@ static int gold_rank(const Dims &d) { return d.C / 16 > 64 ? d.C / 16 : 64; }
 static void gold_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
     const Dims &d = m->d;
     Gold &a = layer->gold;
+    Arena *again = m->s.grad_cp == 2 ? scratch : kept;
     const int64_t E = (int64_t)d.BT * d.C;                                          // A = C in this layer
-    for (floatX **p : {&a.xx, &a.xq, &a.q0, &a.q, &a.xc, &a.k1, &a.k2, &a.k, &a.v1, &a.v2, &a.v, &a.y, &a.yn}) take(kept, p, E);
-    take(kept, &a.hq, (int64_t)d.BT * 32);
-    take(kept, &a.hkv, (int64_t)d.BT * 64);
+    low_rank_mix_plan(d, &a.mix_q, 1, kept, again, scratch);
+    low_rank_mix_plan(d, &a.mix_kv, 2, kept, again, scratch);
+    for (floatX **p : {&a.q0, &a.k2, &a.v2, &a.y}) take(kept, p, E);
+    for (floatX **p : {&a.xq, &a.q, &a.k1, &a.k, &a.v1, &a.v, &a.yn}) take(again, p, E);
     for (floatX **p : {&a.hk, &a.hv}) take(kept, p, (int64_t)d.BT * gold_rank(d));
     take(kept, &a.l, (int64_t)d.BT * d.H);
     auto &t = a.tmp;
-    for (floatX **p : {&t.m, &t.dm}) take(scratch, p, 2 * E);
-    for (floatX **p : {&t.dq, &t.dk, &t.dv, &t.dy, &t.dyn, &t.dq0, &t.dk2, &t.dv2, &t.dxq, &t.dxx, &t.dxc}) take(scratch, p, E);
+    for (floatX **p : {&t.low_rank, &t.dq, &t.dk, &t.dv, &t.dy, &t.dyn, &t.dq0, &t.dk2, &t.dv2, &t.dxq}) take(scratch, p, E);
     take(scratch, &t.dh, (int64_t)d.BT * gold_rank(d));
     take(scratch, &t.delta, (int64_t)d.BT * d.H);
+}
+
+static void gold_mix_q(const Dims &d, const Layer *layer, const floatX *x) {         // a.xq
+    low_rank_mix_outputs<1>(d, layer->gold.mix_q, layer->p.time_maa_q_w2, 1, 0, {{layer->p.time_maa_q.w}, {}, {layer->gold.xq}}, x);
+}
+
+static void gold_mix_kv(const Model *m, const Layer *layer) {                        // a.k1, a.v1 from m->k0 and m->xo
+    const Gold &a = layer->gold;
+    const Params &p = layer->p;
+    low_rank_mix_outputs<1>(m->d, a.mix_kv, p.time_maa_kv_w2, 2, 0, {{p.time_maa_k.w}, {}, {a.k1}}, m->k0);
+    low_rank_mix_outputs<1>(m->d, a.mix_kv, p.time_maa_kv_w2, 2, 1, {{p.time_maa_v.w}, {}, {a.v1}}, m->xo);
 }
 
 static void gold_queries(Model *m, Layer *layer, const floatX *x) {                  // a.q
     const Dims &d = m->d;
     const Params &p = layer->p;
     Gold &a = layer->gold;
-    mix_forward<1>({{p.time_maa_x.w}, nullptr, {a.xx}}, x, d.BT, d.T, d.C);
-    low_rank_forward(a.tmp.m, a.hq, a.xx, p.time_maa_q_w1, p.time_maa_q_w2, d.BT, d.C, 32, d.C);
-    mix_forward<1>({{p.time_maa_q.w}, a.tmp.m, {a.xq}}, x, d.BT, d.T, d.C);
+    low_rank_mix_hidden(d, a.mix_q, p.time_maa_x, p.time_maa_q_w1, 1, x);
+    gold_mix_q(d, layer, x);
     linear_forward(a.q0, a.xq, p.query, d.BT, d.A, d.C);
     layernorm_forward(a.q, nullptr, a.q0, nullptr, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
     rope_forward(m, a.q);
@@ -3186,18 +3543,14 @@ static void gold_keys_values(Model *m, Layer *layer) {                          
     const Dims &d = m->d;
     const Params &p = layer->p;
     Gold &a = layer->gold;
-    const int64_t E = (int64_t)d.BT * d.C;
     const int rank = gold_rank(d);
-    floatX *low_rank = a.tmp.dm;                                                    // scratch (BT, C)
-    mix_forward<1>({{p.time_maa_v_cache.w}, nullptr, {a.xc}}, m->xo, d.BT, d.T, d.C);
-    low_rank_forward(a.tmp.m, a.hkv, a.xc, p.time_maa_kv_w1, p.time_maa_kv_w2, d.BT, d.C, 32, d.C, 2);
-    mix_forward<1>({{p.time_maa_k.w}, a.tmp.m, {a.k1}}, m->k0, d.BT, d.T, d.C);
-    mix_forward<1>({{p.time_maa_v.w}, a.tmp.m + E, {a.v1}}, m->xo, d.BT, d.T, d.C);
-    low_rank_forward(low_rank, a.hk, a.k1, p.time_key_w1, p.time_key_w2, d.BT, d.C, rank, d.C);
-    layernorm_forward(a.k, a.k2, a.k1, nullptr, low_rank, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
+    low_rank_mix_hidden(d, a.mix_kv, p.time_maa_v_cache, p.time_maa_kv_w1, 2, m->xo);
+    gold_mix_kv(m, layer);
+    low_rank_forward(a.tmp.low_rank, a.hk, a.k1, p.time_key_w1, p.time_key_w2, d.BT, d.C, rank, d.C);
+    layernorm_forward(a.k, a.k2, a.k1, nullptr, a.tmp.low_rank, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
     rope_forward(m, a.k);
-    low_rank_forward(low_rank, a.hv, a.v1, p.time_value_w1, p.time_value_w2, d.BT, d.C, rank, d.C);
-    layernorm_forward(a.v, a.v2, a.v1, nullptr, low_rank, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
+    low_rank_forward(a.tmp.low_rank, a.hv, a.v1, p.time_value_w1, p.time_value_w2, d.BT, d.C, rank, d.C);
+    layernorm_forward(a.v, a.v2, a.v1, nullptr, a.tmp.low_rank, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
 }
 
 static void gold_output(Model *m, Layer *layer, floatX *out) {                      // from a.y
@@ -3217,12 +3570,26 @@ static void gold_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
     gold_output(m, layer, out);
 }
 
+static void gold_remake(Model *m, Layer *layer, const floatX *x) {
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    Gold &a = layer->gold;
+    mix_forward<1>({{p.time_maa_x.w}, {}, {a.mix_q.xx}}, x, d.BT, d.T, d.C);
+    mix_forward<1>({{p.time_maa_v_cache.w}, {}, {a.mix_kv.xx}}, m->xo, d.BT, d.T, d.C);
+    gold_mix_q(d, layer, x);
+    gold_mix_kv(m, layer);
+    layernorm_forward(a.q, nullptr, a.q0, nullptr, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
+    layernorm_forward(a.k, nullptr, a.k2, nullptr, nullptr, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
+    layernorm_forward(a.v, nullptr, a.v2, nullptr, nullptr, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
+    for (floatX *rotated : {a.q, a.k}) rope_forward(m, rotated);
+    layernorm_forward(a.yn, nullptr, a.y, nullptr, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
+}
+
 static void gold_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
     const Dims &d = m->d;
     const Params &p = layer->p;
     Gold &a = layer->gold;
     auto &t = a.tmp;
-    const int64_t E = (int64_t)d.BT * d.C;
     const int rank = gold_rank(d);
     linear_backward(t.dyn, dout, a.yn, p.output, d.BT, d.C, d.A);
     layernorm_backward<false>(t.dy, m->partial, t.dyn, a.y, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
@@ -3231,22 +3598,18 @@ static void gold_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
 
     layernorm_backward<false>(t.dk2, m->partial, t.dk, a.k2, nullptr, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
     layernorm_backward<false>(t.dv2, m->partial, t.dv, a.v2, nullptr, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
-    low_rank_backward(t.dk2, t.dh, t.dk2, a.hk, a.k1, p.time_key_w1, p.time_key_w2, d.BT, d.C, rank, d.C, 1, 1);
-    low_rank_backward(t.dv2, t.dh, t.dv2, a.hv, a.v1, p.time_value_w1, p.time_value_w2, d.BT, d.C, rank, d.C, 1, 1);
-    matmul(t.m, d.C, rows(a.hkv, 64, 32), rows(p.time_maa_kv_w2.w, d.C, 32 * d.C), d.BT, d.C, 32, 0, 2, E);
-    mix_backward<1, float, true>({{p.time_maa_k.w}, t.m, {t.dk2}}, m->dk0, t.dm, {{p.time_maa_k.g}}, m->partial, m->k0, d.BT, d.T, d.C);
-    mix_backward<1, float, true>({{p.time_maa_v.w}, t.m + E, {t.dv2}}, m->dxo, t.dm + E, {{p.time_maa_v.g}}, m->partial, m->xo,
-                                 d.BT, d.T, d.C);
-    low_rank_backward(t.dxc, t.dh, t.dm, a.hkv, a.xc, p.time_maa_kv_w1, p.time_maa_kv_w2, d.BT, d.C, 32, d.C, 2);
-    mix_backward<1, float, true>({{p.time_maa_v_cache.w}, nullptr, {t.dxc}}, m->dxo, nullptr, {{p.time_maa_v_cache.g}}, m->partial, m->xo,
-                                 d.BT, d.T, d.C);
+    low_rank_backward(t.dk2, t.dh, t.dk2, a.hk, a.k1, p.time_key_w1, p.time_key_w2, d.BT, d.C, rank, d.C, 1);
+    low_rank_backward(t.dv2, t.dh, t.dv2, a.hv, a.v1, p.time_value_w1, p.time_value_w2, d.BT, d.C, rank, d.C, 1);
+    low_rank_mix_outputs_backward<1, float, true>(m, a.mix_kv, p.time_maa_kv_w2, 2, 0, {{p.time_maa_k.w}, {}, {t.dk2}}, {{p.time_maa_k.g}},
+                                                  m->dk0, m->k0);
+    low_rank_mix_outputs_backward<1, float, true>(m, a.mix_kv, p.time_maa_kv_w2, 2, 1, {{p.time_maa_v.w}, {}, {t.dv2}}, {{p.time_maa_v.g}},
+                                                  m->dxo, m->xo);
+    low_rank_mix_hidden_backward(m, a.mix_kv, p.time_maa_v_cache, p.time_maa_kv_w1, 2, m->dxo, m->xo);
 
     layernorm_backward<false>(t.dq0, m->partial, t.dq, a.q0, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
     linear_backward(t.dxq, t.dq0, a.xq, p.query, d.BT, d.A, d.C);
-    matmul(t.m, d.C, rows(a.hq, 32), rows(p.time_maa_q_w2.w, d.C), d.BT, d.C, 32);
-    mix_backward<1, floatX, false>({{p.time_maa_q.w}, t.m, {t.dxq}}, dx, t.dm, {{p.time_maa_q.g}}, m->partial, x, d.BT, d.T, d.C);
-    low_rank_backward(t.dxx, t.dh, t.dm, a.hq, a.xx, p.time_maa_q_w1, p.time_maa_q_w2, d.BT, d.C, 32, d.C);
-    mix_backward<1, floatX, true>({{p.time_maa_x.w}, nullptr, {t.dxx}}, dx, nullptr, {{p.time_maa_x.g}}, m->partial, x, d.BT, d.T, d.C);
+    low_rank_mix_outputs_backward<1, floatX, false>(m, a.mix_q, p.time_maa_q_w2, 1, 0, {{p.time_maa_q.w}, {}, {t.dxq}}, {{p.time_maa_q.g}}, dx, x);
+    low_rank_mix_hidden_backward(m, a.mix_q, p.time_maa_x, p.time_maa_q_w1, 1, dx, x);
 }
 
 // ---- channel mixes, x060 and x052 ----
@@ -3259,10 +3622,17 @@ static void cmix_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
     const Dims &d = m->d;
     Cmix &a = layer->ffn;
     const int64_t E = (int64_t)d.BT * d.C;
-    for (floatX **p : {&a.xk, &a.xr, &a.v, &a.r}) take(kept, p, E);
+    for (floatX **p : {&a.xk, &a.xr}) take(m->s.grad_cp == 2 ? scratch : kept, p, E);
+    for (floatX **p : {&a.v, &a.r}) take(kept, p, E);
     take(kept, &a.k, (int64_t)d.BT * d.F);
     for (floatX **p : {&a.tmp.dxk, &a.tmp.dxr, &a.tmp.dv, &a.tmp.dr}) take(scratch, p, E);
     take(scratch, &a.tmp.dk, (int64_t)d.BT * d.F);
+}
+
+static void cmix_remake(Model *m, Layer *layer, const floatX *x) {                   // a.xk, a.xr
+    const Dims &d = m->d;
+    const Params &p = layer->p;
+    mix_forward<2>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, {}, {layer->ffn.xk, layer->ffn.xr}, layer->cmix->complement}, x, d.BT, d.T, d.C);
 }
 
 static void cmix_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
@@ -3270,8 +3640,7 @@ static void cmix_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
     const Params &p = layer->p;
     Cmix &a = layer->ffn;
     const int64_t E = (int64_t)d.BT * d.C, EF = (int64_t)d.BT * d.F;
-    const bool eagle = layer->cmix->complement;
-    mix_forward<2>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, nullptr, {a.xk, a.xr}, eagle}, x, d.BT, d.T, d.C);
+    cmix_remake(m, layer, x);
     linear_forward(a.k, a.xk, p.ffn_key, d.BT, d.F, d.C);
     relu_squared_forward<<<pack_blocks(EF), 256, 0, stream>>>(a.k, EF);
     linear_forward(a.v, a.k, p.ffn_value, d.BT, d.C, d.F);
@@ -3291,39 +3660,8 @@ static void cmix_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
     linear_backward(t.dk, t.dv, a.k, p.ffn_value, d.BT, d.C, d.F);
     relu_squared_backward<<<pack_blocks(EF), 256, 0, stream>>>(t.dk, a.k, EF);
     linear_backward(t.dxk, t.dk, a.xk, p.ffn_key, d.BT, d.F, d.C);
-    mix_backward<2, floatX, false>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, nullptr, {t.dxk, t.dxr}, eagle}, dx, nullptr,
+    mix_backward<2, floatX, false>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, {}, {t.dxk, t.dxr}, eagle}, dx, nullptr, nullptr,
                                    {{p.ffn_time_maa_k.g, p.ffn_time_maa_r.g}}, m->partial, x, d.BT, d.T, d.C);
-}
-
-// ---- what the mixers below share: mixes by low-rank functions of the data ----
-//
-//     m   = tanh((x + dx * time_maa_x) @ time_maa_w1);  m_i = m[:, 32 i : 32 i + 32] @ time_maa_w2[i],  i = 0 .. n-1
-//     x_i = x + dx * (time_maa_i + m_i)
-
-static void low_rank_mix_plan(const Dims &d, LowRankMix *a, int n, Arena *kept, Arena *scratch) {
-    const int64_t E = (int64_t)d.BT * d.C;
-    take(kept, &a->xx, E);
-    take(kept, &a->h, (int64_t)d.BT * 32 * n);
-    for (floatX **p : {&a->tmp.m, &a->tmp.dm}) take(scratch, p, n * E);
-    take(scratch, &a->tmp.dxx, E);
-    take(scratch, &a->tmp.dh, (int64_t)d.BT * 32 * n);
-}
-
-template <int n> static void low_rank_mix_forward(const Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix, const floatX *x) {
-    const Dims &d = m->d;
-    mix_forward<1>({{p.time_maa_x.w}, nullptr, {a.xx}}, x, d.BT, d.T, d.C);
-    low_rank_forward(a.tmp.m, a.h, a.xx, p.time_maa_w1, p.time_maa_w2, d.BT, d.C, 32, d.C, n);
-    mix_forward<n>(mix, x, d.BT, d.T, d.C);
-}
-
-template <int n> static void low_rank_mix_backward(const Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix, Targets dmu,
-                                                   floatX *dx, const floatX *x) {
-    const Dims &d = m->d;
-    const auto &t = a.tmp;                                                          // m is made again: it is cheap, and large
-    matmul(t.m, d.C, rows(a.h, 32 * n, 32), rows(p.time_maa_w2.w, d.C, 32 * d.C), d.BT, d.C, 32, 0, n, (int64_t)d.BT * d.C);
-    mix_backward<n, floatX, false>(mix, dx, t.dm, dmu, m->partial, x, d.BT, d.T, d.C);
-    low_rank_backward(t.dxx, t.dh, t.dm, a.h, a.xx, p.time_maa_w1, p.time_maa_w2, d.BT, d.C, 32, d.C, n);
-    mix_backward<1, floatX, true>({{p.time_maa_x.w}, nullptr, {t.dxx}}, dx, nullptr, {{p.time_maa_x.g}}, m->partial, x, d.BT, d.T, d.C);
 }
 
 // ---- Finch (RWKV-6) time mix, x060 ----
@@ -3340,7 +3678,7 @@ static void finch_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {   
     auto &t = a.tmp;
     const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
     const bool w = layer->p.time_decay_w1.ld > 0, g = layer->p.gate.ld > 0;         // has these tensors
-    if (layer->tmix->mixes) low_rank_mix_plan(d, &a.mix, layer->tmix->mixes, kept, scratch);
+    if (layer->tmix->mixes) low_rank_mix_plan(d, &a.mix, layer->tmix->mixes, kept, kept, scratch);
     for (floatX **p : {&a.xr, &a.xk, &a.xv}) take(kept, p, E);
     for (floatX **p : {&a.r, &a.k, &a.v, &a.y, &a.yn}) take(kept, p, EA);
     take(kept, &a.states, d.B * d.H * ceil_div(d.T, CHUNK) * N * N);
@@ -3379,8 +3717,7 @@ static void finch_forward(Model *m, Layer *layer, floatX *out, const floatX *x) 
     const Dims &d = m->d;
     const Params &p = layer->p;
     Finch &a = layer->finch;
-    low_rank_mix_forward<5>(m, p, a.mix, {{p.time_maa_w.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, a.mix.tmp.m,
-                                          {a.xw, a.xk, a.xv, a.xr, a.xg}}, x);
+    low_rank_mix_forward<5>(m, p, a.mix, {{p.time_maa_w.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, {}, {a.xw, a.xk, a.xv, a.xr, a.xg}}, x);
     linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
     linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
     linear_forward(a.v, a.xv, p.value, d.BT, d.A, d.C);
@@ -3405,7 +3742,7 @@ static void finch_backward(Model *m, Layer *layer, floatX *dx, const floatX *dou
     linear_backward(t.dxg, t.dg, a.xg, p.gate, d.BT, d.A, d.C);
     low_rank_backward(t.dxw, t.dh, t.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
     low_rank_mix_backward<5>(m, p, a.mix, {{p.time_maa_w.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w},
-                                           a.mix.tmp.m, {t.dxw, t.dxk, t.dxv, t.dxr, t.dxg}},
+                                           {}, {t.dxw, t.dxk, t.dxv, t.dxr, t.dxg}},
                              {{p.time_maa_w.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_r.g, p.time_maa_g.g}}, dx, x);
 }
 
@@ -3417,8 +3754,7 @@ static void finch_b_forward(Model *m, Layer *layer, floatX *out, const floatX *x
     const Dims &d = m->d;
     const Params &p = layer->p;
     Finch &a = layer->finch;
-    low_rank_mix_forward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, a.mix.tmp.m,
-                                          {a.xr, a.xk, a.xv, a.xw}}, x);
+    low_rank_mix_forward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {}, {a.xr, a.xk, a.xv, a.xw}}, x);
     linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
     linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
     linear_forward(a.v, a.xv, p.value, d.BT, d.A, d.C);
@@ -3440,8 +3776,7 @@ static void finch_b_backward(Model *m, Layer *layer, floatX *dx, const floatX *d
     linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
     linear_backward(t.dxv, t.dv, a.xv, p.value, d.BT, d.A, d.C);
     low_rank_backward(t.dxw, t.dh, t.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
-    low_rank_mix_backward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, a.mix.tmp.m,
-                                           {t.dxr, t.dxk, t.dxv, t.dxw}},
+    low_rank_mix_backward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {}, {t.dxr, t.dxk, t.dxv, t.dxw}},
                              {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g}}, dx, x);
 }
 
@@ -3458,7 +3793,7 @@ static void eagle_forward(Model *m, Layer *layer, floatX *out, const floatX *x) 
     const Dims &d = m->d;
     const Params &p = layer->p;
     Finch &a = layer->finch;
-    mix_forward<4>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, nullptr, {a.xk, a.xv, a.xr, a.xg},
+    mix_forward<4>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, {}, {a.xk, a.xv, a.xr, a.xg},
                     layer->tmix->complement}, x, d.BT, d.T, d.C);
     linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
     linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
@@ -3481,8 +3816,8 @@ static void eagle_backward(Model *m, Layer *layer, floatX *dx, const floatX *dou
     linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
     linear_backward(t.dxv, t.dv, a.xv, p.value, d.BT, d.A, d.C);
     linear_backward(t.dxg, t.dg, a.xg, p.gate, d.BT, d.A, d.C);
-    mix_backward<4, floatX, false>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, nullptr,
-                                    {t.dxk, t.dxv, t.dxr, t.dxg}, layer->tmix->complement}, dx, nullptr,
+    mix_backward<4, floatX, false>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, {},
+                                    {t.dxk, t.dxv, t.dxr, t.dxg}, layer->tmix->complement}, dx, nullptr, nullptr,
                                    {{p.time_maa_k.g, p.time_maa_v.g, p.time_maa_r.g, p.time_maa_g.g}}, m->partial, x, d.BT, d.T, d.C);
 }
 
@@ -3502,7 +3837,7 @@ static void attention_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) 
     for (floatX **p : {&t.dq, &t.dk, &t.dv, &t.dy}) take(scratch, p, EA);
     take(scratch, &t.delta, (int64_t)d.BT * d.H);
     if (!layer->tmix->mixes) return;
-    low_rank_mix_plan(d, &a.mix, layer->tmix->mixes, kept, scratch);
+    low_rank_mix_plan(d, &a.mix, layer->tmix->mixes, kept, kept, scratch);
     for (floatX **p : {&a.xq, &a.xk, &a.xv}) take(kept, p, E);
     for (floatX **p : {&a.q0, &a.k0, &a.v0, &a.yn}) take(kept, p, EA);
     for (floatX **p : {&t.dxq, &t.dxk, &t.dxv}) take(scratch, p, E);
@@ -3529,7 +3864,7 @@ static void gptalpha_forward(Model *m, Layer *layer, floatX *out, const floatX *
     const Dims &d = m->d;
     const Params &p = layer->p;
     Attention &a = layer->attention;
-    low_rank_mix_forward<3>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w}, a.mix.tmp.m, {a.xq, a.xk, a.xv}}, x);
+    low_rank_mix_forward<3>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w}, {}, {a.xq, a.xk, a.xv}}, x);
     linear_forward(a.q0, a.xq, p.query, d.BT, d.A, d.C);
     linear_forward(a.k0, a.xk, p.key, d.BT, d.A, d.C);
     linear_forward(a.v0, a.xv, p.value, d.BT, d.A, d.C);
@@ -3555,7 +3890,7 @@ static void gptalpha_backward(Model *m, Layer *layer, floatX *dx, const floatX *
     linear_backward(t.dxq, t.dq0, a.xq, p.query, d.BT, d.A, d.C);
     linear_backward(t.dxk, t.dk0, a.xk, p.key, d.BT, d.A, d.C);
     linear_backward(t.dxv, t.dv0, a.xv, p.value, d.BT, d.A, d.C);
-    low_rank_mix_backward<3>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w}, a.mix.tmp.m, {t.dxq, t.dxk, t.dxv}},
+    low_rank_mix_backward<3>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w}, {}, {t.dxq, t.dxk, t.dxv}},
                              {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g}}, dx, x);
 }
 
@@ -3628,18 +3963,18 @@ static void cmix_llama_backward(Model *m, Layer *layer, floatX *dx, const floatX
 
 static const Mixer TIME_MIXERS[] = {
     //                        mixes  K0     own K, V  complement
-    {"x060c2",   FINCH_C2, 5, false, false, false, finch_c2_plan, finch_c2_forward, finch_c2_backward},
-    {"gold",     GOLD,     0, true,  false, false, gold_plan, gold_forward, gold_backward},
-    {"x060",     FINCH,    5, false, false, false, finch_plan, finch_forward, finch_backward},
-    {"x060b",    FINCH_B,  4, false, false, false, finch_plan, finch_b_forward, finch_b_backward},
-    {"x052",     EAGLE,    0, false, false, true,  finch_plan, eagle_forward, eagle_backward},
-    {"gptalpha", GPTALPHA, 3, false, true,  false, attention_plan, gptalpha_forward, gptalpha_backward},
-    {"llama",    LLAMA,    0, false, true,  false, attention_plan, llama_forward, llama_backward},
+    {"x060c2",   FINCH_C2, 5, false, false, false, finch_c2_plan, finch_c2_forward, finch_c2_backward, finch_c2_remake},
+    {"gold",     GOLD,     0, true,  false, false, gold_plan, gold_forward, gold_backward, gold_remake},
+    {"x060",     FINCH,    5, false, false, false, finch_plan, finch_forward, finch_backward, nullptr},
+    {"x060b",    FINCH_B,  4, false, false, false, finch_plan, finch_b_forward, finch_b_backward, nullptr},
+    {"x052",     EAGLE,    0, false, false, true,  finch_plan, eagle_forward, eagle_backward, nullptr},
+    {"gptalpha", GPTALPHA, 3, false, true,  false, attention_plan, gptalpha_forward, gptalpha_backward, nullptr},
+    {"llama",    LLAMA,    0, false, true,  false, attention_plan, llama_forward, llama_backward, nullptr},
 };
 static const Mixer CHANNEL_MIXERS[] = {
-    {"x060",  CMIX,       0, false, false, false, cmix_plan, cmix_forward, cmix_backward},
-    {"x052",  CMIX_EAGLE, 0, false, false, true,  cmix_plan, cmix_forward, cmix_backward},
-    {"llama", CMIX_LLAMA, 0, false, false, false, cmix_llama_plan, cmix_llama_forward, cmix_llama_backward},
+    {"x060",  CMIX,       0, false, false, false, cmix_plan, cmix_forward, cmix_backward, cmix_remake},
+    {"x052",  CMIX_EAGLE, 0, false, false, true,  cmix_plan, cmix_forward, cmix_backward, cmix_remake},
+    {"llama", CMIX_LLAMA, 0, false, false, false, cmix_llama_plan, cmix_llama_forward, cmix_llama_backward, nullptr},
 };
 
 template <size_t n> static const Mixer *find_mixer(const Mixer (&table)[n], const char *name) {     // NULL if there is none
@@ -3716,7 +4051,8 @@ static void add_tensors(Model *m, int layer, Params *params, int where, int mixe
 static bool has_cache(const Model *m) { return m->layers[m->d.L - 1].tmix->needs_cache; }
 
 // Hands out the activation block; without a base it only measures it. The pieces at the front stay for the whole pass,
-// then what each layer keeps (with grad_cp 1 only its input: the rest is one layer's, made again), then scratch.
+// then what each layer keeps (with grad_cp 1 only its input: the rest is one layer's, made again; with grad_cp 2 not what
+// norms and mixes gave: `remake` makes it again, in scratch), then scratch.
 static void model_layout(Model *m, char *base) {
     const Dims &d = m->d;
     const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
@@ -3734,20 +4070,27 @@ static void model_layout(Model *m, char *base) {
     take(&arena, &m->logits, (int64_t)m->slice * d.V);
     take(&arena, &m->losses, d.BT);
     take(&arena, &m->right, d.BT);
-    take(&arena, &m->partial, (int64_t)row_blocks(d.BT) * 5 * (d.C > d.A ? d.C : d.A));
+    const int64_t partial_rows = (int64_t)row_blocks(d.BT) * 5 * (d.C > d.A ? d.C : d.A), partial_mix = mix_partial_floats(d.C);
+    take(&arena, &m->partial, partial_rows > partial_mix ? partial_rows : partial_mix);
+    floatX *ln1 = nullptr, *ln2 = nullptr;                                          // grad_cp 2: of the layer at hand
+    for (floatX **p : {&ln1, &ln2})
+        if (m->s.grad_cp == 2) take(&arena, p, E);
     for (int l = 0; l < d.L; l++) {
         m->layers[l].x = m->x0;                                                     // block 0 reads the embedding itself
         if (l > 0) take(&arena, &m->layers[l].x, E);
     }
     const int64_t layers_begin = arena.used;
-    arena.once = !m->s.grad_cp;
+    arena.once = m->s.grad_cp != 1;
     int64_t layers_end = arena.used;
     for (int pass = 0; pass < 2; pass++) {                                          // scratch comes after the last layer's
         for (int l = 0; l < d.L; l++) {
             Layer *layer = &m->layers[l];
-            if (l == 0 || m->s.grad_cp) arena.used = layers_begin;
+            if (l == 0 || m->s.grad_cp == 1) arena.used = layers_begin;
             Arena scratch = {pass ? base : nullptr, layers_end, false};
-            for (floatX **p : {&layer->x_mid, &layer->ln1, &layer->ln2}) take(&arena, p, E);
+            take(&arena, &layer->x_mid, E);
+            layer->ln1 = ln1, layer->ln2 = ln2;
+            for (floatX **p : {&layer->ln1, &layer->ln2})
+                if (m->s.grad_cp != 2) take(&arena, p, E);
             layer->tmix->plan(m, layer, &arena, &scratch);
             if (pass && scratch.used > m->activation_bytes) m->activation_bytes = scratch.used;
             scratch.used = layers_end;
@@ -3837,7 +4180,10 @@ static void device_alloc(void **p, int64_t bytes) {
 static void model_too_large(const Model *m, int64_t available) {                    // says what would fit
     const int64_t missing = model_total_bytes(m) - available;
     char advice[200] = "not even micro_bsz 1 with grad_cp 1 would fit";
-    for (int cp = (int)m->s.grad_cp; cp < 2; cp++) {
+    bool more = false;                                                              // cp saves at least as much as grad_cp does
+    for (int cp : {0, 2, 1}) {
+        more = more || cp == m->s.grad_cp;
+        if (!more) continue;
         Settings s = m->s;
         s.grad_cp = cp;
         int fits = 0;
@@ -3848,7 +4194,9 @@ static void model_too_large(const Model *m, int64_t available) {                
             model_free_plan(&smaller);
         }
         if (!fits) continue;
-        snprintf(advice, sizeof advice, "micro_bsz %d%s would fit", fits, cp > m->s.grad_cp ? " with grad_cp 1" : "");
+        int n = snprintf(advice, sizeof advice, "micro_bsz %d", fits);
+        if (cp != m->s.grad_cp) n += snprintf(advice + n, sizeof advice - n, " with grad_cp %d", cp);
+        snprintf(advice + n, sizeof advice - n, " would fit");
         if (fits == m->B) break;
     }
     die(2, "%s has %.2f GiB free, %.2f GiB less than needed: %s", machine_name(), available / 1073741824.0, missing / 1073741824.0, advice);
@@ -4093,7 +4441,7 @@ static void model_forward(Model *m) {                                           
 // Logits of `count` rows of xf, their losses (to m->losses from `row` on), and with scale > 0 their gradients in place.
 static void head_and_loss(Model *m, const floatX *xf, const int *targets, int64_t row, int count, float scale) {
     const Dims &d = m->d;
-    const int threads = d.V < 4096 ? 64 : 512;
+    const int threads = d.V < 4096 ? 64 : 1024;
     linear_forward(m->logits, xf, m->top.head, count, d.V, d.C);
     classifier_kernel<<<count, threads, 0, stream>>>(m->logits, m->losses + row, m->right + row, targets + row, scale, d.V);
 }
@@ -4115,13 +4463,22 @@ static void model_classifier(Model *m, float scale) {
 static void layer_backward(Model *m, Layer *layer) {                                // m->dx: of the layer's output, then of its input
     const Dims &d = m->d;
     const Params &p = layer->p;
-    if (m->s.grad_cp) {
-        layernorm_forward(layer->ln1, nullptr, layer->x, nullptr, nullptr, p.ln1_weight, p.ln1_bias, d.BT, d.C);
+    auto norm = [&](floatX *out, const floatX *x, Param gain, Param bias) { layernorm_forward(out, nullptr, x, nullptr, nullptr, gain, bias, d.BT, d.C); };
+    if (m->s.grad_cp == 1) {
+        norm(layer->ln1, layer->x, p.ln1_weight, p.ln1_bias);
         layer_forward(m, layer);
     }
     const floatX *ln2_input = m->s.parallel ? layer->x : layer->x_mid;
+    if (m->s.grad_cp == 2) {
+        norm(layer->ln2, ln2_input, p.ln2_weight, p.ln2_bias);
+        if (layer->cmix->remake) layer->cmix->remake(m, layer, layer->ln2);
+    }
     layer->cmix->backward(m, layer, m->dln2, m->dx, layer->ln2);
     if (!m->s.parallel) layernorm_backward<true>(m->dx, m->partial, m->dln2, ln2_input, nullptr, p.ln2_weight, p.ln2_bias, d.BT, d.C);
+    if (m->s.grad_cp == 2) {
+        norm(layer->ln1, layer->x, p.ln1_weight, p.ln1_bias);
+        if (layer->tmix->remake) layer->tmix->remake(m, layer, layer->ln1);
+    }
     layer->tmix->backward(m, layer, m->dln1, m->dx, layer->ln1);
     if (m->s.parallel) layernorm_backward<true>(m->dx, m->partial, m->dln2, ln2_input, nullptr, p.ln2_weight, p.ln2_bias, d.BT, d.C);
     layernorm_backward<true>(m->dx, m->partial, m->dln1, layer->x, nullptr, p.ln1_weight, p.ln1_bias, d.BT, d.C);
@@ -4142,7 +4499,7 @@ static void model_backward(Model *m) {                                          
         rms_norm_backward<true><<<d.BT, row_threads(d.C), 0, stream>>>(m->dx, m->dxo, (const float *)m->dx0, m->x0, d.C);
     layernorm_backward<false>(m->dln1, m->partial, m->dx, top.emb.w, m->tokens, first.ln0_weight, first.ln0_bias, d.BT, d.C);
     const int *ids = m->tokens + 2 * d.BT, *starts = ids + m->distinct, *order = starts + m->distinct + 1;
-    embedding_backward<<<m->distinct, row_threads(d.C), 0, stream>>>(top.emb.g, m->dln1, ids, starts, order, d.C);
+    embedding_backward<<<dim3(m->distinct, d.C / EMBEDDING_CHANNELS), 8 * EMBEDDING_ROWS, 0, stream>>>(top.emb.g, m->dln1, ids, starts, order, d.C);
 }
 
 // ---- a step ----
@@ -4308,7 +4665,7 @@ static const char *model_find_nonfinite(Model *m, const int *tokens, int B, int 
     }
     for (int l = 0; l < m->d.L && !yes; l++)
         for (const char *part : {"att.out", "ffn.out", "out"}) {
-            if (yes || (grad_cp && strcmp(part, "out") != 0)) continue;             // grad_cp 1 keeps the layers' outputs only
+            if (yes || (grad_cp == 1 && strcmp(part, "out") != 0)) continue;        // grad_cp 1 keeps the layers' outputs only
             snprintf(found, sizeof found, "blocks.%d.%s", l, part);
             model_activation(m, found, values);
             yes = bad((int64_t)m->d.BT * m->d.C);

@@ -59,7 +59,7 @@ refused 2 'train.lr_init: a value is missing' --train.lr_init
 refused 2 'micro_bsz: expected a whole number from 1 to 65536, found "2.5"' --train.micro_bsz 2.5
 refused 2 'micro_bsz: expected a whole number from 1 to 65536, found "99999999999999999999"' --train.micro_bsz 99999999999999999999
 refused 2 'beta1: expected a number from 0 to 0.999999, found "nan"' --train.beta1 nan
-refused 2 'grad_cp: expected a whole number from 0 to 1, found "2"' --train.grad_cp 2
+refused 2 'grad_cp: expected a whole number from 0 to 2, found "3"' --train.grad_cp 3
 refused 2 'tmix: expected at most 15 letters' --model.tmix x060c2x060c2x060c2
 refused 2 'n_embd: expected a whole number from 64 to 65536, a multiple of 64, found "100"' $utf8 --model.n_embd 100
 refused 2 'n_layer: expected a whole number from 1 to 4096, found "0"' $utf8 --model.n_layer 0
