@@ -2929,7 +2929,7 @@ __global__ void __launch_bounds__(1024) classifier_kernel(floatX *logits, float 
     __shared__ float sums[32];
     __shared__ int where[32];
     floatX *z = logits + (int64_t)blockIdx.x * V;
-    const int first = threadIdx.x * 8, step = blockDim.x * 8;
+    const int begin = threadIdx.x * 8, step = blockDim.x * 8;
     RawPack<floatX> kept[CLASSIFIER_KEEPS];
     float top = -INFINITY, sum = 0;
     int at = 0;
@@ -2946,11 +2946,11 @@ __global__ void __launch_bounds__(1024) classifier_kernel(floatX *logits, float 
     };
 #pragma unroll
     for (int i = 0; i < CLASSIFIER_KEEPS; i++)
-        if (first + i * step < V) kept[i] = load_raw(z + first + i * step);
+        if (begin + i * step < V) kept[i] = load_raw(z + begin + i * step);
 #pragma unroll
     for (int i = 0; i < CLASSIFIER_KEEPS; i++)
-        if (first + i * step < V) count(unpack(kept[i]), first + i * step);
-    for (int c = first + CLASSIFIER_KEEPS * step; c < V; c += step) count(load(z + c), c);
+        if (begin + i * step < V) count(unpack(kept[i]), begin + i * step);
+    for (int c = begin + CLASSIFIER_KEEPS * step; c < V; c += step) count(load(z + c), c);
     const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const float warp_top = warp_max(top);
     sum = warp_sum(top > -INFINITY ? sum * expf(top - warp_top) : 0);
@@ -2984,8 +2984,8 @@ __global__ void __launch_bounds__(1024) classifier_kernel(floatX *logits, float 
     };
 #pragma unroll
     for (int i = 0; i < CLASSIFIER_KEEPS; i++)
-        if (first + i * step < V) finish(unpack(kept[i]), first + i * step);
-    for (int c = first + CLASSIFIER_KEEPS * step; c < V; c += step) finish(load(z + c), c);
+        if (begin + i * step < V) finish(unpack(kept[i]), begin + i * step);
+    for (int c = begin + CLASSIFIER_KEEPS * step; c < V; c += step) finish(load(z + c), c);
 }
 
 // totals[0] += the sum of losses, totals[1] += the number right; one block, fixed order
