@@ -46,6 +46,8 @@ struct GoldSource {
         int stage;                          // pairs of tiles for 32 channels
         floatX *ring;                       // (window, C): keys or values of the newest tokens
     } k, v;
+    const TilePair *turned_tiles;           // what keys with a rope take in the end
+    int turned_stage, stage;                // pairs of these for 32 channels; most pairs of any stage
     Rope rope;
     int C, H, R, R32, rank_pad;             // R32: R up to a multiple of 32, zeros behind R. rank_pad: 64 or a multiple of 128
 };
@@ -191,8 +193,10 @@ static const int WINDOW_THREADS = 256, WINDOW_SPLITS = 8, WINDOW_GROUPS = WINDOW
 
 struct QuerySource {
     const floatX *q;                        // (M, C), normed; or null:
-    const float *q0;                        // (C), not normed yet, with ln_q's gain and bias (M = 1)
+    const float *q0;                        // (C), not normed yet, with ln_q's gain and bias (M = 1), and without its rope
     const floatX *gain, *bias;
+    const Rope *rope;
+    const Place *place;
 };
 
 struct WindowTask {
@@ -228,7 +232,7 @@ __device__ inline Pack query_pack(const QuerySource &s, int m, int c, int C, flo
     const Pack gain = load(s.gain + c), bias = load(s.bias + c);
     Pack q = load(s.q0 + c);
     for (int i = 0; i < 8; i++) q.x[i] = (float)(floatX)((q.x[i] - norm.x) * norm.y * gain.x[i] + bias.x[i]);
-    return q;
+    return s.rope->used ? rope_pack(q, *s.rope, s.place->first, c, 1) : q;
 }
 
 // Grid: (H, splits, M). Eight lanes hold a token, each eight channels; such a group of lanes keeps its own running sums of
@@ -364,7 +368,7 @@ struct PastTask {
 };
 
 struct PastSmem {                           // where things lie in a block's shared memory
-    TilePair *stage;                        // two stages of weights for 32 channels each, g.k.stage pairs apart
+    TilePair *stage;                        // two stages of weights for 32 channels each, g.stage pairs apart
     floatX *patch;                          // (warps, 16, 64), in the stages' place
     floatX *c, *h, *u;                      // (warps, 16, R), (warps, 16, 64), (warps, 16, rank), each row PAD longer
     float *p;                               // (H M, tokens): scores, then p'
@@ -380,7 +384,7 @@ __host__ __device__ inline PastSmem past_smem(char *base, const GoldSource &g, i
     size_t at = 0;
     auto place = [&](size_t bytes) { char *p = base + at; at += (bytes + 15) / 16 * 16; return p; };
     const int tokens = 16 * warps, pairs = M * g.H;
-    s.stage = (TilePair *)place(2 * sizeof(TilePair) * 32 * g.k.stage);
+    s.stage = (TilePair *)place(2 * sizeof(TilePair) * 32 * g.stage);
     s.patch = (floatX *)s.stage;
     s.c = (floatX *)place(sizeof(floatX) * tokens * (g.R32 + PAD));
     s.h = (floatX *)place(sizeof(floatX) * tokens * (64 + PAD));
@@ -534,8 +538,8 @@ template <int groups, bool keys> __device__ inline void past_sweep(PastRows &row
             async_wait<0>();
             __syncthreads();
             const int next = pass * stages + j + 1;
-            if (next < stages * g.rank_pad / (32 * groups)) stage_copy(s.stage + next % 2 * 32 * g.k.stage, side.tiles + (int64_t)next * side.stage * 32, side.stage);
-            const TilePair *w = s.stage + (next - 1) % 2 * 32 * g.k.stage;
+            if (next < stages * g.rank_pad / (32 * groups)) stage_copy(s.stage + next % 2 * 32 * g.stage, side.tiles + (int64_t)next * side.stage * 32, side.stage);
+            const TilePair *w = s.stage + (next - 1) % 2 * 32 * g.stage;
             TileC x[4] = {}, m[4] = {};
             if (keys) {
                 for (int k = 0; k < g.R32; k += 32) mma_pairs(x, load_a(c + k, ldc), load_a(c + k + 16, ldc), w + k, g.R32 / 32);
@@ -600,6 +604,50 @@ __device__ inline void past_scores(const PastRows &rows, const PastSmem &s, cons
             const bool seen = row > 0 && rows.id[i / 2] >= 0 && t0 - 1 + row <= task.place->first + task.m0 + pair % task.M;
             const float score = rows.rstd[i / 2] * (*p + low_rank[0].x[i] - rows.mean[i / 2] * task.query.sum[pair]) + task.query.bias[pair];
             *p = seen ? score : -INFINITY;
+        }
+    }
+}
+
+// The scores of keys with a rope: those must be made channel by channel, in another sweep, from k1 and u.
+__device__ inline void past_turned_scores(const PastRows &rows, const PastSmem &s, const GoldSource &g, const PastTask &task, int64_t t0) {
+    const int warp = threadIdx.x / 32, ldc = g.R32 + PAD, ldh = 64 + PAD, ldu = g.rank_pad + PAD, stages = g.C / 32;
+    const floatX *c = s.c + warp * 16 * ldc, *h = s.h + warp * 16 * ldh, *u = s.u + warp * 16 * ldu;
+    const TileA hidden[2] = {load_a(h, ldh), load_a(h + 16, ldh)};
+    TileC score[1] = {};
+    for (int j = 0; j < stages; j++) {
+        RawPack<floatX> raw[2];
+        past_request(raw, g.id_k0, s.ids + 16 * warp, 32 * j, g.C);
+        async_wait<0>();
+        __syncthreads();
+        if (j + 1 < stages)
+            stage_copy(s.stage + (j + 1) % 2 * 32 * g.stage, g.turned_tiles + (int64_t)(j + 1) * g.turned_stage * 32, g.turned_stage);
+        const TilePair *w = s.stage + j % 2 * 32 * g.stage;
+        TileC x[4] = {}, m[4] = {}, y[4] = {};
+        for (int k = 0; k < g.R32; k += 32) mma_pairs(x, load_a(c + k, ldc), load_a(c + k + 16, ldc), w + k, g.R32 / 32);
+        w += 4 * g.R32;
+        mma_pairs(m, hidden[0], hidden[1], w, 1);
+        w += 4 * 32;
+        for (int k = 0; k < g.rank_pad; k += 32) mma_pairs(y, load_a(u + k, ldu), load_a(u + k + 16, ldu), w + k, g.rank_pad / 32);
+        past_add(x, raw, rows.scale);
+        past_mix(x, m, g.k.mu + 32 * j);
+        const int channel = 32 * j + threadIdx.x % 4 * 8;
+        const Pack gain = load(g.k.gain + channel), bias = load(g.k.bias + channel);
+        for (int i = 0; i < 2; i++) {
+            Pack k;
+            for (int e = 0; e < 8; e++) {
+                const int at = 2 * i + e % 2;
+                k.x[e] = (x[e / 2].x[at] - rows.mean[i] + y[e / 2].x[at]) * rows.rstd[i] * gain.x[e] + bias.x[e];
+            }
+            k = rope_pack(k, g.rope, t0 - 1 + tile_row(2 * i), channel, 1);
+            for (int e = 0; e < 8; e++) x[e / 2].x[2 * i + e % 2] = k.x[e];
+        }
+        mma_pairs(score, to_a(x[0], x[1]), to_a(x[2], x[3]), task.query.q + j * 32, 1);
+        if (j % 2 == 0) continue;
+        for (int i = 0; i < 4; i++) {
+            const int query = tile_col(i), row = tile_row(i);
+            const bool seen = row > 0 && rows.id[i / 2] >= 0 && t0 - 1 + row <= task.place->first + task.m0 + query;
+            if (query < task.M) s.p[(j / 2 * task.M + query) * s.ld + 16 * warp + row] = seen ? score[0].x[i] : -INFINITY;
+            score[0].x[i] = 0;
         }
     }
 }
@@ -689,7 +737,7 @@ __device__ inline void past_low_rank(const PastSmem &s, const GoldSource &g, int
 }
 
 // Grid: splits of the tokens before the window. Each writes its sums over its tokens.
-template <int groups> __global__ void __launch_bounds__(256, 1) past_attention_kernel(GoldSource g, PastTask task) {
+template <int groups, bool rope> __global__ void __launch_bounds__(256, 1) past_attention_kernel(GoldSource g, PastTask task) {
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32, pairs = task.M * g.H, step = 15 * warps;
     const PastSmem s = past_smem(dynamic_smem<char>(), g, warps, task.M);
     let_next_start();
@@ -707,7 +755,13 @@ template <int groups> __global__ void __launch_bounds__(256, 1) past_attention_k
         stage_copy(s.stage, g.k.tiles, g.k.stage);
         past_rows(rows, s, g, t0, T);
         past_sweep<groups, true>(rows, s, g, task);
-        past_scores(rows, s, g, task, t0);
+        if constexpr (rope) {
+            __syncthreads();
+            stage_copy(s.stage, g.turned_tiles, g.turned_stage);
+            past_turned_scores(rows, s, g, task, t0);
+        } else {
+            past_scores(rows, s, g, task, t0);
+        }
         __syncthreads();
         stage_copy(s.stage, g.v.tiles, g.v.stage);
         past_sweep<groups, false>(rows, s, g, task);
@@ -730,7 +784,7 @@ template <int groups> __global__ void __launch_bounds__(256, 1) past_attention_k
     }
 }
 
-// q~ = q * ln_k's gain, W2^T q~ and two sums, of all queries of a head: a block. In base 2: q~ includes log2(e) / sqrt(N).
+// q~ = q * ln_k's gain (with rope: q), W2^T q~ and two sums, of all queries of a head: a block. In base 2: q~ includes log2(e) / sqrt(N).
 __global__ void __launch_bounds__(128) past_queries(PastQuery to, QuerySource q, GoldSource g, int M) {
     __shared__ float2 shared[32];
     __shared__ __align__(16) float qs[8][N];
@@ -750,7 +804,7 @@ __global__ void __launch_bounds__(128) past_queries(PastQuery to, QuerySource q,
         float2 sum = make_float2(0, 0);                                     // of q~, of q . bias
         if (t < N) {
             const float scaled = qs[m][t] * SCALE_LOG2;
-            qs[m][t] = (float)(floatX)(scaled * (float)g.k.gain[h * N + t]);
+            qs[m][t] = (float)(floatX)(scaled * (g.rope.used ? 1 : (float)g.k.gain[h * N + t]));
             sum = make_float2(qs[m][t], scaled * (float)g.k.bias[h * N + t]);
         }
         sum = block_sum(sum, shared);
@@ -860,7 +914,8 @@ template <typename T> static void gold_attention(Infer *f, const GoldSource &g, 
         if (splits > 0) {
             const PastTask past = {f->past_query, f->past_sums, f->place, m, here};
             const size_t smem = past_smem(nullptr, g, f->past_warps, here).bytes;
-            auto kernel = g.rank_pad == 64 ? past_attention_kernel<2> : past_attention_kernel<4>;
+            auto kernel = g.rank_pad == 64 ? g.rope.used ? past_attention_kernel<2, true> : past_attention_kernel<2, false> :
+                          g.rope.used ? past_attention_kernel<4, true> : past_attention_kernel<4, false>;
             allow_smem(kernel, smem);
             launch_early(past_queries, dim3(g.H), 128, 0, f->past_query, part.query, g, here);
             launch_early(kernel, dim3(splits), 32 * f->past_warps, smem, g, past);
@@ -1495,7 +1550,10 @@ __global__ void __launch_bounds__(MV_THREADS) decode_window_append(const GoldSou
     const GoldSource::Side &s = blockIdx.x % 2 ? g.v : g.k;
     let_next_start();
     wait_for_previous();
-    norm_vector(s.ring + place->first % window * C, kv2 + (int64_t)blockIdx.x * C, s.gain, s.bias, C);
+    floatX *to = s.ring + place->first % window * C;
+    norm_vector(to, kv2 + (int64_t)blockIdx.x * C, s.gain, s.bias, C);
+    if (blockIdx.x % 2 == 1 || !g.rope.used) return;
+    for (int c = threadIdx.x * 8; c < C; c += MV_THREADS * 8) store(to + c, rope_pack(load(to + c), g.rope, place->first, c, 1));
 }
 
 // ---- layers ----
@@ -1558,7 +1616,7 @@ static void gold_decode(Infer *f, Layer *layer) {
     query.x = row.xs, query.w = p.query.w, query.out = row.q, query.rows = d.C, query.K = d.C;
     matvec(query, d.C);
     WindowTask task = {};
-    task.query = {nullptr, row.q, p.ln_q_weight.w, p.ln_q_bias.w}, task.shift = layer->tmix_shift, task.ln = row.ln;
+    task.query = {nullptr, row.q, p.ln_q_weight.w, p.ln_q_bias.w, &f->device_sources[layer->l - d.G0].rope, f->place}, task.shift = layer->tmix_shift, task.ln = row.ln;
     gold_attention(f, g, row.y, task, 0, 1);
 }
 
@@ -1737,6 +1795,18 @@ static void prepare_side(GoldSource &g, GoldSource::Side &side, bool keys, Param
     }
 }
 
+// Likewise for past_turned_scores: tiles of W_c, of the mix, of w2.
+static void prepare_turned(GoldSource &g) {
+    const int C = g.C, from_c = 4 * g.R32 / 32, low_rank = 4 * g.rank_pad / 32;
+    TilePair *to;
+    g.turned_stage = from_c + 4 + low_rank;
+    device_alloc((void **)&to, (int64_t)C / 32 * g.turned_stage * 32 * sizeof(TilePair));
+    g.turned_tiles = to;
+    pack_pairs(to, g.w_c, 1, g.R32, g.R32, C, 4, g.R32 / 32, g.turned_stage, 1, false, true);
+    pack_pairs(to + from_c * 32, g.k.mix, C, 1, 32, C, 4, 1, g.turned_stage, 0, false, true);
+    pack_pairs(to + (from_c + 4) * 32, g.k.w2, 1, g.rank_pad, g.rank_pad, C, 4, g.rank_pad / 32, g.turned_stage, 1, false, true);
+}
+
 // Tables over the vocabulary and weights in the layout that attention reads; once, after the weights are in place.
 static void prepare_gold(Infer *f) {
     Model *m = &f->m;
@@ -1766,6 +1836,8 @@ static void prepare_gold(Infer *f) {
         g.v.mu = p.time_maa_v.w, g.v.mix = p.time_maa_kv_w2.w + 32 * C, g.v.gain = p.ln_v_weight.w, g.v.bias = p.ln_v_bias.w;
         prepare_side(g, g.k, true, p.time_key_w1, p.time_key_w2, rank, scratch);
         prepare_side(g, g.v, false, p.time_value_w1, p.time_value_w2, rank, scratch);
+        if (g.rope.used) prepare_turned(g);
+        g.stage = g.k.stage > g.turned_stage ? g.k.stage : g.turned_stage;
         // (xo + dxo mu) @ w1 = xo_t @ (1 - mu) w1 + xo_{t-1} @ mu w1
         for (int before = 0; before < 2; before++)
             scale_rows<<<blocks_of(C * 64), 256, 0, stream>>>(w1[before], p.time_maa_kv_w1.w, p.time_maa_v_cache.w, !before, C * 64, 64);
@@ -2302,6 +2374,7 @@ void gf_infer_free(Infer *f) {
     for (int i = 0; i < f->G; i++) {
         const GoldSource &g = f->sources[i];
         for (const floatX *p : {g.id_h, g.id_h_before}) cudaFree((void *)p);
+        cudaFree((void *)g.turned_tiles);
         for (const GoldSource::Side *side : {&g.k, &g.v})
             for (const void *p : {(const void *)side->w1, (const void *)side->w2, (const void *)side->tiles, (const void *)side->gram,
                                   (const void *)side->ring}) cudaFree((void *)p);
