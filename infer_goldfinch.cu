@@ -104,7 +104,7 @@ typedef struct Infer {
     floatX *w_c, *id_k0, *id_xo, *id_c;     // shared by all GOLD layers
     float *id_squares;
     TilePair *c_gram;
-    int queries, past_warps, past_splits;   // of attention: queries at a time; warps of a block; blocks that share a context
+    int queries, past_warps, past_splits, window_splits;    // of attention: queries at a time; warps of a block; blocks that share a context
     SplitSums sums;
     PastSums past_sums;
     PastQuery past_query;
@@ -843,18 +843,18 @@ __global__ void __launch_bounds__(128) past_queries(PastQuery to, QuerySource q,
 
 // y (M, C) from what the splits found; a block a head of a query. The older tokens' sums still lack W2 and the norm's gain.
 template <typename T>
-__global__ void __launch_bounds__(256) combine_splits(T *y, SplitSums window, PastSums past, GoldSource g, int past_splits) {
+__global__ void __launch_bounds__(256) combine_splits(T *y, SplitSums window, PastSums past, GoldSource g, int window_splits, int past_splits) {
     __shared__ float2 shared[32];
     __shared__ float weights[WINDOW_SPLITS + MOST_SPLITS];
     __shared__ __align__(16) float low_rank[MAX_C / 16];
     __shared__ float parts[4][N];
     __shared__ float past_parts[4][N];
-    const int h = blockIdx.x, m = blockIdx.y, M = gridDim.y, pair = h * M + m, pairs = g.H * M, splits = WINDOW_SPLITS + past_splits;
+    const int h = blockIdx.x, m = blockIdx.y, M = gridDim.y, pair = h * M + m, pairs = g.H * M, splits = window_splits + past_splits;
     const int t = threadIdx.x, channel = h * N + t % N, part = t / N;
     let_next_start();
     wait_for_previous();
     for (int i = t; i < splits; i += 256)
-        weights[i] = i < WINDOW_SPLITS ? window.top[(i * M + m) * g.H + h] : past.top[(i - WINDOW_SPLITS) * pairs + pair];
+        weights[i] = i < window_splits ? window.top[(i * M + m) * g.H + h] : past.top[(i - window_splits) * pairs + pair];
     __syncthreads();
     float top = -INFINITY;
     for (int i = 0; i < splits; i++) top = fmaxf(top, weights[i]);
@@ -863,8 +863,8 @@ __global__ void __launch_bounds__(256) combine_splits(T *y, SplitSums window, Pa
     float2 past_sum = make_float2(0, 0);                                    // of p, of p' mean
     for (int i = t; i < splits; i += 256) {
         weights[i] = exp2f(weights[i] - top);                               // 0 for a split that saw nothing
-        const int at = (i - WINDOW_SPLITS) * pairs + pair;
-        if (i < WINDOW_SPLITS) sum += weights[i] * window.sum[(i * M + m) * g.H + h];
+        const int at = (i - window_splits) * pairs + pair;
+        if (i < window_splits) sum += weights[i] * window.sum[(i * M + m) * g.H + h];
         else past_sum = make_float2(past_sum.x + weights[i] * past.sum[at], past_sum.y + weights[i] * past.mean[at]);
     }
     sum = block_sum(sum, shared);
@@ -872,14 +872,14 @@ __global__ void __launch_bounds__(256) combine_splits(T *y, SplitSums window, Pa
     float out = 0, past_out = 0;
     for (int i = part; i < splits; i += 4) {
         if (weights[i] == 0) continue;
-        if (i < WINDOW_SPLITS) out += weights[i] * window.out[((int64_t)i * M + m) * g.C + channel];
-        else past_out += weights[i] * past.out[((int64_t)(i - WINDOW_SPLITS) * M + m) * g.C + channel];
+        if (i < window_splits) out += weights[i] * window.out[((int64_t)i * M + m) * g.C + channel];
+        else past_out += weights[i] * past.out[((int64_t)(i - window_splits) * M + m) * g.C + channel];
     }
     if (past_splits > 0) {
         for (int r = t; r < g.rank_pad; r += 256) {
             float u = 0;
             for (int i = 0; i < past_splits; i++)
-                if (weights[WINDOW_SPLITS + i] > 0) u += weights[WINDOW_SPLITS + i] * past.u[((int64_t)i * pairs + pair) * g.rank_pad + r];
+                if (weights[window_splits + i] > 0) u += weights[window_splits + i] * past.u[((int64_t)i * pairs + pair) * g.rank_pad + r];
             low_rank[r] = u;
         }
         __syncthreads();
@@ -910,7 +910,7 @@ template <typename T> static void gold_attention(Infer *f, const GoldSource &g, 
         WindowTask part = task;
         part.m0 = m, part.M = here;
         if (task.query.q) part.query.q += (int64_t)m * g.C;
-        launch_early(window_attention_kernel, dim3(g.H, WINDOW_SPLITS, here), WINDOW_THREADS, 0, part);
+        launch_early(window_attention_kernel, dim3(g.H, f->window_splits, here), WINDOW_THREADS, 0, part);
         if (splits > 0) {
             const PastTask past = {f->past_query, f->past_sums, f->place, m, here};
             const size_t smem = past_smem(nullptr, g, f->past_warps, here).bytes;
@@ -920,7 +920,7 @@ template <typename T> static void gold_attention(Infer *f, const GoldSource &g, 
             launch_early(past_queries, dim3(g.H), 128, 0, f->past_query, part.query, g, here);
             launch_early(kernel, dim3(splits), 32 * f->past_warps, smem, g, past);
         }
-        launch_early(combine_splits<T>, dim3(g.H, here), 256, 0, y + (int64_t)m * g.C, f->sums, f->past_sums, g, splits);
+        launch_early(combine_splits<T>, dim3(g.H, here), 256, 0, y + (int64_t)m * g.C, f->sums, f->past_sums, g, f->window_splits, splits);
     }
 }
 
@@ -1709,6 +1709,7 @@ static void choose_attention_shape(Infer *f, int splits_wanted, int warps_wanted
     const size_t limit = f->shared_limit;
     f->past_splits = splits_wanted < MOST_SPLITS ? splits_wanted : MOST_SPLITS;
     f->past_warps = warps_wanted;
+    f->window_splits = f->window < WINDOW_SPLITS * WINDOW_GROUPS ? (int)ceil_div(f->window, WINDOW_GROUPS) : WINDOW_SPLITS;
     while (f->past_warps > 1 && (past_smem(nullptr, g, f->past_warps, 1).bytes > limit ||
                                  f->past_warps / 2 * 15ll * f->past_splits >= f->capacity)) f->past_warps /= 2;
     if (past_smem(nullptr, g, f->past_warps, 1).bytes > limit)
