@@ -7,7 +7,6 @@
 #pragma once
 
 #include <algorithm>
-#include <utility>
 #include <vector>
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -26,9 +25,12 @@ static double lab_uniform(uint64_t series, uint64_t i) {
 struct Output {                             // what a kernel writes, and what the CPU expects of it
     const char *name = nullptr;
     double tolerance = 0;
-    std::vector<std::pair<int64_t, double>> expected;           // (index, value): of all elements, or of a sample
+    bool relative = false;                  // errors count against each number by itself, however small it is
+    struct Expected { int64_t index; double value, scale; };
+    std::vector<Expected> expected;         // of all elements, or of a sample
 
-    void expect(int64_t index, double value) { expected.push_back({index, value}); }
+    // Errors are compared to the value itself and to the root mean square of all expected values, or a larger scale
+    void expect(int64_t index, double value, double scale = 0) { expected.push_back({index, value, scale}); }
     virtual ~Output() {}
     virtual void reset(void) = 0;           // before a version runs
     virtual double error(void) = 0;         // after it ran
@@ -81,7 +83,7 @@ template <typename T> struct Array : Output {
         if (host.empty()) CUDA_CHECK(cudaMemset(p, 0xff, n * sizeof(T)));       // NaN, or -1: all must be written
         else upload();
     }
-    // The largest |found - expected| / (|expected| + root mean square of the expected); infinite if not all are finite.
+    // The largest |found - expected| / (|expected| + scale, none if `relative`); infinite if not all are finite.
     double error(void) override {
         std::vector<T> found(n);
         CUDA_CHECK(cudaMemcpy(found.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost));
@@ -89,9 +91,12 @@ template <typename T> struct Array : Output {
 #pragma omp parallel for reduction(+ : not_finite)
         for (int64_t i = 0; i < n; i++) not_finite += !isfinite((float)found[i]);
         double squares = 0, worst = 0;
-        for (const auto &e : expected) squares += e.second * e.second;
+        for (const Expected &e : expected) squares += e.value * e.value;
         const double rms = sqrt(squares / expected.size());
-        for (const auto &e : expected) worst = fmax(worst, fabs((float)found[e.first] - e.second) / (fabs(e.second) + rms));
+        for (const Expected &e : expected) {
+            const double scale = relative ? 1e-300 : fmax(e.scale, rms) + 1e-300;
+            worst = fmax(worst, fabs((float)found[e.index] - e.value) / (fabs(e.value) + scale));
+        }
         return not_finite || !(rms < INFINITY) ? INFINITY : worst;
     }
 };
@@ -106,6 +111,32 @@ static std::vector<int64_t> sample(int64_t n, int64_t most) {
     return chosen;
 }
 
+// A model for the subjects that are parts of a layer, of `layers` layers; its weights are zero. Where the kernels in use
+// read and write is set afterwards: layer->p.NAME, layer->gold.k and so on take pointers to arrays.
+static Model *lab_model(int layers, int B, int T, int C) {
+    static auto &made = *new std::vector<Model *>;             // one has memory at a time: the large blocks of the one before go
+    if (!made.empty()) {
+        Model *before = made.back();
+        for (void *p : {(void *)before->activations, (void *)before->master, (void *)before->grads, (void *)before->m, (void *)before->v})
+            CUDA_CHECK(cudaFree(p));
+        if (PRECISION_BF16) CUDA_CHECK(cudaFree(before->params));
+    }
+    Model *m = (Model *)malloc(sizeof *m);
+    made.push_back(m);
+    char numbers[2][16];
+    snprintf(numbers[0], sizeof numbers[0], "%d", layers);
+    snprintf(numbers[1], sizeof numbers[1], "%d", C);
+    const char *flags[] = {"--model.n_layer", numbers[0], "--model.n_embd", numbers[1], "--model.vocab_size", "64",
+                           "--model.inv_other_layer_ratio", "2", "--model.tmix2", layers > 1 ? "gold" : ""};
+    Settings s;
+    settings_default(&s);
+    settings_parse(&s, sizeof flags / sizeof flags[0], flags);
+    settings_check(&s);
+    model_plan(m, &s, B, T);
+    model_allocate(m);
+    return m;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Time and floor
 
@@ -115,12 +146,12 @@ static const bool ON_GPU = false;
 static const bool ON_GPU = true;
 #endif
 
-// Median of the times of many runs, in ms. The runs are queued one behind the other, so that the GPU never waits.
+// Median of the times of up to 50 runs, in ms. They are queued one behind the other, so that the GPU never waits.
 template <typename F> static double median_ms(F f) {
     std::vector<cudaEvent_t> events(2);
     std::vector<double> times(1, 0);
     for (int n : {1, 0}) {                                                      // the first run says how many fit 0.2 s
-        if (n == 0) n = (int)std::min(50., std::max(ON_GPU ? 5. : 1., 200 / (times[0] + 1e-3)));
+        if (n == 0) n = (int)std::min(50., std::max(1., 200 / (times[0] + 1e-3)));
         events.resize(n + 1);
         times.resize(n);
         for (cudaEvent_t &event : events) CUDA_CHECK(cudaEventCreate(&event));

@@ -8,8 +8,8 @@
 //
 //     1 a thread a value j: its column of S lives in 64 registers; each thread reads r, k, w of all 64 keys from memory and
 //       computes all 64 decays, as its 63 neighbours do
-//     2 the same, 16 tokens at a time in shared memory: a thread brings one key's numbers, a decay is computed once, the
-//       loads of the next 16 tokens are under way while these are used; a barrier for 16 tokens, not for one
+//     2 the same, 8 tokens at a time in shared memory: a thread brings one key's numbers, a decay is computed once, and the
+//       loads of the next 8 tokens are under way while these are used
 //     3 in chunks of 16: what 16 tokens do to S and to each other are matrix products, so tensor cores do it, and S is
 //       touched 16 times less. With P_t[i] the product of the chunk's decays before t, and W(s,t) of those between s and t:
 //           a[t][s] = sum_i r_t[i] k_s[i] W(s,t)[i]     (s < t; on the diagonal u instead of W)
@@ -48,36 +48,36 @@ __global__ void wkv_1(floatX *y, const floatX *r, const floatX *k, const floatX 
 
 // ---- 2: shared memory ----
 
-static const int TOKENS = 16;               // of a chunk
+static const int AHEAD = 8;                 // tokens that are loaded together
 
 __global__ void wkv_2(floatX *y, const floatX *r, const floatX *k, const floatX *v, const floatX *w, const floatX *u, int T, int A) {
-    __shared__ float shared_r[TOKENS][N];
-    __shared__ float shared_k[TOKENS][N];
-    __shared__ float shared_d[TOKENS][N];
+    __shared__ float shared_r[AHEAD][N];
+    __shared__ float shared_k[AHEAD][N];
+    __shared__ float shared_d[AHEAD][N];
     __shared__ float shared_u[N];
     const int h = blockIdx.x, j = threadIdx.x;
     const int64_t base = (int64_t)blockIdx.y * T * A + h * N + j;
     float S[N] = {};
-    floatX next[4][TOKENS];                                             // r, k, v, w of channel j, the chunk to come
+    floatX next[4][AHEAD];                                             // r, k, v, w of channel j, the chunk to come
     shared_u[j] = (float)u[h * N + j];
-    for (int t0 = -TOKENS; t0 < T; t0 += TOKENS) {
-        float vj[TOKENS];
+    for (int t0 = -AHEAD; t0 < T; t0 += AHEAD) {
+        float vj[AHEAD];
         __syncthreads();
 #pragma unroll
-        for (int t = 0; t < TOKENS; t++) {
+        for (int t = 0; t < AHEAD; t++) {
             if (t0 >= 0) {
                 shared_r[t][j] = (float)next[0][t];
                 shared_k[t][j] = (float)next[1][t];
                 shared_d[t][j] = expf(-expf((float)next[3][t]));
                 vj[t] = (float)next[2][t];
             }
-            const int64_t at = base + (int64_t)min(t0 + TOKENS + t, T - 1) * A;
+            const int64_t at = base + (int64_t)min(t0 + AHEAD + t, T - 1) * A;
             next[0][t] = r[at], next[1][t] = k[at], next[2][t] = v[at], next[3][t] = w[at];
         }
         __syncthreads();
         if (t0 < 0) continue;
 #pragma unroll
-        for (int t = 0; t < TOKENS; t++) {
+        for (int t = 0; t < AHEAD; t++) {
             float sum = 0;
 #pragma unroll
             for (int i = 0; i < N; i++) {
@@ -91,13 +91,16 @@ __global__ void wkv_2(floatX *y, const floatX *r, const floatX *k, const floatX 
 
 // ---- 3: chunks of matrix products ----
 
+static const int TOKENS = 16, WIDTH = N + PAD, SQUARE = TOKENS + PAD;   // tokens of a chunk; rows of operands in shared memory
+
 struct Chunk {
-    float r[TOKENS][N], k[TOKENS][N], d[TOKENS][N], u[N], D[N], S[N][LDF];
+    float r[TOKENS][N], k[TOKENS][N], d[TOKENS][N], u[N], D[N], S[N][N + 4];
     float partial[8][TOKENS][TOKENS];                                   // the scores, over 8 channels each
-    alignas(16) floatX v[TOKENS][LD];
-    alignas(16) floatX rP[TOKENS][LD];
-    alignas(16) floatX kW[TOKENS][LD];
-    alignas(16) floatX a[TOKENS][TOKENS + PAD];
+    alignas(16) floatX v[TOKENS][WIDTH];
+    alignas(16) floatX rP[TOKENS][WIDTH];
+    alignas(16) floatX kW[TOKENS][WIDTH];
+    alignas(16) floatX a[TOKENS][SQUARE];
+    alignas(16) floatX S_operand[N][WIDTH];                             // S, rounded
 };
 
 // Thread (s, 8 channels): k_s goes through the tokens after s, and decays on the way.
@@ -122,7 +125,10 @@ __global__ void wkv_3(floatX *y, const floatX *r, const floatX *k, const floatX 
     Chunk &c = *dynamic_smem<Chunk>();
     const int h = blockIdx.x, warp = threadIdx.x / 32;
     if (threadIdx.x < N) c.u[threadIdx.x] = (float)u[h * N + threadIdx.x];
-    for (int i = threadIdx.x; i < N * LDF; i += blockDim.x) c.S[0][i] = 0;
+    for (int i = threadIdx.x; i < N * N; i += blockDim.x) {
+        c.S[i / N][i % N] = 0;
+        c.S_operand[i / N][i % N] = (floatX)0.f;
+    }
     for (int t0 = 0; t0 < T; t0 += TOKENS) {
         const int64_t base = ((int64_t)blockIdx.y * T + t0) * A + h * N;
         for (int at = threadIdx.x; at < TOKENS * N; at += blockDim.x) {
@@ -153,23 +159,29 @@ __global__ void wkv_3(floatX *y, const floatX *r, const floatX *k, const floatX 
         __syncthreads();
         TileC out[2] = {};                                              // (16 tokens x this warp's 16 values) = (r P) S + a v
         for (int i = 0; i < N; i += 16) {
-            const TileB2 S[2] = {load_b2_t(&c.S[i][16 * warp], LDF), load_b2_t(&c.S[i][16 * warp + 8], LDF)};
-            mma(out, load_a(&c.rP[0][i], LD), S);
+            const TileB S[2] = {load_b_t(&c.S_operand[i][16 * warp], WIDTH), load_b_t(&c.S_operand[i][16 * warp + 8], WIDTH)};
+            mma(out, load_a(&c.rP[0][i], WIDTH), S);
         }
-        const TileB values[2] = {load_b_t(&c.v[0][16 * warp], LD), load_b_t(&c.v[0][16 * warp + 8], LD)};
-        mma(out, load_a(&c.a[0][0], TOKENS + PAD), values);
+        const TileB values[2] = {load_b_t(&c.v[0][16 * warp], WIDTH), load_b_t(&c.v[0][16 * warp + 8], WIDTH)};
+        mma(out, load_a(&c.a[0][0], SQUARE), values);
         for (int n = 0; n < 2; n++)
             for (int e = 0; e < 4; e++)
                 if (t0 + tile_row(e) < T) y[base + (int64_t)tile_row(e) * A + 16 * warp + 8 * n + tile_col(e)] = (floatX)out[n].x[e];
         __syncthreads();
-        const TileA keys = load_a_t(&c.kW[0][16 * warp], LD);           // S: this warp's 16 keys x all values
+        const TileA keys = load_a_t(&c.kW[0][16 * warp], WIDTH);           // S: this warp's 16 keys x all values
         for (int n = 0; n < 8; n++) {
-            float *S = &c.S[16 * warp][8 * n];
             TileC sum[1];
-            const TileB value[1] = {load_b_t(&c.v[0][8 * n], LD)};
-            for (int e = 0; e < 4; e++) sum[0].x[e] = c.D[16 * warp + tile_row(e)] * S[tile_row(e) * LDF + tile_col(e)];
+            const TileB value[1] = {load_b_t(&c.v[0][8 * n], WIDTH)};
+            for (int e = 0; e < 4; e++) {
+                const int i = 16 * warp + tile_row(e);
+                sum[0].x[e] = c.D[i] * c.S[i][8 * n + tile_col(e)];
+            }
             mma(sum, keys, value);
-            for (int e = 0; e < 4; e++) S[tile_row(e) * LDF + tile_col(e)] = sum[0].x[e];
+            for (int e = 0; e < 4; e++) {
+                const int i = 16 * warp + tile_row(e), j = 8 * n + tile_col(e);
+                c.S[i][j] = sum[0].x[e];
+                c.S_operand[i][j] = (floatX)sum[0].x[e];
+            }
         }
         __syncthreads();
     }
@@ -225,6 +237,6 @@ static Cost cost(const int *shape) {
 
 int main(int argc, char **argv) {
     return lab_main({{"wkv_forward", {{"B", 1}, {"T", 1}, {"H", 1}},
-                      {"a thread a value, token by token", "16 tokens in shared memory", "chunks on tensor cores", "in use"},
-                      {{1, 1, 1}, {2, 37, 1}, {1, 150, 3}}, {{32, 1024, 12}, {8, 2048, 32}}, setup, run, cost}}, argc, argv);
+                      {"a thread a value, token by token", "8 tokens in shared memory", "chunks on tensor cores", "in use"},
+                      {{2, 1, 3}, {2, 37, 1}, {1, 150, 3}}, {{32, 1024, 12}, {8, 2048, 32}}, setup, run, cost}}, argc, argv);
 }

@@ -1,0 +1,267 @@
+// Token shift and its mixes, as Finch-C2 has them: five mixes of each token with the one before it,
+//
+//     out_i = x + dx * (mu_i + m_i),   dx = shift(x) - x,   m_i = h_i w2_i          i: r, k, v, w, v2
+//
+// where h (BT, 5 x 32) is the hidden layer of the low-rank part, h_i its i-th 32 columns, w2 (5, 32, C).
+//
+// Floor: bytes. Forward reads x (and h, 160 numbers a token) and writes 5 outputs: 6 units of BT C floatX. The rank-32 product
+// costs 320 flops a number, little for tensor cores. Backward reads x and 5 gradients and writes dx: 7 units.
+//
+// Forward:   1 m by cuBLAS, then a launch for each mix, a thread an element: m is written and read, x is read 10 times: 25 units
+//            2 m by cuBLAS, then all five mixes in one pass: a thread owns 8 channels, walks the tokens, and the token before
+//              is what it held a moment ago: 16 units
+//            3 the product inside the kernel: m_i goes from the tensor cores through shared memory to the mix: 6 units
+//            4 in use
+// Backward:  1 m and dm in memory, a thread an element; the sums over tokens by a thread a channel
+//            2 in use
+//
+//     make -C dev token_shift_mix && dev/token_shift_mix [VERSION [B T C]]
+
+#define GOLDFINCH_NO_MAIN
+#include "../train_goldfinch.cu"
+#include "common.h"
+
+static const int MIXES = 5, RANK = 32, HIDDEN = MIXES * RANK;
+static int B, T, C, BT;
+static Array<floatX> x, h, w2, mu[MIXES], out[MIXES], g[MIXES], m, dm, dx, dh;
+static Array<float> dmu[MIXES], dw2, partial;
+
+static Mixes<MIXES> mixes(Array<floatX> *to) {
+    Mixes<MIXES> mix = {{}, m.p, {}};
+    for (int i = 0; i < MIXES; i++) mix.mu[i] = mu[i].p, mix.x[i] = to[i].p;
+    return mix;
+}
+
+static void make_m(void) {                                              // m (5, BT, C)
+    matmul(m.p, C, rows(h.p, HIDDEN, RANK), rows(w2.p, C, RANK * C), BT, C, RANK, 0, MIXES, (int64_t)BT * C);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward
+
+__global__ void mix_1(floatX *out, const floatX *x, const floatX *mu, const floatX *m, int BT, int T, int C) {
+    const int64_t at = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, row = at / C;
+    if (row >= BT) return;
+    const float here = (float)x[at], before = row % T ? (float)x[at - C] : 0;
+    out[at] = (floatX)(here + (before - here) * ((float)mu[at % C] + (float)m[at]));
+}
+
+static const int ROWS = 8;                                              // tokens that a thread walks
+
+__global__ void mix_2(Mixes<MIXES> mix, const floatX *x, int BT, int T, int C) {
+    const int c = threadIdx.x * 8;
+    if (c >= C) return;
+    Pack mu[MIXES];
+    for (int i = 0; i < MIXES; i++) mu[i] = load(mix.mu[i] + c);
+    const int64_t begin = (int64_t)blockIdx.x * ROWS;
+    Pack before = begin ? load(x + (begin - 1) * C + c) : zero_pack();
+    for (int64_t row = begin; row < min((int64_t)BT, begin + ROWS); row++) {
+        const Pack here = load(x + row * C + c);
+        if (row % T == 0) before = zero_pack();
+        for (int i = 0; i < MIXES; i++) {
+            Pack v = load(mix.m + ((int64_t)i * BT + row) * C + c);
+            for (int j = 0; j < 8; j++) v.x[j] = here.x[j] + (before.x[j] - here.x[j]) * (mu[i].x[j] + v.x[j]);
+            store(mix.x[i] + row * C + c, v);
+        }
+        before = here;
+    }
+}
+
+// A block owns 64 channels, keeps their share of w2 in shared memory and walks 256 tokens, 64 at a time, a warp 16 of them.
+static const int WALK = 256, LDH = HIDDEN + PAD, LDW = 64 + PAD, LDM = 64 + 4;
+
+struct MixTile {
+    alignas(16) floatX w2[HIDDEN][LDW];
+    alignas(16) floatX h[64][LDH];
+    float m[4][16][LDM];                                                // of each warp: 16 tokens x 64 channels of one mix
+};
+
+__global__ void __launch_bounds__(128) mix_3(Mixes<MIXES> mix, const floatX *x, const floatX *h, const floatX *w2, int BT, int T, int C) {
+    MixTile &s = *dynamic_smem<MixTile>();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c0 = blockIdx.x * 64, c = lane % 8 * 8;
+    for (int i = threadIdx.x; i < HIDDEN * 8; i += 128) store(&s.w2[i / 8][i % 8 * 8], load(w2 + (int64_t)(i / 8) * C + c0 + i % 8 * 8));
+    const int64_t begin = (int64_t)blockIdx.y * WALK, end = min((int64_t)BT, begin + WALK);
+    for (int64_t t0 = begin; t0 < end; t0 += 64) {
+        __syncthreads();
+        for (int i = threadIdx.x; i < 64 * HIDDEN / 8; i += 128) {
+            const int t = i / (HIDDEN / 8), column = i % (HIDDEN / 8) * 8;
+            store(&s.h[t][column], t0 + t < end ? load(h + (t0 + t) * HIDDEN + column) : zero_pack());
+        }
+        __syncthreads();
+        for (int i = 0; i < MIXES; i++) {
+            TileC product[8] = {};
+            for (int k = RANK * i; k < RANK * (i + 1); k += 16) {
+                TileB b[8];
+                for (int n = 0; n < 8; n++) b[n] = load_b_t(&s.w2[k][8 * n], LDW);
+                mma(product, load_a(&s.h[16 * warp][k], LDH), b);
+            }
+            for (int n = 0; n < 8; n++)
+                for (int e = 0; e < 4; e++) s.m[warp][tile_row(e)][8 * n + tile_col(e)] = product[n].x[e];
+            __syncwarp();
+            const Pack mu = load(mix.mu[i] + c0 + c);
+            for (int t = lane / 8; t < 16 && t0 + 16 * warp + t < end; t += 4) {    // 8 lanes a row
+                const int64_t row = t0 + 16 * warp + t, at = row * C + c0 + c;
+                const Pack here = load(x + at), before = row % T ? load(x + at - C) : zero_pack();
+                Pack v = load(&s.m[warp][t][c]);
+                for (int j = 0; j < 8; j++) v.x[j] = here.x[j] + (before.x[j] - here.x[j]) * (mu.x[j] + v.x[j]);
+                store(mix.x[i] + at, v);
+            }
+            __syncwarp();
+        }
+    }
+}
+
+static void mix_forward_in_use(void) {
+    make_m();
+    mix_forward<MIXES>(mixes(out), x.p, BT, T, C);
+}
+
+static void forward_run(int version) {
+    if (version == 1 || version == 2) make_m();
+    for (int i = 0; i < MIXES && version == 1; i++)
+        mix_1<<<(int)ceil_div((int64_t)BT * C, 256), 256, 0, stream>>>(out[i].p, x.p, mu[i].p, m.p + (int64_t)i * BT * C, BT, T, C);
+    if (version == 2) mix_2<<<(int)ceil_div(BT, ROWS), row_threads(C), 0, stream>>>(mixes(out), x.p, BT, T, C);
+    if (version == 3) {
+        allow_smem(mix_3, sizeof(MixTile));
+        mix_3<<<dim3(C / 64, (int)ceil_div(BT, WALK)), 128, sizeof(MixTile), stream>>>(mixes(out), x.p, h.p, w2.p, BT, T, C);
+    }
+    if (version == 4) mix_forward_in_use();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward. With c_i = mu_i + m_i and g_i the gradient of out_i:
+//
+//     dx_t = sum_i g_i,t (1 - c_i,t) + sum_i g_i,t+1 c_i,t+1 (of the next token of the sequence)
+//     dm_i = g_i * dx,  dmu_i = sum over tokens of dm_i,  dh_i = dm_i w2_i^T,  dw2_i = h_i^T dm_i
+
+__global__ void mix_backward_1(Mixes<MIXES> mix, floatX *dx, floatX *dm, const floatX *x, int BT, int T, int C) {
+    const int64_t at = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, row = at / C, E = (int64_t)BT * C;
+    if (row >= BT) return;
+    float sum = 0;
+    for (int i = 0; i < MIXES; i++) {
+        const float mu = (float)mix.mu[i][at % C], here = (float)mix.x[i][at];
+        sum += here * (1 - mu - (float)mix.m[i * E + at]);
+        if ((row + 1) % T && row + 1 < BT) sum += (float)mix.x[i][at + C] * (mu + (float)mix.m[i * E + at + C]);
+        dm[i * E + at] = (floatX)(here * ((row % T ? (float)x[at - C] : 0) - (float)x[at]));
+    }
+    dx[at] = (floatX)sum;
+}
+
+__global__ void mix_backward_sums(Targets dmu, const floatX *dm, int BT, int C) {   // a thread a channel of a mix
+    const int c = blockIdx.x * blockDim.x + threadIdx.x, i = blockIdx.y;
+    if (c >= C) return;
+    float sum = 0;
+    for (int64_t row = 0; row < BT; row++) sum += (float)dm[((int64_t)i * BT + row) * C + c];
+    dmu.g[i][c] += sum;
+}
+
+static void product_gradients(void) {                                   // dh, dw2 from dm
+    matmul(dh.p, HIDDEN, rows(dm.p, C, (int64_t)BT * C), columns(w2.p, C, RANK * C), BT, RANK, C, 0, MIXES, RANK);
+    matmul(dw2.p, C, columns(h.p, HIDDEN, RANK), rows(dm.p, C, (int64_t)BT * C), RANK, C, BT, 1, MIXES, RANK * C);
+}
+
+static Targets dmu_targets(void) { return {{dmu[0].p, dmu[1].p, dmu[2].p, dmu[3].p, dmu[4].p}}; }
+
+static void mix_backward_in_use(void) {
+    make_m();
+    mix_backward<MIXES, floatX, false>(mixes(g), dx.p, dm.p, dmu_targets(), partial.p, x.p, BT, T, C);
+    product_gradients();
+}
+
+static void backward_run(int version) {
+    if (version == 1) {
+        make_m();
+        mix_backward_1<<<(int)ceil_div((int64_t)BT * C, 256), 256, 0, stream>>>(mixes(g), dx.p, dm.p, x.p, BT, T, C);
+        mix_backward_sums<<<dim3((int)ceil_div(C, 32), MIXES), 32, 0, stream>>>(dmu_targets(), dm.p, BT, C);
+        product_gradients();
+    }
+    if (version == 2) mix_backward_in_use();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What to expect
+
+static void inputs(const int *shape) {
+    B = shape[0], T = shape[1], C = shape[2], BT = B * T;
+    x.random((int64_t)BT * C);
+    h.random((int64_t)BT * HIDDEN, 0.5);
+    w2.random(HIDDEN * C, 0.2);
+    for (Array<floatX> &each : mu) each.random(C, 0.3, 0.5);
+    m.allocate((int64_t)MIXES * BT * C);
+    dm.allocate((int64_t)MIXES * BT * C);
+}
+
+static double dx_at(int64_t row, int c) { return (row % T ? x[(row - 1) * C + c] : 0) - x[row * C + c]; }
+static double coefficient(int i, int64_t row, int c) {
+    double sum = mu[i][c];
+    for (int l = RANK * i; l < RANK * (i + 1); l++) sum += h[row * HIDDEN + l] * w2[(int64_t)l * C + c];
+    return sum;
+}
+
+static void forward_setup(const int *shape) {
+    static const char *names[] = {"r", "k", "v", "w", "v2"};
+    inputs(shape);
+    const std::vector<int64_t> some = sample(BT, 50);
+    for (int i = 0; i < MIXES; i++) {
+        out[i].output(names[i], by_precision(1e-5, 1e-2), (int64_t)BT * C);
+        for (int64_t row : some)
+            for (int c = 0; c < C; c++) out[i].expect(row * C + c, x[row * C + c] + dx_at(row, c) * coefficient(i, row, c));
+    }
+}
+
+static void backward_setup(const int *shape) {
+    static const char *names[] = {"mu_r", "mu_k", "mu_v", "mu_w", "mu_v2"};
+    inputs(shape);
+    partial.allocate((int64_t)row_blocks(BT) * MIXES * C);
+    for (Array<floatX> &each : g) each.random((int64_t)BT * C);
+    dx.output("dx", by_precision(1e-5, 1e-2), (int64_t)BT * C);
+    dh.output("dh", by_precision(1e-5, 1e-2), (int64_t)BT * HIDDEN);
+    for (int64_t row : sample(BT, 50)) {
+        for (int c = 0; c < C; c++) {
+            double sum = 0;
+            for (int i = 0; i < MIXES; i++) {
+                sum += g[i][row * C + c] * (1 - coefficient(i, row, c));
+                if ((row + 1) % T) sum += g[i][(row + 1) * C + c] * coefficient(i, row + 1, c);
+            }
+            dx.expect(row * C + c, sum);
+        }
+        for (int l = 0; l < HIDDEN; l++) {
+            double sum = 0;
+            for (int c = 0; c < C; c++) sum += g[l / RANK][row * C + c] * dx_at(row, c) * w2[(int64_t)l * C + c];
+            dh.expect(row * HIDDEN + l, sum);
+        }
+    }
+    dw2.random(HIDDEN * C);                                             // gradients are added to what is there
+    dw2.output("dw2", by_precision(1e-4, 1e-2));
+    for (int64_t at : sample(HIDDEN * C, 300)) {
+        double sum = dw2[at];
+        for (int64_t row = 0; row < BT; row++)
+            sum += h[row * HIDDEN + at / C] * g[at / C / RANK][row * C + at % C] * dx_at(row, (int)(at % C));
+        dw2.expect(at, sum);
+    }
+    for (int i = 0; i < MIXES; i++) {
+        dmu[i].random(C);
+        dmu[i].output(names[i], by_precision(1e-4, 1e-2));
+        for (int64_t c : sample(C, 50)) {
+            double sum = dmu[i][c];
+            for (int64_t row = 0; row < BT; row++) sum += g[i][row * C + c] * dx_at(row, (int)c);
+            dmu[i].expect(c, sum);
+        }
+    }
+}
+
+static Cost cost(const int *shape, double units, double products) {
+    const double n = (double)shape[0] * shape[1];
+    return {sizeof(floatX) * n * (units * shape[2] + HIDDEN), 2. * HIDDEN * products * n * shape[2]};
+}
+static Cost forward_cost(const int *shape) { return cost(shape, 6, 1); }
+static Cost backward_cost(const int *shape) { return cost(shape, 7, 3); }
+
+int main(int argc, char **argv) {
+    const std::vector<std::vector<int>> small = {{1, 1, 64}, {3, 37, 192}, {2, 150, 320}}, large = {{32, 1024, 768}, {8, 2048, 2048}};
+    const std::vector<Dimension> dimensions = {{"B", 1}, {"T", 1}, {"C", 64}};
+    return lab_main({{"token_shift_mix_forward", dimensions, {"a launch a mix", "five mixes in one pass", "with the product inside", "in use"},
+                      small, large, forward_setup, forward_run, forward_cost},
+                     {"token_shift_mix_backward", dimensions, {"a thread an element", "in use"},
+                      small, large, backward_setup, backward_run, backward_cost}}, argc, argv);
+}
