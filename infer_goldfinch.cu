@@ -2057,12 +2057,16 @@ void settings_of_model(Settings *s, const SafeTensors *file) {
     settings_check(s);
 }
 
+// Tokens of a pre-fill chunk: enough that matrix products fill the machine.
+static int prefill_chunk(void) { return multiprocessors < 8 ? 256 : multiprocessors < 128 ? 32 * multiprocessors : 4096; }
+
 Infer *infer_open(const char *path, KvKind kv, int64_t capacity) {
     SafeTensors file;
     Settings s;
     safetensors_open(&file, path);
     settings_of_model(&s, &file);
-    Infer *f = infer_create(&s, kv, capacity, 256, WINDOW);
+    machine_start();
+    Infer *f = infer_create(&s, kv, capacity, prefill_chunk(), WINDOW);
     f->model_hash = hash_bytes(hash_start, file.data, (size_t)file.data_size);
     safetensors_close(&file);
     load_weights(&f->m, path, false);
