@@ -2819,6 +2819,8 @@ __device__ inline Mass sample_mass(float below_top) {           // e^below_top, 
 // logits with penalties and bans, and the largest of each block's. Before that, the last drawn token is counted.
 __global__ void sample_adjust(Sampler s, const float *logits) {
     __shared__ float tops[SAMPLE_THREADS / 32];
+    let_next_start();
+    wait_for_previous();
     const int begin = blockIdx.x * s.tokens_of_block, end = min(begin + s.tokens_of_block, s.V), drawn = s.state->drawn;
     float top = -INFINITY;
     for (int i = begin + threadIdx.x; i < end; i += SAMPLE_THREADS) {
@@ -2892,6 +2894,8 @@ __global__ void sample_narrow(Sampler s, int step) {
     __shared__ Mass masses[SAMPLE_TILE];
     __shared__ int digits[SAMPLE_TILE];                         // SAMPLE_BINS: not among them
     __shared__ SampleBin parts[SAMPLE_THREADS];
+    let_next_start();
+    wait_for_previous();
     const SampleCut cut = sample_cut(s, step);
     const int begin = blockIdx.x * s.tokens_of_block, end = min(begin + s.tokens_of_block, s.V), shift = 28 - 4 * step;
     const int bin = threadIdx.x / 16, lane = threadIdx.x % 16;
@@ -2933,6 +2937,8 @@ __device__ inline int2 sample_part(const Sampler &s, int block) {
 __global__ void sample_weigh(Sampler s) {
     __shared__ int ties_of_thread[SAMPLE_THREADS];
     __shared__ Mass sums[SAMPLE_THREADS];
+    let_next_start();
+    wait_for_previous();
     const SampleCut cut = sample_cut(s, SAMPLE_STEPS);
     const SampleBin *ties = s.bins + (int64_t)(SAMPLE_STEPS - 1) * s.blocks * SAMPLE_BINS + cut.base % SAMPLE_BINS;
     const int2 part = sample_part(s, blockIdx.x);
@@ -2981,6 +2987,8 @@ __global__ void sample_draw(Sampler s) {
     __shared__ int block;
     const int t = threadIdx.x;
     SampleState *state = s.state;
+    let_next_start();
+    wait_for_previous();
     if (t < s.blocks) sums[t] = s.sums[t];
     __syncthreads();
     if (t == 0) {
@@ -3063,10 +3071,10 @@ void sampler_begin(Sampler *s, int64_t position, double uniform) {
 
 // Queues a draw from logits (V); its id comes to *s->drawn. The arguments are the same every time: fit for a CUDA graph.
 void sampler_queue(const Sampler *s, const float *logits) {
-    sample_adjust<<<s->blocks, SAMPLE_THREADS, 0, stream>>>(*s, logits);
-    for (int step = 0; step < SAMPLE_STEPS; step++) sample_narrow<<<s->blocks, SAMPLE_THREADS, 0, stream>>>(*s, step);
-    sample_weigh<<<s->blocks, SAMPLE_THREADS, 0, stream>>>(*s);
-    sample_draw<<<1, SAMPLE_THREADS, 0, stream>>>(*s);
+    launch_early(sample_adjust, dim3(s->blocks), SAMPLE_THREADS, 0, *s, logits);
+    for (int step = 0; step < SAMPLE_STEPS; step++) launch_early(sample_narrow, dim3(s->blocks), SAMPLE_THREADS, 0, *s, step);
+    launch_early(sample_weigh, dim3(s->blocks), SAMPLE_THREADS, 0, *s);
+    launch_early(sample_draw, dim3(1), SAMPLE_THREADS, 0, *s);
     CUDA_CHECK(cudaMemcpyAsync(s->drawn, &s->state->drawn, sizeof(int), cudaMemcpyDeviceToHost, stream));
 }
 
@@ -3284,10 +3292,10 @@ int64_t encode_for_model(const Tokenizer *t, const char *name, const uint8_t *te
 
 // ---------------------------------------- what is written
 
-typedef struct Output { Utf8 utf8; uint8_t last; } Output;      // last: byte that was written
+typedef struct Printer { Utf8 utf8; uint8_t last; } Printer;      // last: byte that was written
 
 // To stdout at once. Whoever reads it may have had enough: no error.
-void output_bytes(Output *out, const uint8_t *bytes, int n) {
+void output_bytes(Printer *out, const uint8_t *bytes, int n) {
     for (int done = 0; done < n; ) {
         const ssize_t wrote = write(STDOUT_FILENO, bytes + done, (size_t)(n - done));
         if (wrote < 0 && errno == EINTR) { continue; }
@@ -3298,7 +3306,7 @@ void output_bytes(Output *out, const uint8_t *bytes, int n) {
     if (n > 0) { out->last = bytes[n - 1]; }
 }
 
-void output_token(Output *out, const Tokenizer *t, int id) {
+void output_token(Printer *out, const Tokenizer *t, int id) {
     static uint8_t text[1 << 16];
     const uint8_t *bytes = t->texts + t->starts[id];
     int n = 0;
@@ -3309,7 +3317,7 @@ void output_token(Output *out, const Tokenizer *t, int id) {
     output_bytes(out, text, n);
 }
 
-void output_end(Output *out) {                                  // of a continuation: what is held, and a newline
+void output_end(Printer *out) {                                  // of a continuation: what is held, and a newline
     uint8_t text[4];
     int n = utf8_end(&out->utf8, text);
     if (n > 0 || (out->last && out->last != '\n')) { text[n++] = '\n'; }
@@ -3332,7 +3340,7 @@ typedef struct Session {
     Infer *m;
     Tokenizer tokenizer;
     Sampler sampler;
-    Output out;
+    Printer out;
     int64_t vocab_size, prompt_tokens, decoded;                 // decoded: tokens drawn but for the first ones
     double prompt_seconds, decode_seconds;
     int pending;                                                // drawn, but not fed yet; -1: none
