@@ -13,7 +13,7 @@
 // How a prompt goes through (spec section 10): all tokens through the layers before the GOLD layers, in chunks of fixed
 // size, leaving states and, per token, its id and c = w_kv_cache_a x. The GOLD layers see only the last 2 G + 1 tokens
 // (G of them): each looks back one token in its time mixer and one in its channel mixer, so that the last token's
-// logits, and what is carried from there, are exact.
+// logits, and what is carried from there, are exact. Then, token by token, a step of matrix-vector kernels (section 3).
 
 #define GOLDFINCH_NO_MAIN
 #include "train_goldfinch.cu"
@@ -40,7 +40,7 @@ struct GoldSource {
     const TilePair *c_gram;                 // W_b[:, C:]^T W_b[:, C:]
     struct Side {                           // of keys; of values
         const floatX *mu, *mix;             // (C): time_maa_k or _v; (32, C): time_maa_kv_w2[0 or 1]
-        const floatX *w1, *w2;              // (rank_pad, C): time_key_w1 or .. transposed; (C, rank_pad): _w2, less its mean over C
+        const floatX *w1, *w2;              // (rank_pad, C): time_key_w1 or .. transposed; (C, rank_pad): _w2, less its mean
         const floatX *gain, *bias;          // (C): ln_k or ln_v
         const TilePair *tiles, *gram;       // the weights in tensor cores' order (section 2); w2^T w2
         int stage;                          // pairs of tiles for 32 channels
@@ -70,7 +70,7 @@ struct Row {                                // vectors of the token at hand
     float *hidden;                          // (288): hidden layers of the mixes; of Finch-C2's w and v2
     float *r, *k, *v, *v2, *y, *q, *gate;   // (A) each; gate (C)
     floatX *ffn;                            // (F)
-    float *c, *z, *kv2;                     // (R); (2, C): K0 of two tokens before its norm; (G, 2, C): keys and values before theirs
+    float *c, *z, *kv2;                     // (R); (2, C): two tokens' K0 before its norm; (G, 2, C): keys, values likewise
     floatX *kv1, *u;                        // (G, 2, C), (G, 2, rank_pad): mixed; hidden layer
 };
 
@@ -104,7 +104,8 @@ typedef struct Infer {
     floatX *w_c, *id_k0, *id_xo, *id_c;     // shared by all GOLD layers
     float *id_squares;
     TilePair *c_gram;
-    int queries, past_warps, past_splits, window_splits;    // of attention: queries at a time; warps of a block; blocks that share a context
+    int queries, past_warps;                // of attention: queries at a time; warps of a block
+    int past_splits, window_splits;         // blocks that share a context: its older tokens, its window
     SplitSums sums;
     PastSums past_sums;
     PastQuery past_query;
@@ -165,7 +166,7 @@ __global__ void pack_centered(floatX *to, const floatX *from, int rows, int colu
     __shared__ float2 shared[32];
     const int column = blockIdx.x;
     float sum = 0;
-    for (int i = threadIdx.x; i < columns && (int)blockIdx.x < rows; i += blockDim.x) sum += (float)from[(int64_t)column * columns + i];
+    for (int i = threadIdx.x; i < columns && column < rows; i += blockDim.x) sum += (float)from[(int64_t)column * columns + i];
     const float mean = block_sum(sum, shared) / columns;
     for (int i = threadIdx.x; i < columns; i += blockDim.x)
         to[(int64_t)i * gridDim.x + column] = (floatX)(column < rows ? (float)from[(int64_t)column * columns + i] - mean : 0);
@@ -173,7 +174,8 @@ __global__ void pack_centered(floatX *to, const floatX *from, int rows, int colu
 
 __global__ void sum_squares(float *to, const floatX *from, int columns) {                   // of rows, a warp each
     float sum = 0;
-    for (int i = threadIdx.x; i < columns; i += 32) sum += (float)from[(int64_t)blockIdx.x * columns + i] * (float)from[(int64_t)blockIdx.x * columns + i];
+    from += (int64_t)blockIdx.x * columns;
+    for (int i = threadIdx.x; i < columns; i += 32) sum += (float)from[i] * (float)from[i];
     sum = warp_sum(sum);
     if (threadIdx.x == 0) to[blockIdx.x] = sum;
 }
@@ -242,7 +244,8 @@ __global__ void __launch_bounds__(WINDOW_THREADS) window_attention_kernel(Window
     __shared__ float tops[WINDOW_GROUPS];
     __shared__ float sums[WINDOW_GROUPS];
     __shared__ __align__(16) float outs[WINDOW_GROUPS][N];
-    const int group = threadIdx.x / 8, lane = threadIdx.x % 8, h = blockIdx.x, split = blockIdx.y, m = blockIdx.z, c = h * N + lane * 8;
+    const int group = threadIdx.x / 8, lane = threadIdx.x % 8, h = blockIdx.x, split = blockIdx.y, m = blockIdx.z;
+    const int c = h * N + lane * 8;
     let_next_start();
     wait_for_previous();
     const Pack q = query_pack(p.query, m, c, p.C, shared);
@@ -252,7 +255,8 @@ __global__ void __launch_bounds__(WINDOW_THREADS) window_attention_kernel(Window
     const int64_t end = p.place->first + p.m0 + m + 1;                       // of what this query sees
     const int step = WINDOW_GROUPS * gridDim.y;
     float top = -INFINITY, sum = 0;
-    for (int64_t t0 = p.place->begin + split * WINDOW_GROUPS + group, rounds = (end - p.place->begin + 4 * step - 1) / (4 * step); rounds > 0; rounds--) {
+    int64_t t0 = p.place->begin + split * WINDOW_GROUPS + group;
+    for (int64_t rounds = (end - p.place->begin + 4 * step - 1) / (4 * step); rounds > 0; rounds--) {
         RawPack<floatX> k[4], v[4];
         float score[4], high = top;
         for (int i = 0; i < 4; i++) {
@@ -301,7 +305,8 @@ __global__ void __launch_bounds__(WINDOW_THREADS) window_attention_kernel(Window
     p.to.sum[row * p.H + h] = all;
 }
 
-__global__ void append_to_ring(floatX *ring, const floatX *from, int64_t at, int64_t window, int C) {   // rows at.., a block a row
+// Rows at.. of the ring; a block a row.
+__global__ void append_to_ring(floatX *ring, const floatX *from, int64_t at, int64_t window, int C) {
     const int c = threadIdx.x * 8;
     if (c < C) store(ring + (at + blockIdx.x) % window * C + c, load(from + (int64_t)blockIdx.x * C + c));
 }
@@ -309,7 +314,7 @@ __global__ void append_to_ring(floatX *ring, const floatX *from, int64_t at, int
 // ---- older tokens: keys and values from (id, c), made in registers and used at once ----
 //
 //     z  = id_k0[id] + W_c c,   K0 = z / (|z| / sqrt(C) + 1e-8)
-//     k1 = K0 + (shift(K0) - K0) * (time_maa_k + h_k mix_k),   h = tanh(id_h[id] + id_h_before[id before]);   v1 likewise from id_xo
+//     k1 = K0 + (shift(K0) - K0) * (time_maa_k + h_k mix_k),   h = tanh(id_h[id] + id_h_before[id before]);   v1 from id_xo
 //     k  = LayerNorm(k1 + W2 u),   u = tanh(w1 k1);             v likewise from v1
 //
 // What makes it affordable is that neither W2 u nor the norm is needed channel by channel. With W2's mean over channels taken
@@ -445,7 +450,8 @@ __device__ inline float2 quadratic(const floatX *x, int ld, const TilePair *gram
     float2 sum = make_float2(0, 0);
     for (int n = 0; n < K; n += 32) {
         TileC y[4] = {};
-        for (int k = 0; k < K; k += 32) mma_pairs(y, load_a(x + k, ld), load_a(x + k + 16, ld), gram + (n / 8 * (K / 32) + k / 32) * 32, K / 32);
+        for (int k = 0; k < K; k += 32)
+            mma_pairs(y, load_a(x + k, ld), load_a(x + k + 16, ld), gram + (n / 8 * (K / 32) + k / 32) * 32, K / 32);
         for (int j = 0; j < 4; j++)
             for (int i = 0; i < 4; i++) {
                 const float term = y[j].x[i] * (float)x[tile_row(i) * ld + n + 8 * j + tile_col(i)];
@@ -486,7 +492,8 @@ __device__ inline void past_rows(PastRows &rows, const PastSmem &s, const GoldSo
         const int row = tile_row(2 * i), id = ids[row];
         float dot = 0;
 #pragma unroll 8
-        for (int at = lane % 4; at < g.R && id >= 0; at += 4) dot += (float)g.id_c[(int64_t)id * g.R32 + at] * (float)c[row * ldc + at];
+        for (int at = lane % 4; at < g.R && id >= 0; at += 4)
+            dot += (float)g.id_c[(int64_t)id * g.R32 + at] * (float)c[row * ldc + at];
         dot = warp_sum(dot, 4);
         const float all = id >= 0 ? g.id_squares[id] + 2 * dot + (i ? squares.y : squares.x) : 0;
         rows.id[i] = id;
@@ -517,18 +524,21 @@ __device__ inline void past_add(TileC (&x)[4], const RawPack<floatX> (&raw)[2], 
 
 // ids (16): of the rows; negative where there is none
 __device__ inline void past_request(RawPack<floatX> (&raw)[2], const floatX *table, const int *ids, int channel, int C) {
-    for (int i = 0; i < 2; i++) raw[i] = load_raw(table + (int64_t)max(ids[tile_row(2 * i)], 0) * C + channel + threadIdx.x % 4 * 8);
+    table += channel + threadIdx.x % 4 * 8;
+    for (int i = 0; i < 2; i++) raw[i] = load_raw(table + (int64_t)max(ids[tile_row(2 * i)], 0) * C);
 }
 
 // All channels of the warp's tokens, for keys with scores: leaves u in shared memory and mean and 1/deviation in rows. The first
 // stage is on its way. Ranks above 32 `groups` take several passes.
-template <int groups, bool keys> __device__ inline void past_sweep(PastRows &rows, const PastSmem &s, const GoldSource &g, const PastTask &task) {
+template <int groups, bool keys>
+__device__ inline void past_sweep(PastRows &rows, const PastSmem &s, const GoldSource &g, const PastTask &task) {
     const GoldSource::Side &side = keys ? g.k : g.v;
     const int warp = threadIdx.x / 32, ldc = g.R32 + PAD, ldh = 64 + PAD, ldu = g.rank_pad + PAD, stages = g.C / 32;
     const floatX *c = s.c + warp * 16 * ldc, *h = s.h + warp * 16 * ldh + (keys ? 0 : 32), *table = keys ? g.id_k0 : g.id_xo;
     floatX *u = s.u + warp * 16 * ldu;
     const TileA hidden[2] = {load_a(h, ldh), load_a(h + 16, ldh)};
-    const float scale[2] = {keys ? rows.scale[0] : rows.id[0] >= 0 ? 1.f : 0.f, keys ? rows.scale[1] : rows.id[1] >= 0 ? 1.f : 0.f};
+    float scale[2];
+    for (int i = 0; i < 2; i++) scale[i] = keys ? rows.scale[i] : rows.id[i] >= 0 ? 1 : 0;
     float sum[2] = {0, 0}, squares[2] = {0, 0};                             // of k1; |k1|^2 + 2 u . (W2^T k1)
     for (int pass = 0; pass < g.rank_pad / (32 * groups); pass++) {
         TileC U[2][groups][4] = {}, score[1] = {};
@@ -538,7 +548,8 @@ template <int groups, bool keys> __device__ inline void past_sweep(PastRows &row
             async_wait<0>();
             __syncthreads();
             const int next = pass * stages + j + 1;
-            if (next < stages * g.rank_pad / (32 * groups)) stage_copy(s.stage + next % 2 * 32 * g.stage, side.tiles + (int64_t)next * side.stage * 32, side.stage);
+            if (next < stages * g.rank_pad / (32 * groups))
+                stage_copy(s.stage + next % 2 * 32 * g.stage, side.tiles + (int64_t)next * side.stage * 32, side.stage);
             const TilePair *w = s.stage + (next - 1) % 2 * 32 * g.stage;
             TileC x[4] = {}, m[4] = {};
             if (keys) {
@@ -590,26 +601,28 @@ template <int groups, bool keys> __device__ inline void past_sweep(PastRows &row
 }
 
 // What the scores lack after the sweep over the keys; -infinity where a query does not see a token.
-__device__ inline void past_scores(const PastRows &rows, const PastSmem &s, const GoldSource &g, const PastTask &task, int64_t t0) {
+__device__ inline void past_scores(const PastRows &rows, const PastSmem &s, const GoldSource &g, const PastTask &task,
+                                   int64_t t0) {
     const int warp = threadIdx.x / 32, ldu = g.rank_pad + PAD, pairs = task.M * g.H;
     const floatX *u = s.u + warp * 16 * ldu;
     for (int n = 0; n < pairs; n += 8) {
         TileC low_rank[1] = {};
-        for (int k = 0; k < g.rank_pad; k += 32)
-            mma_pairs(low_rank, load_a(u + k, ldu), load_a(u + k + 16, ldu), task.query.u + (n / 8 * (g.rank_pad / 32) + k / 32) * 32, 1);
+        const TilePair *w = task.query.u + n / 8 * g.rank_pad;
+        for (int k = 0; k < g.rank_pad; k += 32) mma_pairs(low_rank, load_a(u + k, ldu), load_a(u + k + 16, ldu), w + k, 1);
         for (int i = 0; i < 4; i++) {
             const int pair = n + tile_col(i), row = tile_row(i);
             if (pair >= pairs) continue;
             float *p = &s.p[pair * s.ld + 16 * warp + row];
             const bool seen = row > 0 && rows.id[i / 2] >= 0 && t0 - 1 + row <= task.place->first + task.m0 + pair % task.M;
-            const float score = rows.rstd[i / 2] * (*p + low_rank[0].x[i] - rows.mean[i / 2] * task.query.sum[pair]) + task.query.bias[pair];
-            *p = seen ? score : -INFINITY;
+            const float centered = *p + low_rank[0].x[i] - rows.mean[i / 2] * task.query.sum[pair];
+            *p = seen ? rows.rstd[i / 2] * centered + task.query.bias[pair] : -INFINITY;
         }
     }
 }
 
 // The scores of keys with a rope: those must be made channel by channel, in another sweep, from k1 and u.
-__device__ inline void past_turned_scores(const PastRows &rows, const PastSmem &s, const GoldSource &g, const PastTask &task, int64_t t0) {
+__device__ inline void past_turned_scores(const PastRows &rows, const PastSmem &s, const GoldSource &g, const PastTask &task,
+                                          int64_t t0) {
     const int warp = threadIdx.x / 32, ldc = g.R32 + PAD, ldh = 64 + PAD, ldu = g.rank_pad + PAD, stages = g.C / 32;
     const floatX *c = s.c + warp * 16 * ldc, *h = s.h + warp * 16 * ldh, *u = s.u + warp * 16 * ldu;
     const TileA hidden[2] = {load_a(h, ldh), load_a(h + 16, ldh)};
@@ -619,15 +632,17 @@ __device__ inline void past_turned_scores(const PastRows &rows, const PastSmem &
         past_request(raw, g.id_k0, s.ids + 16 * warp, 32 * j, g.C);
         async_wait<0>();
         __syncthreads();
-        if (j + 1 < stages)
-            stage_copy(s.stage + (j + 1) % 2 * 32 * g.stage, g.turned_tiles + (int64_t)(j + 1) * g.turned_stage * 32, g.turned_stage);
+        const int next = j + 1;
+        if (next < stages)
+            stage_copy(s.stage + next % 2 * 32 * g.stage, g.turned_tiles + (int64_t)next * g.turned_stage * 32, g.turned_stage);
         const TilePair *w = s.stage + j % 2 * 32 * g.stage;
         TileC x[4] = {}, m[4] = {}, y[4] = {};
         for (int k = 0; k < g.R32; k += 32) mma_pairs(x, load_a(c + k, ldc), load_a(c + k + 16, ldc), w + k, g.R32 / 32);
         w += 4 * g.R32;
         mma_pairs(m, hidden[0], hidden[1], w, 1);
         w += 4 * 32;
-        for (int k = 0; k < g.rank_pad; k += 32) mma_pairs(y, load_a(u + k, ldu), load_a(u + k + 16, ldu), w + k, g.rank_pad / 32);
+        for (int k = 0; k < g.rank_pad; k += 32)
+            mma_pairs(y, load_a(u + k, ldu), load_a(u + k + 16, ldu), w + k, g.rank_pad / 32);
         past_add(x, raw, rows.scale);
         past_mix(x, m, g.k.mu + 32 * j);
         const int channel = 32 * j + threadIdx.x % 4 * 8;
@@ -682,7 +697,7 @@ __device__ inline void past_values(const PastSmem &s, const GoldSource &g, const
     floatX *patch = s.patch + warp * 16 * ldp;
     for (int head = warp; head < g.H; head += warps) {
         TileC sums[4][1] = {};                                              // 64 channels x 8 queries
-        RawPack<floatX> raw[2][2];                                          // of the head's two halves; on their way one group ahead
+        RawPack<floatX> raw[2][2];                                          // of the head's two halves; one group ahead
         for (int j = 0; j < 2; j++) past_request(raw[j], g.id_xo, s.ids, 64 * head + 32 * j, g.C);
         for (int group = 0; group < warps; group++) {
             const floatX *h = s.h + group * 16 * ldp + 32;
@@ -742,7 +757,8 @@ template <int groups, bool rope> __global__ void __launch_bounds__(256, 1) past_
     const PastSmem s = past_smem(dynamic_smem<char>(), g, warps, task.M);
     let_next_start();
     wait_for_previous();
-    const int64_t T = task.place->begin, tiles = (T + step - 1) / step, per = (tiles + gridDim.x - 1) / gridDim.x, begin = blockIdx.x * per;
+    const int64_t T = task.place->begin, tiles = (T + step - 1) / step;
+    const int64_t per = (tiles + gridDim.x - 1) / gridDim.x, begin = blockIdx.x * per;
     float *out = task.to.out + (int64_t)blockIdx.x * task.M * g.C, *u_sum = task.to.u + (int64_t)blockIdx.x * pairs * g.rank_pad;
     for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
         s.top[i] = -INFINITY;
@@ -784,7 +800,8 @@ template <int groups, bool rope> __global__ void __launch_bounds__(256, 1) past_
     }
 }
 
-// q~ = q * ln_k's gain (with rope: q), W2^T q~ and two sums, of all queries of a head: a block. In base 2: q~ includes log2(e) / sqrt(N).
+// q~ = q * ln_k's gain (with rope: q), W2^T q~ and two sums, of all queries of a head: a block. q~ includes log2(e) / sqrt(N):
+// softmax goes by powers of 2.
 __global__ void __launch_bounds__(128) past_queries(PastQuery to, QuerySource q, GoldSource g, int M) {
     __shared__ float2 shared[32];
     __shared__ __align__(16) float qs[8][N];
@@ -815,8 +832,9 @@ __global__ void __launch_bounds__(128) past_queries(PastQuery to, QuerySource q,
     if (t < 64) {                                                           // k1's channels 32 (2 h + t / 32) ..
         TilePair pair;
         for (int half = 0; half < 2; half++) {
+            const int first = 32 * (t / 32) + 16 * half + lane % 4 * 2;
             float x[4];
-            for (int i = 0; i < 4; i++) x[i] = qs[lane / 4][tile_channel(32 * (t / 32) + 16 * half + lane % 4 * 2 + i % 2 + i / 2 * 8)];
+            for (int i = 0; i < 4; i++) x[i] = qs[lane / 4][tile_channel(first + i % 2 + i / 2 * 8)];
             pair.b[half] = make_b(x[0], x[1], x[2], x[3]);
         }
         to.q[(2 * h + t / 32) * 32 + lane] = pair;
@@ -832,7 +850,9 @@ __global__ void __launch_bounds__(128) past_queries(PastQuery to, QuerySource q,
         for (int i = t; i < 4 * M; i += 128) {                              // a query's column of a tile is in four lanes
             const int m = i / 4, n = h * M + m, k = i % 4 * 2;
             const float *x = low_rank[m];
-            const TilePair pair = {{make_b(x[k], x[k + 1], x[k + 8], x[k + 9]), make_b(x[k + 16], x[k + 17], x[k + 24], x[k + 25])}};
+            TilePair pair;
+            pair.b[0] = make_b(x[k], x[k + 1], x[k + 8], x[k + 9]);
+            pair.b[1] = make_b(x[k + 16], x[k + 17], x[k + 24], x[k + 25]);
             to.u[(n / 8 * (g.rank_pad / 32) + column / 32) * 32 + n % 8 * 4 + i % 4] = pair;
         }
         __syncthreads();
@@ -843,14 +863,15 @@ __global__ void __launch_bounds__(128) past_queries(PastQuery to, QuerySource q,
 
 // y (M, C) from what the splits found; a block a head of a query. The older tokens' sums still lack W2 and the norm's gain.
 template <typename T>
-__global__ void __launch_bounds__(256) combine_splits(T *y, SplitSums window, PastSums past, GoldSource g, int window_splits, int past_splits) {
+__global__ void __launch_bounds__(256)
+combine_splits(T *y, SplitSums window, PastSums past, GoldSource g, int window_splits, int past_splits) {
     __shared__ float2 shared[32];
     __shared__ float weights[WINDOW_SPLITS + MOST_SPLITS];
     __shared__ __align__(16) float low_rank[MAX_C / 16];
     __shared__ float parts[4][N];
     __shared__ float past_parts[4][N];
-    const int h = blockIdx.x, m = blockIdx.y, M = gridDim.y, pair = h * M + m, pairs = g.H * M, splits = window_splits + past_splits;
-    const int t = threadIdx.x, channel = h * N + t % N, part = t / N;
+    const int h = blockIdx.x, m = blockIdx.y, M = gridDim.y, pair = h * M + m, pairs = g.H * M;
+    const int splits = window_splits + past_splits, t = threadIdx.x, channel = h * N + t % N, part = t / N;
     let_next_start();
     wait_for_previous();
     for (int i = t; i < splits; i += 256)
@@ -878,8 +899,10 @@ __global__ void __launch_bounds__(256) combine_splits(T *y, SplitSums window, Pa
     if (past_splits > 0) {
         for (int r = t; r < g.rank_pad; r += 256) {
             float u = 0;
-            for (int i = 0; i < past_splits; i++)
-                if (weights[window_splits + i] > 0) u += weights[window_splits + i] * past.u[((int64_t)i * pairs + pair) * g.rank_pad + r];
+            for (int i = 0; i < past_splits; i++) {
+                const float weight = weights[window_splits + i];
+                if (weight > 0) u += weight * past.u[((int64_t)i * pairs + pair) * g.rank_pad + r];
+            }
             low_rank[r] = u;
         }
         __syncthreads();
@@ -901,7 +924,7 @@ __global__ void __launch_bounds__(256) combine_splits(T *y, SplitSums window, Pa
     y[(int64_t)m * g.C + channel] = (T)(out / (sum + past_sum.x));
 }
 
-// y (M, C) = causal attention of queries over all that is in the cache. task: what the caller knows of the queries; m0, M: of them.
+// y (M, C) = causal attention of queries m0.. of M over all that is in the cache. task: what the caller knows of them.
 template <typename T> static void gold_attention(Infer *f, const GoldSource &g, T *y, WindowTask task, int m0, int M) {
     task.keys = g.k.ring, task.values = g.v.ring, task.to = f->sums, task.place = f->place, task.window = f->window;
     task.C = g.C, task.H = g.H;
@@ -920,7 +943,8 @@ template <typename T> static void gold_attention(Infer *f, const GoldSource &g, 
             launch_early(past_queries, dim3(g.H), 128, 0, f->past_query, part.query, g, here);
             launch_early(kernel, dim3(splits), 32 * f->past_warps, smem, g, past);
         }
-        launch_early(combine_splits<T>, dim3(g.H, here), 256, 0, y + (int64_t)m * g.C, f->sums, f->past_sums, g, f->window_splits, splits);
+        launch_early(combine_splits<T>, dim3(g.H, here), 256, 0, y + (int64_t)m * g.C, f->sums, f->past_sums, g, f->window_splits,
+                     splits);
     }
 }
 
@@ -947,7 +971,7 @@ static const Mixer GOLD_FROM_CACHE = {"gold", GOLD, 0, true, false, false, gold_
 // the queries are the context's last tokens. combine_splits puts the shares together. Floor: bytes, each key and value once
 // per 16 queries.
 
-static const int KEPT_QUERIES = 16, KEPT_TILE = 64, KEPT_WARPS = 1056;         // warps: eight for each of an H100's multiprocessors
+static const int KEPT_QUERIES = 16, KEPT_TILE = 64, KEPT_WARPS = 1056;     // warps: eight for each of an H100's multiprocessors
 
 __device__ inline void kept_load(floatX (*to)[LD], const floatX *from, int rows, int64_t valid, int A) {    // a head's rows, then zeros
     const int step = 16 / sizeof(floatX), per_row = N / step;
@@ -1179,8 +1203,9 @@ template <typename T> __device__ inline void norm_vector(floatX *to, const T *x,
 struct ShiftMix { const floatX *shift, *mu[2]; };           // the token before, normed; up to two mixes
 
 // x_i = ln + (shift - ln) * mu_i for i in 0..n-1 at x, ln = LayerNorm(from), which block 0 also stores
-template <int n> __device__ inline void norm_shift_mix(floatX *x, floatX *ln, const float *from, const floatX *gain, const floatX *bias,
-                                                       const ShiftMix &mix, int C) {
+template <int n>
+__device__ inline void norm_shift_mix(floatX *x, floatX *ln, const float *from, const floatX *gain, const floatX *bias,
+                                      const ShiftMix &mix, int C) {
     norm_vector(x, from, gain, bias, C);                    // a thread's packs stay its own: no barrier
     for (int c = threadIdx.x * 8; c < C; c += blockDim.x * 8) {
         const Pack v = load(x + c), before = load(mix.shift + c);
@@ -1221,7 +1246,9 @@ struct FinchProducts {
         if (row < 3 * A) return key + (int64_t)(row - 2 * A) * K;
         return row < 3 * A + 64 ? decay_w1 + (int64_t)(row - 3 * A) * K : value2_w1 + (int64_t)(row - 3 * A - 64) * K;
     }
-    __device__ int first(int row) const { return (row < A ? 2 : row < 2 * A ? 0 : row < 3 * A ? 1 : row < 3 * A + 64 ? 3 : 4) * K; }
+    __device__ int first(int row) const {
+        return (row < A ? 2 : row < 2 * A ? 0 : row < 3 * A ? 1 : row < 3 * A + 64 ? 3 : 4) * K;
+    }
     __device__ int second(int row) const { return row < A && use_v2 ? 4 * K : 0; }
     __device__ void before(floatX *x) const { copy_vector(x, xs, (use_v2 ? 5 : 4) * K); }
     __device__ void after(int row, float2 sum) const {
@@ -1265,7 +1292,9 @@ struct CmixIn {
     floatX *ln, *k;
     float *gate;
     int F, rows, K;
-    __device__ const floatX *weights(int row) const { return row < F ? key + (int64_t)row * K : receptance + (int64_t)(row - F) * K; }
+    __device__ const floatX *weights(int row) const {
+        return row < F ? key + (int64_t)row * K : receptance + (int64_t)(row - F) * K;
+    }
     __device__ int first(int row) const { return row < F ? 0 : K; }
     __device__ int second(int) const { return 0; }
     __device__ void before(floatX *v) const { norm_shift_mix<2>(v, ln, x, gain, bias, mix, K); }
@@ -1474,7 +1503,8 @@ struct KeySums {
 };
 
 // k1 = K0 + (shift(K0) - K0) * (time_maa_k + m_k), and v1 likewise from xo. Grid (columns / 256, 2 G): layer, side
-__global__ void __launch_bounds__(128) decode_keys_values(floatX *kv1, const GoldSource *sources, const float *z, const Place *place, int C) {
+__global__ void __launch_bounds__(128)
+decode_keys_values(floatX *kv1, const GoldSource *sources, const float *z, const Place *place, int C) {
     __shared__ __align__(16) float parts[4][256];
     __shared__ float2 shared[32];
     __shared__ float h[32];
@@ -1523,7 +1553,9 @@ struct KvHidden : OneVector {                               // u = tanh(w1 x), x
     const floatX *kv1;
     floatX *u;
     int rows, K;
-    __device__ const GoldSource::Side &side(void) const { return blockIdx.y % 2 ? sources[blockIdx.y / 2].v : sources[blockIdx.y / 2].k; }
+    __device__ const GoldSource::Side &side(void) const {
+        return blockIdx.y % 2 ? sources[blockIdx.y / 2].v : sources[blockIdx.y / 2].k;
+    }
     __device__ const floatX *weights(int row) const { return side().w1 + (int64_t)row * K; }
     __device__ void before(floatX *x) const { copy_vector(x, kv1 + (int64_t)blockIdx.y * K, K); }
     __device__ void after(int row, float2 sum) const { u[blockIdx.y * rows + row] = (floatX)tanhf(sum.x); }
@@ -1534,7 +1566,9 @@ struct KvLowRank : OneVector {                              // x + w2 u
     const floatX *kv1, *u;
     float *kv2;
     int rows, K;
-    __device__ const GoldSource::Side &side(void) const { return blockIdx.y % 2 ? sources[blockIdx.y / 2].v : sources[blockIdx.y / 2].k; }
+    __device__ const GoldSource::Side &side(void) const {
+        return blockIdx.y % 2 ? sources[blockIdx.y / 2].v : sources[blockIdx.y / 2].k;
+    }
     __device__ const floatX *weights(int row) const { return side().w2 + (int64_t)row * K; }
     __device__ void before(floatX *x) const { copy_vector(x, u + (int64_t)blockIdx.y * K, K); }
     __device__ void after(int row, float2 sum) const {
@@ -1544,8 +1578,8 @@ struct KvLowRank : OneVector {                              // x + w2 u
 };
 
 // Their norms, into the window. A block for each layer and side.
-__global__ void __launch_bounds__(MV_THREADS) decode_window_append(const GoldSource *sources, const float *kv2, const Place *place,
-                                                                   int64_t window, int C) {
+__global__ void __launch_bounds__(MV_THREADS)
+decode_window_append(const GoldSource *sources, const float *kv2, const Place *place, int64_t window, int C) {
     const GoldSource &g = sources[blockIdx.x / 2];
     const GoldSource::Side &s = blockIdx.x % 2 ? g.v : g.k;
     let_next_start();
@@ -1567,9 +1601,11 @@ static void finch_c2_decode(Infer *f, Layer *layer) {
     const int mixes = v2 ? 5 : 4;
     MixHidden hidden = {};
     hidden.x = row.x, hidden.gain = p.ln1_weight.w, hidden.bias = p.ln1_bias.w, hidden.w = packed.mix_w1;
-    hidden.mix = {layer->tmix_shift, {p.time_maa_x.w}}, hidden.ln = row.ln, hidden.hidden = row.hidden, hidden.rows = 32 * mixes, hidden.K = d.C;
+    hidden.mix = {layer->tmix_shift, {p.time_maa_x.w}}, hidden.ln = row.ln, hidden.hidden = row.hidden;
+    hidden.rows = 32 * mixes, hidden.K = d.C;
     matvec(hidden, d.C);
-    const Mixed mixed = {row.ln, layer->tmix_shift, {p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w, p.time_maa_v2.w},
+    const Mixed mixed = {row.ln, layer->tmix_shift,
+                         {p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w, p.time_maa_v2.w},
                          p.time_maa_w2.w, row.hidden, row.xs};
     launch_early(decode_mixes, dim3((int)ceil_div(d.C, 256), mixes), 128, 0, mixed, d.C);
     FinchProducts products = {row.xs, p.value.w, p.receptance.w, p.key.w, packed.decay_w1, packed.value2_w1,
@@ -1590,7 +1626,8 @@ static void cache_decode(Infer *f) {
     entry.x = row.x, entry.w = f->m.top.w_kv_cache_a.w, entry.c = row.c, entry.rows = d.R, entry.K = d.C;
     matvec(entry, d.C);
     matvec(KeySums{g, f->c, f->c8, f->scales, row.c, row.z, f->place, d.C, g.R32}, 2 * g.R32);
-    launch_early(decode_keys_values, dim3((int)ceil_div(d.C, 256), 2 * f->G), 128, 0, row.kv1, f->device_sources, row.z, f->place, d.C);
+    const dim3 sides((int)ceil_div(d.C, 256), 2 * f->G);
+    launch_early(decode_keys_values, sides, 128, 0, row.kv1, f->device_sources, row.z, f->place, d.C);
     KvHidden hidden = {};
     hidden.sources = f->device_sources, hidden.kv1 = row.kv1, hidden.u = row.u, hidden.rows = g.rank_pad, hidden.K = d.C;
     matvec(hidden, d.C, 2 * f->G);
@@ -1608,7 +1645,8 @@ static void gold_decode(Infer *f, Layer *layer) {
     const GoldSource &g = f->sources[layer->l - d.G0];
     MixHidden hidden = {};
     hidden.x = row.x, hidden.gain = p.ln1_weight.w, hidden.bias = p.ln1_bias.w, hidden.w = f->packed[layer->l].mix_w1;
-    hidden.mix = {layer->tmix_shift, {p.time_maa_x.w}}, hidden.ln = row.ln, hidden.hidden = row.hidden, hidden.rows = 32, hidden.K = d.C;
+    hidden.mix = {layer->tmix_shift, {p.time_maa_x.w}}, hidden.ln = row.ln, hidden.hidden = row.hidden;
+    hidden.rows = 32, hidden.K = d.C;
     matvec(hidden, d.C);
     const Mixed mixed = {row.ln, layer->tmix_shift, {p.time_maa_q.w}, p.time_maa_q_w2.w, row.hidden, row.xs};
     launch_early(decode_mixes, dim3((int)ceil_div(d.C, 256), 1), 128, 0, mixed, d.C);
@@ -1616,7 +1654,8 @@ static void gold_decode(Infer *f, Layer *layer) {
     query.x = row.xs, query.w = p.query.w, query.out = row.q, query.rows = d.C, query.K = d.C;
     matvec(query, d.C);
     WindowTask task = {};
-    task.query = {nullptr, row.q, p.ln_q_weight.w, p.ln_q_bias.w, &f->device_sources[layer->l - d.G0].rope, f->place}, task.shift = layer->tmix_shift, task.ln = row.ln;
+    task.query = {nullptr, row.q, p.ln_q_weight.w, p.ln_q_bias.w, &f->device_sources[layer->l - d.G0].rope, f->place};
+    task.shift = layer->tmix_shift, task.ln = row.ln;
     gold_attention(f, g, row.y, task, 0, 1);
 }
 
@@ -1625,7 +1664,8 @@ static void cmix_decode(Infer *f, Layer *layer) {                           // r
     const Params &p = layer->p;
     const Row &row = f->row;
     const CmixIn in = {f->m.s.parallel ? row.x : row.x_mid, p.ln2_weight.w, p.ln2_bias.w, p.ffn_key.w, p.ffn_receptance.w,
-                       {layer->cmix_shift, {p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}}, row.ln, row.ffn, row.gate, d.F, d.F + d.C, d.C};
+                       {layer->cmix_shift, {p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}}, row.ln, row.ffn, row.gate,
+                       d.F, d.F + d.C, d.C};
     matvec(in, 2 * d.C);
     CmixOut out = {};
     out.k = row.ffn, out.value = p.ffn_value.w, out.ln = row.ln, out.gate = row.gate, out.residual = row.x_mid;
@@ -1638,7 +1678,7 @@ typedef struct Decoder { const char *name; void (*decode)(Infer *, Layer *); } D
 static const Decoder TIME_DECODERS[] = {{"x060c2", finch_c2_decode}, {"gold", gold_decode}};
 static const Decoder CHANNEL_DECODERS[] = {{"x060", cmix_decode}};
 
-template <size_t n> static const Decoder *find_decoder(const Decoder (&table)[n], const char *name) {       // NULL if there is none
+template <size_t n> static const Decoder *find_decoder(const Decoder (&table)[n], const char *name) {   // NULL: there is none
     for (const Decoder &decoder : table)
         if (strcmp(decoder.name, name) == 0) return &decoder;
     return nullptr;
@@ -1650,7 +1690,8 @@ static void queue_step(Infer *f, const int *token) {
     const Dims &d = m->d;
     const Row &row = f->row;
     const Params &top = m->top, &first = m->layers[0].p;
-    decode_begin<<<1, MV_THREADS, 0, stream>>>(row.x, f->place, f->ids, token, top.emb.w, first.ln0_weight.w, first.ln0_bias.w, f->window, d.C);
+    decode_begin<<<1, MV_THREADS, 0, stream>>>(row.x, f->place, f->ids, token, top.emb.w, first.ln0_weight.w, first.ln0_bias.w,
+                                               f->window, d.C);
     for (int l = 0; l < d.L; l++) {
         Layer *layer = &f->m.layers[l];
         if (f->G && l == d.G0) cache_decode(f);
@@ -1719,7 +1760,8 @@ static void choose_attention_shape(Infer *f, int splits_wanted, int warps_wanted
     const int64_t M = f->queries, pairs = M * g.H, splits = f->past_splits;
     for (float **p : {&f->sums.top, &f->sums.sum}) device_alloc((void **)p, WINDOW_SPLITS * pairs * sizeof(float));
     device_alloc((void **)&f->sums.out, WINDOW_SPLITS * M * g.C * sizeof(float));
-    for (float **p : {&f->past_sums.top, &f->past_sums.sum, &f->past_sums.mean}) device_alloc((void **)p, splits * pairs * sizeof(float));
+    for (float **p : {&f->past_sums.top, &f->past_sums.sum, &f->past_sums.mean})
+        device_alloc((void **)p, splits * pairs * sizeof(float));
     device_alloc((void **)&f->past_sums.out, splits * M * g.C * sizeof(float));
     device_alloc((void **)&f->past_sums.u, splits * pairs * g.rank_pad * sizeof(float));
     device_alloc((void **)&f->past_query.q, g.C / 32 * 32 * sizeof(TilePair));
@@ -1735,7 +1777,8 @@ static void prepare_decode(Infer *f) {
     for (int l = 0; l < d.L; l++) {
         const Layer &layer = f->m.layers[l];
         const Params &p = layer.p;
-        if (!find_decoder(TIME_DECODERS, layer.tmix->name) || !find_decoder(CHANNEL_DECODERS, layer.cmix->name)) f->decodes = false;
+        if (!find_decoder(TIME_DECODERS, layer.tmix->name)) f->decodes = false;
+        if (!find_decoder(CHANNEL_DECODERS, layer.cmix->name)) f->decodes = false;
         if (p.time_maa_q_w1.w) f->packed[l].mix_w1 = packed(32, d.C, p.time_maa_q_w1, d.C, 32, true);
         if (!p.time_maa_w1.w || !p.time_value2_w1.w) continue;
         f->packed[l] = {packed(160, d.C, p.time_maa_w1, d.C, 160, true), packed(64, d.C, p.time_decay_w1, d.C, 64, true),
@@ -1756,8 +1799,8 @@ static void prepare_decode(Infer *f) {
     device_alloc((void **)&row.kv2, kv * d.C * sizeof(float));
 }
 
-static void pack_pairs(TilePair *to, const floatX *p, int64_t ld_k, int64_t ld_n, int K, int columns, int per, int inner, int outer, int step,
-                       bool k_channels, bool n_channels) {
+static void pack_pairs(TilePair *to, const floatX *p, int64_t ld_k, int64_t ld_n, int K, int columns, int per, int inner,
+                       int outer, int step, bool k_channels, bool n_channels) {
     const PackTiles how = {p, ld_k, ld_n, K, per, inner, outer, step, k_channels, n_channels};
     pack_tiles<<<columns / 8 * (K / 32), 32, 0, stream>>>(to, how);
 }
@@ -1791,8 +1834,9 @@ static void prepare_side(GoldSource &g, GoldSource::Side &side, bool keys, Param
         to += from_c * 32;
         pack_pairs(to, side.mix, C, 1, 32, C, 4, 1, side.stage, 0, false, true);
         to += 4 * 32;
-        pack_pairs(to, side.w1 + (int64_t)pass * 32 * groups * C, 1, C, C, 32 * groups, 4 * groups, 1, 0, side.stage, true, false);
-        pack_pairs(to + 4 * groups * 32, side.w2 + pass * 32 * groups, g.rank_pad, 1, C, 32 * groups, 4 * groups, 1, 0, side.stage, true, false);
+        const int of = 32 * groups, tiles_of = 4 * groups;                  // ranks of a pass
+        pack_pairs(to, side.w1 + (int64_t)pass * of * C, 1, C, C, of, tiles_of, 1, 0, side.stage, true, false);
+        pack_pairs(to + tiles_of * 32, side.w2 + pass * of, g.rank_pad, 1, C, of, tiles_of, 1, 0, side.stage, true, false);
     }
 }
 
@@ -1813,7 +1857,8 @@ static void prepare_gold(Infer *f) {
     Model *m = &f->m;
     const Dims d = m->d;
     const int64_t V = d.V, C = d.C;
-    const int R32 = multiple_of_32(d.R), rank = gold_rank(d), rank_pad = padded_rank(rank), largest = R32 > rank_pad ? R32 : rank_pad;
+    const int R32 = multiple_of_32(d.R), rank = gold_rank(d), rank_pad = padded_rank(rank);
+    const int largest = R32 > rank_pad ? R32 : rank_pad;
     const Param W = m->top.w_kv_cache_b;
     f->w_c = packed(d.A, R32, columns_from(W, C), d.A, d.R, false);
     alloc_floats(&f->id_k0, V * C);
@@ -1830,7 +1875,8 @@ static void prepare_gold(Infer *f) {
         floatX *id_h, *id_h_before;
         alloc_floats(&id_h, V * 64);
         alloc_floats(&id_h_before, V * 64);
-        g.id_k0 = f->id_k0, g.id_xo = f->id_xo, g.id_c = f->id_c, g.id_squares = f->id_squares, g.id_h = id_h, g.id_h_before = id_h_before;
+        g.id_k0 = f->id_k0, g.id_xo = f->id_xo, g.id_c = f->id_c, g.id_squares = f->id_squares;
+        g.id_h = id_h, g.id_h_before = id_h_before;
         g.w_c = f->w_c, g.c_gram = f->c_gram;
         g.rope = m->rope, g.C = d.C, g.H = d.H, g.R = d.R, g.R32 = R32, g.rank_pad = rank_pad;
         g.k.mu = p.time_maa_k.w, g.k.mix = p.time_maa_kv_w2.w, g.k.gain = p.ln_k_weight.w, g.k.bias = p.ln_k_bias.w;
@@ -2380,19 +2426,21 @@ void gf_infer_free(Infer *f) {
         const GoldSource &g = f->sources[i];
         for (const floatX *p : {g.id_h, g.id_h_before}) cudaFree((void *)p);
         cudaFree((void *)g.turned_tiles);
-        for (const GoldSource::Side *side : {&g.k, &g.v})
-            for (const void *p : {(const void *)side->w1, (const void *)side->w2, (const void *)side->tiles, (const void *)side->gram,
-                                  (const void *)side->ring}) cudaFree((void *)p);
+        for (const GoldSource::Side *side : {&g.k, &g.v}) {
+            for (const floatX *p : {side->w1, side->w2, (const floatX *)side->ring}) cudaFree((void *)p);
+            for (const TilePair *p : {side->tiles, side->gram}) cudaFree((void *)p);
+        }
     }
     for (int l = 0; l < f->m.d.L; l++)
         for (floatX *p : {f->packed[l].mix_w1, f->packed[l].decay_w1, f->packed[l].value2_w1}) cudaFree(p);
     const Row &row = f->row;
-    for (floatX *p : {f->w_c, f->id_k0, f->id_xo, f->id_c, f->tail_x[0], f->tail_x[1], row.ln, row.xs, row.ffn, row.kv1, row.u}) cudaFree(p);
+    for (floatX *p : {f->w_c, f->id_k0, f->id_xo, f->id_c, f->tail_x[0], f->tail_x[1]}) cudaFree(p);
+    for (floatX *p : {row.ln, row.xs, row.ffn, row.kv1, row.u}) cudaFree(p);
     const PastSums &past = f->past_sums;
     for (TilePair *p : {f->c_gram, f->past_query.q, f->past_query.u}) cudaFree(p);
-    for (float *p : {f->sums.out, f->sums.top, f->sums.sum, past.out, past.u, past.top, past.sum, past.mean, f->past_query.sum,
-                     f->past_query.bias, f->id_squares, row.x, row.x_mid, row.hidden, row.r, row.k, row.v, row.v2, row.y, row.q, row.gate,
-                     row.c, row.z, row.kv2}) cudaFree(p);
+    for (float *p : {f->sums.out, f->sums.top, f->sums.sum, past.out, past.u, past.top, past.sum, past.mean}) cudaFree(p);
+    for (float *p : {f->past_query.sum, f->past_query.bias, f->id_squares, row.x, row.x_mid, row.hidden, row.r, row.k}) cudaFree(p);
+    for (float *p : {row.v, row.v2, row.y, row.q, row.gate, row.c, row.z, row.kv2}) cudaFree(p);
     for (float *p : {f->kept_sums.out, f->kept_sums.top, f->kept_sums.sum}) cudaFree(p);
     free(f->kept);
     for (void *p : {(void *)f->place, (void *)f->token, (void *)f->device_sources}) cudaFree(p);

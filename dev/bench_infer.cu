@@ -26,10 +26,13 @@ static void random_weights(Model *m) {
     for (int i = 0; i < m->n_tensors; i++) {
         const Tensor *t = &m->tensors[i];
         const bool matrix = t->ndim > 1 && t->shape[0] > 1, low_rank = strstr(t->name, "_w1") || strstr(t->name, "_w2");
-        if (matrix && (t->init.kind == ORTHOGONAL || t->init.kind == HEAD_ORTHOGONAL || t->init.kind == UNIFORM || t->init.kind == CONSTANT)) {
+        const InitKind kind = t->init.kind;
+        if (matrix && (kind == ORTHOGONAL || kind == HEAD_ORTHOGONAL || kind == UNIFORM || kind == CONSTANT)) {
             const double inputs = (double)(low_rank ? t->shape[t->ndim - 2] : t->shape[1]);
-            fill_normal<<<(int)ceil_div(t->size, 256), 256, 0, stream>>>(m->master + t->offset, t->size, tensor_key(t->name, 1));
-            scale_floats<<<(int)ceil_div(t->size, 256), 256, 0, stream>>>(m->master + t->offset, t->size, (float)((low_rank ? 0.5 : 1) / sqrt(inputs)));
+            const float factor = (float)((low_rank ? 0.5 : 1) / sqrt(inputs));
+            const int blocks = (int)ceil_div(t->size, 256);
+            fill_normal<<<blocks, 256, 0, stream>>>(m->master + t->offset, t->size, tensor_key(t->name, 1));
+            scale_floats<<<blocks, 256, 0, stream>>>(m->master + t->offset, t->size, factor);
             continue;
         }
         float *x = (float *)malloc(t->size * sizeof(float));
@@ -196,11 +199,13 @@ static void figures(Bench *b, KvKind kv, int64_t T, double bandwidth, FILE *csv)
     }
     infer_cache_bytes(f, &cache, &per_token, &transformer);
     const double seconds = decode(b, steps, nullptr), share = weight_bytes(&f->m, f->G) / bandwidth / seconds;
-    printf("%-5s %9ld %14.4f %12.0f %14.0f %12.3f %10.1f %8.1f %%\n", kinds[kv], T, cache * 1e-9, per_token, T / prefill, seconds * 1e3,
-           1 / seconds, 100 * share);
+    const double ms = seconds * 1e3, rate = 1 / seconds;
+    const Dims &d = f->m.d;
+    printf("%-5s %9ld %14.4f %12.0f %14.0f %12.3f %10.1f %8.1f %%\n", kinds[kv], T, cache * 1e-9, per_token, T / prefill, ms, rate,
+           100 * share);
     if (csv)
-        fprintf(csv, "%s,%s,%d,%d,%d,%s,%ld,%ld,%.0f,%.0f,%.4f,%.1f,%.4f,%.0f\n", machine_name(), PRECISION_BF16 ? "BF16" : "FP32", f->m.d.L, f->m.d.C,
-                f->m.d.V, kinds[kv], T, cache, per_token, T / prefill, seconds * 1e3, 1 / seconds, share, bandwidth * 1e-9);
+        fprintf(csv, "%s,%s,%d,%d,%d,%s,%ld,%ld,%.0f,%.0f,%.4f,%.1f,%.4f,%.0f\n", machine_name(), PRECISION_BF16 ? "BF16" : "FP32",
+                d.L, d.C, d.V, kinds[kv], T, cache, per_token, T / prefill, ms, rate, share, bandwidth * 1e-9);
     fflush(stdout);
 }
 
@@ -234,20 +239,27 @@ int main(int argc, char **argv) {
     FILE *csv = path ? fopen(path, "w") : nullptr;
     if (path && !csv) die(1, "%s: %s", path, strerror(errno));
     static Bench benches[3];
-    for (int kv = 0; kv < 3; kv++) bench_open(&benches[kv], &s, (KvKind)kv, (kv == KV_FULL && longest > most_full ? most_full : longest) + room, window);
+    for (int kv = 0; kv < 3; kv++) {
+        const int64_t most = kv == KV_FULL && longest > most_full ? most_full : longest;
+        bench_open(&benches[kv], &s, (KvKind)kv, most + room, window);
+    }
     const double bandwidth = copy_bandwidth(), weights = weight_bytes(&benches[0].f->m, benches[0].f->G);
-    printf("%s, %s, L%ld D%ld V%ld: %.3f G parameters; a token reads %.3f GB of weights; a copy moves %.0f GB/s, so %.3f ms at best\n",
-           machine_name(), PRECISION_BF16 ? "bf16" : "fp32", s.n_layer, s.n_embd, s.vocab_size, benches[0].f->m.n_parameters * 1e-9, weights * 1e-9,
-           bandwidth * 1e-9, weights / bandwidth * 1e3);
-    const Dims &d = benches[0].f->m.d;
-    printf("chunks of %d tokens; keys and values of the newest %ld tokens are kept, %.3f GB\n\n", benches[0].f->chunk, benches[0].f->window,
-           benches[0].f->window * 2e-9 * benches[0].f->G * d.C * sizeof(floatX));
+    const Infer *f = benches[0].f;
+    printf("%s, %s, L%ld D%ld V%ld: %.3f G parameters\n", machine_name(), PRECISION_BF16 ? "bf16" : "fp32", s.n_layer, s.n_embd,
+           s.vocab_size, f->m.n_parameters * 1e-9);
+    printf("a token reads %.3f GB of weights; a copy moves %.0f GB/s, so %.3f ms at best\n", weights * 1e-9, bandwidth * 1e-9,
+           weights / bandwidth * 1e3);
+    printf("chunks of %d tokens; keys and values of the newest %ld tokens are kept, %.3f GB\n\n", f->chunk, f->window,
+           f->window * 2e-9 * f->G * f->m.d.C * sizeof(floatX));
     check_logits(benches, longest < 5000 ? longest : 5000);
     for (int kv = 0; kv < 2; kv++) check_state(&benches[kv], (KvKind)kv, longest < 100000 ? longest : 100000);
     size_t before, after, total;
     CUDA_CHECK(cudaMemGetInfo(&before, &total));
-    printf("\n%-5s %9s %14s %12s %14s %12s %10s %10s\n", "cache", "context", "cache, GB", "bytes/token", "pre-fill tok/s", "decode, ms", "tok/s", "share");
-    if (csv) fprintf(csv, "gpu,precision,layers,width,vocabulary,cache,context,cache_bytes,bytes_per_token,prefill_tok_s,decode_ms,decode_tok_s,share,copy_gb_s\n");
+    printf("\n%-5s %9s %14s %12s %14s %12s %10s %10s\n", "cache", "context", "cache, GB", "bytes/token", "pre-fill tok/s", "decode, ms",
+           "tok/s", "share");
+    if (csv)
+        fprintf(csv, "gpu,precision,layers,width,vocabulary,cache,context,cache_bytes,bytes_per_token,prefill_tok_s,decode_ms,"
+                     "decode_tok_s,share,copy_gb_s\n");
     for (int kv = 0; kv < 3; kv++)
         for (int64_t i = 3; i < n; i++)
             if (kv != KV_FULL || numbers[i] <= most_full) figures(&benches[kv], (KvKind)kv, numbers[i], bandwidth, csv);
