@@ -973,7 +973,8 @@ static const Mixer GOLD_FROM_CACHE = {"gold", GOLD, 0, true, false, false, gold_
 
 static const int KEPT_QUERIES = 16, KEPT_TILE = 64, KEPT_WARPS = 1056;     // warps: eight for each of an H100's multiprocessors
 
-__device__ inline void kept_load(floatX (*to)[LD], const floatX *from, int rows, int64_t valid, int A) {    // a head's rows, then zeros
+// A head's rows, then zeros
+__device__ inline void kept_load(floatX (*to)[LD], const floatX *from, int rows, int64_t valid, int A) {
     const int step = 16 / sizeof(floatX), per_row = N / step;
     for (int i = threadIdx.x; i < rows * per_row; i += 32) {
         const int row = i / per_row, c = i % per_row * step;
@@ -1101,7 +1102,8 @@ static void kept_allocate(Infer *f, int rows) {
     for (int l = 0; l < d.L; l++) {
         if (!m->layers[l].tmix->keeps_kv) continue;
         m->layers[l].attend = attend_kept;
-        for (floatX **p : {&f->kept[l].keys, &f->kept[l].values}) device_alloc((void **)p, f->capacity * d.A * sizeof(floatX));
+        for (floatX **p : {&f->kept[l].keys, &f->kept[l].values})           // not cleared: rows are written before they are read
+            CUDA_CHECK(cudaMalloc((void **)p, (size_t)f->capacity * d.A * sizeof(floatX)));
         if (f->kept_sums.out) continue;
         device_alloc((void **)&f->kept_sums.out, sums * d.A * sizeof(float));
         device_alloc((void **)&f->kept_sums.top, sums * d.H * sizeof(float));
@@ -1729,7 +1731,8 @@ static int64_t carried_bytes(const Infer *f, int64_t T) {
     int64_t bytes = 0;
     for (int l = 0; l < d.L; l++) {
         const Mixer *tmix = f->m.layers[l].tmix;
-        bytes += 2 * d.C * (int64_t)sizeof(floatX) + (tmix->needs_cache || tmix->keeps_kv ? 0 : (int64_t)d.H * N * N * sizeof(float));
+        bytes += 2 * d.C * (int64_t)sizeof(floatX);
+        if (!tmix->needs_cache && !tmix->keeps_kv) bytes += (int64_t)d.H * N * N * sizeof(float);
     }
     return bytes + T * cache_bytes_per_token(f);
 }
@@ -1789,11 +1792,12 @@ static void prepare_decode(Infer *f) {
     alloc_floats(&row.ln, d.C);
     alloc_floats(&row.xs, 5 * d.C);
     alloc_floats(&row.ffn, d.F);
-    alloc_floats(&row.kv1, kv * d.C);
-    alloc_floats(&row.u, kv * rank);
     for (float **p : {&row.r, &row.k, &row.v, &row.v2, &row.y, &row.q}) device_alloc((void **)p, d.A * sizeof(float));
     for (float **p : {&row.x, &row.x_mid, &row.gate}) device_alloc((void **)p, d.C * sizeof(float));
     device_alloc((void **)&row.hidden, 288 * sizeof(float));
+    if (!f->G) return;
+    alloc_floats(&row.kv1, kv * d.C);
+    alloc_floats(&row.u, kv * rank);
     device_alloc((void **)&row.c, d.R * sizeof(float));
     device_alloc((void **)&row.z, 2 * d.C * sizeof(float));
     device_alloc((void **)&row.kv2, kv * d.C * sizeof(float));
@@ -1915,7 +1919,7 @@ static int64_t shape_of(const SafeTensors *file, const char *name, int dimension
     return t && dimension < t->ndim ? t->shape[dimension] : 0;
 }
 
-// The mixer all of whose tensors layer l has; NULL if there is none.
+// The mixer all of whose tensors layer l has
 template <size_t n> static const char *mixer_from_tensors(const Mixer (&table)[n], const SafeTensors *file, int l) {
     for (const Mixer &mixer : table) {
         bool all = true;
@@ -1940,7 +1944,8 @@ static void settings_from_tensors(Settings *s, const SafeTensors *file) {
     for (;; L++) {
         snprintf(name, sizeof name, "blocks.%d.ln1.weight", (int)L);
         if (!shape_of(file, name, 0)) break;
-        const char *tmix = mixer_from_tensors(TIME_MIXERS, file, (int)L), *cmix = mixer_from_tensors(CHANNEL_MIXERS, file, (int)L);
+        const char *tmix = mixer_from_tensors(TIME_MIXERS, file, (int)L);
+        const char *cmix = mixer_from_tensors(CHANNEL_MIXERS, file, (int)L);
         if (L == 0) snprintf(s->tmix, sizeof s->tmix, "%s", tmix), snprintf(s->cmix, sizeof s->cmix, "%s", cmix);
         if (G0 < 0 && (strcmp(tmix, s->tmix) != 0 || strcmp(cmix, s->cmix) != 0)) G0 = L;
         snprintf(s->tmix2, sizeof s->tmix2, "%s", tmix), snprintf(s->cmix2, sizeof s->cmix2, "%s", cmix);
@@ -2393,7 +2398,8 @@ void infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int chunk,
     if (chunk <= 0 || chunk > f->chunk) chunk = f->chunk;
     const int64_t predictions = window && window < n - 1 ? window : n - 1;
     for (int64_t at = 0; at + predictions < n; at += predictions + 1) {
-        if (cache_bytes_per_token(f) > 0 && predictions > f->capacity) die(2, "a context of %ld tokens, expected at most %ld", predictions, f->capacity);
+        if (cache_bytes_per_token(f) > 0 && predictions > f->capacity)
+            die(2, "a context of %ld tokens, expected at most %ld", predictions, f->capacity);
         score_context(f, ids + at, predictions, chunk, loss_sum, correct);
         *targets += predictions;
     }
@@ -3488,36 +3494,41 @@ void cache_table_row(const char *label, const Settings *settings, KvKind kv) {
     f.kv = kv;
     model_plan(&f.m, settings, 1, 1);
     f.G = has_cache(&f.m) ? f.m.d.L - f.m.d.G0 : 0;
-    printf("%-22s %8.3f G %10ld", label, (double)f.m.n_parameters * 1e-9, cache_bytes_per_token(&f));
+    printf("%-34s %8.3f G %9ld", label, (double)f.m.n_parameters * 1e-9, cache_bytes_per_token(&f));
     for (int64_t T = 1024; T <= 1 << 20; T *= 4) { printf(" %9s", bytes_text(text, (double)carried_bytes(&f, T))); }
     printf("\n");
     model_free_plan(&f.m);
 }
 
 void cache_table_head(const char *title) {
-    printf("%-22s %10s %10s %9s %9s %9s %9s %9s %9s\n", title, "parameters", "B/token", "1 k", "4 k", "16 k", "64 k", "256 k", "1 M");
+    printf("%-34s %10s %9s", title, "parameters", "B/token");
+    for (const char *tokens : {"1 k", "4 k", "16 k", "64 k", "256 k", "1 M"}) { printf(" %9s", tokens); }
+    printf("\n");
 }
 
 void cache_table(void) {                                        // the families of the paper at its sizes
-    const struct { const char *label, *config; double compression; KvKind kv; } families[] = {
-        {"Llama", "llama", 16, KV_COMPRESSED}, {"GPTAlpha", "gptalpha", 16, KV_COMPRESSED},
-        {"Finch-C2 + GPTAlpha", "goldfinch_ablation_gptalpha", 16, KV_COMPRESSED},
-        {"GoldFinch, --kv full", "goldfinch", 16, KV_FULL}, {"GoldFinch 1:1", "goldfinch", 1, KV_COMPRESSED},
-        {"GoldFinch 1:16", "goldfinch", 16, KV_COMPRESSED}, {"GoldFinch, --kv int8", "goldfinch", 16, KV_INT8},
-        {"Finch", "finch", 16, KV_COMPRESSED}, {"Finch-C2", "finchc2", 16, KV_COMPRESSED},
+    const struct { const char *config, *how; double compression; KvKind kv; } families[] = {
+        {"llama", "", 16, KV_COMPRESSED}, {"gptalpha", "", 16, KV_COMPRESSED},
+        {"goldfinch_ablation_gptalpha", "", 16, KV_COMPRESSED}, {"goldfinch", " --kv full", 16, KV_FULL},
+        {"goldfinch", ", compression 1", 1, KV_COMPRESSED},
+        {"goldfinch", "", 16, KV_COMPRESSED}, {"goldfinch", " --kv int8", 16, KV_INT8},
+        {"goldfinch_ablation_gold_invratio_2", "", 16, KV_COMPRESSED},
+        {"goldfinch_ablation_gold_invratio_6", "", 16, KV_COMPRESSED},
+        {"goldfinch_upgrade", "", 16, KV_COMPRESSED}, {"finchc2", "", 16, KV_COMPRESSED}, {"finch", "", 16, KV_COMPRESSED},
     };
     const int sizes[3][2] = {{12, 768}, {24, 2048}, {32, 4096}};
     for (const auto &size : sizes) {
-        char title[32];
-        snprintf(title, sizeof(title), "L%d D%d, %d-byte c", size[0], size[1], (int)sizeof(floatX));
-        cache_table_head(title);
+        char label[64];
+        snprintf(label, sizeof(label), "L%d D%d, %s", size[0], size[1], PRECISION_BF16 ? "bf16" : "fp32");
+        cache_table_head(label);
         for (const auto &family : families) {
             Settings s;
             settings_default(&s);
             config_read(&s, family.config, true);
             s.n_layer = size[0], s.n_embd = size[1], s.kv_cache_compression_ratio = family.compression;
             settings_check(&s);
-            cache_table_row(family.label, &s, family.kv);
+            snprintf(label, sizeof(label), "%s%s", family.config, family.how);
+            cache_table_row(label, &s, family.kv);
         }
         printf("\n");
     }

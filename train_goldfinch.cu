@@ -20,6 +20,7 @@
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#include <initializer_list>
 
 const char *program_name = "train_goldfinch";
 
@@ -367,7 +368,11 @@ void config_set(Config *c, const char *key, const char *value) {
     if (!*value && strcmp(key, "model.brope") == 0) { c->s->brope.rescale = 0; return; }
     c->rope = c->rope || strncmp(key, "model.rope.", 11) == 0;
     c->brope = c->brope || strncmp(key, "model.brope.", 12) == 0;
-    if (n > type && strcmp(key + n - type, ".__type__") == 0) { return; }   // names one of the reference's classes
+    if (n > type && strcmp(key + n - type, ".__type__") == 0) {             // names one of the reference's classes
+        for (const char *section : {"model", "train", "model.rope", "model.brope"}) {
+            if (strlen(section) == n - type && strncmp(key, section, n - type) == 0) { return; }
+        }
+    }
     if (strcmp(key, "train.val_check_interval") == 0) { key = "train.val_every"; }
     bool unused = strncmp(key, "runtime.", 8) == 0;
     for (const char *name : unused_keys) { unused = unused || strcmp(name, key) == 0; }
@@ -641,7 +646,6 @@ void settings_print(const Settings *s) {
 #include <cuda_profiler_api.h>
 #include <cuda_runtime.h>
 #include <limits.h>
-#include <initializer_list>
 
 #ifndef PRECISION_BF16
 #define PRECISION_BF16 1
@@ -761,26 +765,48 @@ template <typename T> __device__ inline RawPack<T> load_raw(const T *p) {
     return raw;
 }
 
-template <typename T> __device__ inline Pack unpack(const RawPack<T> &raw) {
+// Two neighbours; in bf16 one register, so what is kept for later stays packed.
+#if PRECISION_BF16
+typedef unsigned Pair;
+__device__ inline float first_of(Pair p) { return __uint_as_float(p << 16); }
+__device__ inline float second_of(Pair p) { return __uint_as_float(p & 0xffff0000u); }
+__device__ inline Pair pair_of(float x, float y) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
+    return *(const Pair *)&both;
+}
+__device__ inline void store_pair(float *p, float x, float y) { *(float2 *)p = make_float2(x, y); }
+#else
+typedef float2 Pair;
+__device__ inline float first_of(Pair p) { return p.x; }
+__device__ inline float second_of(Pair p) { return p.y; }
+__device__ inline Pair pair_of(float x, float y) { return make_float2(x, y); }
+#endif
+__device__ inline Pair load_pair(const floatX *p) { return *(const Pair *)p; }
+__device__ inline void store_pair(floatX *p, float x, float y) { *(Pair *)p = pair_of(x, y); }
+
+__device__ inline Pack unpack(const RawPack<floatX> &raw) {
     Pack v;
-    for (int i = 0; i < 8; i++) v.x[i] = (float)((const T *)raw.q)[i];
+    for (int i = 0; i < 4; i++) {
+        const Pair pair = ((const Pair *)raw.q)[i];
+        v.x[2 * i] = first_of(pair), v.x[2 * i + 1] = second_of(pair);
+    }
     return v;
 }
-
-template <typename T> __device__ inline Pack load(const T *p) { return unpack(load_raw(p)); }
-
-template <typename T> __device__ inline void store(T *p, const Pack &v) {
-    RawPack<T> raw;
-    for (int i = 0; i < 8; i++) ((T *)raw.q)[i] = (T)v.x[i];
-    for (size_t i = 0; i < sizeof(T) / 2; i++) ((uint4 *)p)[i] = raw.q[i];
+__device__ inline Pack load(const floatX *p) { return unpack(load_raw(p)); }
+__device__ inline void store(floatX *p, const Pack &v) {
+    RawPack<floatX> raw;
+    for (int i = 0; i < 4; i++) ((Pair *)raw.q)[i] = pair_of(v.x[2 * i], v.x[2 * i + 1]);
+    for (size_t i = 0; i < sizeof(floatX) / 2; i++) ((uint4 *)p)[i] = raw.q[i];
 }
-
-// Two neighbours, 4 bytes in bf16; a pair of floats is stored in one access too.
-struct alignas(2 * sizeof(floatX)) Pair { floatX x, y; };
-__device__ inline Pair load_pair(const floatX *p) { return *(const Pair *)p; }
-__device__ inline void store_pair(floatX *p, float x, float y) { *(Pair *)p = Pair{(floatX)x, (floatX)y}; }
 #if PRECISION_BF16
-__device__ inline void store_pair(float *p, float x, float y) { *(float2 *)p = make_float2(x, y); }
+__device__ inline Pack load(const float *p) {
+    const float4 low = ((const float4 *)p)[0], high = ((const float4 *)p)[1];
+    return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
+}
+__device__ inline void store(float *p, const Pack &v) {
+    ((float4 *)p)[0] = make_float4(v.x[0], v.x[1], v.x[2], v.x[3]);
+    ((float4 *)p)[1] = make_float4(v.x[4], v.x[5], v.x[6], v.x[7]);
+}
 #endif
 
 __device__ inline float fast_exp(float x) { return PRECISION_BF16 ? __expf(x) : expf(x); }      // 2 ulp and 1e-7 |x| beside it
@@ -1163,7 +1189,8 @@ enum Where {
     TOP = 1, KV = 2, FIRST = 4, BLOCK = 8,
     FINCH_C2 = 16, GOLD = 32, FINCH = 64, FINCH_B = 128, EAGLE = 256, GPTALPHA = 512, LLAMA = 1024,     // time mixers
     CMIX = 2048, CMIX_EAGLE = 4096, CMIX_LLAMA = 8192,                                                  // channel mixers
-    FINCHES = FINCH_C2 | FINCH | FINCH_B, RWKV = FINCHES | EAGLE
+    FINCHES = FINCH_C2 | FINCH | FINCH_B, RWKV = FINCHES | EAGLE, NOT_LLAMA = RWKV | GOLD | GPTALPHA,
+    MIXED = FINCH_C2 | FINCH | GPTALPHA, SHIFTED = MIXED | FINCH_B
 };
 
 // The table: field, name in a checkpoint, shape, initial values, group, where. Letters as in the spec, beside
@@ -1183,17 +1210,17 @@ X(ln1_weight,       "ln1.weight",              C, 0, 0,               constant(1
 X(ln1_bias,         "ln1.bias",                C, 0, 0,               constant(0),                    VECTOR, BLOCK) \
 X(ln2_weight,       "ln2.weight",              C, 0, 0,               constant(1),                    VECTOR, BLOCK) \
 X(ln2_bias,         "ln2.bias",                C, 0, 0,               constant(0),                    VECTOR, BLOCK) \
-X(time_maa_x,       "att.time_maa_x",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCHES | GOLD | GPTALPHA) \
-X(time_maa_r,       "att.time_maa_r",          1, 1, C,               curve(0.5, 0),                  SHIFT,  FINCHES | GPTALPHA) \
+X(time_maa_x,       "att.time_maa_x",          1, 1, C,               curve(1, 0),                    SHIFT,  SHIFTED | GOLD) \
+X(time_maa_r,       "att.time_maa_r",          1, 1, C,               curve(0.5, 0),                  SHIFT,  SHIFTED) \
 X(time_maa_q,       "att.time_maa_q",          1, 1, C,               curve(0.5, 0),                  SHIFT,  GOLD) \
 X(time_maa_v_cache, "att.time_maa_v_cache",    1, 1, C,               curve(1, 0),                    SHIFT,  GOLD) \
-X(time_maa_k,       "att.time_maa_k",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCHES | GOLD | GPTALPHA) \
-X(time_maa_v,       "att.time_maa_v",          1, 1, C,               curve(1, 0.3),                  SHIFT,  FINCHES | GOLD | GPTALPHA) \
+X(time_maa_k,       "att.time_maa_k",          1, 1, C,               curve(1, 0),                    SHIFT,  SHIFTED | GOLD) \
+X(time_maa_v,       "att.time_maa_v",          1, 1, C,               curve(1, 0.3),                  SHIFT,  SHIFTED | GOLD) \
 X(time_maa_w,       "att.time_maa_w",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCHES) \
 X(time_maa_g,       "att.time_maa_g",          1, 1, C,               curve(0.5, 0),                  SHIFT,  FINCH) \
 X(time_maa_v2,      "att.time_maa_v2",         1, 1, C,               curve(1, 0.3),                  SHIFT,  FINCH_C2) \
-X(time_maa_w1,      "att.time_maa_w1",         C, 32 * mixes, 1,      constant(0),                    VECTOR, FINCH_C2 | FINCH | GPTALPHA) \
-X(time_maa_w2,      "att.time_maa_w2",         mixes, 32, C,          uniform(0.01),                  VECTOR, FINCH_C2 | FINCH | GPTALPHA) \
+X(time_maa_w1,      "att.time_maa_w1",         C, 32 * mixes, 1,      constant(0),                    VECTOR, MIXED) \
+X(time_maa_w2,      "att.time_maa_w2",         mixes, 32, C,          uniform(0.01),                  VECTOR, MIXED) \
 X(time_maa_q_w1,    "att.time_maa_q_w1",       C, 32, 1,              constant(0),                    VECTOR, GOLD) \
 X(time_maa_q_w2,    "att.time_maa_q_w2",       32, C, 1,              uniform(0.01),                  VECTOR, GOLD) \
 X(time_maa_kv_w1,   "att.time_maa_kv_w1",      C, 64, 1,              constant(0),                    VECTOR, GOLD) \
@@ -1213,15 +1240,15 @@ X(key,              "att.key.weight",          A, C, 1,               orthogonal
 X(value,            "att.value.weight",        A, C, 1,               orthogonal(1),                  MATRIX, RWKV | GPTALPHA) \
 X(query,            "att.query.weight",        A, C, 1,               orthogonal(1),                  MATRIX, GOLD | GPTALPHA) \
 X(gate,             "att.gate.weight",         A, C, 1,               orthogonal(0.1),                MATRIX, FINCH | EAGLE) \
-X(output,           "att.output.weight",       C, A, 1,               constant(0),                    MATRIX, RWKV | GOLD | GPTALPHA) \
+X(output,           "att.output.weight",       C, A, 1,               constant(0),                    MATRIX, NOT_LLAMA) \
 X(ln_q_weight,      "att.ln_q.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD) \
 X(ln_q_bias,        "att.ln_q.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD) \
 X(ln_k_weight,      "att.ln_k.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD | GPTALPHA) \
 X(ln_k_bias,        "att.ln_k.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD | GPTALPHA) \
 X(ln_v_weight,      "att.ln_v.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD | GPTALPHA) \
 X(ln_v_bias,        "att.ln_v.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD | GPTALPHA) \
-X(ln_x_weight,      "att.ln_x.weight",         A, 0, 0,               (Init{LN_X_GAIN, 0, 0}),        VECTOR, RWKV | GOLD | GPTALPHA) \
-X(ln_x_bias,        "att.ln_x.bias",           A, 0, 0,               constant(0),                    VECTOR, RWKV | GOLD | GPTALPHA) \
+X(ln_x_weight,      "att.ln_x.weight",         A, 0, 0,               (Init{LN_X_GAIN, 0, 0}),        VECTOR, NOT_LLAMA) \
+X(ln_x_bias,        "att.ln_x.bias",           A, 0, 0,               constant(0),                    VECTOR, NOT_LLAMA) \
 X(ffn_time_maa_k,   "ffn.time_maa_k",          1, 1, C,               curve(1, 0),                    SHIFT,  CMIX) \
 X(ffn_time_maa_r,   "ffn.time_maa_r",          1, 1, C,               curve(1, 0),                    SHIFT,  CMIX) \
 X(ffn_key,          "ffn.key.weight",          F, C, 1,               orthogonal(1),                  MATRIX, CMIX | CMIX_EAGLE) \
@@ -1493,7 +1520,7 @@ static const int MIX_THREADS = 128, MIX_CHANNELS = 64;
 
 template <int n> struct LowRankMixSmem {
     alignas(16) floatX w2[n][RANK][LD];
-    float mu[n][MIX_CHANNELS];              // permuted like w2
+    alignas(16) float mu[n][MIX_CHANNELS];  // permuted like w2
 };
 
 __device__ inline int mix_column(int c) { return c / 32 * 32 + c % 2 + c % 32 / 8 * 2 + c % 8 / 2 * 8; }    // of channel c of 64
@@ -1511,8 +1538,10 @@ template <int n> __device__ inline void mix_load_w2(LowRankMixSmem<n> &s, const 
 
 // c (16 tokens x 32 permuted channels from `group` on) = mu_i + h_i w2_i
 template <int n> __device__ inline void mix_amounts(TileC (&c)[4], const LowRankMixSmem<n> &s, int i, int group, const TileA (&h)[2]) {
-    for (int j = 0; j < 4; j++)
-        for (int e = 0; e < 4; e++) c[j].x[e] = s.mu[i][group + 8 * j + tile_col(e)];
+    for (int j = 0; j < 4; j++) {
+        const float2 mu = *(const float2 *)&s.mu[i][group + 8 * j + tile_col(0)];
+        c[j] = {{mu.x, mu.y, mu.x, mu.y}};
+    }
     for (int k = 0; k < 2; k++) {
         TileB b[4];
         for (int j = 0; j < 4; j += 2) load_b_pair_t(&b[j], &s.w2[i][16 * k][group + 8 * j], LD);
@@ -1622,7 +1651,7 @@ __global__ void token_shift_mix_backward(Mixes<n> mix, TX *dx, float *partial, c
 template <int n> struct LowRankMixBackward {
     LowRankMixSmem<n> w;
     alignas(16) floatX h[MIX_THREADS / 32][16][RANK * n + PAD];
-    float shifted[MIX_THREADS / 32][16][32 + 4];            // sum_i g_i c_i of 32 channels
+    float shifted[MIX_THREADS / 32][16][MIX_CHANNELS + 4];  // sum_i g_i c_i
 };
 
 template <int n, typename TX, bool accumulate> __global__ void __launch_bounds__(MIX_THREADS)
@@ -1638,49 +1667,53 @@ low_rank_mix_backward_dx(Mixes<n> mix, TX *dx, floatX *dh, const floatX *x, int 
         __syncthreads();
         mix_load_w2(s.w, mix, first, C);
         __syncthreads();
-        for (int group = 0; group < MIX_CHANNELS; group += 32) {
-            const int c = first + group + lane % 4 * 8;
-            Pack delta[2], out[2], shifted[2];
+        Pack out[2][2];                                     // sum_i g_i (1 - c_i), [group][half of the rows]
+#pragma unroll
+        for (int group = 0; group < 2; group++) {
+            const int c = first + 32 * group + lane % 4 * 8;
+            Pack delta[2], shifted[2];
             for (int half = 0; half < 2; half++) {
                 const int64_t row = row0 + tile_row(2 * half);
                 const Pack v = row < BT ? load(x + row * C + c) : zero_pack();
                 delta[half] = row < BT && row % T ? load(x + (row - 1) * C + c) : zero_pack();
                 for (int j = 0; j < 8; j++) delta[half].x[j] -= v.x[j];
-                out[half] = shifted[half] = zero_pack();
+                out[group][half] = shifted[half] = zero_pack();
             }
 #pragma unroll
             for (int i = 0; i < n; i++) {
                 const TileA h[2] = {load_a(&s.h[warp][0][RANK * i], RANK * n + PAD), load_a(&s.h[warp][0][RANK * i + 16], RANK * n + PAD)};
                 TileC amount[4];
-                mix_amounts(amount, s.w, i, group, h);
+                mix_amounts(amount, s.w, i, 32 * group, h);
                 for (int half = 0; half < 2; half++) {
                     const int64_t row = row0 + tile_row(2 * half);
                     const Pack g = row < BT ? load(mix.x[i] + row * C + c) : zero_pack();
                     for (int j = 0; j < 8; j++) {
                         float &one = amount[j / 2].x[2 * half + j % 2];
-                        out[half].x[j] += g.x[j] - g.x[j] * one;
+                        out[group][half].x[j] += g.x[j];
                         shifted[half].x[j] += g.x[j] * one;
                         one = g.x[j] * delta[half].x[j];                    // from here on dm
                     }
                 }
                 for (int k = 0; k < 2; k++) {
                     TileB b[4];
-                    for (int j = 0; j < 4; j += 2) load_b_pair(&b[j], &s.w.w2[i][8 * j][group + 16 * k], LD);
+                    for (int j = 0; j < 4; j += 2) load_b_pair(&b[j], &s.w.w2[i][8 * j][32 * group + 16 * k], LD);
                     mma(dhidden[i], to_a(amount[2 * k], amount[2 * k + 1]), b);
                 }
             }
-            for (int half = 0; half < 2; half++) store(&s.shifted[warp][tile_row(2 * half)][lane % 4 * 8], shifted[half]);
-            __syncwarp();
             for (int half = 0; half < 2; half++) {
-                const int local = tile_row(2 * half);
-                const int64_t row = row0 + local;
-                if (local == 15 || row >= BT) continue;
-                Pack to = accumulate ? load(dx + row * C + c) : zero_pack();
-                const Pack next = (row + 1) % T ? load(&s.shifted[warp][local + 1][lane % 4 * 8]) : zero_pack();
-                for (int j = 0; j < 8; j++) to.x[j] += out[half].x[j] + next.x[j];
-                store(dx + row * C + c, to);
+                store(&s.shifted[warp][tile_row(2 * half)][32 * group + lane % 4 * 8], shifted[half]);
+                for (int j = 0; j < 8; j++) out[group][half].x[j] -= shifted[half].x[j];
             }
-            __syncwarp();
+        }
+        __syncwarp();
+        for (int i = 0; i < 4; i++) {
+            const int group = i / 2, local = tile_row(i % 2 * 2), c = 32 * group + lane % 4 * 8;
+            const int64_t row = row0 + local;
+            if (local == 15 || row >= BT) continue;
+            Pack to = accumulate ? load(dx + row * C + first + c) : zero_pack();
+            const Pack next = (row + 1) % T ? load(&s.shifted[warp][local + 1][c]) : zero_pack();
+            for (int j = 0; j < 8; j++) to.x[j] += out[group][i % 2].x[j] + next.x[j];
+            store(dx + row * C + first + c, to);
         }
     }
     for (int i = 0; i < n; i++)
@@ -1689,7 +1722,7 @@ low_rank_mix_backward_dx(Mixes<n> mix, TX *dx, floatX *dh, const floatX *x, int 
                 const int local = tile_row(e), k = RANK * i + 8 * j + tile_col(e);
                 if (local == 15 || row0 + local >= BT) continue;
                 const Pair h = load_pair(&s.h[warp][local][k]);
-                const float h0 = (float)h.x, h1 = (float)h.y;
+                const float h0 = first_of(h), h1 = second_of(h);
                 store_pair(dh + (int64_t)(row0 + local) * mix.low.ld + k, dhidden[i][j].x[e] * (1 - h0 * h0), dhidden[i][j].x[e + 1] * (1 - h1 * h1));
             }
 }
@@ -1884,7 +1917,7 @@ __device__ inline void wkv_fetch(WkvRaw &raw, const Wkv &p, int64_t base, int t0
             const int next = (m % 2 + m / 2 * 8) * A;
             raw.r[m] = load_pair(p.r + at + next);
             raw.k[m] = load_pair(p.k + at + next);
-            raw.w[m] = p.w ? load_pair(p.w + at + next) : Pair{0, 0};
+            raw.w[m] = p.w ? load_pair(p.w + at + next) : pair_of(0, 0);
         }
         return;
     }
@@ -1892,14 +1925,14 @@ __device__ inline void wkv_fetch(WkvRaw &raw, const Wkv &p, int64_t base, int t0
     for (int m = 0; m < 4; m++) {
         const bool inside = t0 + wkv_token(m) < p.T;
         const int next = (m % 2 + m / 2 * 8) * A;
-        raw.r[m] = inside ? load_pair(p.r + at + next) : Pair{0, 0};
-        raw.k[m] = inside ? load_pair(p.k + at + next) : Pair{0, 0};
-        raw.w[m] = !inside ? Pair{-INFINITY, -INFINITY} : p.w ? load_pair(p.w + at + next) : Pair{0, 0};
+        raw.r[m] = inside ? load_pair(p.r + at + next) : pair_of(0, 0);
+        raw.k[m] = inside ? load_pair(p.k + at + next) : pair_of(0, 0);
+        raw.w[m] = !inside ? pair_of(-INFINITY, -INFINITY) : p.w ? load_pair(p.w + at + next) : pair_of(0, 0);
     }
 }
 
 __device__ inline void wkv_share(Share &to, const Pair (&from)[4]) {
-    EACH(n, i) to[n].x[i] = i / 2 ? (float)from[2 * n + i % 2].y : (float)from[2 * n + i % 2].x;
+    EACH(n, i) to[n].x[i] = i / 2 ? second_of(from[2 * n + i % 2]) : first_of(from[2 * n + i % 2]);
 }
 
 // 1 - exp(-e), with all its digits where e is small; d = exp(-e)
@@ -1926,46 +1959,52 @@ __device__ inline float2 wkv_decay_of_tile(const Share &e) {
     return {-one_minus(fast_exp(-sum.x), sum.x), -one_minus(fast_exp(-sum.y), sum.y)};
 }
 
-// The decays from a token to the middle of its group of 2 L tokens (before the token if it has bit L, after it if not); and
-// to the tile's beginning (before) and end (after). Level 1 needs none.
-struct WkvFactors { Share level8, level4, level2, before, after; };
+// Products of decays, for [half of the tile][channel]: of the two tokens beside the lane's two, of the four beyond these, of
+// all eight.
+struct WkvProducts { float beside[2][2], beyond[2][2], half[2][2]; };
 
-__device__ inline void wkv_factors(WkvFactors &f, const Share &d) {
-    const bool bit2 = threadIdx.x & 1, bit4 = threadIdx.x & 2;      // of the lane's tokens, 2 (lane % 4) + (0, 1) + (0, 8)
-    float half[2][2];                                               // product of 8 tokens: [n][channel]
+__device__ inline void wkv_products(WkvProducts &q, const Share &d) {
 #pragma unroll
     for (int n = 0; n < 2; n++)
 #pragma unroll
-        for (int c = 0; c < 4; c += 2) {
-            const float da = d[n].x[c], db = d[n].x[c + 1], pair = da * db;
-            const float beside = __shfl_xor_sync(0xffffffffu, pair, 1), four = pair * beside;
-            const float beyond = __shfl_xor_sync(0xffffffffu, four, 2);
-            const float before4 = bit2 ? beside : 1, after4 = bit2 ? 1 : beside;            // within four tokens
-            const float before8 = bit4 ? before4 * beyond : before4, after8 = bit4 ? after4 : after4 * beyond;
-            half[n][c / 2] = four * beyond;
-            f.level2[n].x[c] = bit2 ? 1 : db;
-            f.level2[n].x[c + 1] = bit2 ? da : 1;
-            f.level4[n].x[c] = bit4 ? before4 : after4 * db;
-            f.level4[n].x[c + 1] = bit4 ? before4 * da : after4;
-            f.level8[n].x[c] = n ? before8 : after8 * db;
-            f.level8[n].x[c + 1] = n ? before8 * da : after8;
-            f.before[n].x[c] = before8;
-            f.before[n].x[c + 1] = before8 * da;
-            f.after[n].x[c] = after8 * db;
-            f.after[n].x[c + 1] = after8;
+        for (int c = 0; c < 2; c++) {
+            const float pair = d[n].x[2 * c] * d[n].x[2 * c + 1];
+            q.beside[n][c] = __shfl_xor_sync(0xffffffffu, pair, 1);
+            const float four = pair * q.beside[n][c];
+            q.beyond[n][c] = __shfl_xor_sync(0xffffffffu, four, 2);
+            q.half[n][c] = four * q.beyond[n][c];
         }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        f.before[1].x[i] *= half[0][i / 2];
-        f.after[0].x[i] *= half[1][i / 2];
-    }
 }
 
-// X_L: r where the token has bit L, else k; times the factors, if any
-__device__ inline void wkv_level(Share &x, int L, const Share &r, const Share &k, const Share *factor) {
+// Decays from a token to the middle of its group of 2 L tokens: before the token if it has bit L, after it if not. L = 16:
+// to the tile's beginning, L = 0: to its end; these two for every token.
+__device__ inline void wkv_factors(Share &f, int L, const Share &d, const WkvProducts &q) {
+    const bool bit2 = threadIdx.x & 1, bit4 = threadIdx.x & 2;      // of the lane's tokens, 2 (lane % 4) + (0, 1) + (0, 8)
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            const bool later = L == 16 ? true : L == 8 ? n == 1 : L == 4 ? bit4 : L == 2 ? bit2 : false;
+            float product = 1;                              // without the lane's own two
+            if (L != 2 && later == bit2) product *= q.beside[n][c];
+            if (L != 2 && L != 4 && later == bit4) product *= q.beyond[n][c];
+            if (L == 16 && n == 1) product *= q.half[0][c];
+            if (L == 0 && n == 0) product *= q.half[1][c];
+            f[n].x[2 * c] = later ? product : product * d[n].x[2 * c + 1];
+            f[n].x[2 * c + 1] = later ? product * d[n].x[2 * c] : product;
+        }
+}
+
+__device__ inline bool wkv_has_bit(int L, int n, int i) {           // a token of a Share; L = 8, 4, 2, 1
+    return L == 8 ? n == 1 : L == 1 ? i % 2 : threadIdx.x % 4 * 2 & L;
+}
+
+// X_L: r where the token has bit L, else k; times its factor
+__device__ inline void wkv_level(Share &x, Share &factor, int L, const Share &r, const Share &k, const Share &d, const WkvProducts &q) {
+    if (L > 1) wkv_factors(factor, L, d, q);
     EACH(n, i) {
-        const bool has = L == 8 ? n == 1 : L == 1 ? i % 2 : threadIdx.x % 4 * 2 & L;
-        x[n].x[i] = (has ? r[n].x[i] : k[n].x[i]) * (factor ? (*factor)[n].x[i] : 1);
+        if (L == 1) factor[n].x[i] = 1;
+        x[n].x[i] = (wkv_has_bit(L, n, i) ? r[n].x[i] : k[n].x[i]) * factor[n].x[i];
     }
 }
 
@@ -1977,45 +2016,42 @@ __device__ inline void wkv_store_share(floatX (*to)[LDT], int row, int next, con
     }
 }
 
-// This warp's part of the scores, summed over its 16 channels; transposed: rows are s. bonus: with u on the diagonal.
-__device__ inline float wkv_of_level(int differing, float level4, float level2, float level1) {     // bits of a pair of tokens
-    return differing >= 4 ? level4 : differing >= 2 ? level2 : level1;
-}
-
-struct WkvScores { alignas(16) floatX x[4][4][TILE][LDT]; };         // X_L: [level][warp]
+// This warp's part of the scores, summed over its 16 channels: level by level, l = 0: L = 8. transposed: rows are s.
+typedef floatX WkvScratch[2][4][TILE][LDT];                 // X_L of one level and the next, [warp]
 typedef float WkvPart[4][TILE][TILE + 8];                   // [warp]: 8 more, so that rows fall into different banks
 
-__device__ inline void wkv_scores(WkvScores &s, WkvPart &part, const Share (&level)[4], const Share &r, const Share &k,
-                                  const float (&u)[2], bool bonus, bool transposed) {
-    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
-    for (int l = 0; l < 4; l++) wkv_store_share(s.x[l][warp], g, 8, level[l]);
+__device__ inline void wkv_scores(TileC (&a)[2], WkvScratch &scratch, int l, const Share &x, bool transposed) {
+    floatX (*own)[LDT] = scratch[l % 2][threadIdx.x / 32];
+    const int g = threadIdx.x % 32 / 4;
+    wkv_store_share(own, g, 8, x);
     __syncwarp();
-    TileC product[4][2] = {}, a[2] = {};
-#pragma unroll
-    for (int l = 0; l < 4; l++) {
-        const TileA x = load_a_t(&s.x[l][warp][0][0], LDT);
-        const TileB b[2] = {as_b(x, 0), as_b(x, 1)};
-        mma(product[l], x, b);
-    }
-#pragma unroll
+    const TileA rows = load_a_t(&own[0][0], LDT);
+    const TileB b[2] = {as_b(rows, 0), as_b(rows, 1)};
+    TileC product[2] = {};
+    mma(product, rows, b);
     for (int i = 0; i < 2; i++) {
-        const bool below = transposed ? g < tile_col(i) : g > tile_col(i);
-        for (int n = 0; n < 2; n++) {                       // between tokens of one half
-            const int j = 2 * n + i;
-            a[n].x[j] = below ? wkv_of_level(g ^ tile_col(i), product[1][n].x[j], product[2][n].x[j], product[3][n].x[j]) : 0;
-        }
-        if (transposed) a[1].x[i] = product[0][1].x[i];     // from one half to the other
-        else a[0].x[2 + i] = product[0][0].x[2 + i];
+        const int column = tile_col(i);
+        const bool here = (g ^ column) >> (3 - l) == 1 && (transposed ? g < column : g > column);
+        if (l == 0 && transposed) a[1].x[i] = product[1].x[i];              // from one half of the tile to the other
+        if (l == 0 && !transposed) a[0].x[2 + i] = product[0].x[2 + i];
+        for (int n = 0; n < 2 && l > 0; n++) a[n].x[2 * n + i] = here ? product[n].x[2 * n + i] : a[n].x[2 * n + i];
     }
-    for (int m = 0; m < 4 && bonus; m++) {                  // the diagonal, one by one: sums over the lanes of a token
+}
+
+// The diagonal, one by one: sums over the lanes of a token.
+__device__ inline void wkv_scores_bonus(TileC (&a)[2], const Share &r, const Share &k, const float (&u)[2]) {
+    for (int m = 0; m < 4; m++) {
         const int n = m / 2, i = m % 2;
         float sum = u[0] * r[n].x[i] * k[n].x[i] + u[1] * r[n].x[i + 2] * k[n].x[i + 2];
         for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
         for (int j = i; j < 4; j += 2)
             if (tile_row(j) == wkv_token(m)) a[n].x[j] = sum;
     }
+}
+
+__device__ inline void wkv_store_scores(WkvPart &part, const TileC (&a)[2]) {
     for (int n = 0; n < 2; n++)
-        for (int i = 0; i < 4; i += 2) store_pair(&part[warp][tile_row(i)][8 * n + tile_col(i)], a[n].x[i], a[n].x[i + 1]);
+        for (int i = 0; i < 4; i += 2) store_pair(&part[threadIdx.x / 32][tile_row(i)][8 * n + tile_col(i)], a[n].x[i], a[n].x[i + 1]);
 }
 
 __device__ inline TileA2 wkv_sum_scores(const WkvPart &parts) {
@@ -2040,16 +2076,18 @@ struct WkvForward {
     alignas(16) floatX v[2][TILE][LD];
     alignas(16) floatX before[2][N][LDT], after[2][N][LDT]; // r~ and k~, rows are channels
     float D_minus_1[2][N];
-    WkvScores scores;
+    alignas(16) WkvScratch scratch;
     WkvPart part[2];
 };
 
-__device__ inline void wkv_copy_tile(floatX (*to)[LD], const floatX *from, int64_t base, int t0, int T, int A) {   // 16 tokens of a head
-    const int per_row = N * sizeof(floatX) / 16, step = 16 / sizeof(floatX);
-    for (int i = threadIdx.x; i < TILE * per_row; i += WKV_THREADS) {
-        const int t = i / per_row, c = i % per_row * step;
-        const bool inside = t0 + t < T;
-        async_copy16(&to[t][c], from + (inside ? base + (int64_t)t * A + c : 0), inside);
+// 16 tokens of a head (row t0 of from) to shared memory; zeros past the end
+__device__ inline void wkv_copy_tile(floatX (*to)[LD], const floatX *from, int64_t head, int t0, int T, int A) {
+    const int step = 16 / sizeof(floatX), t = threadIdx.x * step / N, rows = WKV_THREADS * step / N;
+    const int c = threadIdx.x * step % N;
+#pragma unroll
+    for (int i = 0; i < TILE; i += rows) {
+        const bool inside = t0 + t + i < T;
+        async_copy16(&to[t + i][c], from + (inside ? head + (int64_t)(t0 + t + i) * A + c : 0), inside);
     }
 }
 
@@ -2082,36 +2120,39 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
         const int64_t base = head + (int64_t)t0 * A;
         if (p.states && t0 % CHUNK == 0) wkv_state_out(p.states + (((int64_t)b * p.H + h) * chunks + t0 / CHUNK) * N * N, S);
         {
-            Share r, k, e, d, level[4];
+            Share r, k, e, d, x, factor;
+            TileC a[2] = {};
             wkv_share(r, raw.r);
             wkv_decay(e, d, raw, decay);
             wkv_keys(k, raw, e, d, p.one_minus_w);
             if (t0 + TILE < p.T) wkv_fetch(raw, p, base + (int64_t)TILE * A, t0 + TILE);
-            WkvFactors f;
-            wkv_factors(f, d);
-            wkv_level(level[0], 8, r, k, &f.level8);
-            wkv_level(level[1], 4, r, k, &f.level4);
-            wkv_level(level[2], 2, r, k, &f.level2);
-            wkv_level(level[3], 1, r, k, nullptr);
-            EACH(n, i) {
-                f.before[n].x[i] *= r[n].x[i];
-                f.after[n].x[i] *= k[n].x[i];
+            WkvProducts q;
+            wkv_products(q, d);
+#pragma unroll
+            for (int l = 0; l < 4; l++) {
+                wkv_level(x, factor, 8 >> l, r, k, d, q);
+                wkv_scores(a, s.scratch, l, x, false);
             }
-            wkv_store_share(s.before[side], channel, 1, f.before);
-            wkv_store_share(s.after[side], channel, 1, f.after);
+            if (p.u) wkv_scores_bonus(a, r, k, u);
+            wkv_store_scores(s.part[side], a);
+            wkv_factors(factor, 16, d, q);
+            EACH(n, i) x[n].x[i] = r[n].x[i] * factor[n].x[i];
+            wkv_store_share(s.before[side], channel, 1, x);
+            wkv_factors(factor, 0, d, q);
+            EACH(n, i) x[n].x[i] = k[n].x[i] * factor[n].x[i];
+            wkv_store_share(s.after[side], channel, 1, x);
             const float2 D = wkv_decay_of_tile(e);
             if (threadIdx.x % 4 == 0) store_pair(&s.D_minus_1[side][channel], D.x, D.y);
-            wkv_scores(s.scores, s.part[side], level, r, k, u, p.u != nullptr, false);
         }
         const int64_t at = base + (int64_t)tile_row(0) * A + 16 * warp + tile_col(0);      // of y's element out[0].x[0]
         Pair v2[4];
         for (int m = 0; m < 4; m++) {
             const bool there = p.v2 && t0 + tile_row(m) < p.T;              // out[m % 2].x[m / 2 * 2], and its neighbour
-            v2[m] = there ? load_pair(p.v2 + at + m / 2 * 8 * A + m % 2 * 8) : Pair{0, 0};
+            v2[m] = there ? load_pair(p.v2 + at + m / 2 * 8 * A + m % 2 * 8) : pair_of(0, 0);
         }
         async_wait<0>();
         __syncthreads();
-        if (t0 + TILE < p.T) wkv_copy_tile(s.v[1 - side], p.v, base + (int64_t)TILE * A, t0 + TILE, p.T, A);
+        if (t0 + TILE < p.T) wkv_copy_tile(s.v[1 - side], p.v, head, t0 + TILE, p.T, A);
         async_commit();
         TileC out[2] = {};
         for (int i = 0; i < 4; i++) {
@@ -2130,7 +2171,7 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
         for (int m = 0; m < 4; m++) {
             const float *from = &out[m % 2].x[m / 2 * 2];
             if (t0 + tile_row(m) >= p.T) continue;
-            store_pair(y + at + m / 2 * 8 * A + m % 2 * 8, from[0] + (float)v2[m].x, from[1] + (float)v2[m].y);
+            store_pair(y + at + m / 2 * 8 * A + m % 2 * 8, from[0] + first_of(v2[m]), from[1] + second_of(v2[m]));
         }
     }
     if (carry) wkv_state_out(carry, S);
@@ -2160,13 +2201,13 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
 // Here warp i has keys 16 i .. 16 i + 15 of S0 and dS as rows, so that Shares are operands without a detour. S0 of a chunk's
 // tiles is made again from the chunk's state. S0, dS and the sums' terms are multiplied in twice the precision of bf16
 // (TileA2): much cancels in dw. Floor: r, k, v, w, dy in, dr, dk, dv, dw out, 9 BTA floatX, 2 for states: bytes bind.
-static const int TILES = CHUNK / TILE, SIDES = PRECISION_BF16 ? 2 : 1;     // SIDES: what all warps read, twice if there is room
+static const int TILES = CHUNK / TILE;
 
 struct WkvBackward {
     alignas(16) floatX v[TILES][TILE][LD], dy[TILES][TILE][LD];
-    alignas(16) floatX dS[SIDES][N][LD], after[SIDES][N][LDT];      // rows are keys; after: k~
-    WkvScores scores;
-    WkvPart part[SIDES];
+    alignas(16) floatX dS[N][LD], after[N][LDT];            // rows are keys; after: k~
+    alignas(16) WkvScratch scratch;
+    WkvPart part;
     TileC S0[TILES > 2 ? (TILES - 2) * 8 : 1][WKV_THREADS]; // states before tiles 1, 2, ..; each thread's own
 };
 
@@ -2180,8 +2221,8 @@ struct WkvGradients {
 
 __device__ inline void wkv_copy_tiles(WkvBackward &s, const Wkv &p, const WkvGradients &g, int64_t head, int c0, int q) {
     const int t0 = c0 + q * TILE, A = p.H * N;
-    wkv_copy_tile(s.v[q], p.v, head + (int64_t)t0 * A, t0, p.T, A);
-    wkv_copy_tile(s.dy[q], g.dy, head + (int64_t)t0 * A, t0, p.T, A);
+    wkv_copy_tile(s.v[q], p.v, head, t0, p.T, A);
+    wkv_copy_tile(s.dy[q], g.dy, head, t0, p.T, A);
 }
 
 __device__ inline void wkv_state_in(TileC (&S)[8], const float *from) {                     // rows are keys, as in a Share
@@ -2229,7 +2270,7 @@ __device__ inline void wkv_pass(Share &passing, const Share &terms, TileB first_
     mma(passing, to_a2(terms[0], terms[1]), b);
 }
 
-__global__ void __launch_bounds__(WKV_THREADS) wkv_backward_kernel(WkvGradients g, Wkv p) {
+__global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1) wkv_backward_kernel(WkvGradients g, Wkv p) {
     WkvBackward &s = *dynamic_smem<WkvBackward>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h = blockIdx.x, b = blockIdx.y, A = p.H * N, channel = wkv_channel();
     const int chunks = (p.T + CHUNK - 1) / CHUNK;
@@ -2240,7 +2281,7 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_backward_kernel(WkvGradients 
         if (p.u) u[c] = (float)p.u[h * N + channel + c];
         if (p.time_decay) decay[c] = (float)p.time_decay[h * N + channel + c];
     }
-    TileC dS[8] = {}, S0[8];                                                // S0: of the tile at hand
+    TileC dS[8] = {};
     WkvRaw raw;
     wkv_fetch(raw, p, head + (int64_t)(chunks - 1) * CHUNK * A, (chunks - 1) * CHUNK);
     for (int q = 0; q < TILES; q++) wkv_copy_tiles(s, p, g, head, (chunks - 1) * CHUNK, q);
@@ -2248,38 +2289,30 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_backward_kernel(WkvGradients 
     for (int chunk = chunks - 1; chunk >= 0; chunk--) {
         const int c0 = chunk * CHUNK, tiles = min(TILES, (p.T - c0 + TILE - 1) / TILE);
         const float *state = p.states + (((int64_t)b * p.H + h) * chunks + chunk) * N * N;
-        wkv_state_in(S0, state);
         async_wait<0>();
         __syncthreads();
-        for (int q = 0; q < tiles - 1; q++) {                               // forwards, for the states between the tiles
-            Share e, d, k;
-            WkvFactors f;
-            wkv_decay(e, d, raw, decay);
-            wkv_keys(k, raw, e, d, p.one_minus_w);
-            wkv_fetch(raw, p, head + (int64_t)(c0 + (q + 1) * TILE) * A, c0 + (q + 1) * TILE);
-            wkv_factors(f, d);
-            EACH(n, i) k[n].x[i] *= f.after[n].x[i];
-            wkv_update(S0, to_a2(k[0], k[1]), s.v[q], wkv_decay_of_tile(e));
-            for (int n = 0; n < 8 && q < tiles - 2; n++) s.S0[8 * q + n][threadIdx.x] = S0[n];
-        }
         for (int q = tiles - 1; q >= 0; q--) {
-            const int t0 = c0 + q * TILE, side = q % SIDES;
-            if (q == 0 && tiles > 1) wkv_state_in(S0, state);
-            for (int n = 0; n < 8 && q > 0 && q < tiles - 1; n++) S0[n] = s.S0[8 * (q - 1) + n][threadIdx.x];
-            Share r, k, k_plain, e, d, dr = {}, dk = {}, da = {}, da_t = {}, passing = {};
-            wkv_share(r, raw.r);
-            wkv_share(k_plain, raw.k);
-            wkv_decay(e, d, raw, decay);
-            wkv_keys(k, raw, e, d, p.one_minus_w);
-            const int next = q > 0 ? t0 - TILE : c0 - CHUNK;                // the tile after this one, here or in the next chunk
-            if (next >= 0) wkv_fetch(raw, p, head + (int64_t)next * A, next);
-            WkvFactors f;
-            wkv_factors(f, d);
-            const float2 D = wkv_decay_of_tile(e);
-            float past[2] = {0, 0};                                         // sum_j D S0 dS
-            for (int n = 0; n < 8; n++)
-                for (int i = 0; i < 4; i++) past[i / 2] += S0[n].x[i] * dS[n].x[i];
-            past[0] = warp_sum(past[0] + past[0] * D.x, 4), past[1] = warp_sum(past[1] + past[1] * D.y, 4);
+            const int t0 = c0 + q * TILE;
+            TileC S0[8];
+            if (q == 0 || q == tiles - 1) wkv_state_in(S0, state);
+            else for (int n = 0; n < 8; n++) S0[n] = s.S0[8 * (q - 1) + n][threadIdx.x];
+            if (q == tiles - 1)                                             // first of a chunk: forwards, to the state before its last tile
+                for (int i = 0; i < tiles - 1; i++) {
+                    Share e, d, k, factor;
+                    WkvProducts products;
+                    wkv_decay(e, d, raw, decay);
+                    wkv_keys(k, raw, e, d, p.one_minus_w);
+                    wkv_fetch(raw, p, head + (int64_t)(c0 + (i + 1) * TILE) * A, c0 + (i + 1) * TILE);
+                    wkv_products(products, d);
+                    wkv_factors(factor, 0, d, products);
+                    EACH(n, j) k[n].x[j] *= factor[n].x[j];
+                    wkv_update(S0, to_a2(k[0], k[1]), s.v[i], wkv_decay_of_tile(e));
+                    for (int n = 0; n < 8 && i < tiles - 2; n++) s.S0[8 * i + n][threadIdx.x] = S0[n];
+                }
+            Share dr = {}, dk = {}, passing = {};
+            float near[2][2], far[2][2];                                    // da of pairs in one half of the tile, and across, both ways
+            float past[2] = {0, 0};                                         // sum_j D S0 dS, D at last
+            Share da = {}, da_t = {};
 #pragma unroll
             for (int i = 0; i < 4; i++) {                                   // 16 values at a time
                 const TileA dy = load_a(&s.dy[q][0][16 * i], LD), v = load_a(&s.v[q][0][16 * i], LD);
@@ -2288,61 +2321,78 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_backward_kernel(WkvGradients 
                 mma(dk, to_a2(dS[2 * i], dS[2 * i + 1]), v_b);              // Y^T
                 mma(da, dy, v_b);
                 mma(da_t, v, dy_b);
+                for (int n = 2 * i; n < 2 * i + 2; n++)
+                    for (int j = 0; j < 4; j++) {
+                        past[j / 2] += S0[n].x[j] * dS[n].x[j];
+                        if (j % 2 == 0) store_pair(&s.dS[channel + j / 2][8 * n + tile_col(j)], dS[n].x[j], dS[n].x[j + 1]);
+                    }
             }
-            for (int n = 0; n < 8; n++)
-                for (int i = 0; i < 4; i += 2)
-                    store_pair(&s.dS[side][channel + i / 2][8 * n + tile_col(i)], dS[n].x[i], dS[n].x[i + 1]);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const bool below = lane / 4 >= tile_col(i);
+                for (int n = 0; n < 2; n++) near[n][i] = below ? da[n].x[2 * n + i] : da_t[n].x[2 * n + i];
+                far[0][i] = da[0].x[2 + i], far[1][i] = da_t[1].x[i];
+            }
+            Share r, k, e, d;
+            wkv_share(r, raw.r);
+            wkv_decay(e, d, raw, decay);
+            wkv_keys(k, raw, e, d, p.one_minus_w);
+            const float2 D = wkv_decay_of_tile(e);
+            WkvProducts products;
+            wkv_products(products, d);
+            past[0] = warp_sum(past[0] + past[0] * D.x, 4), past[1] = warp_sum(past[1] + past[1] * D.y, 4);
             {                                                               // r~, k~: through S0 and dS
-                Share r_tilde, k_tilde;
+                Share tilde, factor;
+                wkv_factors(factor, 16, d, products);
+                EACH(n, i) tilde[n].x[i] = r[n].x[i] * factor[n].x[i];
+                wkv_update(dS, to_a2(tilde[0], tilde[1]), s.dy[q], D);
                 EACH(n, i) {
-                    r_tilde[n].x[i] = r[n].x[i] * f.before[n].x[i];
-                    k_tilde[n].x[i] = k[n].x[i] * f.after[n].x[i];
+                    tilde[n].x[i] *= dr[n].x[i];
+                    dr[n].x[i] *= factor[n].x[i];
                 }
-                wkv_store_share(s.after[side], channel, 1, k_tilde);
-                wkv_update(dS, to_a2(r_tilde[0], r_tilde[1]), s.dy[q], D);
+                wkv_pass(passing, tilde, pass.upward, pass.all, pass.none, pass.upward);
+                wkv_factors(factor, 0, d, products);
+                EACH(n, i) tilde[n].x[i] = k[n].x[i] * factor[n].x[i];
+                wkv_store_share(s.after, channel, 1, tilde);
                 EACH(n, i) {
-                    r_tilde[n].x[i] *= dr[n].x[i];
-                    k_tilde[n].x[i] *= dk[n].x[i];
-                    dr[n].x[i] *= f.before[n].x[i];
-                    dk[n].x[i] *= f.after[n].x[i];
+                    tilde[n].x[i] *= dk[n].x[i];
+                    dk[n].x[i] *= factor[n].x[i];
                 }
-                wkv_pass(passing, r_tilde, pass.upward, pass.all, pass.none, pass.upward);
-                wkv_pass(passing, k_tilde, pass.downward, pass.none, pass.all, pass.downward);
+                wkv_pass(passing, tilde, pass.downward, pass.none, pass.all, pass.downward);
             }
-            Share level[4];
-            wkv_level(level[0], 8, r, k, &f.level8);
-            wkv_level(level[1], 4, r, k, &f.level4);
-            wkv_level(level[2], 2, r, k, &f.level2);
-            wkv_level(level[3], 1, r, k, nullptr);
-            wkv_scores(s.scores, s.part[side], level, r, k, u, p.u != nullptr, true);
+            TileC a[2] = {};                                                // the scores themselves are made on the way
 #pragma unroll
             for (int l = 0; l < 4; l++) {                                   // through the levels of the scores
                 const int L = 8 >> l;
-                Share pairs = {}, z = {};
+                Share x, factor, pairs = {}, z = {};
+                wkv_level(x, factor, L, r, k, d, products);
+                wkv_scores(a, s.scratch, l, x, true);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const int g8 = lane / 4, differing = g8 ^ tile_col(i);
-                    const bool here = differing / L == 1;
-                    for (int n = 0; n < 2 && L < 8; n++)
-                        pairs[n].x[2 * n + i] = !here ? 0 : g8 > tile_col(i) ? da[n].x[2 * n + i] : da_t[n].x[2 * n + i];
-                    if (L == 8) pairs[0].x[2 + i] = da[0].x[2 + i], pairs[1].x[i] = da_t[1].x[i];
+                    const bool here = (lane / 4 ^ tile_col(i)) >> (3 - l) == 1;
+                    for (int n = 0; n < 2 && L < 8; n++) pairs[n].x[2 * n + i] = here ? near[n][i] : 0;
+                    if (L == 8) pairs[0].x[2 + i] = far[0][i], pairs[1].x[i] = far[1][i];
                 }
-                mma_transposed(z, to_a2(level[l][0], level[l][1]), to_a2(pairs[0], pairs[1]));
-                const Share *factor = l == 0 ? &f.level8 : l == 1 ? &f.level4 : l == 2 ? &f.level2 : nullptr;
+                mma_transposed(z, to_a2(x[0], x[1]), to_a2(pairs[0], pairs[1]));
                 EACH(n, i) {
-                    const bool has = L == 8 ? n == 1 : L == 1 ? i % 2 : threadIdx.x % 4 * 2 & L;
-                    const float own = z[n].x[i] * (factor ? (*factor)[n].x[i] : 1);
+                    const bool has = wkv_has_bit(L, n, i);
+                    const float own = z[n].x[i] * factor[n].x[i];
                     dr[n].x[i] += has ? own : 0;
                     dk[n].x[i] += has ? 0 : own;
-                    z[n].x[i] *= level[l][n].x[i];
+                    z[n].x[i] *= x[n].x[i];
                 }
                 if (L == 8) wkv_pass(passing, z, pass.downward, pass.none, pass.none, pass.upward);
                 if (L == 4) wkv_pass(passing, z, pass.level4, pass.none, pass.none, pass.level4);
                 if (L == 2) wkv_pass(passing, z, pass.level2, pass.none, pass.none, pass.level2);
             }
+            if (p.u) wkv_scores_bonus(a, r, k, u);
+            wkv_store_scores(s.part, a);
+            const WkvRaw now = raw;
+            const int next = q > 0 ? t0 - TILE : c0 - CHUNK;                // the tile after this one, here or in the next chunk
+            if (next >= 0) wkv_fetch(raw, p, head + (int64_t)next * A, next);
             for (int m = 0; m < 4 && p.u; m++) {                            // da[t][t] of the lane's tokens, from who has it
                 const int n = m / 2, t = m % 2, from = (threadIdx.x % 4 * 2 + t) * 4 + threadIdx.x % 4;
-                const float own = __shfl_sync(0xffffffffu, da[n].x[2 * n + t], from);
+                const float own = __shfl_sync(0xffffffffu, near[n][t], from);
                 for (int c = 0; c < 2; c++) {
                     const int i = 2 * c + t;
                     dr[n].x[i] += u[c] * k[n].x[i] * own;
@@ -2350,10 +2400,12 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_backward_kernel(WkvGradients 
                     du[c] += r[n].x[i] * k[n].x[i] * own;
                 }
             }
+            wkv_decay(e, d, now, decay);                                    // e again: registers are dear
+            wkv_share(k, now.k);
             EACH(n, i) {
                 float dw = -e[n].x[i] * (passing[n].x[i] + past[i / 2]);
-                if (p.one_minus_w) {                                        // k was k_plain (1 - exp(-e)), e = exp(w)
-                    dw += dk[n].x[i] * k_plain[n].x[i] * e[n].x[i] * d[n].x[i];
+                if (p.one_minus_w) {                                        // the key was k (1 - exp(-e)), e = exp(w)
+                    dw += dk[n].x[i] * k[n].x[i] * e[n].x[i] * d[n].x[i];
                     dk[n].x[i] *= one_minus(d[n].x[i], e[n].x[i]);
                 }
                 dw_sum[i / 2] += dw;
@@ -2373,19 +2425,19 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_backward_kernel(WkvGradients 
             TileC dv[2] = {};                                               // 16 tokens x this warp's 16 values
             for (int i = 0; i < 4; i++) {
                 TileB state_b[2];
-                load_b_pair_t(state_b, &s.dS[side][16 * i][16 * warp], LD);
-                mma(dv, load_a_t(&s.after[side][16 * i][0], LDT), state_b);
+                load_b_pair_t(state_b, &s.dS[16 * i][16 * warp], LD);
+                mma(dv, load_a_t(&s.after[16 * i][0], LDT), state_b);
             }
             TileB dy_b[2];
             load_b_pair_t(dy_b, &s.dy[q][0][16 * warp], LD);
-            mma(dv, wkv_sum_scores(s.part[side]), dy_b);
+            mma(dv, wkv_sum_scores(s.part), dy_b);
             const int64_t at_v = head + (int64_t)(t0 + tile_row(0)) * A + 16 * warp + tile_col(0);
 #pragma unroll
             for (int m = 0; m < 4; m++) {
                 const float *from = &dv[m % 2].x[m / 2 * 2];
                 if (t0 + tile_row(m) < p.T) store_pair(g.dv + at_v + m / 2 * 8 * A + m % 2 * 8, from[0], from[1]);
             }
-            if (SIDES == 1) __syncthreads();
+            __syncthreads();
             if (chunk == 0) continue;
             // v and dy of the tile before this one have been read by all: room for the next chunk's
             for (int slot = q + 1; slot < TILES && (slot == q + 1 || q == tiles - 1); slot++) wkv_copy_tiles(s, p, g, head, c0 - CHUNK, slot);
@@ -2771,7 +2823,7 @@ __global__ void gate_backward(floatX *dr, floatX *dv, const floatX *dout, const 
 // ---- rope: positions as rotations (spec section 3) ----
 //
 //     (a, b) = channels (2i, 2i + 1) of each head  ->  (a cos z - b sin z, a sin z + b cos z),   z = position * velocity_i
-//     rope:  velocity_i = base^(-2i/N) / rescale          brope:  velocity_i = pi 2^-i / rescale,  0 for i >= log2(ctx_len)
+//     rope:  velocity_i = base^(-2i/N) / rescale          brope:  velocity_i = pi 2^-i / rescale,  0 for i >= int(log2(ctx_len))
 //
 // An fp32 z would be off by 1e-2 at position 262,144: whole turns are taken away in fp64 first. The gradient turns back.
 struct Rope {
@@ -2829,8 +2881,8 @@ __device__ inline Pack head_norm(Pack y, float eps, float *rstd) {              
     return y;
 }
 
-__global__ void gated_group_norm_forward_kernel(floatX *out, const floatX *y, const floatX *g, const floatX *gain, const floatX *bias,
-                                                float eps, int A) {
+__global__ void gated_group_norm_forward_kernel(floatX *out, const floatX *y, const floatX *g, const floatX *gain,
+                                                const floatX *bias, float eps, int A) {
     const int c = threadIdx.x * 8;
     const bool mine = c < A;
     const int64_t at = (int64_t)blockIdx.x * A + c;
@@ -2842,7 +2894,8 @@ __global__ void gated_group_norm_forward_kernel(floatX *out, const floatX *y, co
     store(out + at, n);
 }
 
-static void gated_group_norm_forward(floatX *out, const floatX *y, const floatX *g, Param gain, Param bias, float eps, int rows, int A) {
+static void gated_group_norm_forward(floatX *out, const floatX *y, const floatX *g, Param gain, Param bias, float eps,
+                                     int rows, int A) {
     gated_group_norm_forward_kernel<<<rows, row_threads(A), 0, stream>>>(out, y, g, gain.w, bias.w, eps, A);
 }
 
@@ -2851,7 +2904,7 @@ static void gated_group_norm_forward(floatX *out, const floatX *y, const floatX 
 __global__ void gated_group_norm_backward_kernel(floatX *dy, floatX *dg, float *partial, const floatX *dout, const floatX *y,
                                                  const floatX *g, const floatX *gain, const floatX *bias, float eps,
                                                  int rows, int rows_per_block, int A) {
-    const int c = threadIdx.x * 8;
+    const int c = (blockIdx.y * blockDim.x + threadIdx.x) * 8;              // blocks share a row: heads do not meet
     const bool mine = c < A;
     const Pack a = mine ? load(gain + c) : zero_pack(), b = mine ? load(bias + c) : zero_pack();
     Pack dgain = zero_pack(), dbias = zero_pack();
@@ -2882,10 +2935,11 @@ __global__ void gated_group_norm_backward_kernel(floatX *dy, floatX *dg, float *
     store(partial + (int64_t)blockIdx.x * 2 * A + A + c, dbias);
 }
 
-static void gated_group_norm_backward(floatX *dy, floatX *dg, float *partial, const floatX *dout, const floatX *y, const floatX *g,
-                                      Param gain, Param bias, float eps, int rows, int A) {
-    const int blocks = row_blocks(rows), per = rows_per_block(rows), threads = row_threads(A);
-    gated_group_norm_backward_kernel<<<blocks, threads, 0, stream>>>(dy, dg, partial, dout, y, g, gain.w, bias.w, eps, rows, per, A);
+static void gated_group_norm_backward(floatX *dy, floatX *dg, float *partial, const floatX *dout, const floatX *y,
+                                      const floatX *g, Param gain, Param bias, float eps, int rows, int A) {
+    const int blocks = row_blocks(rows), per = rows_per_block(rows);
+    const dim3 grid(blocks, (int)ceil_div(A, 8 * 128));
+    gated_group_norm_backward_kernel<<<grid, 128, 0, stream>>>(dy, dg, partial, dout, y, g, gain.w, bias.w, eps, rows, per, A);
     add_partials({{gain.g, bias.g}}, partial, blocks, 2, A);
 }
 
@@ -2919,21 +2973,19 @@ __global__ void swiglu_backward(floatX *da, floatX *db, const floatX *dout, cons
 //     loss_t = log sum_i exp(z_i) - z_target
 //     dz_i   = scale (softmax(z)_i - [i = target] + 1e-4 z_max [i = first of the largest])        scale = 1 / targets
 //
-// A block takes a row of V logits and keeps it in registers (in bf16 up to 65536 of them; what is beyond is read twice):
-// one read, one write. losses[row]: loss; right[row]: 1 if the largest logit is the target's. scale 0 leaves the logits as
-// they are (validation).
-static const int CLASSIFIER_KEEPS = PRECISION_BF16 ? 8 : 1;                 // packs a thread
-
-__global__ void __launch_bounds__(1024) classifier_kernel(floatX *logits, float *losses, int *right, const int *targets, float scale, int V) {
+// A block takes a row of V logits: reads it once from memory, once more from L2, writes it once. Blocks are large so that
+// the rows under way, two a multiprocessor, stay in L2. losses[row]: loss; right[row]: 1 if the largest logit is the
+// target's. scale 0 leaves the logits as they are (validation).
+__global__ void __launch_bounds__(1024, 2) classifier_kernel(floatX *logits, float *losses, int *right, const int *targets, float scale, int V) {
     __shared__ float tops[32];
     __shared__ float sums[32];
     __shared__ int where[32];
     floatX *z = logits + (int64_t)blockIdx.x * V;
-    const int begin = threadIdx.x * 8, step = blockDim.x * 8;
-    RawPack<floatX> kept[CLASSIFIER_KEEPS];
     float top = -INFINITY, sum = 0;
     int at = 0;
-    auto count = [&](const Pack &v, int c) {
+#pragma unroll 2
+    for (int c = threadIdx.x * 8; c < V; c += blockDim.x * 8) {
+        const Pack v = load(z + c);
         float high = top;
         for (int i = 0; i < 8; i++)
             if (v.x[i] > high) {                                            // the lowest id on ties
@@ -2943,14 +2995,7 @@ __global__ void __launch_bounds__(1024) classifier_kernel(floatX *logits, float 
         sum *= top == high ? 1 : fast_exp(top - high);
         top = high;
         for (int i = 0; i < 8; i++) sum += top > -INFINITY ? fast_exp(v.x[i] - top) : 0;
-    };
-#pragma unroll
-    for (int i = 0; i < CLASSIFIER_KEEPS; i++)
-        if (begin + i * step < V) kept[i] = load_raw(z + begin + i * step);
-#pragma unroll
-    for (int i = 0; i < CLASSIFIER_KEEPS; i++)
-        if (begin + i * step < V) count(unpack(kept[i]), begin + i * step);
-    for (int c = begin + CLASSIFIER_KEEPS * step; c < V; c += step) count(load(z + c), c);
+    }
     const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const float warp_top = warp_max(top);
     sum = warp_sum(top > -INFINITY ? sum * expf(top - warp_top) : 0);
@@ -2975,17 +3020,15 @@ __global__ void __launch_bounds__(1024) classifier_kernel(floatX *logits, float 
     if (scale == 0) return;
     __syncthreads();                                                        // z[target] is read
     const float inverse = 1 / sum;
-    auto finish = [&](Pack v, int c) {
+#pragma unroll 2
+    for (int c = threadIdx.x * 8; c < V; c += blockDim.x * 8) {
+        Pack v = load(z + c);
         for (int i = 0; i < 8; i++) {
             v.x[i] = fast_exp(v.x[i] - top) * inverse - (c + i == target ? 1 : 0) + (c + i == at ? 1e-4f * top : 0);
             v.x[i] *= scale;
         }
         store(z + c, v);
-    };
-#pragma unroll
-    for (int i = 0; i < CLASSIFIER_KEEPS; i++)
-        if (begin + i * step < V) finish(unpack(kept[i]), begin + i * step);
-    for (int c = begin + CLASSIFIER_KEEPS * step; c < V; c += step) finish(load(z + c), c);
+    }
 }
 
 // totals[0] += the sum of losses, totals[1] += the number right; one block, fixed order
@@ -3698,8 +3741,8 @@ static void finch_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {   
 static Wkv finch_wkv(const Model *m, const Layer *layer) {
     const Finch &a = layer->finch;
     const int64_t lead = m->d.lead * (int64_t)m->d.A;
-    return {a.r + lead, a.k + lead, a.v + lead, a.w ? a.w + lead : nullptr, layer->p.time_decay.w, layer->p.time_faaaa.w, nullptr, false,
-            layer->wkv_state ? nullptr : a.states, layer->wkv_state, m->d.T - m->d.lead, m->d.H};
+    return {a.r + lead, a.k + lead, a.v + lead, a.w ? a.w + lead : nullptr, layer->p.time_decay.w, layer->p.time_faaaa.w, nullptr,
+            false, layer->wkv_state ? nullptr : a.states, layer->wkv_state, m->d.T - m->d.lead, m->d.H};
 }
 
 // From dy: dr, dk, dv, dw, and the gradients of time_decay and time_faaaa
@@ -3717,7 +3760,8 @@ static void finch_forward(Model *m, Layer *layer, floatX *out, const floatX *x) 
     const Dims &d = m->d;
     const Params &p = layer->p;
     Finch &a = layer->finch;
-    low_rank_mix_forward<5>(m, p, a.mix, {{p.time_maa_w.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, {}, {a.xw, a.xk, a.xv, a.xr, a.xg}}, x);
+    low_rank_mix_forward<5>(m, p, a.mix, {{p.time_maa_w.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w},
+                                          {}, {a.xw, a.xk, a.xv, a.xr, a.xg}}, x);
     linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
     linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
     linear_forward(a.v, a.xv, p.value, d.BT, d.A, d.C);
@@ -3754,7 +3798,8 @@ static void finch_b_forward(Model *m, Layer *layer, floatX *out, const floatX *x
     const Dims &d = m->d;
     const Params &p = layer->p;
     Finch &a = layer->finch;
-    low_rank_mix_forward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {}, {a.xr, a.xk, a.xv, a.xw}}, x);
+    low_rank_mix_forward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {},
+                                          {a.xr, a.xk, a.xv, a.xw}}, x);
     linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
     linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
     linear_forward(a.v, a.xv, p.value, d.BT, d.A, d.C);
@@ -3776,7 +3821,8 @@ static void finch_b_backward(Model *m, Layer *layer, floatX *dx, const floatX *d
     linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
     linear_backward(t.dxv, t.dv, a.xv, p.value, d.BT, d.A, d.C);
     low_rank_backward(t.dxw, t.dh, t.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
-    low_rank_mix_backward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {}, {t.dxr, t.dxk, t.dxv, t.dxw}},
+    low_rank_mix_backward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {},
+                                           {t.dxr, t.dxk, t.dxv, t.dxw}},
                              {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g}}, dx, x);
 }
 
@@ -3818,7 +3864,8 @@ static void eagle_backward(Model *m, Layer *layer, floatX *dx, const floatX *dou
     linear_backward(t.dxg, t.dg, a.xg, p.gate, d.BT, d.A, d.C);
     mix_backward<4, floatX, false>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, {},
                                     {t.dxk, t.dxv, t.dxr, t.dxg}, layer->tmix->complement}, dx, nullptr, nullptr,
-                                   {{p.time_maa_k.g, p.time_maa_v.g, p.time_maa_r.g, p.time_maa_g.g}}, m->partial, x, d.BT, d.T, d.C);
+                                   {{p.time_maa_k.g, p.time_maa_v.g, p.time_maa_r.g, p.time_maa_g.g}}, m->partial, x,
+                                   d.BT, d.T, d.C);
 }
 
 // ---- GPTAlpha time mix, gptalpha ----
@@ -4005,8 +4052,8 @@ void settings_check_mixers(const Settings *s) {
     if (s->cmix2[0]) check_mixer(CHANNEL_MIXERS, "cmix2", s->cmix2);
     const bool rope = s->rope.base > 0, attends = tmix->keeps_kv || last->keeps_kv || last->needs_cache;
     if ((rope || s->brope.rescale > 0) && !attends)
-        die(2, "--model.%s: expected 0, as %s has no attention that could use positions, found %g", rope ? "rope.base" : "brope.rescale",
-            s->tmix, rope ? s->rope.base : s->brope.rescale);
+        die(2, "--model.%s: expected 0, as %s has no attention that could use positions, found %g",
+            rope ? "rope.base" : "brope.rescale", s->tmix, rope ? s->rope.base : s->brope.rescale);
     if (tmix->needs_cache || (last->needs_cache && second_layers_begin(s) == 0))
         die(2, "--model.%s: '%s' needs a layer before it: n_layer %ld is too small for inv_other_layer_ratio %g",
             tmix->needs_cache ? "tmix" : "tmix2", last->name, s->n_layer, s->inv_other_layer_ratio);
@@ -4040,7 +4087,8 @@ static void add_tensor(Model *m, int layer, Param *field, const char *name, int6
 }
 
 static void add_tensors(Model *m, int layer, Params *params, int where, int mixes) {
-    const int64_t V = m->d.V, C = m->d.C, A = m->d.A, F = m->d.F, R = m->d.R, H = m->d.H, rank = gold_rank(m->d), FL = llama_width(m->d);
+    const int64_t V = m->d.V, C = m->d.C, A = m->d.A, F = m->d.F, R = m->d.R, H = m->d.H;
+    const int64_t rank = gold_rank(m->d), FL = llama_width(m->d);
 #define ROW(field, name, s0, s1, s2, init, group, places) \
     if ((places) & where) add_tensor(m, layer, &params->field, name, s0, s1, s2, init, group);
     TENSORS(ROW)
@@ -4603,7 +4651,8 @@ static void model_logits_last(Model *m, const int *tokens, int n, float *logits)
 static double model_flops_per_token(const Model *m) {
     double flops = 6.0 * (m->n_parameters - (double)m->d.V * m->d.C);
     for (int l = 0; l < m->d.L; l++)
-        if (m->layers[l].tmix->needs_cache || m->layers[l].tmix->keeps_kv) flops += 6.0 * m->d.A * m->T;           // 2 products of A T / 2, three times
+        if (m->layers[l].tmix->needs_cache || m->layers[l].tmix->keeps_kv)
+            flops += 6.0 * m->d.A * m->T;                                           // 2 products of A T / 2, three times
     return flops;
 }
 
@@ -5887,6 +5936,22 @@ int gf_activation(Model *m, const char *name, float *out) { return model_activat
 double gf_update(Model *m, int step, double lr) {
     model_update(m, step, lr, m->s.weight_decay);
     return model_result(m, step).norm;
+}
+
+// x (rows, A) turned in place as q and k of positions first, first + 1, ..
+void gf_rope(int argc, const char **argv, int64_t first, int rows, int A, float *x) {
+    Settings s;
+    floatX *device, *host = (floatX *)malloc((size_t)rows * A * sizeof(floatX));
+    settings_default(&s);
+    settings_parse(&s, argc, argv);
+    machine_start();
+    device_alloc((void **)&device, (int64_t)rows * A * sizeof(floatX));
+    for (int i = 0; i < rows * A; i++) host[i] = (floatX)x[i];
+    CUDA_CHECK(cudaMemcpy(device, host, (size_t)rows * A * sizeof(floatX), cudaMemcpyHostToDevice));
+    rope_rotate<<<rows, row_threads(A), 0, stream>>>(device, make_rope(&s), first, rows, A, 1);
+    copy_to_host(x, device, (int64_t)rows * A);
+    cudaFree(device);
+    free(host);
 }
 
 void gf_wkv(int B, int T, int H, const float *r, const float *k, const float *v, const float *w, const float *u, int one_minus_w,

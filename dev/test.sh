@@ -78,6 +78,68 @@ refused 2 'short.txt: tokens, at least 2 ctx_len \+ 1: expected 65 or more, foun
     --train.data_type utf-8 --train.data_file short.txt
 [ ! -e out ]; check "none of these left anything behind" $?
 
+echo "-- configs"
+config() { "$program" "$@" --print-config >out.txt 2>err.txt; }          # config FLAGS...
+says() { grep -qE -e "^ +$1: \"?$2\"?$" out.txt; }                       # says KEY VALUE: so it stands in what was printed
+families="goldfinch finch finchc2 gptalpha llama goldfinch_upgrade goldfinch_ablation_gptalpha goldfinch_ablation_rope10k
+          goldfinch_ablation_gold_invratio_2 goldfinch_ablation_gold_invratio_6 finchc2_ablation_no_one_minus_w
+          finchc2_ablation_no_v2"
+sizes="L6D768minipile L12D768ctx1024minipile L24D2048ctx2048minipile L24D2048ctx4096minipile"
+for name in $families; do
+    bad=0
+    for size in $sizes; do
+        config -c $name -c $size --train.max_steps 2 || bad=1
+        cp out.txt printed.yaml; config -c printed.yaml && cmp -s out.txt printed.yaml || bad=1
+    done
+    check "-c $name with each size prints, and reads back to the same" $bad
+done
+config -c llama -c L12D768ctx1024minipile && says tmix llama && says tmix2 "" && says cmix llama && says base 10000 &&
+    says n_layer 12
+check "llama at L12 D768" $?
+config -c goldfinch_upgrade && says tmix x060 && says tmix2 gold && says inv_other_layer_ratio 6 && says base 0
+check "goldfinch_upgrade" $?
+config -c gptalpha -c finch --model.rope.base 0 && says tmix x060; check "a later config's mixer counts" $?
+cat >paper.yaml <<'END'
+model:
+    __type__: configs.Transformer_Config   # the authors' layout
+    tmix: gptalpha
+    rope:
+        __type__: configs.RoPE_Config
+        rescale: 2.0
+train:
+    wandb: ''
+END
+config -c paper.yaml && says base 10000 && says rescale 2 && grep -q 'train.wandb is not used' err.txt
+check "a section's own defaults, what is not used" $?
+printf '{"model": {"tmix": "llama", "rope": null, "brope": {"rescale": 4}}}' >paper.json
+config -c paper.yaml -c paper.json && says tmix llama && says base 0 && says rescale 4
+check "JSON over YAML, null takes away" $?
+unwanted() {                                            # unwanted PATTERN FLAGS...: exit 2, one line on stderr with PATTERN
+    config "${@:2}"; local code=$?
+    [ $code = 2 ] && [ "$(wc -l <err.txt)" = 1 ] && grep -qE -e "$1" err.txt
+    check "exit 2, \"$1\"" $?
+}
+unwanted 'model.rope.base: expected 0, as x060 has no attention' -c finch --model.rope.base 10000
+unwanted 'model.brope.rescale: expected 0, as x060c2 has no attention' -c finchc2 --model.brope.rescale 1
+unwanted 'model.rope.base: expected 0 where brope.rescale is set, found 10000' -c llama --model.brope.rescale 1
+unwanted 'model.tmix2: expected one of x060c2 gold x060 .*, found "golden"' -c goldfinch --model.tmix2 golden
+unwanted 'model.cmix: expected one of x060 x052 llama, found "x060c2"' --model.cmix x060c2
+unwanted "model.tmix: 'gold' needs a layer before it" --model.tmix gold
+unwanted "model.tmix2: 'gold' needs a layer before it" --model.n_layer 1
+unwanted 'model.dim_att: with gold layers it must be n_embd, 128, found 256' --model.dim_att 256
+unwanted 'compression_ratio: expected a number from 1 to 65536, found "0"' -c goldfinch --model.kv_cache_compression_ratio 0
+
+echo "-- every mixer trains"
+for mixers in "x060" "x060b" "x052 --model.cmix x052" "gptalpha --model.rope.base 10000" "x060 --model.tmix2 gptalpha" \
+              "llama --model.cmix llama --model.brope.rescale 1" \
+              "llama --model.tmix2 gold --model.cmix2 llama --model.rope.base 100"; do
+    rm -rf m1 m2
+    good "tmix $mixers" --model.tmix2 "" --model.tmix $mixers --train.max_steps 3 --train.save_every 2 --train.out m1
+    cp -r m1 m2; good "resumed" --train.out m2 --train.resume 1 --train.max_steps 5
+    good "with grad_cp 1" --model.tmix2 "" --model.tmix $mixers --train.max_steps 5 --train.grad_cp 1 --train.out m1
+    cmp -s <(tail -n 2 m1/log.csv | cut -d, -f1-6) <(tail -n 2 m2/log.csv | cut -d, -f1-6); check "the same losses" $?
+done
+
 echo "-- resume, bit for bit"
 run="--train.max_steps 20 --train.save_every 10 --train.val_every 1"
 good "20 steps" $run --train.out a
@@ -280,6 +342,15 @@ infer -p "the " -n 40 -s 5 --save-state state.st; check "a state saved after the
 cp out.txt saved.txt; infer -n 40 -s 5 --load-state state.st; cmp -s out.txt saved.txt; check "goes on with the same tokens when loaded" $?
 infer -p "xyz" -n 10 -s 5 --load-state state.st; check "and with a further prompt" $?
 printf 'one\ntwo\n' | infer -i -n 5; check "lines, one after the other" $?
+for mixers in "x052" "gptalpha --model.rope.base 10000" "llama --model.tmix2 gold --model.cmix llama --model.rope.base 100"; do
+    train $utf8 --model.tmix2 "" --model.tmix $mixers --train.max_steps 2 --train.out mixed
+    mixed=mixed/model_000002.safetensors
+    infer $mixed -p "$(head -c 1000 "$text")" -n 24 --save-state mixed.st && tail -n 1 err.txt >closing.txt
+    cached=$(sed -E 's/.*\| cache ([^,]*), ([0-9]+) bytes.*/\2 \1/' closing.txt)
+    infer $mixed --cache-table
+    [ "$(awk 'NR == 2 {print $5, $6, $7}' out.txt)" = "$cached" ]
+    check "tmix $mixers: --cache-table at 1 k is what a run carries, $cached" $?
+done
 loss=$(awk -F, '$4 != "" {print $4}' out/log.csv | tail -n 1)
 infer --score out/val.txt --window 32
 awk -v want="$loss" '{for (i = 1; i <= NF; i++) if ($i == "loss") {d = $(i + 1) - want; exit !(d < 1e-3 && d > -1e-3)}}' out.txt
