@@ -10,7 +10,7 @@ make [train]           build ./train_goldfinch: for the GPU if nvcc and a GPU (s
 make infer             build ./infer_goldfinch
 make test_goldfinch    build ./test_goldfinch, the checks; run it alone or with golden tables: ./test_goldfinch FILE...
 make test              build all, run ./test_goldfinch and dev/test.sh
-make dev/NAME          build one program of the kernel lab (dev/README.md)
+make dev/NAME          build one program of the kernel lab (dev/README.md), or bench_infer: inference in figures
 make cache-table       print how large the caches of the paper's models are, from 1 k to 1 M tokens
 make clean             remove what was built (not out/ and data/)
 
@@ -28,10 +28,11 @@ endef
 
 # the kernel lab: every file there that includes dev/common.h
 LAB := $(patsubst dev/%.cu,%,$(shell grep -l '^#include "common.h"' dev/*.cu))
+DEV := $(LAB) bench_infer
 
 ifneq ($(filter clean help,$(MAKECMDGOALS)),)
 clean:
-	rm -rf build train_goldfinch infer_goldfinch test_goldfinch $(LAB:%=dev/%)
+	rm -rf build train_goldfinch infer_goldfinch test_goldfinch $(DEV:%=dev/%)
 help:
 	$(info $(HELP))
 	@:
@@ -147,13 +148,13 @@ cache-table: $(DIR)/infer_goldfinch
 
 $(DIR)/train_goldfinch $(DIR)/infer_goldfinch $(DIR)/fuzz_config: %: %.o
 	$(LINK)
-.PHONY: $(LAB:%=dev/%)
-$(LAB:%=dev/%): %: $(DIR)/%
+.PHONY: $(DEV:%=dev/%)
+$(DEV:%=dev/%): %: $(DIR)/%
 	@ln -f $< $@
-$(LAB:%=$(DIR)/dev/%): %: %.o
+$(DEV:%=$(DIR)/dev/%): %: %.o
 	$(LINK)
-$(LAB:%=$(DIR)/dev/%.o): CUFLAGS += $(LAB_FLAGS)
-$(LAB:%=$(DIR)/dev/%.o): | $(DIR)/dev
+$(DEV:%=$(DIR)/dev/%.o): CUFLAGS += $(LAB_FLAGS)
+$(DEV:%=$(DIR)/dev/%.o): | $(DIR)/dev
 $(DIR)/test_goldfinch: $(DIR)/test_goldfinch.o $(DIR)/kernels_for_test.o
 	$(LINK)
 $(DIR)/test_goldfinch.o: test_goldfinch.c Makefile | $(DIR)
@@ -179,7 +180,7 @@ CU_TO_CPP := sed -E \
   -e 's/^(\#include "[^"]*)\.cu"/\1.cu.cpp"/'
 
 vpath %.cu dev
-.SECONDARY: $(LAB:%=build/cpp/dev/%.cu.cpp)
+.SECONDARY: $(DEV:%=build/cpp/dev/%.cu.cpp)
 build/cpp/%.cu.cpp: %.cu Makefile
 	@mkdir -p $(@D)
 	@(echo '#line 1 "$<"'; $(CU_TO_CPP) $<) > $@

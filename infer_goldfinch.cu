@@ -6,13 +6,14 @@
 //
 //     1. Cache       what is carried from token to token, and nothing else
 //     2. Attention   of a GOLD layer over keys and values made on the fly from the cache
-//     3. Engine      pre-fill, decode, scoring, saved states
-//     4. Tokenizer   5. Sampler   6. Command line
+//     3. One token   at a time: decode
+//     4. Engine      pre-fill, scoring, saved states
+//     5. Tokenizer   6. Sampler   7. Command line
 //
 // How a prompt goes through (spec section 10): all tokens through the layers before the GOLD layers, in chunks of fixed
 // size, leaving states and, per token, its id and c = w_kv_cache_a x. The GOLD layers see only the last 2 G + 1 tokens
 // (G of them): each looks back one token in its time mixer and one in its channel mixer, so that the last token's
-// logits, and what is carried from there, are exact.
+// logits, and what is carried from there, are exact. Then, token by token, a step of matrix-vector kernels (section 3).
 
 #define GOLDFINCH_NO_MAIN
 #include "train_goldfinch.cu"
@@ -24,58 +25,96 @@ enum KvKind { KV_COMPRESSED, KV_INT8, KV_FULL };            // c in floatX; c in
 
 // What a GOLD layer needs of tokens to make its keys and values, or has of them already. A token's key and value depend
 // on its id, its c, and those of the token before. Whatever depends on an id alone stands in tables over the vocabulary.
+struct alignas(16) TilePair { TileB b[2]; };                // right operands of two steps of 16 of a product's inner index
+
 struct GoldSource {
     const int *ids;                         // (T)
-    const floatX *c;                        // (T, R)                   KV_COMPRESSED
-    const int8_t *c8;                       // (T, R) and (T): c = c8 * scale       KV_INT8
+    const floatX *c;                        // (T, R)
+    const int8_t *c8;                       // (T, R) and (T): c = c8 * scale, in its place with KV_INT8
     const float *scales;
-    const floatX *keys, *values;            // (T, C)                   KV_FULL
     const floatX *id_k0, *id_xo;            // (V, C): W_b[:, :C] x0 and xo = rms_norm(x0)
+    const floatX *id_c;                     // (V, R32): id_k0 W_b[:, C:]
+    const float *id_squares;                // (V): |id_k0|^2
     const floatX *id_h, *id_h_before;       // (V, 64): the mixes' hidden layer, from the token's id and the one before
-    const floatX *w_c;                      // (C, R16): W_b[:, C:], rows padded with zeros to R16, a multiple of 16
+    const floatX *w_c;                      // (C, R32): W_b[:, C:]
+    const TilePair *c_gram;                 // W_b[:, C:]^T W_b[:, C:]
     struct Side {                           // of keys; of values
-        const floatX *mu, *mix;             // (C): time_maa_k or _v; (C, 32): time_maa_kv_w2[0 or 1] transposed
-        const floatX *w1, *w2;              // (rank16, C), (C, rank16): time_key_w1, _w2 or time_value_.. transposed
+        const floatX *mu, *mix;             // (C): time_maa_k or _v; (32, C): time_maa_kv_w2[0 or 1]
+        const floatX *w1, *w2;              // (rank_pad, C): time_key_w1 or .. transposed; (C, rank_pad): _w2, less its mean
         const floatX *gain, *bias;          // (C): ln_k or ln_v
+        const TilePair *tiles, *gram;       // the weights in tensor cores' order (section 2); w2^T w2
+        int stage;                          // pairs of tiles for 32 channels
+        floatX *ring;                       // (window, C): keys or values of the newest tokens
     } k, v;
+    const TilePair *turned_tiles;           // what keys with a rope take in the end
+    int turned_stage, stage;                // pairs of these for 32 channels; most pairs of any stage
     Rope rope;
-    int C, H, R, R16, rank16;
+    int C, H, R, R32, rank_pad;             // R32: R up to a multiple of 32, zeros behind R. rank_pad: 64 or a multiple of 128
 };
 
-struct ReadTask {
-    const floatX *q;                        // (M, C)
-    int64_t first, T;                       // query m sees tokens 0 .. first + m; tokens in the cache
-    float *out, *top, *sum;                 // per split: (M, C), (M, H)
-    int M, tiles_per_split;
+// What blocks that share a context have found, sums of p = exp2(score - top) v and of p, or what is put together in the end:
+struct SplitSums { float *out, *top, *sum; };               // per split: (M, C), (M, H), (M, H)
+struct PastSums { float *out, *u, *top, *sum, *mean; };     // per split: (M, C), (M H, rank), (M H) three times
+
+struct PastQuery {                                          // made of the queries by past_queries
+    TilePair *q, *u;                                        // q~ as right operand of k1; W2^T q~ as right operand of u
+    float *sum, *bias;                                      // (H M): sum of q~ over the head; q . bias
+};
+
+// Where a step stands, in device memory: a recorded step must not have it in its arguments.
+struct Place { int64_t first, begin; };      // context position of the first query; of the first token in the window
+
+struct Row {                                // vectors of the token at hand
+    float *x, *x_mid;                       // (C): the residual stream before a layer, and after its time mixer
+    floatX *ln, *xs;                        // (C), (5, C): normed; mixed
+    float *hidden;                          // (288): hidden layers of the mixes; of Finch-C2's w and v2
+    float *r, *k, *v, *v2, *y, *q, *gate;   // (A) each; gate (C)
+    floatX *ffn;                            // (F)
+    float *c, *z, *kv2;                     // (R); (2, C): two tokens' K0 before its norm; (G, 2, C): keys, values likewise
+    floatX *kv1, *u;                        // (G, 2, C), (G, 2, rank_pad): mixed; hidden layer
 };
 
 struct KeptKv { floatX *keys, *values; };   // (capacity, A) of a gptalpha or llama layer, keys with their rope
+
+struct Packed { floatX *mix_w1, *decay_w1, *value2_w1; };       // a layer's first low-rank matrices, transposed: rows of C
 
 typedef struct Infer {
     Model m;                                // the first member: a layer's forward function finds the rest through it
     KvKind kv;
     int chunk, tail, G;                     // tokens of a pre-fill chunk; 2 G + 1; number of GOLD layers
     int64_t capacity, position;             // most tokens of context; tokens so far
-    int64_t row_position;                   // context position of the first row that the GOLD layers work on
+    int64_t window, window_begin, window_end;               // tokens that the window can hold; those it holds
     KeptKv *kept;                           // (n_layer); null in layers that keep none
-    ReadTask kept_sums;                     // what the shares of a context leave behind, in these layers' attention
+    SplitSums kept_sums;                    // what the shares of a context leave behind, in these layers' attention
+    Place *place;
+    bool last_only;                         // of the rows at hand only the last one's logits count
     uint64_t model_hash;
-    GoldSource *sources;                    // (G)
+    GoldSource *sources, *device_sources;   // (G)
+    Row row;
+    Packed *packed;                         // (L)
+    bool decodes;                           // all mixers can decode
+    int *token;                             // the token of a step that is not drawn on the device
+    Recording recordings[2];                // of such a step: with a context that fits the window, and with a longer one
     int *ids;                               // the cache: (capacity), ..
     floatX *c;
     int8_t *c8;
     float *scales;
-    floatX *k0_last, *xo_last;              // (C), KV_FULL: of the last token
     floatX *tail_x[2];                      // (tail, C): residual stream before the GOLD layers of the last tokens; two, to shift
     int tail_rows, tail_now;
-    floatX *w_c, *id_k0, *id_xo;            // shared by all GOLD layers
-    int tile_rows, queries;                 // of an attention block: cached tokens at a time, plus one; queries at a time
-    float *partial_out, *partial_top, *partial_sum;         // (splits, queries, C), (splits, queries, H)
+    floatX *w_c, *id_k0, *id_xo, *id_c;     // shared by all GOLD layers
+    float *id_squares;
+    TilePair *c_gram;
+    int queries, past_warps;                // of attention: queries at a time; warps of a block
+    int past_splits, window_splits;         // blocks that share a context: its older tokens, its window
+    SplitSums sums;
+    PastSums past_sums;
+    PastQuery past_query;
     float *logits;                          // (V), fp32
     int shared_limit;                       // bytes of shared memory a block can have
 } Infer;
 
-static const int READ_SPLITS = 264;         // blocks that share a context: two for each of an H100's multiprocessors
+static const int MOST_SPLITS = 256;         // blocks that share a context: one a multiprocessor
+static const int WINDOW = 2048;             // most tokens whose keys and values are kept
 
 __global__ void append_tokens(int *to, const int *ids, int n) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -119,336 +158,808 @@ __global__ void number_tokens(int *ids, int first, int n) {
 }
 
 static int blocks_of(int64_t n) { return (int)ceil_div(n, 256); }
-static int multiple_of_16(int n) { return (n + 15) / 16 * 16; }
+static int multiple_of_32(int n) { return (n + 31) / 32 * 32; }
+static int padded_rank(int rank) { return rank <= 64 ? 64 : (rank + 127) / 128 * 128; }
+
+// to (n, rows) = from (rows, columns) transposed, columns up to n zeros, less the mean over a column. A block a column.
+__global__ void pack_centered(floatX *to, const floatX *from, int rows, int columns) {
+    __shared__ float2 shared[32];
+    const int column = blockIdx.x;
+    float sum = 0;
+    for (int i = threadIdx.x; i < columns && column < rows; i += blockDim.x) sum += (float)from[(int64_t)column * columns + i];
+    const float mean = block_sum(sum, shared) / columns;
+    for (int i = threadIdx.x; i < columns; i += blockDim.x)
+        to[(int64_t)i * gridDim.x + column] = (floatX)(column < rows ? (float)from[(int64_t)column * columns + i] - mean : 0);
+}
+
+__global__ void sum_squares(float *to, const floatX *from, int columns) {                   // of rows, a warp each
+    float sum = 0;
+    from += (int64_t)blockIdx.x * columns;
+    for (int i = threadIdx.x; i < columns; i += 32) sum += (float)from[i] * (float)from[i];
+    sum = warp_sum(sum);
+    if (threadIdx.x == 0) to[blockIdx.x] = sum;
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 2. Attention of a GOLD layer over its cache
 //
-// A block takes a share of the context and walks it in tiles: rows - 1 new tokens, row 0 being the token before them, to
-// which the first one's shift looks back. Per tile, in shared memory and nowhere else:
+// Two sources: the window, where keys and values are ready, and all that is older.
 //
-//     K0 = rms_norm(id_k0[id] + c w_c^T)                           (rows, C)
-//     h  = tanh(id_h[id] + id_h_before[id before])                 (rows, 64)
-//     k  = K0 + (shift(K0) - K0) * (time_maa_k + h[:, :32] mix^T)  in place; likewise v from xo = id_xo[id], h[:, 32:]
-//     k  = LayerNorm(k + tanh(k w1^T) w2^T)                        in place
+// ---- the window ----
 //
-// then scores of all queries and heads, a softmax with running maxima as in attention_forward_kernel, then the values in
-// the keys' place. Partial sums of the blocks are put together by combine_splits (flash-decoding). Flops per token and
-// layer: 2 C (R + 4 rank + 64); bytes: the weights, C (R + 4 rank + 64) floatX a tile, from L2: the more rows, the better.
+// Making keys and values costs as much for one token as for a hundred (the weights must be read), so those of the newest
+// `window` tokens are kept, in a ring: token t's in row t % window. It holds nothing that (id, c) do not give: scratch of
+// a fixed size. With KV_FULL it is as long as the context, and the rest of this section has nothing to do.
 
-static const int READ_THREADS = 256, READ_WARPS = READ_THREADS / 32;
+static const int WINDOW_THREADS = 256, WINDOW_SPLITS = 8, WINDOW_GROUPS = WINDOW_THREADS / 8;
 
-struct ReadSmem {                           // where things lie in a block's shared memory
-    floatX *x, *u, *c, *h;                  // (rows, C), (rows, rank16), (rows, R16), (rows, 64), each row PAD longer
-    float *p, *top, *sum, *shrink, *scale;  // (M, H, rows); (M, H) three times; (rows)
-    int *ids;                               // (rows): -1 outside the context
+struct QuerySource {
+    const floatX *q;                        // (M, C), normed; or null:
+    const float *q0;                        // (C), not normed yet, with ln_q's gain and bias (M = 1), and without its rope
+    const floatX *gain, *bias;
+    const Rope *rope;
+    const Place *place;
+};
+
+struct WindowTask {
+    QuerySource query;
+    const floatX *keys, *values;            // (window, C)
+    floatX *shift;                          // what the next token's shift sees of this one, and where it lies now; or null
+    const floatX *ln;
+    SplitSums to;
+    const Place *place;
+    int64_t window;
+    int m0, M, C, H;                        // m0: number of the first query here
+};
+
+// Mean and 1/deviation of x (C), over the block
+template <typename T> __device__ inline float2 block_norm(const T *x, int C, float2 *shared) {
+    float total = 0, squares = 0;
+    for (int c = threadIdx.x * 8; c < C; c += blockDim.x * 8) {
+        const Pack v = load(x + c);
+        for (int i = 0; i < 8; i++) total += v.x[i];
+    }
+    const float mean = block_sum(total, shared) / C;
+    for (int c = threadIdx.x * 8; c < C; c += blockDim.x * 8) {
+        const Pack v = load(x + c);
+        for (int i = 0; i < 8; i++) squares += (v.x[i] - mean) * (v.x[i] - mean);
+    }
+    return make_float2(mean, rsqrtf(block_sum(squares, shared) / C + 1e-5f));
+}
+
+// Eight channels of query m, from c on; the whole block must call it
+__device__ inline Pack query_pack(const QuerySource &s, int m, int c, int C, float2 *shared) {
+    if (s.q) return load(s.q + (int64_t)m * C + c);
+    const float2 norm = block_norm(s.q0, C, shared);
+    const Pack gain = load(s.gain + c), bias = load(s.bias + c);
+    Pack q = load(s.q0 + c);
+    for (int i = 0; i < 8; i++) q.x[i] = (float)(floatX)((q.x[i] - norm.x) * norm.y * gain.x[i] + bias.x[i]);
+    return s.rope->used ? rope_pack(q, *s.rope, s.place->first, c, 1) : q;
+}
+
+// Grid: (H, splits, M). Eight lanes hold a token, each eight channels; such a group of lanes keeps its own running sums of
+// every 32nd token, four tokens on their way at a time. Floor: bytes, 2 floatX a channel and token.
+__global__ void __launch_bounds__(WINDOW_THREADS) window_attention_kernel(WindowTask p) {
+    __shared__ float2 shared[32];
+    __shared__ float tops[WINDOW_GROUPS];
+    __shared__ float sums[WINDOW_GROUPS];
+    __shared__ __align__(16) float outs[WINDOW_GROUPS][N];
+    const int group = threadIdx.x / 8, lane = threadIdx.x % 8, h = blockIdx.x, split = blockIdx.y, m = blockIdx.z;
+    const int c = h * N + lane * 8;
+    let_next_start();
+    wait_for_previous();
+    const Pack q = query_pack(p.query, m, c, p.C, shared);
+    Pack out = zero_pack();
+    for (int i = (split * p.H + h) * WINDOW_THREADS + threadIdx.x; p.shift && i < p.C; i += gridDim.y * p.H * WINDOW_THREADS)
+        p.shift[i] = p.ln[i];
+    const int64_t end = p.place->first + p.m0 + m + 1;                       // of what this query sees
+    const int step = WINDOW_GROUPS * gridDim.y;
+    float top = -INFINITY, sum = 0;
+    int64_t t0 = p.place->begin + split * WINDOW_GROUPS + group;
+    for (int64_t rounds = (end - p.place->begin + 4 * step - 1) / (4 * step); rounds > 0; rounds--) {
+        RawPack<floatX> k[4], v[4];
+        float score[4], high = top;
+        for (int i = 0; i < 4; i++) {
+            const int64_t at = (t0 + i * step < end ? t0 + i * step : end - 1) % p.window * p.C + c;
+            k[i] = load_raw(p.keys + at);
+            v[i] = load_raw(p.values + at);
+        }
+        for (int i = 0; i < 4; i++) {
+            const Pack key = unpack(k[i]);
+            float dot = 0;
+            for (int j = 0; j < 8; j++) dot += q.x[j] * key.x[j];
+            dot = warp_sum(dot, 8);
+            score[i] = t0 + i * step < end ? dot * SCALE_LOG2 : -INFINITY;
+            high = fmaxf(high, score[i]);
+        }
+        const float shrink = high > -INFINITY ? exp2f(top - high) : 1;
+        sum *= shrink;
+        for (int j = 0; j < 8; j++) out.x[j] *= shrink;
+        for (int i = 0; i < 4; i++) {
+            const Pack value = unpack(v[i]);
+            const float weight = high > -INFINITY ? exp2f(score[i] - high) : 0;
+            sum += weight;
+            for (int j = 0; j < 8; j++) out.x[j] += weight * value.x[j];
+        }
+        top = high;
+        t0 += 4 * step;
+    }
+    if (lane == 0) {
+        tops[group] = top;
+        sums[group] = sum;
+    }
+    store(&outs[group][lane * 8], out);
+    __syncthreads();
+    if (threadIdx.x >= N) return;
+    float all = 0, y = 0, high = -INFINITY;
+    for (int i = 0; i < WINDOW_GROUPS; i++) high = fmaxf(high, tops[i]);
+    for (int i = 0; i < WINDOW_GROUPS && high > -INFINITY; i++) {
+        const float weight = exp2f(tops[i] - high);
+        all += sums[i] * weight;
+        y += outs[i][threadIdx.x] * weight;
+    }
+    const int64_t row = (int64_t)split * p.M + m;
+    p.to.out[row * p.C + h * N + threadIdx.x] = y;
+    if (threadIdx.x > 0) return;
+    p.to.top[row * p.H + h] = high;
+    p.to.sum[row * p.H + h] = all;
+}
+
+// Rows at.. of the ring; a block a row.
+__global__ void append_to_ring(floatX *ring, const floatX *from, int64_t at, int64_t window, int C) {
+    const int c = threadIdx.x * 8;
+    if (c < C) store(ring + (at + blockIdx.x) % window * C + c, load(from + (int64_t)blockIdx.x * C + c));
+}
+
+// ---- older tokens: keys and values from (id, c), made in registers and used at once ----
+//
+//     z  = id_k0[id] + W_c c,   K0 = z / (|z| / sqrt(C) + 1e-8)
+//     k1 = K0 + (shift(K0) - K0) * (time_maa_k + h_k mix_k),   h = tanh(id_h[id] + id_h_before[id before]);   v1 from id_xo
+//     k  = LayerNorm(k1 + W2 u),   u = tanh(w1 k1);             v likewise from v1
+//
+// What makes it affordable is that neither W2 u nor the norm is needed channel by channel. With W2's mean over channels taken
+// off (a LayerNorm does not see it), and for a query q with q~ = q * gain:
+//
+//     mean(k)    = mean(k1)
+//     C var(k)   = |k1|^2 + 2 u . (W2^T k1) + u . (W2^T W2) u - C mean^2
+//     q . k      = (q~ . k1 + (W2^T q~) . u - mean sum(q~)) / deviation + q . bias             W2^T q~: once per query and head
+//     sum of p v = gain * (sum p' v1 + W2 sum p' u - sum p' mean) + bias sum p,  p' = p / deviation      W2: once, at the end
+//     |z|^2      = |id_k0|^2 + 2 (W_c^T id_k0) . c + c . (W_c^T W_c) c                          tables over the vocabulary
+//
+// So a token's channels pass by once, 32 at a time (a sweep), and what stays is in registers: [u's input | W2^T k1]. A warp
+// has 16 tokens, the first of them only for the shift of the others. Weights come from L2 through shared memory, in the order
+// in which lanes need them, while those before are multiplied; a block's warps share them:
+//
+//     keys:    z (16 x 32) = c W_c^T;  mixes (16 x 32) = h mix;  U (16 x 2 rank) += k1 [w1 | W2]       and scores += k1 q~
+//     values:                          mixes;                    U += v1 [w1 | W2]
+//     then softmax, and for each head once more v1, to add p' v1.
+//
+// Flops per token and layer: 2 C (R + 4 rank + 96), on 16 x 8 tiles of tensor cores. Shared memory binds: a tile's 256 bytes of
+// weights serve 16 tokens.
+
+// A lane owns 8 neighbouring channels of 32 (one 16-byte load), though a tile gives it two of each 8: so tiles are made of
+// channels in another order. Tile n, column j of 32 channels is channel 8 (j / 2) + 2 n + j % 2.
+__host__ __device__ inline int tile_channel(int i) { return i / 32 * 32 + i % 8 / 2 * 8 + i % 32 / 8 * 2 + i % 2; }
+
+// Right operands of a matrix B[k][n] = p[k ld_k + n ld_n], in lanes' order; the pair of tiles (n / 8, k / 32) goes to
+// position n / 8 % per * inner + n / 8 / per * outer + k / 32 * step. Channels in tiles' order where asked for. A warp a pair.
+struct PackTiles {
+    const floatX *p;
+    int64_t ld_k, ld_n;
+    int K, per, inner, outer, step;
+    bool k_channels, n_channels;
+};
+
+__global__ void pack_tiles(TilePair *to, PackTiles s) {
+    const int k32 = blockIdx.x % (s.K / 32), n8 = blockIdx.x / (s.K / 32), lane = threadIdx.x;
+    const int n = 8 * n8 + lane / 4, column = s.n_channels ? tile_channel(n) : n;
+    TilePair pair;
+    for (int half = 0; half < 2; half++) {
+        float x[4];
+        for (int i = 0; i < 4; i++) {
+            const int k = 32 * k32 + 16 * half + lane % 4 * 2 + i % 2 + i / 2 * 8, row = s.k_channels ? tile_channel(k) : k;
+            x[i] = (float)s.p[row * s.ld_k + column * s.ld_n];
+        }
+        pair.b[half] = make_b(x[0], x[1], x[2], x[3]);
+    }
+    to[((int64_t)(n8 % s.per * s.inner + n8 / s.per * s.outer + k32 * s.step)) * 32 + lane] = pair;
+}
+
+struct PastTask {
+    PastQuery query;
+    PastSums to;
+    const Place *place;
+    int m0, M;                                              // number of the first query; queries
+};
+
+struct PastSmem {                           // where things lie in a block's shared memory
+    TilePair *stage;                        // two stages of weights for 32 channels each, g.stage pairs apart
+    floatX *patch;                          // (warps, 16, 64), in the stages' place
+    floatX *c, *h, *u;                      // (warps, 16, R), (warps, 16, 64), (warps, 16, rank), each row PAD longer
+    float *p;                               // (H M, tokens): scores, then p'
+    float *top, *sum, *mean, *shrink;       // (H M)
+    float *v_mean, *v_rstd;                 // (tokens)
+    int *ids;                               // (tokens): -1 outside
+    int ld;                                 // of p
     size_t bytes;
 };
 
-__host__ __device__ inline ReadSmem read_smem(char *base, const GoldSource &g, int rows, int M) {
-    ReadSmem s;
+__host__ __device__ inline PastSmem past_smem(char *base, const GoldSource &g, int warps, int M) {
+    PastSmem s;
     size_t at = 0;
     auto place = [&](size_t bytes) { char *p = base + at; at += (bytes + 15) / 16 * 16; return p; };
-    s.x = (floatX *)place(sizeof(floatX) * rows * (g.C + PAD));
-    s.u = (floatX *)place(sizeof(floatX) * rows * (g.rank16 + PAD));
-    s.c = (floatX *)place(sizeof(floatX) * rows * (g.R16 + PAD));
-    s.h = (floatX *)place(sizeof(floatX) * rows * (64 + PAD));
-    s.p = (float *)place(4ul * M * g.H * rows);
-    s.top = (float *)place(4ul * M * g.H);
-    s.sum = (float *)place(4ul * M * g.H);
-    s.shrink = (float *)place(4ul * M * g.H);
-    s.scale = (float *)place(4ul * rows);
-    s.ids = (int *)place(4ul * rows);
+    const int tokens = 16 * warps, pairs = M * g.H;
+    s.stage = (TilePair *)place(2 * sizeof(TilePair) * 32 * g.stage);
+    s.patch = (floatX *)s.stage;
+    s.c = (floatX *)place(sizeof(floatX) * tokens * (g.R32 + PAD));
+    s.h = (floatX *)place(sizeof(floatX) * tokens * (64 + PAD));
+    s.u = (floatX *)place(sizeof(floatX) * tokens * (g.rank_pad + PAD));
+    s.ld = tokens + 4;
+    s.p = (float *)place(4ul * s.ld * ((pairs + 23) / 16 * 16));            // tiles reach beyond the last pair
+    s.top = (float *)place(4ul * pairs);
+    s.sum = (float *)place(4ul * pairs);
+    s.mean = (float *)place(4ul * pairs);
+    s.shrink = (float *)place(4ul * pairs);
+    s.v_mean = (float *)place(4ul * tokens);
+    s.v_rstd = (float *)place(4ul * tokens);
+    s.ids = (int *)place(4ul * tokens);
     s.bytes = at;
     return s;
 }
 
-// out (16 tiles x 32 columns) += a (16 tiles, K) b^T: a in shared memory, b (32, K) in global memory, K a multiple of 16
-template <int tiles> __device__ inline void read_product(TileC (&out)[tiles][4], const floatX *a, int lda, const floatX *b, int K) {
-    for (int k = 0; k < K; k += 16) {
-        TileB right[4];
-        for (int n = 0; n < 4; n++) right[n] = load_b_global(b + (int64_t)8 * n * K + k, K);
-        for (int i = 0; i < tiles; i++) mma(out[i], load_a(a + 16 * i * lda + k, lda), right);
-    }
+struct PastRows {                           // of a lane's two rows, tile_row(0) and tile_row(2)
+    int id[2];                              // -1 outside
+    float scale[2];                         // of K0: 1 / (|z| / sqrt(C) + 1e-8)
+    float mean[2], rstd[2];                 // of keys, then of values
+};
+
+__device__ inline void stage_copy(TilePair *to, const TilePair *from, int pairs) {
+    for (int i = threadIdx.x; i < pairs * 32 * (int)sizeof(TilePair) / 16; i += blockDim.x)
+        async_copy16((char *)to + 16 * i, (const char *)from + 16 * i, true);
+    async_commit();
 }
 
-// Rows of the compressed key cache, before their norm: id_k0[id] + c w_c^T
-template <int tiles> __device__ inline void read_k0(const ReadSmem &s, const GoldSource &g) {
-    for (int column = threadIdx.x / 32 * 32; column < g.C; column += READ_THREADS) {
-        TileC out[tiles][4] = {};
-        read_product(out, s.c, g.R16 + PAD, g.w_c + (int64_t)column * g.R16, g.R16);
-        for (int j = 0; j < tiles; j++)
-            for (int n = 0; n < 4; n++)
-                for (int i = 0; i < 4; i++) {
-                    const int row = 16 * j + tile_row(i), at = column + 8 * n + tile_col(i), id = s.ids[row];
-                    const float from_id = id >= 0 ? (float)g.id_k0[(int64_t)id * g.C + at] : 0;
-                    s.x[row * (g.C + PAD) + at] = (floatX)(from_id + out[j][n].x[i]);
-                }
+// c[i] += a[0] b[i][0] + a[1] b[i][1], b in lanes' order, `apart` pairs from one i to the next
+template <int n> __device__ inline void mma_pairs(TileC (&c)[n], const TileA &a0, const TileA &a1, const TilePair *b, int apart) {
+    TileB left[n], right[n];
+    for (int i = 0; i < n; i++) {
+        const TilePair pair = b[i * apart * 32 + threadIdx.x % 32];
+        left[i] = pair.b[0];
+        right[i] = pair.b[1];
     }
+    mma(c, a0, left);
+    mma(c, a1, right);
 }
 
-// x = x + (shift(x) - x) * (mu + h mix^T), x times scale first: in place, each warp its columns
-template <int tiles>
-__device__ inline void read_mix(const ReadSmem &s, const GoldSource &g, const GoldSource::Side &side, const floatX *h) {
-    const int ld = g.C + PAD;
-    for (int column = threadIdx.x / 32 * 32; column < g.C; column += READ_THREADS) {
-        TileC out[tiles][4] = {};
-        read_product(out, h, 64 + PAD, side.mix + (int64_t)column * 32, 32);
-        for (int j = 0; j < tiles; j++)
-            for (int n = 0; n < 4; n++)
-                for (int i = 0; i < 4; i++) {
-                    const int row = 16 * j + tile_row(i), at = column + 8 * n + tile_col(i);
-                    const float x = (float)s.x[row * ld + at] * s.scale[row];
-                    const float before = row > 0 ? (float)s.x[(row - 1) * ld + at] * s.scale[row - 1] : 0;
-                    out[j][n].x[i] = x + (before - x) * ((float)side.mu[at] + out[j][n].x[i]);
-                }
-        __syncwarp();                                       // all have read the rows before
-        for (int j = 0; j < tiles; j++)
-            for (int n = 0; n < 4; n++)
-                for (int i = 0; i < 4; i++) s.x[(16 * j + tile_row(i)) * ld + column + 8 * n + tile_col(i)] = (floatX)out[j][n].x[i];
+// Operands from fp32 numbers in shared memory: A[m][k] = p[m ld + k]; B[k][n] = p[n ld + k]
+__device__ inline TileA float_a(const float *p, int ld) {
+    TileC left, right;
+    for (int i = 0; i < 4; i++) {
+        left.x[i] = p[tile_row(i) * ld + tile_col(i)];
+        right.x[i] = p[tile_row(i) * ld + tile_col(i) + 8];
     }
+    return to_a(left, right);
+}
+__device__ inline TileB float_b(const float *p, int ld) {
+    p += threadIdx.x % 32 / 4 * ld + threadIdx.x % 4 * 2;
+    return make_b(p[0], p[1], p[8], p[9]);
 }
 
-// x = LayerNorm(x + tanh(x w1^T) w2^T) in place
-template <int tiles> __device__ inline void read_low_rank_norm(const ReadSmem &s, const GoldSource &g, const GoldSource::Side &side) {
-    const int ld = g.C + PAD, ldu = g.rank16 + PAD, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int column = 8 * warp; column < g.rank16; column += 8 * READ_WARPS) {
-        TileC out[tiles][1] = {};
-        for (int k = 0; k < g.C; k += 16) {
-            const TileB right[1] = {load_b_global(side.w1 + (int64_t)column * g.C + k, g.C)};
-            for (int i = 0; i < tiles; i++) mma(out[i], load_a(s.x + 16 * i * ld + k, ld), right);
-        }
-        for (int j = 0; j < tiles; j++)
-            for (int i = 0; i < 4; i++) s.u[(16 * j + tile_row(i)) * ldu + column + tile_col(i)] = (floatX)tanhf(out[j][0].x[i]);
+// sum over x's columns of x_row . (gram x_row), for the lane's two rows; x (16, K) in shared memory
+__device__ inline float2 quadratic(const floatX *x, int ld, const TilePair *gram, int K) {
+    float2 sum = make_float2(0, 0);
+    for (int n = 0; n < K; n += 32) {
+        TileC y[4] = {};
+        for (int k = 0; k < K; k += 32)
+            mma_pairs(y, load_a(x + k, ld), load_a(x + k + 16, ld), gram + (n / 8 * (K / 32) + k / 32) * 32, K / 32);
+        for (int j = 0; j < 4; j++)
+            for (int i = 0; i < 4; i++) {
+                const float term = y[j].x[i] * (float)x[tile_row(i) * ld + n + 8 * j + tile_col(i)];
+                if (i < 2) sum.x += term;
+                else sum.y += term;
+            }
     }
-    __syncthreads();
-    for (int column = 32 * warp; column < g.C; column += READ_THREADS) {
-        TileC out[tiles][4] = {};
-        read_product(out, s.u, ldu, side.w2 + (int64_t)column * g.rank16, g.rank16);
-        for (int j = 0; j < tiles; j++)
-            for (int n = 0; n < 4; n++)
-                for (int i = 0; i < 4; i++) {
-                    floatX *x = &s.x[(16 * j + tile_row(i)) * ld + column + 8 * n + tile_col(i)];
-                    *x = (floatX)((float)*x + out[j][n].x[i]);
-                }
-    }
-    __syncthreads();
-    for (int row = warp; row < 16 * tiles; row += READ_WARPS) {
-        floatX *x = s.x + row * ld;
-        float total = 0, squares = 0;
-        for (int i = lane; i < g.C; i += 32) total += (float)x[i];
-        const float mean = warp_sum(total) / g.C;
-        for (int i = lane; i < g.C; i += 32) squares += ((float)x[i] - mean) * ((float)x[i] - mean);
-        const float rstd = rsqrtf(warp_sum(squares) / g.C + 1e-5f);
-        for (int i = lane; i < g.C; i += 32) x[i] = (floatX)(((float)x[i] - mean) * rstd * (float)side.gain[i] + (float)side.bias[i]);
-    }
-    __syncthreads();
+    return make_float2(warp_sum(sum.x, 4), warp_sum(sum.y, 4));
 }
 
-// Rows of a matrix (.., C) by number, or zeros where the number is negative, into x
-__device__ inline void read_rows(const ReadSmem &s, const GoldSource &g, int rows, const floatX *from, const int *numbers, int64_t base) {
-    for (int i = threadIdx.x; i < rows * g.C / 8; i += READ_THREADS) {
-        const int row = i / (g.C / 8), at = i % (g.C / 8) * 8;
-        const int64_t number = s.ids[row] < 0 ? -1 : numbers ? numbers[row] : base + row;
-        store(s.x + row * (g.C + PAD) + at, number < 0 ? zero_pack() : load(from + number * g.C + at));
+// The warp's tokens, row 0 being the one before token t0: ids, c, h, and the norm of z.
+__device__ inline void past_rows(PastRows &rows, const PastSmem &s, const GoldSource &g, int64_t t0, int64_t T) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, ldc = g.R32 + PAD;
+    floatX *c = s.c + warp * 16 * ldc, *h = s.h + warp * 16 * (64 + PAD);
+    int *ids = s.ids + 16 * warp;
+    const int64_t first = t0 - 1;                                           // of row 0
+    if (lane < 16) ids[lane] = first + lane >= 0 && first + lane < T ? g.ids[first + lane] : -1;
+    __syncwarp();
+#pragma unroll 8
+    for (int i = lane; i < 16 * g.R32; i += 32) {
+        const int row = i / g.R32, at = i % g.R32;
+        const int64_t t = first + row;
+        float x = 0;
+        if (ids[row] >= 0 && at < g.R) x = g.c8 ? g.c8[t * g.R + at] * g.scales[t] : (float)g.c[t * g.R + at];
+        c[row * ldc + at] = (floatX)x;
     }
-}
-
-// Ids of the rows of a tile, row 0 being token t0 - 1; and the c and h that keys and values are made from.
-__device__ inline void read_ids(const ReadSmem &s, const GoldSource &g, int rows, int64_t t0, int64_t T) {
-    for (int row = threadIdx.x; row < rows; row += READ_THREADS) {
-        const int64_t t = t0 - 1 + row;
-        s.ids[row] = t >= 0 && t < T ? g.ids[t] : -1;
-    }
-    __syncthreads();
-}
-
-template <KvKind kind> __device__ inline void read_c_and_h(const ReadSmem &s, const GoldSource &g, int rows, int64_t t0) {
-    for (int i = threadIdx.x; i < rows * g.R16; i += READ_THREADS) {
-        const int row = i / g.R16, at = i % g.R16;
-        const int64_t t = t0 - 1 + row;
-        float c = 0;
-        if (s.ids[row] >= 0 && at < g.R) c = kind == KV_INT8 ? g.c8[t * g.R + at] * g.scales[t] : (float)g.c[t * g.R + at];
-        s.c[row * (g.R16 + PAD) + at] = (floatX)c;
-    }
-    for (int i = threadIdx.x; i < rows * 64; i += READ_THREADS) {
+#pragma unroll 8
+    for (int i = lane; i < 16 * 64; i += 32) {
         const int row = i / 64, at = i % 64;
-        const int64_t t = t0 - 1 + row;
-        float h = 0;
-        if (s.ids[row] >= 0) h = (float)g.id_h[(int64_t)s.ids[row] * 64 + at];
-        if (s.ids[row] >= 0 && t > 0) h += (float)g.id_h_before[(int64_t)g.ids[t - 1] * 64 + at];
-        s.h[row * (64 + PAD) + at] = (floatX)tanhf(h);
+        float x = 0;
+        if (ids[row] >= 0) x = (float)g.id_h[(int64_t)ids[row] * 64 + at];
+        if (ids[row] >= 0 && first + row > 0) x += (float)g.id_h_before[(int64_t)g.ids[first + row - 1] * 64 + at];
+        h[row * (64 + PAD) + at] = (floatX)tanhf(x);
     }
-    __syncthreads();
+    __syncwarp();
+    const float2 squares = quadratic(c, ldc, g.c_gram, g.R32);
+    for (int i = 0; i < 2; i++) {
+        const int row = tile_row(2 * i), id = ids[row];
+        float dot = 0;
+#pragma unroll 8
+        for (int at = lane % 4; at < g.R && id >= 0; at += 4)
+            dot += (float)g.id_c[(int64_t)id * g.R32 + at] * (float)c[row * ldc + at];
+        dot = warp_sum(dot, 4);
+        const float all = id >= 0 ? g.id_squares[id] + 2 * dot + (i ? squares.y : squares.x) : 0;
+        rows.id[i] = id;
+        rows.scale[i] = id >= 0 ? 1 / (sqrtf(fmaxf(all, 0) / g.C) + 1e-8f) : 0;
+    }
 }
 
-template <int tiles> __device__ inline void read_keys(const ReadSmem &s, const GoldSource &g) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    read_k0<tiles>(s, g);
-    __syncthreads();
-    for (int row = warp; row < 16 * tiles; row += READ_WARPS) {             // rms_norm, applied by read_mix
-        float squares = 0;
-        for (int i = lane; i < g.C; i += 32) squares += (float)s.x[row * (g.C + PAD) + i] * (float)s.x[row * (g.C + PAD) + i];
-        squares = warp_sum(squares);
-        if (lane == 0) s.scale[row] = 1 / (sqrtf(squares / g.C) + 1e-8f);
-    }
-    __syncthreads();
-    read_mix<tiles>(s, g, g.k, s.h);
-    __syncthreads();
-    read_low_rank_norm<tiles>(s, g, g.k);
-}
-
-// The keys' positions: their rows in the cache
-__device__ inline void read_rope(const ReadSmem &s, const GoldSource &g, int rows, int64_t t0) {
-    for (int i = threadIdx.x; i < rows * g.C / 8; i += READ_THREADS) {
-        const int row = i / (g.C / 8), c = i % (g.C / 8) * 8;
-        floatX *at = s.x + row * (g.C + PAD) + c;
-        store(at, rope_pack(load(at), g.rope, t0 - 1 + row, c, 1));
-    }
-    __syncthreads();
-}
-
-template <int tiles> __device__ inline void read_values(const ReadSmem &s, const GoldSource &g, int64_t t0) {
-    read_rows(s, g, 16 * tiles, g.id_xo, s.ids, t0 - 1);
-    for (int row = threadIdx.x; row < 16 * tiles; row += READ_THREADS) s.scale[row] = 1;
-    __syncthreads();
-    read_mix<tiles>(s, g, g.v, s.h + 32);
-    __syncthreads();
-    read_low_rank_norm<tiles>(s, g, g.v);
-}
-
-// Grid: splits of the context. Each writes its sums over its tokens, out = sum of exp2(score - top) v, sum, and top.
-template <int tiles, KvKind kind>
-__global__ void __launch_bounds__(READ_THREADS) cached_attention_kernel(GoldSource g, ReadTask task) {
-    const int rows = 16 * tiles, step = rows - 1, warp = threadIdx.x / 32, lane = threadIdx.x % 32, pairs = task.M * g.H;
-    const ReadSmem s = read_smem(dynamic_smem<char>(), g, rows, task.M);
-    float *out = task.out + (int64_t)blockIdx.x * task.M * g.C;
-    for (int i = threadIdx.x; i < pairs; i += READ_THREADS) {
-        s.top[i] = -INFINITY;
-        s.sum[i] = 0;
-    }
-    for (int tile = 0; tile < task.tiles_per_split; tile++) {
-        const int64_t t0 = ((int64_t)blockIdx.x * task.tiles_per_split + tile) * step;
-        if (t0 >= task.T) break;
-        __syncthreads();
-        read_ids(s, g, rows, t0, task.T);
-        if constexpr (kind == KV_FULL) {
-            read_rows(s, g, rows, g.keys, nullptr, t0 - 1);
-            __syncthreads();
-        } else {
-            read_c_and_h<kind>(s, g, rows, t0);
-            read_keys<tiles>(s, g);
-            if (g.rope.used) read_rope(s, g, rows, t0);
+// x (16 tokens x 32 channels, as 4 tiles) = x + (shift(x) - x) * (mu + m), along the rows; row 0 is not used
+__device__ inline void past_mix(TileC (&x)[4], const TileC (&m)[4], const floatX *mu) {
+    const int lane = threadIdx.x % 32;
+    const Pack own = load(mu + lane % 4 * 8);
+    for (int n = 0; n < 4; n++) {
+        float up[4];                                                        // of the row above, rows 8 apart in a lane
+        for (int i = 0; i < 4; i++) up[i] = __shfl_sync(0xffffffffu, x[n].x[i], (lane + 28) % 32);
+        for (int i = 0; i < 4; i++) {
+            const float before = lane < 4 && i >= 2 ? up[i - 2] : up[i];
+            x[n].x[i] += (before - x[n].x[i]) * (own.x[2 * n + i % 2] + m[n].x[i]);
         }
-        for (int i = threadIdx.x; i < rows * g.H; i += READ_THREADS) {      // scores: a thread, a key of a head
-            const int row = i % rows, h = i / rows;
-            float k[N];
-            for (int j = 0; j < N; j += 8) {
-                const Pack part = load(s.x + row * (g.C + PAD) + h * N + j);
-                for (int e = 0; e < 8; e++) k[j + e] = part.x[e];
+    }
+}
+
+// x = scale (x + the lane's channels of its two rows of a table), 0 where there is no row
+__device__ inline void past_add(TileC (&x)[4], const RawPack<floatX> (&raw)[2], const float (&scale)[2]) {
+    const Pack rows[2] = {unpack(raw[0]), unpack(raw[1])};
+    for (int n = 0; n < 4; n++)
+        for (int i = 0; i < 4; i++) x[n].x[i] = (x[n].x[i] + rows[i / 2].x[2 * n + i % 2]) * scale[i / 2];
+}
+
+// ids (16): of the rows; negative where there is none
+__device__ inline void past_request(RawPack<floatX> (&raw)[2], const floatX *table, const int *ids, int channel, int C) {
+    table += channel + threadIdx.x % 4 * 8;
+    for (int i = 0; i < 2; i++) raw[i] = load_raw(table + (int64_t)max(ids[tile_row(2 * i)], 0) * C);
+}
+
+// All channels of the warp's tokens, for keys with scores: leaves u in shared memory and mean and 1/deviation in rows. The first
+// stage is on its way. Ranks above 32 `groups` take several passes.
+template <int groups, bool keys>
+__device__ inline void past_sweep(PastRows &rows, const PastSmem &s, const GoldSource &g, const PastTask &task) {
+    const GoldSource::Side &side = keys ? g.k : g.v;
+    const int warp = threadIdx.x / 32, ldc = g.R32 + PAD, ldh = 64 + PAD, ldu = g.rank_pad + PAD, stages = g.C / 32;
+    const floatX *c = s.c + warp * 16 * ldc, *h = s.h + warp * 16 * ldh + (keys ? 0 : 32), *table = keys ? g.id_k0 : g.id_xo;
+    floatX *u = s.u + warp * 16 * ldu;
+    const TileA hidden[2] = {load_a(h, ldh), load_a(h + 16, ldh)};
+    float scale[2];
+    for (int i = 0; i < 2; i++) scale[i] = keys ? rows.scale[i] : rows.id[i] >= 0 ? 1 : 0;
+    float sum[2] = {0, 0}, squares[2] = {0, 0};                             // of k1; |k1|^2 + 2 u . (W2^T k1)
+    for (int pass = 0; pass < g.rank_pad / (32 * groups); pass++) {
+        TileC U[2][groups][4] = {}, score[1] = {};
+        RawPack<floatX> raw[2];
+        past_request(raw, table, s.ids + 16 * warp, 0, g.C);
+        for (int j = 0; j < stages; j++) {
+            async_wait<0>();
+            __syncthreads();
+            const int next = pass * stages + j + 1;
+            if (next < stages * g.rank_pad / (32 * groups))
+                stage_copy(s.stage + next % 2 * 32 * g.stage, side.tiles + (int64_t)next * side.stage * 32, side.stage);
+            const TilePair *w = s.stage + (next - 1) % 2 * 32 * g.stage;
+            TileC x[4] = {}, m[4] = {};
+            if (keys) {
+                for (int k = 0; k < g.R32; k += 32) mma_pairs(x, load_a(c + k, ldc), load_a(c + k + 16, ldc), w + k, g.R32 / 32);
+                w += 4 * g.R32;                                             // 4 R32 / 32 pairs of tiles
             }
-            for (int m = 0; m < task.M; m++) {
-                const bool seen = row > 0 && s.ids[row] >= 0 && t0 - 1 + row <= task.first + m;
-                float score = 0;
-                for (int j = 0; j < N; j += 8) {
-                    const Pack q = load(task.q + (int64_t)m * g.C + h * N + j);
-                    for (int e = 0; e < 8; e++) score += q.x[e] * k[j + e];
+            mma_pairs(m, hidden[0], hidden[1], w, 1);
+            w += 4 * 32;
+            past_add(x, raw, scale);
+            if (j + 1 < stages) past_request(raw, table, s.ids + 16 * warp, 32 * (j + 1), g.C);
+            past_mix(x, m, side.mu + 32 * j);
+            for (int n = 0; n < 4 && pass == 0; n++)
+                for (int i = 0; i < 4; i++) {
+                    sum[i / 2] += x[n].x[i];
+                    squares[i / 2] += x[n].x[i] * x[n].x[i];
                 }
-                s.p[(m * g.H + h) * rows + row] = seen ? score * SCALE_LOG2 : -INFINITY;
+            const TileA left = to_a(x[0], x[1]), right = to_a(x[2], x[3]);
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+#pragma unroll
+                for (int i = 0; i < groups; i++) mma_pairs(U[half][i], left, right, w + (half * groups + i) * 4 * 32, 1);
+            if (!keys || pass > 0) continue;
+            mma_pairs(score, left, right, task.query.q + j * 32, 1);
+            if (j % 2 == 0) continue;                                       // a head has 64 channels
+            for (int i = 0; i < 4; i++) {
+                const int query = tile_col(i), pair = j / 2 * task.M + query;
+                if (query < task.M) s.p[pair * s.ld + 16 * warp + tile_row(i)] = score[0].x[i];
+                score[0].x[i] = 0;
             }
         }
+#pragma unroll
+        for (int a = 0; a < groups; a++)
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    floatX *to = &u[tile_row(i) * ldu + 32 * groups * pass + 32 * a + 8 * n + tile_col(i)];
+                    *to = (floatX)tanhf(U[0][a][n].x[i]);
+                    squares[i / 2] += 2 * (float)*to * U[1][a][n].x[i];
+                }
+    }
+    __syncwarp();
+    const float2 more = quadratic(u, ldu, side.gram, g.rank_pad);
+    for (int i = 0; i < 2; i++) {
+        rows.mean[i] = warp_sum(sum[i], 4) / g.C;
+        const float var = (warp_sum(squares[i], 4) + (i ? more.y : more.x)) / g.C - rows.mean[i] * rows.mean[i];
+        rows.rstd[i] = rsqrtf(fmaxf(var, 0) + 1e-5f);
+    }
+}
+
+// What the scores lack after the sweep over the keys; -infinity where a query does not see a token.
+__device__ inline void past_scores(const PastRows &rows, const PastSmem &s, const GoldSource &g, const PastTask &task,
+                                   int64_t t0) {
+    const int warp = threadIdx.x / 32, ldu = g.rank_pad + PAD, pairs = task.M * g.H;
+    const floatX *u = s.u + warp * 16 * ldu;
+    for (int n = 0; n < pairs; n += 8) {
+        TileC low_rank[1] = {};
+        const TilePair *w = task.query.u + n / 8 * g.rank_pad;
+        for (int k = 0; k < g.rank_pad; k += 32) mma_pairs(low_rank, load_a(u + k, ldu), load_a(u + k + 16, ldu), w + k, 1);
+        for (int i = 0; i < 4; i++) {
+            const int pair = n + tile_col(i), row = tile_row(i);
+            if (pair >= pairs) continue;
+            float *p = &s.p[pair * s.ld + 16 * warp + row];
+            const bool seen = row > 0 && rows.id[i / 2] >= 0 && t0 - 1 + row <= task.place->first + task.m0 + pair % task.M;
+            const float centered = *p + low_rank[0].x[i] - rows.mean[i / 2] * task.query.sum[pair];
+            *p = seen ? rows.rstd[i / 2] * centered + task.query.bias[pair] : -INFINITY;
+        }
+    }
+}
+
+// The scores of keys with a rope: those must be made channel by channel, in another sweep, from k1 and u.
+__device__ inline void past_turned_scores(const PastRows &rows, const PastSmem &s, const GoldSource &g, const PastTask &task,
+                                          int64_t t0) {
+    const int warp = threadIdx.x / 32, ldc = g.R32 + PAD, ldh = 64 + PAD, ldu = g.rank_pad + PAD, stages = g.C / 32;
+    const floatX *c = s.c + warp * 16 * ldc, *h = s.h + warp * 16 * ldh, *u = s.u + warp * 16 * ldu;
+    const TileA hidden[2] = {load_a(h, ldh), load_a(h + 16, ldh)};
+    TileC score[1] = {};
+    for (int j = 0; j < stages; j++) {
+        RawPack<floatX> raw[2];
+        past_request(raw, g.id_k0, s.ids + 16 * warp, 32 * j, g.C);
+        async_wait<0>();
         __syncthreads();
-        for (int i = warp; i < pairs; i += READ_WARPS) {                    // softmax: a warp, a query of a head
-            float *p = s.p + i * rows;
-            const float score = lane < rows ? p[lane] : -INFINITY;
-            const float top = fmaxf(s.top[i], warp_max(score));
-            const float weight = top > -INFINITY ? exp2f(score - top) : 0;
-            const float shrink = top > -INFINITY ? exp2f(s.top[i] - top) : 1, total = warp_sum(weight);
+        const int next = j + 1;
+        if (next < stages)
+            stage_copy(s.stage + next % 2 * 32 * g.stage, g.turned_tiles + (int64_t)next * g.turned_stage * 32, g.turned_stage);
+        const TilePair *w = s.stage + j % 2 * 32 * g.stage;
+        TileC x[4] = {}, m[4] = {}, y[4] = {};
+        for (int k = 0; k < g.R32; k += 32) mma_pairs(x, load_a(c + k, ldc), load_a(c + k + 16, ldc), w + k, g.R32 / 32);
+        w += 4 * g.R32;
+        mma_pairs(m, hidden[0], hidden[1], w, 1);
+        w += 4 * 32;
+        for (int k = 0; k < g.rank_pad; k += 32)
+            mma_pairs(y, load_a(u + k, ldu), load_a(u + k + 16, ldu), w + k, g.rank_pad / 32);
+        past_add(x, raw, rows.scale);
+        past_mix(x, m, g.k.mu + 32 * j);
+        const int channel = 32 * j + threadIdx.x % 4 * 8;
+        const Pack gain = load(g.k.gain + channel), bias = load(g.k.bias + channel);
+        for (int i = 0; i < 2; i++) {
+            Pack k;
+            for (int e = 0; e < 8; e++) {
+                const int at = 2 * i + e % 2;
+                k.x[e] = (x[e / 2].x[at] - rows.mean[i] + y[e / 2].x[at]) * rows.rstd[i] * gain.x[e] + bias.x[e];
+            }
+            k = rope_pack(k, g.rope, t0 - 1 + tile_row(2 * i), channel, 1);
+            for (int e = 0; e < 8; e++) x[e / 2].x[2 * i + e % 2] = k.x[e];
+        }
+        mma_pairs(score, to_a(x[0], x[1]), to_a(x[2], x[3]), task.query.q + j * 32, 1);
+        if (j % 2 == 0) continue;
+        for (int i = 0; i < 4; i++) {
+            const int query = tile_col(i), row = tile_row(i);
+            const bool seen = row > 0 && rows.id[i / 2] >= 0 && t0 - 1 + row <= task.place->first + task.m0 + query;
+            if (query < task.M) s.p[(j / 2 * task.M + query) * s.ld + 16 * warp + row] = seen ? score[0].x[i] : -INFINITY;
+            score[0].x[i] = 0;
+        }
+    }
+}
+
+// Scores to p', with running maxima and sums: a warp a query of a head.
+__device__ inline void past_softmax(const PastSmem &s, int pairs) {
+    const int lane = threadIdx.x % 32, tokens = blockDim.x / 2;
+    for (int pair = threadIdx.x / 32; pair < pairs; pair += blockDim.x / 32) {
+        float *p = s.p + pair * s.ld, top = -INFINITY, sum = 0, mean = 0;
+        for (int t = lane; t < tokens; t += 32) top = fmaxf(top, p[t]);
+        top = fmaxf(s.top[pair], warp_max(top));
+        for (int t = lane; t < tokens; t += 32) {
+            const float weight = top > -INFINITY ? exp2f(p[t] - top) : 0;
+            sum += weight;
+            p[t] = weight * s.v_rstd[t];
+            mean += p[t] * s.v_mean[t];
+        }
+        sum = warp_sum(sum);
+        mean = warp_sum(mean);
+        if (lane > 0) continue;
+        const float shrink = top > -INFINITY ? exp2f(s.top[pair] - top) : 1;
+        s.top[pair] = top;
+        s.sum[pair] = s.sum[pair] * shrink + sum;
+        s.mean[pair] = s.mean[pair] * shrink + mean;
+        s.shrink[pair] = shrink;
+    }
+}
+
+// out = out shrink + sum of p' v1 over the block's tokens: a warp a head, v1 made once more
+__device__ inline void past_values(const PastSmem &s, const GoldSource &g, const PastTask &task, float *out, bool first) {
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, ldp = 64 + PAD;
+    floatX *patch = s.patch + warp * 16 * ldp;
+    for (int head = warp; head < g.H; head += warps) {
+        TileC sums[4][1] = {};                                              // 64 channels x 8 queries
+        RawPack<floatX> raw[2][2];                                          // of the head's two halves; one group ahead
+        for (int j = 0; j < 2; j++) past_request(raw[j], g.id_xo, s.ids, 64 * head + 32 * j, g.C);
+        for (int group = 0; group < warps; group++) {
+            const floatX *h = s.h + group * 16 * ldp + 32;
+            const int *ids = s.ids + 16 * group;
+            const TileA hidden[2] = {load_a(h, ldp), load_a(h + 16, ldp)};
+            const float scale[2] = {ids[tile_row(0)] >= 0 ? 1.f : 0.f, ids[tile_row(2)] >= 0 ? 1.f : 0.f};
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                TileC x[4] = {}, m[4] = {};
+                mma_pairs(m, hidden[0], hidden[1], g.v.tiles + (int64_t)(2 * head + j) * g.v.stage * 32, 1);
+                past_add(x, raw[j], scale);
+                if (group + 1 < warps) past_request(raw[j], g.id_xo, ids + 16, 64 * head + 32 * j, g.C);
+                past_mix(x, m, g.v.mu + 64 * head + 32 * j);
+                for (int i = 0; i < 2; i++) {
+                    Pack v;
+                    for (int n = 0; n < 4; n++) v.x[2 * n] = x[n].x[2 * i], v.x[2 * n + 1] = x[n].x[2 * i + 1];
+                    store(patch + tile_row(2 * i) * ldp + 32 * j + lane % 4 * 8, v);
+                }
+            }
             __syncwarp();
-            if (lane < rows) p[lane] = weight;
-            if (lane == 0) {
-                s.top[i] = top;
-                s.sum[i] = s.sum[i] * shrink + total;
-                s.shrink[i] = shrink;
+            const TileB p[1] = {float_b(s.p + head * task.M * s.ld + 16 * group, s.ld)};
+            for (int i = 0; i < 4; i++) mma(sums[i], load_a_t(patch + 16 * i, ldp), p);
+            __syncwarp();
+        }
+        for (int j = 0; j < 4; j++)
+            for (int i = 0; i < 4; i++) {
+                const int query = tile_col(i);
+                if (query >= task.M) continue;
+                float *to = &out[(int64_t)query * g.C + 64 * head + 16 * j + tile_row(i)];
+                *to = (first ? 0 : *to * s.shrink[head * task.M + query]) + sums[j][0].x[i];
             }
+    }
+}
+
+// u_sum (H M, rank) = u_sum shrink + sum of p' u over the block's tokens, u of the values: a warp eight columns
+__device__ inline void past_low_rank(const PastSmem &s, const GoldSource &g, int pairs, float *u_sum, bool first) {
+    const int warps = blockDim.x / 32, ldu = g.rank_pad + PAD;
+    for (int column = threadIdx.x / 32 * 8; column < g.rank_pad; column += 8 * warps)
+        for (int pair = 0; pair < pairs; pair += 16) {
+            TileC sum[1] = {};
+            for (int group = 0; group < warps; group++) {
+                const TileB u[1] = {load_b_t(s.u + group * 16 * ldu + column, ldu)};
+                mma(sum, float_a(s.p + pair * s.ld + 16 * group, s.ld), u);
+            }
+            for (int i = 0; i < 4; i++) {
+                const int row = pair + tile_row(i);
+                if (row >= pairs) continue;
+                float *to = &u_sum[(int64_t)row * g.rank_pad + column + tile_col(i)];
+                *to = (first ? 0 : *to * s.shrink[row]) + sum[0].x[i];
+            }
+        }
+}
+
+// Grid: splits of the tokens before the window. Each writes its sums over its tokens.
+template <int groups, bool rope> __global__ void __launch_bounds__(256, 1) past_attention_kernel(GoldSource g, PastTask task) {
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32, pairs = task.M * g.H, step = 15 * warps;
+    const PastSmem s = past_smem(dynamic_smem<char>(), g, warps, task.M);
+    let_next_start();
+    wait_for_previous();
+    const int64_t T = task.place->begin, tiles = (T + step - 1) / step;
+    const int64_t per = (tiles + gridDim.x - 1) / gridDim.x, begin = blockIdx.x * per;
+    float *out = task.to.out + (int64_t)blockIdx.x * task.M * g.C, *u_sum = task.to.u + (int64_t)blockIdx.x * pairs * g.rank_pad;
+    for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
+        s.top[i] = -INFINITY;
+        s.sum[i] = s.mean[i] = 0;
+    }
+    for (int64_t tile = begin; tile < begin + per && tile < tiles; tile++) {
+        const int64_t t0 = tile * step + 15 * warp;                         // of this warp's row 1
+        PastRows rows;
+        __syncthreads();
+        stage_copy(s.stage, g.k.tiles, g.k.stage);
+        past_rows(rows, s, g, t0, T);
+        past_sweep<groups, true>(rows, s, g, task);
+        if constexpr (rope) {
+            __syncthreads();
+            stage_copy(s.stage, g.turned_tiles, g.turned_stage);
+            past_turned_scores(rows, s, g, task, t0);
+        } else {
+            past_scores(rows, s, g, task, t0);
         }
         __syncthreads();
-        if constexpr (kind == KV_FULL) {
-            read_rows(s, g, rows, g.values, nullptr, t0 - 1);
-            __syncthreads();
-        } else {
-            read_values<tiles>(s, g, t0);
+        stage_copy(s.stage, g.v.tiles, g.v.stage);
+        past_sweep<groups, false>(rows, s, g, task);
+        for (int i = 0; i < 2 && threadIdx.x % 4 == 0; i++) {
+            const bool finite = rows.id[i] >= 0;
+            s.v_mean[16 * warp + tile_row(2 * i)] = finite ? rows.mean[i] : 0;
+            s.v_rstd[16 * warp + tile_row(2 * i)] = finite ? rows.rstd[i] : 0;
         }
-        for (int c = threadIdx.x; c < g.C; c += READ_THREADS) {             // sums: a thread, a channel
-            float v[rows];
-            for (int row = 0; row < rows; row++) v[row] = (float)s.x[row * (g.C + PAD) + c];
-            for (int m = 0; m < task.M; m++) {
-                const int pair = m * g.H + c / N;
-                float sum = tile > 0 ? out[(int64_t)m * g.C + c] * s.shrink[pair] : 0;
-                for (int row = 1; row < rows; row++) sum += s.p[pair * rows + row] * v[row];
-                out[(int64_t)m * g.C + c] = sum;
-            }
-        }
+        __syncthreads();
+        past_softmax(s, pairs);
+        __syncthreads();
+        past_values(s, g, task, out, tile == begin);
+        past_low_rank(s, g, pairs, u_sum, tile == begin);
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < pairs; i += READ_THREADS) {
-        task.top[(int64_t)blockIdx.x * pairs + i] = s.top[i];
-        task.sum[(int64_t)blockIdx.x * pairs + i] = s.sum[i];
+    for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
+        task.to.top[(int64_t)blockIdx.x * pairs + i] = s.top[i];
+        task.to.sum[(int64_t)blockIdx.x * pairs + i] = s.sum[i];
+        task.to.mean[(int64_t)blockIdx.x * pairs + i] = s.mean[i];
     }
 }
 
-// y (M, C) from the splits' sums; a block a query
-__global__ void combine_splits(floatX *y, ReadTask task, int splits, int C, int H) {
-    const int m = blockIdx.x;
-    for (int c = threadIdx.x; c < C; c += blockDim.x) {
-        const int pair = m * H + c / N, pairs = task.M * H;
-        float top = -INFINITY, sum = 0, out = 0;
-        for (int i = 0; i < splits; i++) top = fmaxf(top, task.top[i * pairs + pair]);
-        for (int i = 0; i < splits; i++) {
-            const float weight = exp2f(task.top[i * pairs + pair] - top);
-            if (weight == 0) continue;                                      // a split that this query does not see
-            sum += task.sum[i * pairs + pair] * weight;
-            out += task.out[((int64_t)i * task.M + m) * C + c] * weight;
+// q~ = q * ln_k's gain (with rope: q), W2^T q~ and two sums, of all queries of a head: a block. q~ includes log2(e) / sqrt(N):
+// softmax goes by powers of 2.
+__global__ void __launch_bounds__(128) past_queries(PastQuery to, QuerySource q, GoldSource g, int M) {
+    __shared__ float2 shared[32];
+    __shared__ __align__(16) float qs[8][N];
+    __shared__ float low_rank[8][32];
+    const int h = blockIdx.x, t = threadIdx.x, lane = t % 32;
+    let_next_start();
+    wait_for_previous();
+    for (int i = t; i < 8 * N; i += 128) qs[i / N][i % N] = 0;
+    __syncthreads();
+    for (int m = 0; m < M; m++) {
+        const Pack part = query_pack(q, m, h * N + t % 8 * 8, g.C, shared);
+        if (t >= 8) continue;
+        store(&qs[m][8 * t], part);
+    }
+    __syncthreads();
+    for (int m = 0; m < M; m++) {
+        float2 sum = make_float2(0, 0);                                     // of q~, of q . bias
+        if (t < N) {
+            const float scaled = qs[m][t] * SCALE_LOG2;
+            qs[m][t] = (float)(floatX)(scaled * (g.rope.used ? 1 : (float)g.k.gain[h * N + t]));
+            sum = make_float2(qs[m][t], scaled * (float)g.k.bias[h * N + t]);
         }
-        y[(int64_t)m * C + c] = (floatX)(out / sum);
+        sum = block_sum(sum, shared);
+        if (t == 0) to.sum[h * M + m] = sum.x;
+        if (t == 0) to.bias[h * M + m] = sum.y;
     }
-}
-
-template <int tiles, KvKind kind> static void cached_attention_launch(const GoldSource &g, const ReadTask &task, int splits) {
-    const size_t smem = read_smem(nullptr, g, 16 * tiles, task.M).bytes;
-    auto kernel = cached_attention_kernel<tiles, kind>;
-    allow_smem(kernel, smem);
-    kernel<<<splits, READ_THREADS, smem, stream>>>(g, task);
-}
-
-// y (M, C) = causal attention of queries q (M, C), the first at position `first`, over all that is in the cache
-static void cached_attention(Infer *f, const GoldSource &g, floatX *y, const floatX *q, int M, int64_t first) {
-    const int C = g.C, step = f->tile_rows - 1;
-    for (int m = 0; m < M; m += f->queries) {
-        const int here = M - m < f->queries ? M - m : f->queries;
-        const int64_t T = first + m + here, tiles = ceil_div(T, step), per = ceil_div(tiles, READ_SPLITS);      // later ones unseen
-        const int splits = (int)ceil_div(tiles, per);
-        const ReadTask task = {q + (int64_t)m * C, first + m, T, f->partial_out, f->partial_top, f->partial_sum, here, (int)per};
-        if (f->tile_rows == 16) {
-            if (f->kv == KV_COMPRESSED) cached_attention_launch<1, KV_COMPRESSED>(g, task, splits);
-            else if (f->kv == KV_INT8) cached_attention_launch<1, KV_INT8>(g, task, splits);
-            else cached_attention_launch<1, KV_FULL>(g, task, splits);
-        } else {
-            if (f->kv == KV_COMPRESSED) cached_attention_launch<2, KV_COMPRESSED>(g, task, splits);
-            else if (f->kv == KV_INT8) cached_attention_launch<2, KV_INT8>(g, task, splits);
-            else cached_attention_launch<2, KV_FULL>(g, task, splits);
+    __syncthreads();
+    if (t < 64) {                                                           // k1's channels 32 (2 h + t / 32) ..
+        TilePair pair;
+        for (int half = 0; half < 2; half++) {
+            const int first = 32 * (t / 32) + 16 * half + lane % 4 * 2;
+            float x[4];
+            for (int i = 0; i < 4; i++) x[i] = qs[lane / 4][tile_channel(first + i % 2 + i / 2 * 8)];
+            pair.b[half] = make_b(x[0], x[1], x[2], x[3]);
         }
-        combine_splits<<<here, 256, 0, stream>>>(y + (int64_t)m * C, task, splits, C, g.H);
+        to.q[(2 * h + t / 32) * 32 + lane] = pair;
+    }
+    for (int column = 0; column < g.rank_pad; column += 32) {
+        for (int m = t / 32; m < M; m += 4) {
+            float sum = 0;
+#pragma unroll 16
+            for (int i = 0; i < N; i++) sum += qs[m][i] * (float)g.k.w2[(int64_t)(h * N + i) * g.rank_pad + column + lane];
+            low_rank[m][lane] = sum;
+        }
+        __syncthreads();
+        for (int i = t; i < 4 * M; i += 128) {                              // a query's column of a tile is in four lanes
+            const int m = i / 4, n = h * M + m, k = i % 4 * 2;
+            const float *x = low_rank[m];
+            TilePair pair;
+            pair.b[0] = make_b(x[k], x[k + 1], x[k + 8], x[k + 9]);
+            pair.b[1] = make_b(x[k + 16], x[k + 17], x[k + 24], x[k + 25]);
+            to.u[(n / 8 * (g.rank_pad / 32) + column / 32) * 32 + n % 8 * 4 + i % 4] = pair;
+        }
+        __syncthreads();
     }
 }
 
-// The time mixer of GOLD layers during inference: the trainer's queries and output, attention over the cache.
+// ---- both ----
+
+// y (M, C) from what the splits found; a block a head of a query. The older tokens' sums still lack W2 and the norm's gain.
+template <typename T>
+__global__ void __launch_bounds__(256)
+combine_splits(T *y, SplitSums window, PastSums past, GoldSource g, int window_splits, int past_splits) {
+    __shared__ float2 shared[32];
+    __shared__ float weights[WINDOW_SPLITS + MOST_SPLITS];
+    __shared__ __align__(16) float low_rank[MAX_C / 16];
+    __shared__ float parts[4][N];
+    __shared__ float past_parts[4][N];
+    const int h = blockIdx.x, m = blockIdx.y, M = gridDim.y, pair = h * M + m, pairs = g.H * M;
+    const int splits = window_splits + past_splits, t = threadIdx.x, channel = h * N + t % N, part = t / N;
+    let_next_start();
+    wait_for_previous();
+    for (int i = t; i < splits; i += 256)
+        weights[i] = i < window_splits ? window.top[(i * M + m) * g.H + h] : past.top[(i - window_splits) * pairs + pair];
+    __syncthreads();
+    float top = -INFINITY;
+    for (int i = 0; i < splits; i++) top = fmaxf(top, weights[i]);
+    __syncthreads();
+    float sum = 0;
+    float2 past_sum = make_float2(0, 0);                                    // of p, of p' mean
+    for (int i = t; i < splits; i += 256) {
+        weights[i] = exp2f(weights[i] - top);                               // 0 for a split that saw nothing
+        const int at = (i - window_splits) * pairs + pair;
+        if (i < window_splits) sum += weights[i] * window.sum[(i * M + m) * g.H + h];
+        else past_sum = make_float2(past_sum.x + weights[i] * past.sum[at], past_sum.y + weights[i] * past.mean[at]);
+    }
+    sum = block_sum(sum, shared);
+    past_sum = block_sum(past_sum, shared);
+    float out = 0, past_out = 0;
+    for (int i = part; i < splits; i += 4) {
+        if (weights[i] == 0) continue;
+        if (i < window_splits) out += weights[i] * window.out[((int64_t)i * M + m) * g.C + channel];
+        else past_out += weights[i] * past.out[((int64_t)(i - window_splits) * M + m) * g.C + channel];
+    }
+    if (past_splits > 0) {
+        for (int r = t; r < g.rank_pad; r += 256) {
+            float u = 0;
+            for (int i = 0; i < past_splits; i++) {
+                const float weight = weights[window_splits + i];
+                if (weight > 0) u += weight * past.u[((int64_t)i * pairs + pair) * g.rank_pad + r];
+            }
+            low_rank[r] = u;
+        }
+        __syncthreads();
+        for (int r = 8 * part; r < g.rank_pad; r += 32) {
+            const Pack w = load(g.v.w2 + (int64_t)channel * g.rank_pad + r), u = load(low_rank + r);
+            for (int i = 0; i < 8; i++) past_out += w.x[i] * u.x[i];
+        }
+    }
+    parts[part][t % N] = out;
+    past_parts[part][t % N] = past_out;
+    __syncthreads();
+    if (part > 0) return;
+    out = past_out = 0;
+    for (int i = 0; i < 4; i++) {
+        out += parts[i][t];
+        past_out += past_parts[i][t];
+    }
+    out += (past_out - past_sum.y) * (float)g.v.gain[channel] + past_sum.x * (float)g.v.bias[channel];
+    y[(int64_t)m * g.C + channel] = (T)(out / (sum + past_sum.x));
+}
+
+// y (M, C) = causal attention of queries m0.. of M over all that is in the cache. task: what the caller knows of them.
+template <typename T> static void gold_attention(Infer *f, const GoldSource &g, T *y, WindowTask task, int m0, int M) {
+    task.keys = g.k.ring, task.values = g.v.ring, task.to = f->sums, task.place = f->place, task.window = f->window;
+    task.C = g.C, task.H = g.H;
+    for (int m = m0; m < M; m += f->queries) {
+        const int here = M - m < f->queries ? M - m : f->queries, splits = f->window_begin > 0 ? f->past_splits : 0;
+        WindowTask part = task;
+        part.m0 = m, part.M = here;
+        if (task.query.q) part.query.q += (int64_t)m * g.C;
+        launch_early(window_attention_kernel, dim3(g.H, f->window_splits, here), WINDOW_THREADS, 0, part);
+        if (splits > 0) {
+            const PastTask past = {f->past_query, f->past_sums, f->place, m, here};
+            const size_t smem = past_smem(nullptr, g, f->past_warps, here).bytes;
+            auto kernel = g.rank_pad == 64 ? g.rope.used ? past_attention_kernel<2, true> : past_attention_kernel<2, false> :
+                          g.rope.used ? past_attention_kernel<4, true> : past_attention_kernel<4, false>;
+            allow_smem(kernel, smem);
+            launch_early(past_queries, dim3(g.H), 128, 0, f->past_query, part.query, g, here);
+            launch_early(kernel, dim3(splits), 32 * f->past_warps, smem, g, past);
+        }
+        launch_early(combine_splits<T>, dim3(g.H, here), 256, 0, y + (int64_t)m * g.C, f->sums, f->past_sums, g, f->window_splits,
+                     splits);
+    }
+}
+
+// The time mixer of GOLD layers during inference: the trainer's queries and output, attention over the cache. Where only the
+// last token's logits count, a layer's last tokens are enough: two more with every layer that follows.
 static void gold_cached_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
     Infer *f = (Infer *)m;
     const Dims &d = m->d;
     const int64_t lead = d.lead * (int64_t)d.C;
     gold_queries(m, layer, x);
-    cached_attention(f, f->sources[layer->l - d.G0], layer->gold.y + lead, layer->gold.q + lead, d.BT - d.lead, f->row_position);
+    const int M = d.BT - d.lead, needed = 2 * (d.L - layer->l), skip = f->last_only && M > needed ? M - needed : 0;
+    WindowTask task = {};
+    task.query.q = layer->gold.q + lead;
+    CUDA_CHECK(cudaMemsetAsync(layer->gold.y, 0, (d.lead + skip) * (int64_t)d.C * sizeof(floatX), stream));
+    gold_attention(f, f->sources[layer->l - d.G0], layer->gold.y + lead, task, skip, M);
     gold_output(m, layer, out);
 }
 
@@ -460,7 +971,7 @@ static const Mixer GOLD_FROM_CACHE = {"gold", GOLD, 0, true, false, false, gold_
 // the queries are the context's last tokens. combine_splits puts the shares together. Floor: bytes, each key and value once
 // per 16 queries.
 
-static const int KEPT_QUERIES = 16, KEPT_TILE = 64, KEPT_WARPS = 4 * READ_SPLITS;
+static const int KEPT_QUERIES = 16, KEPT_TILE = 64, KEPT_WARPS = 1056;     // warps: eight for each of an H100's multiprocessors
 
 // A head's rows, then zeros
 __device__ inline void kept_load(floatX (*to)[LD], const floatX *from, int rows, int64_t valid, int A) {
@@ -472,11 +983,18 @@ __device__ inline void kept_load(floatX (*to)[LD], const floatX *from, int rows,
 }
 
 // Grid: shares, heads, groups of queries
-__global__ void __launch_bounds__(32) kept_attention_kernel(ReadTask task, const floatX *keys, const floatX *values, int A) {
+struct KeptTask {
+    const floatX *q, *keys, *values;        // (M, A); (.., A) twice
+    int64_t first;                          // query m sees tokens 0 .. first + m
+    SplitSums to;
+    int M, tiles_per_split, A;
+};
+
+__global__ void __launch_bounds__(32) kept_attention_kernel(KeptTask task) {
     __shared__ __align__(16) floatX q[KEPT_QUERIES][LD];
     __shared__ __align__(16) floatX k[KEPT_TILE][LD];
     __shared__ __align__(16) floatX v[KEPT_TILE][LD];
-    const int h = blockIdx.y, m0 = blockIdx.z * KEPT_QUERIES, queries_here = min(KEPT_QUERIES, task.M - m0);
+    const int h = blockIdx.y, m0 = blockIdx.z * KEPT_QUERIES, queries_here = min(KEPT_QUERIES, task.M - m0), A = task.A;
     const int64_t begin = (int64_t)blockIdx.x * task.tiles_per_split * KEPT_TILE;
     const int64_t end = min(begin + (int64_t)task.tiles_per_split * KEPT_TILE, task.first + m0 + queries_here);
     kept_load(q, task.q + (int64_t)m0 * A + h * N, KEPT_QUERIES, queries_here, A);
@@ -488,8 +1006,8 @@ __global__ void __launch_bounds__(32) kept_attention_kernel(ReadTask task, const
     TileC out[8] = {};
     float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};                 // of the two rows in this lane
     for (int64_t t0 = begin; t0 < end; t0 += KEPT_TILE) {
-        kept_load(k, keys + t0 * A + h * N, KEPT_TILE, end - t0, A);
-        kept_load(v, values + t0 * A + h * N, KEPT_TILE, end - t0, A);
+        kept_load(k, task.keys + t0 * A + h * N, KEPT_TILE, end - t0, A);
+        kept_load(v, task.values + t0 * A + h * N, KEPT_TILE, end - t0, A);
         async_commit();
         async_wait<0>();
         __syncthreads();
@@ -533,10 +1051,27 @@ __global__ void __launch_bounds__(32) kept_attention_kernel(ReadTask task, const
         const float total = warp_sum(sum[i / 2], 4);
         if (m >= task.M) continue;
         const int64_t row = (int64_t)blockIdx.x * task.M + m;
-        for (int n = 0; n < 8; n++) task.out[row * A + h * N + 8 * n + tile_col(i)] = out[n].x[i];
+        for (int n = 0; n < 8; n++) task.to.out[row * A + h * N + 8 * n + tile_col(i)] = out[n].x[i];
         if (threadIdx.x % 4 > 0 || i % 2 > 0) continue;
-        task.top[row * (A / N) + h] = top[i / 2];
-        task.sum[row * (A / N) + h] = total;
+        task.to.top[row * (A / N) + h] = top[i / 2];
+        task.to.sum[row * (A / N) + h] = total;
+    }
+}
+
+// y (M, A) from the splits' sums; a block a query
+__global__ void combine_kept(floatX *y, SplitSums sums, int splits, int M, int A) {
+    const int m = blockIdx.x, H = A / N;
+    for (int c = threadIdx.x; c < A; c += blockDim.x) {
+        const int pair = m * H + c / N, pairs = M * H;
+        float top = -INFINITY, sum = 0, out = 0;
+        for (int i = 0; i < splits; i++) top = fmaxf(top, sums.top[i * pairs + pair]);
+        for (int i = 0; i < splits; i++) {
+            const float weight = exp2f(sums.top[i * pairs + pair] - top);
+            if (weight == 0) continue;                                      // a split that this query does not see
+            sum += sums.sum[i * pairs + pair] * weight;
+            out += sums.out[((int64_t)i * M + m) * A + c] * weight;
+        }
+        y[(int64_t)m * A + c] = (floatX)(out / sum);
     }
 }
 
@@ -553,10 +1088,9 @@ static void attend_kept(Model *m, Layer *layer) {
     CUDA_CHECK(cudaMemcpyAsync(kv.values + first * A, a.v + lead, bytes, cudaMemcpyDeviceToDevice, stream));
     const int64_t wanted = KEPT_WARPS / (d.H * groups), per = ceil_div(tiles, wanted > 1 ? wanted : 1);
     const int splits = (int)ceil_div(tiles, per);
-    const ReadTask &sums = f->kept_sums;
-    const ReadTask task = {a.q + lead, first, first + M, sums.out, sums.top, sums.sum, M, (int)per};
-    kept_attention_kernel<<<dim3(splits, d.H, groups), 32, 0, stream>>>(task, kv.keys, kv.values, A);
-    combine_splits<<<M, 256, 0, stream>>>(a.y + lead, task, splits, A, d.H);
+    const KeptTask task = {a.q + lead, kv.keys, kv.values, first, f->kept_sums, M, (int)per, A};
+    kept_attention_kernel<<<dim3(splits, d.H, groups), 32, 0, stream>>>(task);
+    combine_kept<<<M, 256, 0, stream>>>(a.y + lead, task.to, splits, M, A);
 }
 
 // For `rows` queries at most
@@ -578,7 +1112,606 @@ static void kept_allocate(Infer *f, int rows) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 3. Engine
+// 3. One token at a time
+//
+// With one row there are no tiles to multiply: every weight is read once and used once. Floor: bytes, those of all weights
+// but the embedding; at 3 TB/s 0.9 ms for the 1.3 billion of L24 D2048. So a step is a chain of kernels that each read a few
+// matrices as fast as memory gives them, about seven a layer, recorded as one CUDA graph. Three things keep the memory busy:
+//
+//   - a warp takes a row of weights and has 2048 of its elements on their way at once, 16 bytes a load
+//   - what goes on between two products (norm, shift, mix, gate) is done by every block of the next product for itself:
+//     C numbers, from L2, instead of a launch of its own
+//   - kernels are launched early: a block asks for its first row of weights, and only then waits for the vector that the
+//     kernel before is still making
+//
+// The residual stream is fp32 here; a product's inputs are rounded to floatX, as everywhere.
+
+static const int MV_THREADS = 256, MV_WARPS = MV_THREADS / 32, MV_PART = 2048;
+
+// The lane's share of a part of a row of weights, on its way: 8 packs, 32 apart
+__device__ inline void request(RawPack<floatX> (&raw)[8], const floatX *row, int k, int K) {
+    for (int i = 0; i < 8; i++) {
+        const int at = k + (32 * i + threadIdx.x % 32) * 8;
+        if (at < K) raw[i] = load_raw(row + at);
+    }
+}
+
+__device__ inline void add_products(float &sum, const RawPack<floatX> (&raw)[8], const floatX *x, int k, int K) {
+    for (int i = 0; i < 8; i++) {
+        const int at = k + (32 * i + threadIdx.x % 32) * 8;
+        if (at >= K) break;
+        const Pack a = unpack(raw[i]), b = load(x + at);
+        for (int j = 0; j < 8; j++) sum += a.x[j] * b.x[j];
+    }
+}
+
+// y[row] = weights(row) . x for rows 0..rows-1, x made by `before` in shared memory, y handed to `after`. A row may have a
+// second x. Grid: (any number of blocks, problems).
+template <typename Job> __global__ void __launch_bounds__(MV_THREADS, 4) matvec_kernel(Job job) {
+    floatX *x = dynamic_smem<floatX>();
+    int row = blockIdx.x * MV_WARPS + threadIdx.x / 32;
+    RawPack<floatX> raw[8];
+    let_next_start();
+    if (row < job.rows) request(raw, job.weights(row), 0, job.K);
+    wait_for_previous();
+    job.before(x);
+    __syncthreads();
+    while (row < job.rows) {
+        const floatX *w = job.weights(row), *first = x + job.first(row), *second = x + job.second(row);
+        float2 sum = make_float2(0, 0);
+        for (int k = 0; k < job.K; k += MV_PART) {
+            if (k > 0) request(raw, w, k, job.K);
+            add_products(sum.x, raw, first, k, job.K);
+            if (second != x) add_products(sum.y, raw, second, k, job.K);
+        }
+        const int done = row;
+        row += gridDim.x * MV_WARPS;
+        if (row < job.rows) request(raw, job.weights(row), 0, job.K);
+        sum.x = warp_sum(sum.x);
+        if (second != x) sum.y = warp_sum(sum.y);
+        if (threadIdx.x % 32 == 0) job.after(done, sum);
+    }
+}
+
+// `vectors`: how many floatX `before` makes
+template <typename Job> static void matvec(const Job &job, int vectors, int problems = 1) {
+    const int64_t blocks = ceil_div(job.rows, MV_WARPS), most = 2 * multiprocessors;
+    const size_t smem = vectors * sizeof(floatX);
+    if (smem > 48 << 10) allow_smem(matvec_kernel<Job>, smem);
+    launch_early(matvec_kernel<Job>, dim3((int)(blocks < most ? blocks : most), problems), MV_THREADS, smem, job);
+}
+
+struct OneVector {                                          // what most jobs have in common
+    __device__ int first(int) const { return 0; }
+    __device__ int second(int) const { return 0; }          // 0: there is none
+};
+
+template <typename T> __device__ inline void copy_vector(floatX *to, const T *from, int n) {
+    for (int i = threadIdx.x * 8; i < n; i += blockDim.x * 8) store(to + i, load(from + i));
+}
+
+// to = LayerNorm(x), rounded to floatX
+template <typename T> __device__ inline void norm_vector(floatX *to, const T *x, const floatX *gain, const floatX *bias, int C) {
+    __shared__ float2 shared[32];
+    const float2 norm = block_norm(x, C, shared);
+    for (int c = threadIdx.x * 8; c < C; c += blockDim.x * 8) {
+        const Pack g = load(gain + c), b = load(bias + c);
+        Pack v = load(x + c);
+        for (int i = 0; i < 8; i++) v.x[i] = (v.x[i] - norm.x) * norm.y * g.x[i] + b.x[i];
+        store(to + c, v);
+    }
+}
+
+struct ShiftMix { const floatX *shift, *mu[2]; };           // the token before, normed; up to two mixes
+
+// x_i = ln + (shift - ln) * mu_i for i in 0..n-1 at x, ln = LayerNorm(from), which block 0 also stores
+template <int n>
+__device__ inline void norm_shift_mix(floatX *x, floatX *ln, const float *from, const floatX *gain, const floatX *bias,
+                                      const ShiftMix &mix, int C) {
+    norm_vector(x, from, gain, bias, C);                    // a thread's packs stay its own: no barrier
+    for (int c = threadIdx.x * 8; c < C; c += blockDim.x * 8) {
+        const Pack v = load(x + c), before = load(mix.shift + c);
+        if (blockIdx.x == 0) store(ln + c, v);
+        for (int i = 0; i < n; i++) {
+            Pack mu = load(mix.mu[i] + c);
+            for (int j = 0; j < 8; j++) mu.x[j] = v.x[j] + (before.x[j] - v.x[j]) * mu.x[j];
+            store(x + i * C + c, mu);
+        }
+    }
+}
+
+// ---- jobs ----
+
+// hidden = tanh(w (ln1 + dx * time_maa_x)): the hidden layer of a time mixer's mixes
+struct MixHidden : OneVector {
+    const float *x;
+    const floatX *gain, *bias, *w;
+    ShiftMix mix;
+    floatX *ln;
+    float *hidden;
+    int rows, K;
+    __device__ const floatX *weights(int row) const { return w + (int64_t)row * K; }
+    __device__ void before(floatX *v) const { norm_shift_mix<1>(v, ln, x, gain, bias, mix, K); }
+    __device__ void after(int row, float2 sum) const { hidden[row] = tanhf(sum.x); }
+};
+
+// Finch-C2's products: v and v2 (which share their weights), r, k, and the hidden layers of w and v2
+struct FinchProducts {
+    const floatX *xs;                                       // (5 or 4, C): x_r, x_k, x_v, x_w, x_v2
+    const floatX *value, *receptance, *key, *decay_w1, *value2_w1;
+    float *v, *v2, *r, *k, *hidden;                         // (A) each, (128)
+    bool use_v2;
+    int A, rows, K;
+    __device__ const floatX *weights(int row) const {
+        if (row < A) return value + (int64_t)row * K;
+        if (row < 2 * A) return receptance + (int64_t)(row - A) * K;
+        if (row < 3 * A) return key + (int64_t)(row - 2 * A) * K;
+        return row < 3 * A + 64 ? decay_w1 + (int64_t)(row - 3 * A) * K : value2_w1 + (int64_t)(row - 3 * A - 64) * K;
+    }
+    __device__ int first(int row) const {
+        return (row < A ? 2 : row < 2 * A ? 0 : row < 3 * A ? 1 : row < 3 * A + 64 ? 3 : 4) * K;
+    }
+    __device__ int second(int row) const { return row < A && use_v2 ? 4 * K : 0; }
+    __device__ void before(floatX *x) const { copy_vector(x, xs, (use_v2 ? 5 : 4) * K); }
+    __device__ void after(int row, float2 sum) const {
+        if (row < A) {
+            v[row] = sum.x;
+            v2[row] = sum.y;
+        } else if (row < 2 * A) {
+            r[row - A] = sum.x;
+        } else if (row < 3 * A) {
+            k[row - 2 * A] = sum.x;
+        } else {
+            hidden[row - 3 * A] = tanhf(sum.x);
+        }
+    }
+};
+
+struct Product : OneVector {                                // out = w x
+    const floatX *x, *w;
+    float *out;
+    int rows, K;
+    __device__ const floatX *weights(int row) const { return w + (int64_t)row * K; }
+    __device__ void before(floatX *v) const { copy_vector(v, x, K); }
+    __device__ void after(int row, float2 sum) const { out[row] = sum.x; }
+};
+
+struct NormProduct : OneVector {                            // out = w LayerNorm(x), plus residual if there is one
+    const float *x, *residual;
+    const floatX *gain, *bias, *w;
+    float *out;
+    int rows, K;
+    __device__ const floatX *weights(int row) const { return w + (int64_t)row * K; }
+    __device__ void before(floatX *v) const { norm_vector(v, x, gain, bias, K); }
+    __device__ void after(int row, float2 sum) const { out[row] = (residual ? residual[row] : 0) + sum.x; }
+};
+
+// k = relu(key x_k)^2,  gate = sigmoid(receptance x_r)
+struct CmixIn {
+    const float *x;
+    const floatX *gain, *bias, *key, *receptance;
+    ShiftMix mix;
+    floatX *ln, *k;
+    float *gate;
+    int F, rows, K;
+    __device__ const floatX *weights(int row) const {
+        return row < F ? key + (int64_t)row * K : receptance + (int64_t)(row - F) * K;
+    }
+    __device__ int first(int row) const { return row < F ? 0 : K; }
+    __device__ int second(int) const { return 0; }
+    __device__ void before(floatX *v) const { norm_shift_mix<2>(v, ln, x, gain, bias, mix, K); }
+    __device__ void after(int row, float2 sum) const {
+        if (row < F) k[row] = (floatX)(sum.x > 0 ? sum.x * sum.x : 0);
+        else gate[row - F] = 1 / (1 + expf(-sum.x));
+    }
+};
+
+// out = residual + gate * (value k); and ln2 becomes what the next token's shift sees
+struct CmixOut : OneVector {
+    const floatX *k, *value, *ln;
+    const float *gate, *residual;
+    floatX *shift;
+    float *out;
+    int rows, K;
+    __device__ const floatX *weights(int row) const { return value + (int64_t)row * K; }
+    __device__ void before(floatX *x) const {
+        copy_vector(x, k, K);
+        for (int c = blockIdx.x * MV_THREADS + threadIdx.x; c < rows; c += gridDim.x * MV_THREADS) shift[c] = ln[c];
+    }
+    __device__ void after(int row, float2 sum) const { out[row] = residual[row] + gate[row] * sum.x; }
+};
+
+// ---- the small kernels between ----
+
+// The token's place in the context, and x = x0 = LayerNorm_ln0(emb[token]). One block.
+__global__ void __launch_bounds__(MV_THREADS) decode_begin(float *x, Place *place, int *ids, const int *token, const floatX *emb,
+                                                           const floatX *gain, const floatX *bias, int64_t window, int C) {
+    __shared__ float2 shared[32];
+    const floatX *from = emb + (int64_t)*token * C;
+    const float2 norm = block_norm(from, C, shared);
+    for (int c = threadIdx.x * 8; c < C; c += MV_THREADS * 8) {
+        const Pack g = load(gain + c), b = load(bias + c);
+        Pack v = load(from + c);
+        for (int i = 0; i < 8; i++) v.x[i] = (v.x[i] - norm.x) * norm.y * g.x[i] + b.x[i];
+        store(x + c, v);
+    }
+    if (threadIdx.x > 0) return;
+    const int64_t t = ++place->first;
+    if (ids) ids[t] = *token;
+    if (place->begin < t + 1 - window) place->begin = t + 1 - window;
+}
+
+// A pack of 8 columns of h (32) w (32, C): the block's four warps take 8 of the 32 rows each, on the same 256 columns; the
+// sums come to warp 0.
+struct MixSum {
+    RawPack<floatX> raw[8];
+    __device__ void request(const floatX *w, int c, int C) {
+        for (int j = 0; j < 8; j++)
+            if (c < C) raw[j] = load_raw(w + (int64_t)(threadIdx.x / 32 * 8 + j) * C + c);
+    }
+    __device__ Pack sum(const float *h, float (&parts)[4][256]) const {
+        const int warp = threadIdx.x / 32, at = threadIdx.x % 32 * 8;
+        Pack total = zero_pack();
+        for (int j = 0; j < 8; j++) {
+            const Pack w = unpack(raw[j]);
+            for (int i = 0; i < 8; i++) total.x[i] += h[8 * warp + j] * w.x[i];
+        }
+        store(&parts[warp][at], total);
+        __syncthreads();
+        for (int other = 1; other < 4 && warp == 0; other++) {
+            const Pack part = load(&parts[other][at]);
+            for (int i = 0; i < 8; i++) total.x[i] += part.x[i];
+        }
+        return total;
+    }
+};
+
+// x_i = ln + dx * (mu_i + hidden_i w_i): grid (columns / 256, mixes), 128 threads
+struct Mixed {
+    const floatX *ln, *shift, *mu[5], *w;                   // w (mixes, 32, C)
+    const float *hidden;                                    // (mixes, 32)
+    floatX *xs;                                             // (mixes, C)
+};
+
+__global__ void __launch_bounds__(128) decode_mixes(Mixed p, int C) {
+    __shared__ __align__(16) float parts[4][256];
+    const int i = blockIdx.y, c = blockIdx.x * 256 + threadIdx.x % 32 * 8;
+    MixSum mix = {};
+    let_next_start();
+    mix.request(p.w + (int64_t)i * 32 * C, c, C);
+    wait_for_previous();
+    Pack m = mix.sum(p.hidden + 32 * i, parts);
+    if (threadIdx.x >= 32 || c >= C) return;
+    const Pack v = load(p.ln + c), before = load(p.shift + c), mu = load(p.mu[i] + c);
+    for (int j = 0; j < 8; j++) m.x[j] = v.x[j] + (before.x[j] - v.x[j]) * (mu.x[j] + m.x[j]);
+    store(p.xs + (int64_t)i * C + c, m);
+}
+
+// One step of WKV. Grid (H, 4): 16 values j of a head, all its keys i; S^T in registers, a thread one j and eight i.
+struct WkvStep {
+    const float *r, *k, *v, *v2, *hidden;                   // (A); hidden layers of w and v2 (64) each
+    const floatX *decay_w2, *value2_w2, *time_decay, *u;    // (64, A) twice, (A), (A) or null
+    const floatX *ln;
+    floatX *shift;                                          // ln1 becomes what the next token's shift sees
+    float *state, *y;                                       // (H, N values, N keys), (A)
+    bool use_v2, one_minus_w;
+    int H, C;
+};
+
+__global__ void __launch_bounds__(128) wkv_step(WkvStep p) {
+    __shared__ __align__(16) float parts[16][N];
+    __shared__ __align__(16) float parts2[64][16];
+    __shared__ float r[N];
+    __shared__ float k[N];
+    __shared__ float d_minus_1[N];
+    __shared__ float u[N];
+    __shared__ float v2[16];
+    const int t = threadIdx.x, h = blockIdx.x, A = p.H * N, head = h * N, j0 = head + 16 * blockIdx.y, j = t / 8, i0 = t % 8 * 8;
+    float *at = p.state + ((int64_t)j0 + j) * N + i0;
+    RawPack<floatX> w[4], w2;
+    let_next_start();
+    for (int i = 0; i < 4; i++) w[i] = load_raw(p.decay_w2 + (int64_t)(4 * j + i) * A + head + i0);
+    w2 = load_raw(p.value2_w2 + (int64_t)(t / 2) * A + j0 + t % 2 * 8);
+    Pack S = load(at);
+    wait_for_previous();
+    Pack sum = zero_pack(), extra = unpack(w2);
+    for (int i = 0; i < 4; i++) {
+        const Pack row = unpack(w[i]);
+        for (int e = 0; e < 8; e++) sum.x[e] += p.hidden[4 * j + i] * row.x[e];
+    }
+    for (int e = 0; e < 8; e++) extra.x[e] *= p.use_v2 ? p.hidden[64 + t / 2] : 0;
+    store(&parts[j][i0], sum);
+    store(&parts2[t / 2][t % 2 * 8], extra);
+    __syncthreads();
+    if (t < N) {
+        float decay = (float)p.time_decay[head + t];
+        for (int i = 0; i < 16; i++) decay += parts[i][t];
+        d_minus_1[t] = expm1f(-fminf(expf(decay), 128.f));
+        r[t] = p.r[head + t];
+        k[t] = p.k[head + t] * (p.one_minus_w ? -d_minus_1[t] : 1);
+        u[t] = p.u ? (float)p.u[head + t] : 0;
+    } else if (t < N + 16) {
+        float value = p.use_v2 ? p.v2[j0 + t - N] : 0;
+        for (int i = 0; i < 64; i++) value += parts2[i][t - N];
+        v2[t - N] = value;
+    }
+    __syncthreads();
+    const float v = p.v[j0 + j];
+    float y = 0;
+    for (int e = 0; e < 8; e++) {
+        const float kv = k[i0 + e] * v;
+        y += r[i0 + e] * (S.x[e] + u[i0 + e] * kv);
+        S.x[e] += S.x[e] * d_minus_1[i0 + e] + kv;
+    }
+    store(at, S);
+    y = warp_sum(y, 8);
+    if (t % 8 == 0) p.y[j0 + j] = y + v2[j];
+    for (int c = (blockIdx.y * p.H + h) * 128 + t; c < p.C; c += gridDim.y * p.H * 128) p.shift[c] = p.ln[c];
+}
+
+// ---- the new token's entry in the cache, and its keys and values for the window, all GOLD layers at once ----
+
+// c = w_kv_cache_a x
+struct CacheEntry : OneVector {
+    const float *x;
+    const floatX *w;
+    float *c;
+    int rows, K;
+    __device__ const floatX *weights(int row) const { return w + (int64_t)row * K; }
+    __device__ void before(floatX *v) const { copy_vector(v, x, K); }
+    __device__ void after(int row, float2 sum) const { c[row] = sum.x; }
+};
+
+// z = id_k0[id] + w_c c, K0 before its norm, of this token and the one before. Block 0 writes c to the cache; what counts
+// is what can be read from there.
+struct KeySums {
+    GoldSource g;
+    floatX *cache;                                          // writable: KV_COMPRESSED and KV_FULL
+    int8_t *cache8;                                         // KV_INT8
+    float *scales;
+    const float *c;
+    float *z;                                               // (2, C): of this token, of the one before (zeros at first)
+    const Place *place;
+    int rows, K;                                            // C, R32
+    __device__ const floatX *weights(int row) const { return g.w_c + (int64_t)row * K; }
+    __device__ int first(int) const { return 0; }
+    __device__ int second(int) const { return K; }
+    __device__ void before(floatX *x) const {
+        const int64_t t = place->first;
+        float largest = 0;
+        for (int i = threadIdx.x % 32; i < g.R; i += 32) largest = fmaxf(largest, fabsf((float)(floatX)c[i]));      // every warp
+        const float scale = warp_max(largest) / 127;
+        for (int i = threadIdx.x; i < K; i += MV_THREADS) {
+            float now = i < g.R ? (float)(floatX)c[i] : 0, last = 0;
+            if (cache8) {
+                const float whole = scale > 0 ? rintf(now / scale) : 0;
+                if (blockIdx.x == 0 && i < g.R) cache8[t * g.R + i] = (int8_t)whole;
+                now = whole * scale;
+                if (t > 0 && i < g.R) last = cache8[(t - 1) * g.R + i] * scales[t - 1];
+            } else {
+                if (blockIdx.x == 0 && i < g.R) cache[t * g.R + i] = (floatX)now;
+                if (t > 0 && i < g.R) last = (float)cache[(t - 1) * g.R + i];
+            }
+            x[i] = (floatX)now;
+            x[K + i] = (floatX)last;
+        }
+        if (cache8 && blockIdx.x == 0 && threadIdx.x == 0) scales[t] = scale;
+    }
+    __device__ void after(int row, float2 sum) const {
+        const int64_t t = place->first;
+        z[row] = sum.x + (float)g.id_k0[(int64_t)g.ids[t] * rows + row];
+        z[rows + row] = t > 0 ? sum.y + (float)g.id_k0[(int64_t)g.ids[t - 1] * rows + row] : 0;
+    }
+};
+
+// k1 = K0 + (shift(K0) - K0) * (time_maa_k + m_k), and v1 likewise from xo. Grid (columns / 256, 2 G): layer, side
+__global__ void __launch_bounds__(128)
+decode_keys_values(floatX *kv1, const GoldSource *sources, const float *z, const Place *place, int C) {
+    __shared__ __align__(16) float parts[4][256];
+    __shared__ float2 shared[32];
+    __shared__ float h[32];
+    const int side = blockIdx.y % 2, lane = threadIdx.x % 32, c = blockIdx.x * 256 + lane * 8;
+    const GoldSource &g = sources[blockIdx.y / 2];
+    const GoldSource::Side &s = side ? g.v : g.k;
+    MixSum mix = {};
+    let_next_start();
+    mix.request(s.mix, c, C);
+    wait_for_previous();
+    const int64_t t = place->first, id = g.ids[t], id_before = t > 0 ? g.ids[t - 1] : -1;
+    if (threadIdx.x < 32) {
+        float hidden = (float)g.id_h[id * 64 + 32 * side + lane];
+        if (t > 0) hidden += (float)g.id_h_before[id_before * 64 + 32 * side + lane];
+        h[lane] = tanhf(hidden);
+    }
+    float2 squares = make_float2(0, 0);                     // of z: this token's, the one's before
+    for (int i = threadIdx.x; i < C && side == 0; i += 128) {
+        squares.x += z[i] * z[i];
+        squares.y += z[C + i] * z[C + i];
+    }
+    squares = block_sum(squares, shared);
+    __syncthreads();                                        // h
+    Pack m = mix.sum(h, parts);
+    if (threadIdx.x >= 32 || c >= C) return;
+    Pack now, before = zero_pack();
+    if (side) {
+        now = load(g.id_xo + id * C + c);
+        if (t > 0) before = load(g.id_xo + id_before * C + c);
+    } else {
+        const float scale = 1 / (sqrtf(squares.x / C) + 1e-8f), scale_before = 1 / (sqrtf(squares.y / C) + 1e-8f);
+        now = load(z + c);
+        before = load(z + C + c);
+        for (int i = 0; i < 8; i++) {
+            now.x[i] *= scale;
+            before.x[i] *= scale_before;
+        }
+    }
+    const Pack mu = load(s.mu + c);
+    for (int i = 0; i < 8; i++) m.x[i] = now.x[i] + (before.x[i] - now.x[i]) * (mu.x[i] + m.x[i]);
+    store(kv1 + (int64_t)blockIdx.y * C + c, m);
+}
+
+struct KvHidden : OneVector {                               // u = tanh(w1 x), x: k1 or v1 of a layer
+    const GoldSource *sources;
+    const floatX *kv1;
+    floatX *u;
+    int rows, K;
+    __device__ const GoldSource::Side &side(void) const {
+        return blockIdx.y % 2 ? sources[blockIdx.y / 2].v : sources[blockIdx.y / 2].k;
+    }
+    __device__ const floatX *weights(int row) const { return side().w1 + (int64_t)row * K; }
+    __device__ void before(floatX *x) const { copy_vector(x, kv1 + (int64_t)blockIdx.y * K, K); }
+    __device__ void after(int row, float2 sum) const { u[blockIdx.y * rows + row] = (floatX)tanhf(sum.x); }
+};
+
+struct KvLowRank : OneVector {                              // x + w2 u
+    const GoldSource *sources;
+    const floatX *kv1, *u;
+    float *kv2;
+    int rows, K;
+    __device__ const GoldSource::Side &side(void) const {
+        return blockIdx.y % 2 ? sources[blockIdx.y / 2].v : sources[blockIdx.y / 2].k;
+    }
+    __device__ const floatX *weights(int row) const { return side().w2 + (int64_t)row * K; }
+    __device__ void before(floatX *x) const { copy_vector(x, u + (int64_t)blockIdx.y * K, K); }
+    __device__ void after(int row, float2 sum) const {
+        const int64_t at = (int64_t)blockIdx.y * rows + row;
+        kv2[at] = (float)kv1[at] + sum.x;
+    }
+};
+
+// Their norms, into the window. A block for each layer and side.
+__global__ void __launch_bounds__(MV_THREADS)
+decode_window_append(const GoldSource *sources, const float *kv2, const Place *place, int64_t window, int C) {
+    const GoldSource &g = sources[blockIdx.x / 2];
+    const GoldSource::Side &s = blockIdx.x % 2 ? g.v : g.k;
+    let_next_start();
+    wait_for_previous();
+    floatX *to = s.ring + place->first % window * C;
+    norm_vector(to, kv2 + (int64_t)blockIdx.x * C, s.gain, s.bias, C);
+    if (blockIdx.x % 2 == 1 || !g.rope.used) return;
+    for (int c = threadIdx.x * 8; c < C; c += MV_THREADS * 8) store(to + c, rope_pack(load(to + c), g.rope, place->first, c, 1));
+}
+
+// ---- layers ----
+
+static void finch_c2_decode(Infer *f, Layer *layer) {
+    const Dims &d = f->m.d;
+    const Params &p = layer->p;
+    const Packed &packed = f->packed[layer->l];
+    const Row &row = f->row;
+    const bool v2 = f->m.s.use_v2;
+    const int mixes = v2 ? 5 : 4;
+    MixHidden hidden = {};
+    hidden.x = row.x, hidden.gain = p.ln1_weight.w, hidden.bias = p.ln1_bias.w, hidden.w = packed.mix_w1;
+    hidden.mix = {layer->tmix_shift, {p.time_maa_x.w}}, hidden.ln = row.ln, hidden.hidden = row.hidden;
+    hidden.rows = 32 * mixes, hidden.K = d.C;
+    matvec(hidden, d.C);
+    const Mixed mixed = {row.ln, layer->tmix_shift,
+                         {p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w, p.time_maa_v2.w},
+                         p.time_maa_w2.w, row.hidden, row.xs};
+    launch_early(decode_mixes, dim3((int)ceil_div(d.C, 256), mixes), 128, 0, mixed, d.C);
+    FinchProducts products = {row.xs, p.value.w, p.receptance.w, p.key.w, packed.decay_w1, packed.value2_w1,
+                              row.v, row.v2, row.r, row.k, row.hidden + 160, v2, d.A, 3 * d.A + (v2 ? 128 : 64), d.C};
+    matvec(products, mixes * d.C);
+    const WkvStep step = {row.r, row.k, row.v, row.v2, row.hidden + 160, p.time_decay_w2.w, p.time_value2_w2.w, p.time_decay.w,
+                          v2 ? nullptr : p.time_faaaa.w, row.ln, layer->tmix_shift, layer->wkv_state, row.y, v2,
+                          f->m.s.use_one_minus_w != 0, d.H, d.C};
+    launch_early(wkv_step, dim3(d.H, 4), 128, 0, step);
+}
+
+// The token's id and c are in x now, all that the GOLD layers will ever know of it.
+static void cache_decode(Infer *f) {
+    const Dims &d = f->m.d;
+    const Row &row = f->row;
+    const GoldSource &g = f->sources[0];
+    CacheEntry entry = {};
+    entry.x = row.x, entry.w = f->m.top.w_kv_cache_a.w, entry.c = row.c, entry.rows = d.R, entry.K = d.C;
+    matvec(entry, d.C);
+    matvec(KeySums{g, f->c, f->c8, f->scales, row.c, row.z, f->place, d.C, g.R32}, 2 * g.R32);
+    const dim3 sides((int)ceil_div(d.C, 256), 2 * f->G);
+    launch_early(decode_keys_values, sides, 128, 0, row.kv1, f->device_sources, row.z, f->place, d.C);
+    KvHidden hidden = {};
+    hidden.sources = f->device_sources, hidden.kv1 = row.kv1, hidden.u = row.u, hidden.rows = g.rank_pad, hidden.K = d.C;
+    matvec(hidden, d.C, 2 * f->G);
+    KvLowRank low_rank = {};
+    low_rank.sources = f->device_sources, low_rank.kv1 = row.kv1, low_rank.u = row.u, low_rank.kv2 = row.kv2, low_rank.rows = d.C;
+    low_rank.K = g.rank_pad;
+    matvec(low_rank, g.rank_pad, 2 * f->G);
+    launch_early(decode_window_append, dim3(2 * f->G), MV_THREADS, 0, f->device_sources, row.kv2, f->place, f->window, d.C);
+}
+
+static void gold_decode(Infer *f, Layer *layer) {
+    const Dims &d = f->m.d;
+    const Params &p = layer->p;
+    const Row &row = f->row;
+    const GoldSource &g = f->sources[layer->l - d.G0];
+    MixHidden hidden = {};
+    hidden.x = row.x, hidden.gain = p.ln1_weight.w, hidden.bias = p.ln1_bias.w, hidden.w = f->packed[layer->l].mix_w1;
+    hidden.mix = {layer->tmix_shift, {p.time_maa_x.w}}, hidden.ln = row.ln, hidden.hidden = row.hidden;
+    hidden.rows = 32, hidden.K = d.C;
+    matvec(hidden, d.C);
+    const Mixed mixed = {row.ln, layer->tmix_shift, {p.time_maa_q.w}, p.time_maa_q_w2.w, row.hidden, row.xs};
+    launch_early(decode_mixes, dim3((int)ceil_div(d.C, 256), 1), 128, 0, mixed, d.C);
+    Product query = {};
+    query.x = row.xs, query.w = p.query.w, query.out = row.q, query.rows = d.C, query.K = d.C;
+    matvec(query, d.C);
+    WindowTask task = {};
+    task.query = {nullptr, row.q, p.ln_q_weight.w, p.ln_q_bias.w, &f->device_sources[layer->l - d.G0].rope, f->place};
+    task.shift = layer->tmix_shift, task.ln = row.ln;
+    gold_attention(f, g, row.y, task, 0, 1);
+}
+
+static void cmix_decode(Infer *f, Layer *layer) {                           // row.x = row.x_mid + ..
+    const Dims &d = f->m.d;
+    const Params &p = layer->p;
+    const Row &row = f->row;
+    const CmixIn in = {f->m.s.parallel ? row.x : row.x_mid, p.ln2_weight.w, p.ln2_bias.w, p.ffn_key.w, p.ffn_receptance.w,
+                       {layer->cmix_shift, {p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}}, row.ln, row.ffn, row.gate,
+                       d.F, d.F + d.C, d.C};
+    matvec(in, 2 * d.C);
+    CmixOut out = {};
+    out.k = row.ffn, out.value = p.ffn_value.w, out.ln = row.ln, out.gate = row.gate, out.residual = row.x_mid;
+    out.shift = layer->cmix_shift, out.out = row.x, out.rows = d.C, out.K = d.F;
+    matvec(out, d.F);
+}
+
+// How the mixers decode. A time mixer leaves row.y, before ln_x and `output`; a model with another mixer decodes as it pre-fills.
+typedef struct Decoder { const char *name; void (*decode)(Infer *, Layer *); } Decoder;
+static const Decoder TIME_DECODERS[] = {{"x060c2", finch_c2_decode}, {"gold", gold_decode}};
+static const Decoder CHANNEL_DECODERS[] = {{"x060", cmix_decode}};
+
+template <size_t n> static const Decoder *find_decoder(const Decoder (&table)[n], const char *name) {   // NULL: there is none
+    for (const Decoder &decoder : table)
+        if (strcmp(decoder.name, name) == 0) return &decoder;
+    return nullptr;
+}
+
+// Queues a step: *token goes on from the context, f->logits are what comes next. The same launches every time.
+static void queue_step(Infer *f, const int *token) {
+    const Model *m = &f->m;
+    const Dims &d = m->d;
+    const Row &row = f->row;
+    const Params &top = m->top, &first = m->layers[0].p;
+    decode_begin<<<1, MV_THREADS, 0, stream>>>(row.x, f->place, f->ids, token, top.emb.w, first.ln0_weight.w, first.ln0_bias.w,
+                                               f->window, d.C);
+    for (int l = 0; l < d.L; l++) {
+        Layer *layer = &f->m.layers[l];
+        if (f->G && l == d.G0) cache_decode(f);
+        find_decoder(TIME_DECODERS, layer->tmix->name)->decode(f, layer);
+        NormProduct output = {};
+        output.x = row.y, output.residual = row.x, output.gain = layer->p.ln_x_weight.w, output.bias = layer->p.ln_x_bias.w;
+        output.w = layer->p.output.w, output.out = row.x_mid, output.rows = d.C, output.K = d.A;
+        matvec(output, d.A);
+        find_decoder(CHANNEL_DECODERS, layer->cmix->name)->decode(f, layer);
+    }
+    NormProduct head = {};
+    head.x = row.x, head.gain = top.ln_out_weight.w, head.bias = top.ln_out_bias.w, head.w = top.head.w, head.out = f->logits;
+    head.rows = d.V, head.K = d.C;
+    matvec(head, d.C);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 4. Engine
 
 // ---- memory ----
 
@@ -588,14 +1721,14 @@ static int64_t cache_bytes_per_token(const Infer *f) {
     int64_t bytes = 0;
     for (int l = 0; l < m->d.L; l++) bytes += m->layers[l].tmix->keeps_kv ? 2 * m->d.A * width : 0;
     if (!has_cache(m)) return bytes;
-    if (f->kv == KV_FULL) return bytes + sizeof(int) + 2 * f->G * C * width;
+    if (f->kv == KV_FULL) bytes += 2 * f->G * C * width;
     return bytes + sizeof(int) + (f->kv == KV_INT8 ? R + (int64_t)sizeof(float) : R * width);
 }
 
 // All that is carried after T tokens: states, what shifts see, and the cache
 static int64_t carried_bytes(const Infer *f, int64_t T) {
     const Dims &d = f->m.d;
-    int64_t bytes = f->G ? 2 * d.C * (int64_t)sizeof(floatX) : 0;
+    int64_t bytes = 0;
     for (int l = 0; l < d.L; l++) {
         const Mixer *tmix = f->m.layers[l].tmix;
         bytes += 2 * d.C * (int64_t)sizeof(floatX);
@@ -613,20 +1746,114 @@ static floatX *packed(int rows, int columns, Param from, int from_rows, int from
     return to;
 }
 
-// How many cached tokens an attention block takes at a time (plus one: 32 or 16) and how many queries: as many of the
-// first as fit its shared memory with one query, then as many of the second.
-static void choose_attention_shape(Infer *f) {
+// At most so many blocks with so many warps (a block's shared memory may hold fewer, a short context need fewer); then as many
+// queries at a time as there is room for.
+static void choose_attention_shape(Infer *f, int splits_wanted, int warps_wanted) {
     const GoldSource &g = f->sources[0];
     const size_t limit = f->shared_limit;
-    f->tile_rows = read_smem(nullptr, g, 32, 1).bytes <= limit ? 32 : 16;
-    if (read_smem(nullptr, g, f->tile_rows, 1).bytes > limit)
+    f->past_splits = splits_wanted < MOST_SPLITS ? splits_wanted : MOST_SPLITS;
+    f->past_warps = warps_wanted;
+    f->window_splits = f->window < WINDOW_SPLITS * WINDOW_GROUPS ? (int)ceil_div(f->window, WINDOW_GROUPS) : WINDOW_SPLITS;
+    while (f->past_warps > 1 && (past_smem(nullptr, g, f->past_warps, 1).bytes > limit ||
+                                 f->past_warps / 2 * 15ll * f->past_splits >= f->capacity)) f->past_warps /= 2;
+    if (past_smem(nullptr, g, f->past_warps, 1).bytes > limit)
         die(2, "n_embd %d does not fit the %zu bytes of shared memory that a block has here", g.C, limit);
     f->queries = 1;
-    while (f->queries < f->tail && read_smem(nullptr, g, f->tile_rows, f->queries + 1).bytes <= limit) f->queries++;
-    const int64_t sums = (int64_t)READ_SPLITS * f->queries;
-    device_alloc((void **)&f->partial_out, sums * g.C * sizeof(float));
-    device_alloc((void **)&f->partial_top, sums * g.H * sizeof(float));
-    device_alloc((void **)&f->partial_sum, sums * g.H * sizeof(float));
+    while (f->queries < 8 && past_smem(nullptr, g, f->past_warps, f->queries + 1).bytes <= limit) f->queries++;
+    const int64_t M = f->queries, pairs = M * g.H, splits = f->past_splits;
+    for (float **p : {&f->sums.top, &f->sums.sum}) device_alloc((void **)p, WINDOW_SPLITS * pairs * sizeof(float));
+    device_alloc((void **)&f->sums.out, WINDOW_SPLITS * M * g.C * sizeof(float));
+    for (float **p : {&f->past_sums.top, &f->past_sums.sum, &f->past_sums.mean})
+        device_alloc((void **)p, splits * pairs * sizeof(float));
+    device_alloc((void **)&f->past_sums.out, splits * M * g.C * sizeof(float));
+    device_alloc((void **)&f->past_sums.u, splits * pairs * g.rank_pad * sizeof(float));
+    device_alloc((void **)&f->past_query.q, g.C / 32 * 32 * sizeof(TilePair));
+    device_alloc((void **)&f->past_query.u, ceil_div(pairs, 8) * g.rank_pad / 32 * 32 * sizeof(TilePair));
+    for (float **p : {&f->past_query.sum, &f->past_query.bias}) device_alloc((void **)p, pairs * sizeof(float));
+}
+
+// Matrices that a step reads by rows of C, and its vectors.
+static void prepare_decode(Infer *f) {
+    const Dims &d = f->m.d;
+    f->packed = (Packed *)calloc(d.L, sizeof(Packed));
+    f->decodes = true;
+    for (int l = 0; l < d.L; l++) {
+        const Layer &layer = f->m.layers[l];
+        const Params &p = layer.p;
+        if (!find_decoder(TIME_DECODERS, layer.tmix->name)) f->decodes = false;
+        if (!find_decoder(CHANNEL_DECODERS, layer.cmix->name)) f->decodes = false;
+        if (p.time_maa_q_w1.w) f->packed[l].mix_w1 = packed(32, d.C, p.time_maa_q_w1, d.C, 32, true);
+        if (!p.time_maa_w1.w || !p.time_value2_w1.w) continue;
+        f->packed[l] = {packed(160, d.C, p.time_maa_w1, d.C, 160, true), packed(64, d.C, p.time_decay_w1, d.C, 64, true),
+                        packed(64, d.C, p.time_value2_w1, d.C, 64, true)};
+    }
+    Row &row = f->row;
+    const int64_t kv = 2 * f->G, rank = padded_rank(gold_rank(d));
+    alloc_floats(&row.ln, d.C);
+    alloc_floats(&row.xs, 5 * d.C);
+    alloc_floats(&row.ffn, d.F);
+    for (float **p : {&row.r, &row.k, &row.v, &row.v2, &row.y, &row.q}) device_alloc((void **)p, d.A * sizeof(float));
+    for (float **p : {&row.x, &row.x_mid, &row.gate}) device_alloc((void **)p, d.C * sizeof(float));
+    device_alloc((void **)&row.hidden, 288 * sizeof(float));
+    if (!f->G) return;
+    alloc_floats(&row.kv1, kv * d.C);
+    alloc_floats(&row.u, kv * rank);
+    device_alloc((void **)&row.c, d.R * sizeof(float));
+    device_alloc((void **)&row.z, 2 * d.C * sizeof(float));
+    device_alloc((void **)&row.kv2, kv * d.C * sizeof(float));
+}
+
+static void pack_pairs(TilePair *to, const floatX *p, int64_t ld_k, int64_t ld_n, int K, int columns, int per, int inner,
+                       int outer, int step, bool k_channels, bool n_channels) {
+    const PackTiles how = {p, ld_k, ld_n, K, per, inner, outer, step, k_channels, n_channels};
+    pack_tiles<<<columns / 8 * (K / 32), 32, 0, stream>>>(to, how);
+}
+
+// w^T w of w (rows, n), as right operand
+static TilePair *gram_of(const floatX *w, int rows_of_w, int n, floatX *scratch) {
+    TilePair *to;
+    device_alloc((void **)&to, n / 8 * (n / 32) * 32 * sizeof(TilePair));
+    matmul(scratch, n, columns(w, n), rows(w, n), n, n, rows_of_w);
+    pack_pairs(to, scratch, n, 1, n, n, n / 8, n / 32, 0, 1, false, false);
+    return to;
+}
+
+// The weights of a side in the order in which past_sweep takes them: for each pass over the rank and each 32 channels, tiles of
+// W_c (keys only), of the mix, of w1 and of w2.
+static void prepare_side(GoldSource &g, GoldSource::Side &side, bool keys, Param w1, Param w2, int rank, floatX *scratch) {
+    const int C = g.C, groups = g.rank_pad == 64 ? 2 : 4, passes = g.rank_pad / (32 * groups), from_c = keys ? 4 * g.R32 / 32 : 0;
+    floatX *centered;
+    TilePair *tiles;
+    side.stage = from_c + 4 + 8 * groups;
+    side.w1 = packed(g.rank_pad, C, w1, C, rank, true);
+    alloc_floats(&centered, (int64_t)C * g.rank_pad);
+    pack_centered<<<g.rank_pad, 256, 0, stream>>>(centered, w2.w, rank, C);
+    side.w2 = centered;
+    side.gram = gram_of(centered, C, g.rank_pad, scratch);
+    device_alloc((void **)&tiles, (int64_t)passes * C / 32 * side.stage * 32 * sizeof(TilePair));
+    side.tiles = tiles;
+    for (int pass = 0; pass < passes; pass++) {
+        TilePair *to = tiles + (int64_t)pass * C / 32 * side.stage * 32;
+        if (keys) pack_pairs(to, g.w_c, 1, g.R32, g.R32, C, 4, g.R32 / 32, side.stage, 1, false, true);
+        to += from_c * 32;
+        pack_pairs(to, side.mix, C, 1, 32, C, 4, 1, side.stage, 0, false, true);
+        to += 4 * 32;
+        const int of = 32 * groups, tiles_of = 4 * groups;                  // ranks of a pass
+        pack_pairs(to, side.w1 + (int64_t)pass * of * C, 1, C, C, of, tiles_of, 1, 0, side.stage, true, false);
+        pack_pairs(to + tiles_of * 32, side.w2 + pass * of, g.rank_pad, 1, C, of, tiles_of, 1, 0, side.stage, true, false);
+    }
+}
+
+// Likewise for past_turned_scores: tiles of W_c, of the mix, of w2.
+static void prepare_turned(GoldSource &g) {
+    const int C = g.C, from_c = 4 * g.R32 / 32, low_rank = 4 * g.rank_pad / 32;
+    TilePair *to;
+    g.turned_stage = from_c + 4 + low_rank;
+    device_alloc((void **)&to, (int64_t)C / 32 * g.turned_stage * 32 * sizeof(TilePair));
+    g.turned_tiles = to;
+    pack_pairs(to, g.w_c, 1, g.R32, g.R32, C, 4, g.R32 / 32, g.turned_stage, 1, false, true);
+    pack_pairs(to + from_c * 32, g.k.mix, C, 1, 32, C, 4, 1, g.turned_stage, 0, false, true);
+    pack_pairs(to + (from_c + 4) * 32, g.k.w2, 1, g.rank_pad, g.rank_pad, C, 4, g.rank_pad / 32, g.turned_stage, 1, false, true);
 }
 
 // Tables over the vocabulary and weights in the layout that attention reads; once, after the weights are in place.
@@ -634,27 +1861,34 @@ static void prepare_gold(Infer *f) {
     Model *m = &f->m;
     const Dims d = m->d;
     const int64_t V = d.V, C = d.C;
-    const int R16 = multiple_of_16(d.R), rank = gold_rank(d), rank16 = multiple_of_16(rank);
+    const int R32 = multiple_of_32(d.R), rank = gold_rank(d), rank_pad = padded_rank(rank);
+    const int largest = R32 > rank_pad ? R32 : rank_pad;
     const Param W = m->top.w_kv_cache_b;
-    f->w_c = packed(d.A, R16, columns_from(W, C), d.A, d.R, false);
+    f->w_c = packed(d.A, R32, columns_from(W, C), d.A, d.R, false);
     alloc_floats(&f->id_k0, V * C);
     alloc_floats(&f->id_xo, V * C);
-    floatX *w1[2];
+    alloc_floats(&f->id_c, V * R32);
+    device_alloc((void **)&f->id_squares, V * sizeof(float));
+    floatX *w1[2], *scratch;
     for (floatX *&w : w1) alloc_floats(&w, C * 64);
+    alloc_floats(&scratch, (int64_t)largest * largest);
+    f->c_gram = gram_of(f->w_c, d.C, R32, scratch);
     for (int i = 0; i < f->G; i++) {
         const Params &p = m->layers[d.G0 + i].p;
         GoldSource &g = f->sources[i];
         floatX *id_h, *id_h_before;
         alloc_floats(&id_h, V * 64);
         alloc_floats(&id_h_before, V * 64);
-        g.id_k0 = f->id_k0, g.id_xo = f->id_xo, g.id_h = id_h, g.id_h_before = id_h_before, g.w_c = f->w_c;
-        g.rope = m->rope, g.C = d.C, g.H = d.H, g.R = d.R, g.R16 = R16, g.rank16 = rank16;
-        Param mix_v = p.time_maa_kv_w2;
-        mix_v.w += 32 * C;
-        g.k = {p.time_maa_k.w, packed(d.C, 32, p.time_maa_kv_w2, 32, d.C, true), packed(rank16, d.C, p.time_key_w1, d.C, rank, true),
-               packed(d.C, rank16, p.time_key_w2, rank, d.C, true), p.ln_k_weight.w, p.ln_k_bias.w};
-        g.v = {p.time_maa_v.w, packed(d.C, 32, mix_v, 32, d.C, true), packed(rank16, d.C, p.time_value_w1, d.C, rank, true),
-               packed(d.C, rank16, p.time_value_w2, rank, d.C, true), p.ln_v_weight.w, p.ln_v_bias.w};
+        g.id_k0 = f->id_k0, g.id_xo = f->id_xo, g.id_c = f->id_c, g.id_squares = f->id_squares;
+        g.id_h = id_h, g.id_h_before = id_h_before;
+        g.w_c = f->w_c, g.c_gram = f->c_gram;
+        g.rope = m->rope, g.C = d.C, g.H = d.H, g.R = d.R, g.R32 = R32, g.rank_pad = rank_pad;
+        g.k.mu = p.time_maa_k.w, g.k.mix = p.time_maa_kv_w2.w, g.k.gain = p.ln_k_weight.w, g.k.bias = p.ln_k_bias.w;
+        g.v.mu = p.time_maa_v.w, g.v.mix = p.time_maa_kv_w2.w + 32 * C, g.v.gain = p.ln_v_weight.w, g.v.bias = p.ln_v_bias.w;
+        prepare_side(g, g.k, true, p.time_key_w1, p.time_key_w2, rank, scratch);
+        prepare_side(g, g.v, false, p.time_value_w1, p.time_value_w2, rank, scratch);
+        if (g.rope.used) prepare_turned(g);
+        g.stage = g.k.stage > g.turned_stage ? g.k.stage : g.turned_stage;
         // (xo + dxo mu) @ w1 = xo_t @ (1 - mu) w1 + xo_{t-1} @ mu w1
         for (int before = 0; before < 2; before++)
             scale_rows<<<blocks_of(C * 64), 256, 0, stream>>>(w1[before], p.time_maa_kv_w1.w, p.time_maa_v_cache.w, !before, C * 64, 64);
@@ -671,8 +1905,11 @@ static void prepare_gold(Infer *f) {
             matmul(id_h_before + first * 64, 64, rows(m->xo, C), rows(w1[1], 64), here, 64, d.C);
         }
     }
+    matmul(f->id_c, R32, rows(f->id_k0, C), rows(f->w_c, R32), d.V, R32, d.C);
+    sum_squares<<<d.V, 32, 0, stream>>>(f->id_squares, f->id_k0, d.C);
+    CUDA_CHECK(cudaMemcpyAsync(f->device_sources, f->sources, f->G * sizeof(GoldSource), cudaMemcpyHostToDevice, stream));
     CUDA_CHECK(cudaStreamSynchronize(stream));
-    for (floatX *w : w1) cudaFree(w);
+    for (floatX *w : {w1[0], w1[1], scratch}) cudaFree(w);
 }
 
 // ---- the model's shape, where a file written by others does not say it ----
@@ -727,10 +1964,74 @@ static void settings_from_tensors(Settings *s, const SafeTensors *file) {
     }
 }
 
+// ---- the window ----
+
+// Rows of the cache: c of tokens first.. (zeros before the context) for a block each, as the trainer's layers want it
+__global__ void read_cache_rows(floatX *to, int *ids, GoldSource g, int64_t first) {
+    const int64_t t = first + blockIdx.x;
+    for (int i = threadIdx.x; i < g.R; i += blockDim.x) {
+        float c = 0;
+        if (t >= 0) c = g.c8 ? g.c8[t * g.R + i] * g.scales[t] : (float)g.c[t * g.R + i];
+        to[(int64_t)blockIdx.x * g.R + i] = (floatX)c;
+    }
+    if (threadIdx.x == 0) ids[blockIdx.x] = t >= 0 ? g.ids[t] : 0;
+}
+
+// Keys and values of tokens begin..end-1, which are in the cache, into the window: by the trainer's layers, in chunks, row 0
+// being the token before.
+static void fill_window(Infer *f, int64_t begin, int64_t end) {
+    Model *m = &f->m;
+    const Dims &d = m->d;
+    const Param W = m->top.w_kv_cache_b;
+    for (int64_t at = begin; at < end; at += f->chunk) {
+        const int n = (int)(end - at < f->chunk ? end - at : f->chunk);
+        m->d.lead = 1;
+        m->d.first = at - 1;
+        set_batch(m, 1, n + 1);
+        read_cache_rows<<<n + 1, 128, 0, stream>>>(m->cache, m->tokens, f->sources[0], at - 1);
+        model_embed(m);
+        linear_forward(m->k0_sum, m->x0, W, d.BT, d.A, d.C);
+        linear_forward(m->k0_sum, m->cache, columns_from(W, d.C), d.BT, d.A, d.R, 1);
+        rms_norm_forward<<<d.BT, row_threads(d.A), 0, stream>>>(m->k0, m->k0_sum, d.A);
+        for (floatX *row : {m->k0, m->xo})                                  // before the first token there is nothing
+            if (at == 0) CUDA_CHECK(cudaMemsetAsync(row, 0, d.C * sizeof(floatX), stream));
+        for (int i = 0; i < f->G; i++) {
+            Layer *layer = &m->layers[d.G0 + i];
+            gold_keys_values(m, layer);
+            append_to_ring<<<n, row_threads(d.C), 0, stream>>>(f->sources[i].k.ring, layer->gold.k + d.C, at, f->window, d.C);
+            append_to_ring<<<n, row_threads(d.C), 0, stream>>>(f->sources[i].v.ring, layer->gold.v + d.C, at, f->window, d.C);
+        }
+    }
+    if (begin != f->window_end) f->window_begin = begin;                    // no longer joined to what was there
+    if (f->window_begin < end - f->window) f->window_begin = end - f->window;
+    f->window_end = end;
+}
+
+// The newest tokens, as far as they are not there yet.
+static void extend_window(Infer *f) {
+    const int64_t begin = f->position - f->window > f->window_end ? f->position - f->window : f->window_end;
+    if (f->G && begin < f->position) fill_window(f, begin, f->position);
+}
+
+__global__ void set_place(Place *place, Place now) { *place = now; }
+
+// Tells the device where the context stands; first: the position of the first query to come, less one for a recorded step.
+static void move_place(Infer *f, int64_t first) {
+    const Place now = {first, f->window_begin};
+    set_place<<<1, 1, 0, stream>>>(f->place, now);
+}
+
+static void make_window(Infer *f) {                                         // from what is saved
+    f->window_begin = f->window_end = 0;
+    extend_window(f);
+    move_place(f, f->position - 1);
+}
+
 // ---- start ----
 
 // Everything but the weights' values: plan, memory, the cache for `capacity` tokens (0: as many as fit, a million at most).
-static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity, int chunk) {
+// chunk: tokens of a pre-fill chunk; window: most tokens whose keys and values are kept (KV_FULL: all).
+static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity, int chunk, int64_t window) {
     Infer *f = (Infer *)calloc(1, sizeof(Infer));
     Model *m = &f->m;
     Settings s = *settings;
@@ -751,7 +2052,8 @@ static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity
     CUDA_CHECK(cudaMemGetInfo(&available, &total));
     const int64_t weights = m->n_block * (int64_t)(sizeof(floatX) + 4), per_token = cache_bytes_per_token(f);
     const int64_t tables = f->G ? (int64_t)d.V * (2 * d.C + 128 * f->G) * sizeof(floatX) : 0, small = CUBLAS_WORKSPACE + (256 << 20);
-    const int64_t need = weights + tables + m->activation_bytes + small;
+    const int64_t ring = kv == KV_FULL ? 0 : window * 2 * f->G * d.C * (int64_t)sizeof(floatX);
+    const int64_t need = weights + tables + ring + m->activation_bytes + small;
     if (need > (int64_t)available)
         die(2, "%s has %.2f GiB free, and the model needs %.2f GiB", machine_name(), available / 1073741824.0, need / 1073741824.0);
     const int64_t fits = per_token ? ((int64_t)available - need) / per_token : INT64_MAX;
@@ -768,29 +2070,31 @@ static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity
         else if (!layer->tmix->keeps_kv) device_alloc((void **)&layer->wkv_state, (int64_t)d.H * N * N * sizeof(float));
     }
     device_alloc((void **)&f->logits, d.V * sizeof(float));
+    device_alloc((void **)&f->place, sizeof(Place));
+    device_alloc((void **)&f->token, sizeof(int));
     kept_allocate(f, rows);
+    f->window = kv == KV_FULL || window > f->capacity ? f->capacity : window;
     if (!f->G) return f;
     f->sources = (GoldSource *)calloc(f->G, sizeof(GoldSource));
+    device_alloc((void **)&f->device_sources, f->G * sizeof(GoldSource));
     device_alloc((void **)&f->ids, f->capacity * sizeof(int));
-    if (kv == KV_COMPRESSED) alloc_floats(&f->c, f->capacity * d.R);
+    if (kv != KV_INT8) alloc_floats(&f->c, f->capacity * d.R);
     if (kv == KV_INT8) device_alloc((void **)&f->c8, f->capacity * d.R);
     if (kv == KV_INT8) device_alloc((void **)&f->scales, f->capacity * sizeof(float));
     for (int i = 0; i < f->G; i++) {
         GoldSource &g = f->sources[i];
-        floatX *keys = nullptr, *values = nullptr;
-        if (kv == KV_FULL) alloc_floats(&keys, f->capacity * d.C);
-        if (kv == KV_FULL) alloc_floats(&values, f->capacity * d.C);
-        g.ids = f->ids, g.c = f->c, g.c8 = f->c8, g.scales = f->scales, g.keys = keys, g.values = values;
+        g.ids = f->ids, g.c = f->c, g.c8 = f->c8, g.scales = f->scales;
+        for (floatX **p : {&g.k.ring, &g.v.ring}) alloc_floats(p, f->window * d.C);
     }
     for (floatX **p : {&f->tail_x[0], &f->tail_x[1]}) alloc_floats(p, (int64_t)f->tail * d.C);
-    for (floatX **p : {&f->k0_last, &f->xo_last}) alloc_floats(p, d.C);
     return f;
 }
 
-static void infer_prepare(Infer *f) {                                       // after the weights have their values
+static void infer_prepare(Infer *f, int splits, int warps) {                // after the weights have their values
+    prepare_decode(f);
     if (!f->G) return;
     prepare_gold(f);
-    choose_attention_shape(f);
+    choose_attention_shape(f, splits, warps);
 }
 
 // Our checkpoints carry their settings; a file by others tells most of them by its tensors.
@@ -804,12 +2108,16 @@ void settings_of_model(Settings *s, const SafeTensors *file) {
     settings_check(s);
 }
 
+// Tokens of a pre-fill chunk: enough that matrix products fill the machine.
+static int prefill_chunk(void) { return multiprocessors < 8 ? 256 : multiprocessors < 128 ? 32 * multiprocessors : 4096; }
+
 Infer *infer_open(const char *path, KvKind kv, int64_t capacity) {
     SafeTensors file;
     Settings s;
     safetensors_open(&file, path);
     settings_of_model(&s, &file);
-    Infer *f = infer_create(&s, kv, capacity, 256);
+    machine_start();
+    Infer *f = infer_create(&s, kv, capacity, prefill_chunk(), WINDOW);
     f->model_hash = hash_bytes(hash_start, file.data, (size_t)file.data_size);
     safetensors_close(&file);
     load_weights(&f->m, path, false);
@@ -817,7 +2125,7 @@ Infer *infer_open(const char *path, KvKind kv, int64_t capacity) {
         CUDA_CHECK(cudaFree(f->m.master));
         f->m.master = nullptr;
     }
-    infer_prepare(f);
+    infer_prepare(f, multiprocessors, 8);
     return f;
 }
 
@@ -849,32 +2157,29 @@ static int infer_carried(const Infer *f, Carried *list) {                   // l
     }
     add("logits", 0, "F32", f->logits, d.V, 4);
     if (!f->G) return n;
-    add("k0_last", 0, type, f->k0_last, d.C, sizeof(floatX));
-    add("xo_last", 0, type, f->xo_last, d.C, sizeof(floatX));
     add("ids", 0, "I32", f->ids, T, 4);
     add("c", 0, type, f->c, T * d.R, sizeof(floatX));
     add("c8", 0, "I8", f->c8, T * d.R, 1);
     add("scales", 0, "F32", f->scales, T, 4);
-    for (int i = 0; i < f->G; i++) {
-        add("blocks.%d.keys", d.G0 + i, type, f->sources[i].keys, T * d.C, sizeof(floatX));
-        add("blocks.%d.values", d.G0 + i, type, f->sources[i].values, T * d.C, sizeof(floatX));
-    }
     return n;
 }
 
 static Carried *carried_room(const Infer *f) { return (Carried *)calloc(16 + 5 * f->m.d.L, sizeof(Carried)); }
 
 void infer_reset(Infer *f) {                                                // forget the context
-    f->position = 0;
+    f->position = f->window_begin = f->window_end = 0;
     f->tail_rows = 0;
+    move_place(f, -1);
     Carried *list = carried_room(f);
     const int n = infer_carried(f, list);
     for (int i = 0; i < n; i++) CUDA_CHECK(cudaMemsetAsync(list[i].p, 0, list[i].count * list[i].width, stream));
     free(list);
 }
 
-// The context to a safetensors file, bound to its model by the hash of the weights.
-void infer_save_state(const Infer *f, const char *path) {
+// The context to a safetensors file, bound to its model by the hash of the weights. Whoever loads it makes the window
+// anew, to bits that may differ from those it has grown to here: so it is made anew here as well, and both go on alike.
+void infer_save_state(Infer *f, const char *path) {
+    make_window(f);
     Carried *list = carried_room(f);
     const int n = infer_carried(f, list);
     char *header = nullptr;
@@ -930,6 +2235,7 @@ void infer_load_state(Infer *f, const char *path) {
     }
     free(list);
     safetensors_close(&file);
+    make_window(f);
 }
 
 void infer_cache_bytes(const Infer *f, int64_t *total, double *per_token, double *transformer_per_token) {
@@ -960,26 +2266,12 @@ static void stage_rows(Infer *f, const int *ids, int n) {
     set_batch(m, 1, n + 1);
 }
 
-// The rows' ids and c, or keys and values, into the cache at the present position. x: before the GOLD layers.
+// The rows' ids and c into the cache at the present position. x: before the GOLD layers.
 static void append_to_cache(Infer *f, const floatX *x, int n) {
     Model *m = &f->m;
     const Dims &d = m->d;
     const int64_t at = f->position;
     append_tokens<<<blocks_of(n), 256, 0, stream>>>(f->ids + at, m->tokens + 1, n);
-    if (f->kv == KV_FULL) {
-        token_cat_forward(m, x);
-        carry_shift(m, m->k0, f->k0_last);
-        carry_shift(m, m->xo, f->xo_last);
-        for (int i = 0; i < f->G; i++) {
-            Layer *layer = &m->layers[d.G0 + i];
-            gold_keys_values(m, layer);
-            const size_t bytes = (size_t)n * d.C * sizeof(floatX);
-            floatX *keys = (floatX *)f->sources[i].keys + at * d.C, *values = (floatX *)f->sources[i].values + at * d.C;
-            CUDA_CHECK(cudaMemcpyAsync(keys, layer->gold.k + d.C, bytes, cudaMemcpyDeviceToDevice, stream));
-            CUDA_CHECK(cudaMemcpyAsync(values, layer->gold.v + d.C, bytes, cudaMemcpyDeviceToDevice, stream));
-        }
-        return;
-    }
     linear_forward(m->cache, x + d.C, m->top.w_kv_cache_a, n, d.R, d.C);
     if (f->kv == KV_INT8) append_int8<<<n, 32, 0, stream>>>(f->c8 + at * d.R, f->scales + at, m->cache, d.R);
     else append_floats<<<blocks_of((int64_t)n * d.R), 256, 0, stream>>>(f->c + at * d.R, m->cache, (int64_t)n * d.R);
@@ -1012,10 +2304,18 @@ static void infer_chunk(Infer *f, const int *ids, int n, bool all) {
     const int64_t E = (int64_t)d.BT * d.C;
     add_forward<<<pack_blocks(E), 256, 0, stream>>>(x, m->layers[d.G0 - 1].x_mid, m->branch, E);
     append_to_cache(f, x, n);
-    f->row_position = f->position;
     f->position += n;
-    if (all) model_layers(m, d.G0, d.L);
-    else keep_tail(f, x, n);
+    if (!all) {
+        keep_tail(f, x, n);
+        return;
+    }
+    extend_window(f);
+    set_batch(m, 1, n + 1);
+    m->d.first = f->position - n - 1;
+    move_place(f, f->position - n);
+    f->last_only = false;
+    model_layers(m, d.G0, d.L);
+    move_place(f, f->position - 1);
 }
 
 // Logits (fp32) of `count` rows, the first of them `row`, to device memory.
@@ -1025,6 +2325,15 @@ static void infer_head(Infer *f, float *logits, int row, int count) {
     matmul(logits, d.V, rows(xf, d.C), columns(head, d.C), count, d.V, d.C);
 }
 
+// A step, recorded: `queue` is queue_step and perhaps more.
+template <typename F> static void infer_step(Infer *f, Recording (&recordings)[2], const F &queue) {
+    if (f->position == f->capacity && f->G) die(2, "the context has %ld tokens, the most that it can", f->capacity);
+    f->position++;
+    if (f->window_end < f->position) f->window_end = f->position;
+    if (f->window_begin < f->position - f->window) f->window_begin = f->position - f->window;
+    run_recorded(&recordings[f->window_begin > 0], queue);
+}
+
 // n tokens go on from the context; afterwards the logits of the last one are ready. What the GOLD layers' shifts carry is
 // exact before and after: short input goes through them as it stands, of longer input the last 2 G + 1 tokens do.
 void infer_feed(Infer *f, const int *ids, int64_t n) {
@@ -1032,18 +2341,26 @@ void infer_feed(Infer *f, const int *ids, int64_t n) {
     const Dims &d = m->d;
     if (f->position + n > f->capacity && cache_bytes_per_token(f) > 0)
         die(2, "the context would be %ld tokens long, expected at most %ld", f->position + n, f->capacity);
+    if (n == 1 && f->decodes) {
+        CUDA_CHECK(cudaMemcpyAsync(f->token, ids, sizeof(int), cudaMemcpyHostToDevice, stream));
+        infer_step(f, f->recordings, [=] { queue_step(f, f->token); });
+        return;
+    }
     f->tail_rows = 0;
     for (int64_t done = 0; done < n; done += f->chunk) infer_chunk(f, ids + done, (int)(n - done < f->chunk ? n - done : f->chunk), false);
     if (f->G) {
+        extend_window(f);
         set_batch(m, 1, f->tail_rows + 1);
         CUDA_CHECK(cudaMemcpyAsync(m->layers[d.G0].x + d.C, f->tail_x[f->tail_now], (size_t)f->tail_rows * d.C * sizeof(floatX),
                                    cudaMemcpyDeviceToDevice, stream));
-        f->row_position = f->position - f->tail_rows;
-        m->d.first = f->row_position - 1;
+        move_place(f, f->position - f->tail_rows);
+        m->d.first = f->position - f->tail_rows - 1;
+        f->last_only = true;
         model_layers(m, d.G0, d.L);
     }
     model_final_norm(m);
     infer_head(f, f->logits, d.BT - 1, 1);
+    move_place(f, f->position - 1);
 }
 
 // ---- scoring: every position of a text through all layers ----
@@ -1091,33 +2408,50 @@ void infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int chunk,
 #ifdef GOLDFINCH_TEST
 extern "C" {
 
-// An engine with the weights of a model; chunk: tokens of a pre-fill chunk.
-Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk) {
-    Infer *f = infer_create(&m->s, (KvKind)kv, capacity, chunk);
+// An engine with the weights of a model; chunk: tokens of a pre-fill chunk; window: most tokens whose keys and values are kept;
+// small: two blocks of one warp share all older tokens, so that each has many tiles to walk.
+Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk, int64_t window, int small) {
+    Infer *f = infer_create(&m->s, (KvKind)kv, capacity, chunk, window);
     for (int i = 0; i < m->n_tensors; i++) {
         const Tensor *t = &m->tensors[i];
         CUDA_CHECK(cudaMemcpy(f->m.master + t->offset, m->master + t->offset, t->size * sizeof(float), cudaMemcpyDeviceToDevice));
     }
     model_params_changed(&f->m);
-    infer_prepare(f);
+    infer_prepare(f, small ? 2 : multiprocessors, small ? 1 : 8);
     return f;
 }
 
 void gf_infer_free(Infer *f) {
     Carried *list = carried_room(f);
     CUDA_CHECK(cudaStreamSynchronize(stream));
+    for (Recording &r : f->recordings) recording_free(&r);
     const int n = infer_carried(f, list);
     for (int i = 0; i < n; i++) cudaFree(list[i].p);
     free(list);
     for (int i = 0; i < f->G; i++) {
         const GoldSource &g = f->sources[i];
-        for (const floatX *p : {g.id_h, g.id_h_before, g.k.mix, g.k.w1, g.k.w2, g.v.mix, g.v.w1, g.v.w2}) cudaFree((void *)p);
+        for (const floatX *p : {g.id_h, g.id_h_before}) cudaFree((void *)p);
+        cudaFree((void *)g.turned_tiles);
+        for (const GoldSource::Side *side : {&g.k, &g.v}) {
+            for (const floatX *p : {side->w1, side->w2, (const floatX *)side->ring}) cudaFree((void *)p);
+            for (const TilePair *p : {side->tiles, side->gram}) cudaFree((void *)p);
+        }
     }
-    for (floatX *p : {f->w_c, f->id_k0, f->id_xo, f->tail_x[0], f->tail_x[1]}) cudaFree(p);
-    for (float *p : {f->partial_out, f->partial_top, f->partial_sum}) cudaFree(p);
+    for (int l = 0; l < f->m.d.L; l++)
+        for (floatX *p : {f->packed[l].mix_w1, f->packed[l].decay_w1, f->packed[l].value2_w1}) cudaFree(p);
+    const Row &row = f->row;
+    for (floatX *p : {f->w_c, f->id_k0, f->id_xo, f->id_c, f->tail_x[0], f->tail_x[1]}) cudaFree(p);
+    for (floatX *p : {row.ln, row.xs, row.ffn, row.kv1, row.u}) cudaFree(p);
+    const PastSums &past = f->past_sums;
+    for (TilePair *p : {f->c_gram, f->past_query.q, f->past_query.u}) cudaFree(p);
+    for (float *p : {f->sums.out, f->sums.top, f->sums.sum, past.out, past.u, past.top, past.sum, past.mean}) cudaFree(p);
+    for (float *p : {f->past_query.sum, f->past_query.bias, f->id_squares, row.x, row.x_mid, row.hidden, row.r, row.k}) cudaFree(p);
+    for (float *p : {row.v, row.v2, row.y, row.q, row.gate, row.c, row.z, row.kv2}) cudaFree(p);
     for (float *p : {f->kept_sums.out, f->kept_sums.top, f->kept_sums.sum}) cudaFree(p);
     free(f->kept);
+    for (void *p : {(void *)f->place, (void *)f->token, (void *)f->device_sources}) cudaFree(p);
     free(f->sources);
+    free(f->packed);
     model_free(&f->m);
     free(f);
 }
@@ -1152,7 +2486,7 @@ double gf_infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int c
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 4. Tokenizer (spec section 9): text to ids and back. Byte-level models need no vocabulary: an id is a byte + 1. Others
+// 5. Tokenizer (spec section 9): text to ids and back. Byte-level models need no vocabulary: an id is a byte + 1. Others
 //    take RWKV World's, a text file of lines `ID LITERAL LENGTH`, LITERAL a Python string or bytes literal.
 
 // A trie's node: which bytes may follow, the node of the first of these (the others come after it, in order), and the
@@ -1477,7 +2811,7 @@ int64_t gf_printable(const unsigned char *bytes, int64_t n, unsigned char *text)
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 5. Sampler (spec section 10), on the device: only the id that was drawn comes to the host.
+// 6. Sampler (spec section 10), on the device: only the id that was drawn comes to the host.
 //
 // No sorting. Logits become whole numbers with the same order (keys), probabilities whole numbers too (masses, in units
 // of 2^-39 of the likeliest token's): sums of these are the same in any order, so that results are the same bits in
@@ -1539,6 +2873,8 @@ __device__ inline Mass sample_mass(float below_top) {           // e^below_top, 
 // logits with penalties and bans, and the largest of each block's. Before that, the last drawn token is counted.
 __global__ void sample_adjust(Sampler s, const float *logits) {
     __shared__ float tops[SAMPLE_THREADS / 32];
+    let_next_start();
+    wait_for_previous();
     const int begin = blockIdx.x * s.tokens_of_block, end = min(begin + s.tokens_of_block, s.V), drawn = s.state->drawn;
     float top = -INFINITY;
     for (int i = begin + threadIdx.x; i < end; i += SAMPLE_THREADS) {
@@ -1612,6 +2948,8 @@ __global__ void sample_narrow(Sampler s, int step) {
     __shared__ Mass masses[SAMPLE_TILE];
     __shared__ int digits[SAMPLE_TILE];                         // SAMPLE_BINS: not among them
     __shared__ SampleBin parts[SAMPLE_THREADS];
+    let_next_start();
+    wait_for_previous();
     const SampleCut cut = sample_cut(s, step);
     const int begin = blockIdx.x * s.tokens_of_block, end = min(begin + s.tokens_of_block, s.V), shift = 28 - 4 * step;
     const int bin = threadIdx.x / 16, lane = threadIdx.x % 16;
@@ -1653,6 +2991,8 @@ __device__ inline int2 sample_part(const Sampler &s, int block) {
 __global__ void sample_weigh(Sampler s) {
     __shared__ int ties_of_thread[SAMPLE_THREADS];
     __shared__ Mass sums[SAMPLE_THREADS];
+    let_next_start();
+    wait_for_previous();
     const SampleCut cut = sample_cut(s, SAMPLE_STEPS);
     const SampleBin *ties = s.bins + (int64_t)(SAMPLE_STEPS - 1) * s.blocks * SAMPLE_BINS + cut.base % SAMPLE_BINS;
     const int2 part = sample_part(s, blockIdx.x);
@@ -1701,6 +3041,8 @@ __global__ void sample_draw(Sampler s) {
     __shared__ int block;
     const int t = threadIdx.x;
     SampleState *state = s.state;
+    let_next_start();
+    wait_for_previous();
     if (t < s.blocks) sums[t] = s.sums[t];
     __syncthreads();
     if (t == 0) {
@@ -1783,10 +3125,10 @@ void sampler_begin(Sampler *s, int64_t position, double uniform) {
 
 // Queues a draw from logits (V); its id comes to *s->drawn. The arguments are the same every time: fit for a CUDA graph.
 void sampler_queue(const Sampler *s, const float *logits) {
-    sample_adjust<<<s->blocks, SAMPLE_THREADS, 0, stream>>>(*s, logits);
-    for (int step = 0; step < SAMPLE_STEPS; step++) sample_narrow<<<s->blocks, SAMPLE_THREADS, 0, stream>>>(*s, step);
-    sample_weigh<<<s->blocks, SAMPLE_THREADS, 0, stream>>>(*s);
-    sample_draw<<<1, SAMPLE_THREADS, 0, stream>>>(*s);
+    launch_early(sample_adjust, dim3(s->blocks), SAMPLE_THREADS, 0, *s, logits);
+    for (int step = 0; step < SAMPLE_STEPS; step++) launch_early(sample_narrow, dim3(s->blocks), SAMPLE_THREADS, 0, *s, step);
+    launch_early(sample_weigh, dim3(s->blocks), SAMPLE_THREADS, 0, *s);
+    launch_early(sample_draw, dim3(1), SAMPLE_THREADS, 0, *s);
     CUDA_CHECK(cudaMemcpyAsync(s->drawn, &s->state->drawn, sizeof(int), cudaMemcpyDeviceToHost, stream));
 }
 
@@ -1840,7 +3182,7 @@ void gf_sample_probabilities(const float *logits, int V, const int *history, int
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 6. Command line: flags, prompt, continuation, score
+// 7. Command line: flags, prompt, continuation, score
 
 typedef const char *TEXT;
 typedef bool SWITCH;
@@ -2004,10 +3346,10 @@ int64_t encode_for_model(const Tokenizer *t, const char *name, const uint8_t *te
 
 // ---------------------------------------- what is written
 
-typedef struct Output { Utf8 utf8; uint8_t last; } Output;      // last: byte that was written
+typedef struct Printer { Utf8 utf8; uint8_t last; } Printer;      // last: byte that was written
 
 // To stdout at once. Whoever reads it may have had enough: no error.
-void output_bytes(Output *out, const uint8_t *bytes, int n) {
+void output_bytes(Printer *out, const uint8_t *bytes, int n) {
     for (int done = 0; done < n; ) {
         const ssize_t wrote = write(STDOUT_FILENO, bytes + done, (size_t)(n - done));
         if (wrote < 0 && errno == EINTR) { continue; }
@@ -2018,7 +3360,7 @@ void output_bytes(Output *out, const uint8_t *bytes, int n) {
     if (n > 0) { out->last = bytes[n - 1]; }
 }
 
-void output_token(Output *out, const Tokenizer *t, int id) {
+void output_token(Printer *out, const Tokenizer *t, int id) {
     static uint8_t text[1 << 16];
     const uint8_t *bytes = t->texts + t->starts[id];
     int n = 0;
@@ -2029,7 +3371,7 @@ void output_token(Output *out, const Tokenizer *t, int id) {
     output_bytes(out, text, n);
 }
 
-void output_end(Output *out) {                                  // of a continuation: what is held, and a newline
+void output_end(Printer *out) {                                  // of a continuation: what is held, and a newline
     uint8_t text[4];
     int n = utf8_end(&out->utf8, text);
     if (n > 0 || (out->last && out->last != '\n')) { text[n++] = '\n'; }
@@ -2052,10 +3394,11 @@ typedef struct Session {
     Infer *m;
     Tokenizer tokenizer;
     Sampler sampler;
-    Output out;
+    Printer out;
     int64_t vocab_size, prompt_tokens, decoded;                 // decoded: tokens drawn but for the first ones
     double prompt_seconds, decode_seconds;
     int pending;                                                // drawn, but not fed yet; -1: none
+    Recording recordings[2];                                    // of a step and the next draw
 } Session;
 
 void session_read(Session *s, const int *ids, int64_t n) {      // reads a prompt, n > 0
@@ -2071,9 +3414,16 @@ void session_write(Session *s) {
     double begin = 0;
     sampler_begin(&s->sampler, infer_position(s->m), -1);
     for (int64_t i = 0; i < s->o->n && !stop_requested; i++) {
-        if (s->pending >= 0) { infer_feed(s->m, &s->pending, 1); }
+        if (s->pending >= 0 && s->m->decodes) {           // it is the one that was drawn last: the device has it
+            infer_step(s->m, s->recordings, [=] {
+                queue_step(s->m, &s->sampler.state->drawn);
+                sampler_queue(&s->sampler, infer_logits(s->m));
+            });
+        } else {
+            if (s->pending >= 0) { infer_feed(s->m, &s->pending, 1); }
+            sampler_queue(&s->sampler, infer_logits(s->m));
+        }
         s->pending = -1;
-        sampler_queue(&s->sampler, infer_logits(s->m));
         const int id = sampler_result(&s->sampler);
         const double now = seconds_now();
         if (i > 0) { s->decode_seconds += now - begin; s->decoded++; }         // the first comes with the prompt

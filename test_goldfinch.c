@@ -1720,9 +1720,10 @@ void gf_wkv(int B, int T, int H, const float *r, const float *k, const float *v,
             int one_minus_w, float *y, const float *dy, float *dr, float *dk, float *dv, float *dw, float *du);
 void gf_sampler(int64_t n_tokens, int64_t ctx_len, int64_t *prime, int n, int64_t *offsets);
 int64_t gf_binidx(const char *prefix, int64_t *n_docs, int32_t *tokens, int64_t max);
-// inference (infer_goldfinch.cu) with the weights of a model; kv 0: c in the storage type, 1: in 8 bits, 2: keys and values
+// inference (infer_goldfinch.cu) with the weights of a model; kv 0: c in the storage type, 1: in 8 bits, 2: keys and values;
+// chunk: tokens of a pre-fill chunk; window: newest tokens whose keys and values are kept; small: older ones in small tiles
 typedef struct Infer Infer;
-Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk);
+Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk, int64_t window, int small);
 void gf_infer_free(Infer *f);
 void gf_infer_reset(Infer *f);
 void gf_infer_feed(Infer *f, const int *ids, int64_t n, int all, float *logits);  // logits (V) of the last, all: (n, V)
@@ -2343,19 +2344,19 @@ static double rows_error(const float *got, const float *want, int rows, int V) {
 
 // Inference against the logits of the kernels' last pass over the parallel model: tokens fed in chunks of 1, 7, 16 and
 // all at once, with the logits of every token and with those of each chunk's last (where the last layers see only a few
-// tokens), from all three caches.
+// tokens), from all three caches, with windows of all tokens, few and one.
 static void check_inference(const char *title, int B, int T, Ref *m, Model *k) {
     static const char *const kinds[3] = {"compressed cache", "8-bit cache", "full keys and values"};
-    const int n_kinds = has_gold(m) ? 3 : 1;
-    const int V = m->V, chunks[4] = {1, 7, 16, T};
+    const int n_kinds = has_gold(m) ? 3 : 1, n_chunks = has_gold(m) ? 6 : 4;
+    const int V = m->V, chunks[6] = {1, 7, 16, T, 1, T}, windows[6] = {T, 8, 1, T, 5, 3}, small[6] = {0, 1, 0, 0, 1, 1};
     double limit = gf_precision() == 16 ? 5e-2 : 1e-4, compressed = 0;
     float *want = kernels_activation(k, "logits", (int64_t)B * T * V), *got = zeros((int64_t)T * V, sizeof(float));
     float *first = zeros((int64_t)T * V, sizeof(float));
     for (int kv = 0; kv < n_kinds; kv++) {
         double every = 0, last = 0;
-        for (int c = 0; c < 4; c++) {
-            Infer *f = gf_infer_create(k, kv, T, chunks[c]);
-            for (int b = 0; b < B; b++) {
+        for (int c = 0; c < (kv == 2 ? 4 : n_chunks); c++) {                // with full keys and values the window is all there is
+            Infer *f = gf_infer_create(k, kv, T, chunks[c], windows[c], small[c]);
+            for (int b = 0; b < (chunks[c] == 1 ? 1 : B); b++) {            // token by token is slow on the CPU
                 const int *ids = inputs + b * T;
                 const float *row = want + (int64_t)b * T * V;
                 gf_infer_reset(f);
@@ -2384,7 +2385,7 @@ static void check_inference(const char *title, int B, int T, Ref *m, Model *k) {
               compressed, limit);
     }
     double loss[3];
-    Infer *f = gf_infer_create(k, 0, T, T);
+    Infer *f = gf_infer_create(k, 0, T, T, T, 0);
     for (int i = 0; i < 3; i++) loss[i] = gf_infer_score(f, inputs, T, 0, i == 0 ? 1 : i == 1 ? 64 : 0);
     gf_infer_free(f);
     double spread = fmax(relative(loss[0], loss[2]), relative(loss[1], loss[2])), allowed = gf_precision() == 16 ? 2e-3 : 1e-5;

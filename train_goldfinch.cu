@@ -670,6 +670,8 @@ static void cublas_check(cublasStatus_t status, const char *file, int line) {
 static cudaStream_t stream;                 // everything runs on one stream, in order
 static cublasHandle_t cublas;
 static const size_t CUBLAS_WORKSPACE = 32 << 20;
+static int multiprocessors;
+static bool early_launches;                 // the device can start a kernel before the one ahead of it has ended
 
 static void machine_start(void) {           // once, before the first allocation
     static bool started = false;
@@ -683,6 +685,8 @@ static void machine_start(void) {           // once, before the first allocation
     if (device.major < 8)
         die(2, "%s has compute capability %d.%d, expected 8.0 or newer; `make train GPU=0` builds for the CPU",
             device.name, device.major, device.minor);
+    multiprocessors = device.multiProcessorCount;
+    early_launches = device.major >= 9;
     CUDA_CHECK(cudaStreamCreate(&stream));
     CUBLAS_CHECK(cublasCreate(&cublas));
     CUBLAS_CHECK(cublasSetStream(cublas, stream));
@@ -819,6 +823,8 @@ __device__ inline float exp2_fast(float x) { return exp2f(x); }
 __device__ inline void async_copy16(void *to, const void *from, bool valid) { cuda_on_cpu::async_copy16(to, from, valid); }
 __device__ inline void async_commit(void) { cuda_on_cpu::async_commit(); }
 template <int N> __device__ inline void async_wait(void) { cuda_on_cpu::async_wait<N>(); }
+__device__ inline void wait_for_previous(void) {}
+__device__ inline void let_next_start(void) {}
 static const int64_t GUARD_BYTES = cuda_on_cpu::guard_bytes;               // 0 but under the sanitizers
 static void guard_gap(void *p, size_t bytes) { cuda_on_cpu::guard_gap(p, bytes); }
 #else
@@ -853,9 +859,77 @@ __device__ inline void async_copy16(void *to, const void *from, bool valid) {
 __device__ inline void async_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ inline void async_wait(void) { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
+// For kernels that are launched early (below).
+__device__ inline void wait_for_previous(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ inline void let_next_start(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 static const int64_t GUARD_BYTES = 0;       // between tensors, where the CPU's sanitizers watch
 static void guard_gap(void *, size_t) {}
 #endif
+
+// ---- launches: early ones, and sequences that are recorded once ----
+
+// The kernel may start while the one launched before it still runs (programmatic dependent launch): it asks for its
+// weights, and then waits in wait_for_previous until all before it is done. Every thread must do so, and must not touch
+// what other kernels write until then; let_next_start says when the next early launch may begin (all blocks must).
+template <typename... P, typename... Args>
+static void launch_early(void (*kernel)(P...), dim3 grid, int threads, size_t smem, const Args &...args) {
+#ifdef CUDA_ON_CPU
+    kernel<<<grid, threads, smem, stream>>>(args...);
+#else
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = smem, config.stream = stream;
+    config.attrs = &early, config.numAttrs = early_launches ? 1 : 0;
+    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, P(args)...));
+#endif
+}
+
+// `queue` launches the same work with the same arguments every time: what changes lies in device memory. It runs as it
+// stands the first time (which loads the kernels), is recorded as a CUDA graph the second time, and from then on the
+// device gets the whole sequence in one launch. The CPU has no graphs.
+typedef struct Recording {
+    int runs;
+    void *graph;                            // cudaGraphExec_t
+} Recording;
+
+template <typename F> static void run_recorded(Recording *r, const F &queue) {
+#ifdef CUDA_ON_CPU
+    queue();
+    r->runs++;
+#else
+    if (r->runs++ == 0) {
+        queue();
+        return;
+    }
+    if (!r->graph) {
+        cudaGraph_t graph;
+        CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+        queue();
+        CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+        CUDA_CHECK(cudaGraphInstantiate((cudaGraphExec_t *)&r->graph, graph, 0));
+        CUDA_CHECK(cudaGraphDestroy(graph));
+    }
+    CUDA_CHECK(cudaGraphLaunch((cudaGraphExec_t)r->graph, stream));
+#endif
+}
+
+static inline void recording_free(Recording *r) {
+#ifndef CUDA_ON_CPU
+    if (r->graph) CUDA_CHECK(cudaGraphExecDestroy((cudaGraphExec_t)r->graph));
+#endif
+    *r = {};
+}
 
 // Sum of a pair over the block, to all threads, in fixed order. shared: 32 pairs.
 __device__ inline float2 block_sum(float2 v, float2 *shared) {
@@ -1946,10 +2020,16 @@ __device__ inline void wkv_keys(Share &k, const WkvRaw &raw, const Share &e, con
     if (one_minus_w) EACH(n, i) k[n].x[i] *= one_minus(d[n].x[i], e[n].x[i]);
 }
 
-// D - 1 of the lane's two channels
-__device__ inline float2 wkv_decay_of_tile(const Share &e) {
-    const float2 sum = {warp_sum(e[0].x[0] + e[0].x[1] + e[1].x[0] + e[1].x[1], 4), warp_sum(e[0].x[2] + e[0].x[3] + e[1].x[2] + e[1].x[3], 4)};
-    return {-one_minus(fast_exp(-sum.x), sum.x), -one_minus(fast_exp(-sum.y), sum.y)};
+// The tile's decay D of the lane's two channels, and D - 1
+struct WkvTileDecay { float2 D, D_minus_1; };
+
+__device__ inline WkvTileDecay wkv_decay_of_tile(const Share &e) {
+    float sum[2], D[2];
+    for (int c = 0; c < 2; c++) {
+        sum[c] = warp_sum(e[0].x[2 * c] + e[0].x[2 * c + 1] + e[1].x[2 * c] + e[1].x[2 * c + 1], 4);
+        D[c] = fast_exp(-sum[c]);
+    }
+    return {{D[0], D[1]}, {-one_minus(D[0], sum[0]), -one_minus(D[1], sum[1])}};
 }
 
 // Products of decays, for [half of the tile][channel]: of the two tokens beside the lane's two, of the four beyond these, of
@@ -2134,7 +2214,7 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
             wkv_factors(factor, 0, d, q);
             EACH(n, i) x[n].x[i] = k[n].x[i] * factor[n].x[i];
             wkv_store_share(s.after[side], channel, 1, x);
-            const float2 D = wkv_decay_of_tile(e);
+            const float2 D = wkv_decay_of_tile(e).D_minus_1;
             if (threadIdx.x % 4 == 0) store_pair(&s.D_minus_1[side][channel], D.x, D.y);
         }
         const int64_t at = base + (int64_t)tile_row(0) * A + 16 * warp + tile_col(0);      // of y's element out[0].x[0]
@@ -2299,7 +2379,7 @@ __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1) wkv_backw
                     wkv_products(products, d);
                     wkv_factors(factor, 0, d, products);
                     EACH(n, j) k[n].x[j] *= factor[n].x[j];
-                    wkv_update(S0, to_a2(k[0], k[1]), s.v[i], wkv_decay_of_tile(e));
+                    wkv_update(S0, to_a2(k[0], k[1]), s.v[i], wkv_decay_of_tile(e).D_minus_1);
                     for (int n = 0; n < 8 && TILES > 2 && i < tiles - 2; n++) s.S0[8 * i + n][threadIdx.x] = S0[n];
                 }
             Share dr = {}, dk = {}, passing = {};
@@ -2330,15 +2410,15 @@ __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1) wkv_backw
             wkv_share(r, raw.r);
             wkv_decay(e, d, raw, decay);
             wkv_keys(k, raw, e, d, p.one_minus_w);
-            const float2 D = wkv_decay_of_tile(e);
+            const WkvTileDecay whole = wkv_decay_of_tile(e);
             WkvProducts products;
             wkv_products(products, d);
-            past[0] = warp_sum(past[0] + past[0] * D.x, 4), past[1] = warp_sum(past[1] + past[1] * D.y, 4);
+            past[0] = warp_sum(past[0] * whole.D.x, 4), past[1] = warp_sum(past[1] * whole.D.y, 4);
             {                                                               // r~, k~: through S0 and dS
                 Share tilde, factor;
                 wkv_factors(factor, 16, d, products);
                 EACH(n, i) tilde[n].x[i] = r[n].x[i] * factor[n].x[i];
-                wkv_update(dS, to_a2(tilde[0], tilde[1]), s.dy[q], D);
+                wkv_update(dS, to_a2(tilde[0], tilde[1]), s.dy[q], whole.D_minus_1);
                 EACH(n, i) {
                     tilde[n].x[i] *= dr[n].x[i];
                     dr[n].x[i] *= factor[n].x[i];

@@ -338,8 +338,9 @@ printf 'the ' | infer -f - -n 40 -s 5; cmp -s out.txt first.txt; check "the prom
 infer -p "the " -n 40 -t 0 --kv full; cp out.txt full.txt; infer -p "the " -n 40 -t 0; cmp -s out.txt full.txt
 check "--kv full writes the same at temperature 0" $?
 infer -p "the " -n 40 -t 0 --kv int8; check "--kv int8" $?
-infer -p "the" -n 0 --save-state state.st && infer -p " " -n 40 -s 5 --load-state state.st; check "a state saved and loaded" $?
-tail -c +1 out.txt >loaded.txt; cmp -s loaded.txt first.txt; check "goes on with the same tokens" $?
+infer -p "the " -n 40 -s 5 --save-state state.st; check "a state saved after the prompt" $?
+cp out.txt saved.txt; infer -n 40 -s 5 --load-state state.st; cmp -s out.txt saved.txt; check "goes on with the same tokens when loaded" $?
+infer -p "xyz" -n 10 -s 5 --load-state state.st; check "and with a further prompt" $?
 printf 'one\ntwo\n' | infer -i -n 5; check "lines, one after the other" $?
 for mixers in "x052" "gptalpha --model.rope.base 10000" "llama --model.tmix2 gold --model.cmix llama --model.rope.base 100"; do
     train $utf8 --model.tmix2 "" --model.tmix $mixers --train.max_steps 2 --train.out mixed

@@ -235,7 +235,7 @@ static void setup(const int *shape) {
     dr.output("dr", tolerance, n);
     dk.output("dk", tolerance, n);
     dv.output("dv", tolerance, n);
-    dw.output("dw", by_precision(1e-4, 4e-2), n);                       // a sum over all pairs across t, in which much cancels
+    dw.output("dw", tolerance, n);
     du.output("du", tolerance, (int64_t)B * A);
     for (int64_t head : sample(heads, 4)) expect_head(head);
 }

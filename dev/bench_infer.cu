@@ -1,0 +1,272 @@
+// Inference in figures: cache, pre-fill, decode, for each kind of cache, on random weights made on the device.
+//
+//     make dev/bench_infer && dev/bench_infer [-o FILE.csv] [LAYERS WIDTH VOCABULARY CONTEXT..]
+//
+// First it checks what only the machine at hand can show: that the three caches, and pre-fill and decode, give the same
+// logits; that a saved state goes on with the same tokens; that nothing is allocated on the way. Then, for each context:
+// pre-fill of a prompt of so many random tokens, and decode right after it, sampling included. `share` is the time that the
+// bytes of the weights would take at the speed of a copy, measured in the same run, over the time of a token.
+
+#define GOLDFINCH_INFER_NO_MAIN
+#include "../infer_goldfinch.cu"
+
+#ifdef CUDA_ON_CPU
+static const bool GPU_HERE = false;
+#else
+static const bool GPU_HERE = true;
+#endif
+
+__global__ void scale_floats(float *x, int64_t n, float factor) {
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) x[i] *= factor;
+}
+
+// Matrices: normal, 1/sqrt(inputs); low-rank ones half of that, whichever side is the input; vectors as a trainer begins.
+static void random_weights(Model *m) {
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor *t = &m->tensors[i];
+        const bool matrix = t->ndim > 1 && t->shape[0] > 1, low_rank = strstr(t->name, "_w1") || strstr(t->name, "_w2");
+        const InitKind kind = t->init.kind;
+        if (matrix && (kind == ORTHOGONAL || kind == HEAD_ORTHOGONAL || kind == UNIFORM || kind == CONSTANT)) {
+            const double inputs = (double)(low_rank ? t->shape[t->ndim - 2] : t->shape[1]);
+            const float factor = (float)((low_rank ? 0.5 : 1) / sqrt(inputs));
+            const int blocks = (int)ceil_div(t->size, 256);
+            fill_normal<<<blocks, 256, 0, stream>>>(m->master + t->offset, t->size, tensor_key(t->name, 1));
+            scale_floats<<<blocks, 256, 0, stream>>>(m->master + t->offset, t->size, factor);
+            continue;
+        }
+        float *x = (float *)malloc(t->size * sizeof(float));
+        tensor_init(m, t, x, tensor_key(t->name, 1));
+        CUDA_CHECK(cudaMemcpyAsync(m->master + t->offset, x, t->size * sizeof(float), cudaMemcpyHostToDevice, stream));
+        CUDA_CHECK(cudaStreamSynchronize(stream));
+        free(x);
+    }
+    model_params_changed(m);
+}
+
+typedef struct Bench {
+    Infer *f;
+    Sampler sampler;
+    Recording recordings[2];
+    int *ids;
+} Bench;
+
+static const char *const kinds[3] = {"bf16", "int8", "full"};
+static int failures = 0;
+
+static void say(bool good, const char *what, double found, const char *expected) {
+    printf("%-7s %-78s %.3g (%s)\n", good ? "ok" : "FAILED", what, found, expected);
+    failures += !good;
+}
+
+static double wait_seconds(void) {
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaGetLastError());
+    return seconds_now();
+}
+
+static void bench_open(Bench *b, const Settings *s, KvKind kv, int64_t capacity, int64_t window) {
+    const Sampling how = {0, 1, 0, 0, 1, 0, 1};                 // the likeliest token
+    uint8_t *types = (uint8_t *)calloc(s->vocab_size, 1);
+    memset(b, 0, sizeof *b);
+    b->f = infer_create(s, kv, capacity, prefill_chunk(), window);
+    random_weights(&b->f->m);
+    if (PRECISION_BF16) {
+        CUDA_CHECK(cudaFree(b->f->m.master));
+        b->f->m.master = nullptr;
+    }
+    infer_prepare(b->f, multiprocessors, 8);
+    sampler_allocate(&b->sampler, (int)s->vocab_size, &how, types);
+    b->ids = (int *)malloc((size_t)capacity * sizeof(int));
+    for (int64_t i = 0; i < capacity; i++) b->ids[i] = (int)(hash_uniform(99, i) * s->vocab_size);
+    free(types);
+}
+
+static void copy_logits(Bench *b, float *to) {
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaMemcpy(to, b->f->logits, b->f->m.d.V * sizeof(float), cudaMemcpyDeviceToHost));
+}
+
+static double distance(const float *a, const float *b, int n) { // relative to b's norm
+    double difference = 0, norm = 0;
+    for (int i = 0; i < n; i++) {
+        difference += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
+        norm += (double)b[i] * b[i];
+    }
+    return sqrt(difference / norm);
+}
+
+// Draws n tokens, each fed; returns seconds a token. The first steps (which record) are not counted.
+static double decode(Bench *b, int n, int *drawn) {
+    double begin = 0;
+    sampler_begin(&b->sampler, infer_position(b->f), -1);
+    sampler_queue(&b->sampler, infer_logits(b->f));
+    for (int i = -3; i < n; i++) {
+        if (i == 0) begin = wait_seconds();
+        const int id = sampler_result(&b->sampler);
+        if (drawn && i >= 0) drawn[i] = id;
+        infer_step(b->f, b->recordings, [=] {
+            queue_step(b->f, &b->sampler.state->drawn);
+            sampler_queue(&b->sampler, infer_logits(b->f));
+        });
+    }
+    return (wait_seconds() - begin) / n;
+}
+
+// ---- checks ----
+
+// Logits after T + 2 tokens: all pre-filled; T pre-filled, two decoded.
+static void check_logits(Bench *benches, int64_t T) {
+    const int V = benches[0].f->m.d.V;
+    float *at_once[3], *decoded = (float *)malloc(V * sizeof(float));
+    char text[100];
+    for (int kv = 0; kv < 3; kv++) {
+        Bench *b = &benches[kv];
+        at_once[kv] = (float *)malloc(V * sizeof(float));
+        infer_reset(b->f);
+        infer_feed(b->f, b->ids, T + 2);
+        copy_logits(b, at_once[kv]);
+        infer_reset(b->f);
+        infer_feed(b->f, b->ids, T);
+        for (int i = 0; i < 2; i++) infer_feed(b->f, b->ids + T + i, 1);
+        copy_logits(b, decoded);
+        const double error = distance(decoded, at_once[kv], V), limit = PRECISION_BF16 ? 5e-2 : 1e-3;
+        snprintf(text, sizeof text, "%s: logits after %ld tokens, two of them decoded, against all pre-filled", kinds[kv], T + 2);
+        say(error < limit, text, error, PRECISION_BF16 ? "below 5e-2" : "below 1e-3");
+    }
+    for (int kv = 0; kv < 2; kv++) {
+        const double error = distance(at_once[kv], at_once[2], V), limit = PRECISION_BF16 || kv ? 5e-2 : 1e-3;
+        snprintf(text, sizeof text, "%s: logits after %ld tokens against full keys and values", kinds[kv], T + 2);
+        say(error < limit, text, error, PRECISION_BF16 || kv ? "below 5e-2" : "below 1e-3");
+    }
+    for (float *p : at_once) free(p);
+    free(decoded);
+}
+
+static void check_state(Bench *b, KvKind kv, int64_t T) {
+    const int n = 16;
+    int first[n], second[n], same = 0;
+    char path[64], text[100];
+    snprintf(path, sizeof path, "/tmp/bench_infer.%d.state", (int)getpid());
+    infer_reset(b->f);
+    infer_feed(b->f, b->ids, T);
+    infer_save_state(b->f, path);
+    decode(b, n, first);
+    infer_load_state(b->f, path);
+    decode(b, n, second);
+    unlink(path);
+    for (int i = 0; i < n; i++) same += first[i] == second[i];
+    snprintf(text, sizeof text, "%s: tokens that a state saved after %ld tokens goes on with, as before", kinds[kv], T);
+    say(same == n, text, same, "16");
+}
+
+// ---- figures ----
+
+static double copy_bandwidth(void) {                            // bytes/s, read and written
+    const size_t bytes = GPU_HERE ? 1 << 30 : 1 << 24;
+    void *from, *to;
+    double best = 1e30;
+    CUDA_CHECK(cudaMalloc(&from, bytes));
+    CUDA_CHECK(cudaMalloc(&to, bytes));
+    for (int i = 0; i < 10; i++) {
+        const double begin = wait_seconds();
+        for (int k = 0; k < 4; k++) CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream));
+        const double seconds = (wait_seconds() - begin) / 4;
+        if (seconds < best) best = seconds;
+    }
+    CUDA_CHECK(cudaFree(from));
+    CUDA_CHECK(cudaFree(to));
+    return 2 * bytes / best;
+}
+
+// Bytes of the weights that a step reads: all but the embedding and what tables over the vocabulary have taken in.
+static double weight_bytes(const Model *m, int G) {
+    const Dims &d = m->d;
+    return (double)(m->n_parameters - (int64_t)d.V * d.C - (G ? (int64_t)d.A * d.C + (int64_t)G * d.C * 64 : 0)) * sizeof(floatX);
+}
+
+static void figures(Bench *b, KvKind kv, int64_t T, double bandwidth, FILE *csv) {
+    Infer *f = b->f;
+    const int steps = !GPU_HERE ? 4 : T > 500000 ? 12 : T > 10000 ? 48 : 192, repeats = !GPU_HERE || T > 10000 ? 1 : 4;
+    double prefill = 1e30, per_token, transformer;
+    int64_t cache;
+    for (int i = 0; i < repeats; i++) {
+        infer_reset(f);
+        const double begin = wait_seconds();
+        infer_feed(f, b->ids, T);
+        const double seconds = wait_seconds() - begin;
+        if (seconds < prefill) prefill = seconds;
+    }
+    infer_cache_bytes(f, &cache, &per_token, &transformer);
+    const double seconds = decode(b, steps, nullptr), share = weight_bytes(&f->m, f->G) / bandwidth / seconds;
+    const double ms = seconds * 1e3, rate = 1 / seconds;
+    const Dims &d = f->m.d;
+    printf("%-5s %9ld %14.4f %12.0f %14.0f %12.3f %10.1f %8.1f %%\n", kinds[kv], T, cache * 1e-9, per_token, T / prefill, ms, rate,
+           100 * share);
+    if (csv)
+        fprintf(csv, "%s,%s,%d,%d,%d,%s,%ld,%ld,%.0f,%.0f,%.4f,%.1f,%.4f,%.0f\n", machine_name(), PRECISION_BF16 ? "BF16" : "FP32",
+                d.L, d.C, d.V, kinds[kv], T, cache, per_token, T / prefill, ms, rate, share, bandwidth * 1e-9);
+    fflush(stdout);
+}
+
+int main(int argc, char **argv) {
+    program_name = "bench_infer";
+    const char *path = nullptr;
+    int64_t numbers[16], n = 0;
+    for (int i = 1; i < argc; i++) {
+        char *end;
+        if (strcmp(argv[i], "-o") == 0 && i + 1 < argc) {
+            path = argv[++i];
+            continue;
+        }
+        if (n == 16) die(2, "expected at most 13 contexts");
+        numbers[n++] = strtoll(argv[i], &end, 10);
+        if (*end || numbers[n - 1] < 1) die(2, "\"%s\": expected -o FILE, or LAYERS WIDTH VOCABULARY CONTEXT..", argv[i]);
+    }
+    if (n > 0 && n < 4) die(2, "expected LAYERS WIDTH VOCABULARY CONTEXT.., found %ld numbers", n);
+    const int64_t large[7] = {24, 2048, 65536, 256, 4096, 65536, 1000000}, small[6] = {6, 128, 320, 48, 160, 300};
+    if (n == 0) {
+        n = GPU_HERE ? 7 : 6;
+        memcpy(numbers, GPU_HERE ? large : small, n * sizeof(int64_t));
+    }
+    Settings s;
+    settings_default(&s);
+    config_read(&s, "goldfinch", true);
+    s.n_layer = numbers[0], s.n_embd = numbers[1], s.vocab_size = numbers[2];
+    settings_check(&s);
+    machine_start();
+    const int64_t longest = numbers[n - 1], window = GPU_HERE ? WINDOW : 64, most_full = GPU_HERE ? 65536 : 300, room = 256;
+    FILE *csv = path ? fopen(path, "w") : nullptr;
+    if (path && !csv) die(1, "%s: %s", path, strerror(errno));
+    static Bench benches[3];
+    for (int kv = 0; kv < 3; kv++) {
+        const int64_t most = kv == KV_FULL && longest > most_full ? most_full : longest;
+        bench_open(&benches[kv], &s, (KvKind)kv, most + room, window);
+    }
+    const double bandwidth = copy_bandwidth(), weights = weight_bytes(&benches[0].f->m, benches[0].f->G);
+    const Infer *f = benches[0].f;
+    printf("%s, %s, L%ld D%ld V%ld: %.3f G parameters\n", machine_name(), PRECISION_BF16 ? "bf16" : "fp32", s.n_layer, s.n_embd,
+           s.vocab_size, f->m.n_parameters * 1e-9);
+    printf("a token reads %.3f GB of weights; a copy moves %.0f GB/s, so %.3f ms at best\n", weights * 1e-9, bandwidth * 1e-9,
+           weights / bandwidth * 1e3);
+    printf("chunks of %d tokens; keys and values of the newest %ld tokens are kept, %.3f GB\n\n", f->chunk, f->window,
+           f->window * 2e-9 * f->G * f->m.d.C * sizeof(floatX));
+    check_logits(benches, longest < 5000 ? longest : 5000);
+    for (int kv = 0; kv < 2; kv++) check_state(&benches[kv], (KvKind)kv, longest < 100000 ? longest : 100000);
+    size_t before, after, total;
+    CUDA_CHECK(cudaMemGetInfo(&before, &total));
+    printf("\n%-5s %9s %14s %12s %14s %12s %10s %10s\n", "cache", "context", "cache, GB", "bytes/token", "pre-fill tok/s", "decode, ms",
+           "tok/s", "share");
+    if (csv)
+        fprintf(csv, "gpu,precision,layers,width,vocabulary,cache,context,cache_bytes,bytes_per_token,prefill_tok_s,decode_ms,"
+                     "decode_tok_s,share,copy_gb_s\n");
+    for (int kv = 0; kv < 3; kv++)
+        for (int64_t i = 3; i < n; i++)
+            if (kv != KV_FULL || numbers[i] <= most_full) figures(&benches[kv], (KvKind)kv, numbers[i], bandwidth, csv);
+    CUDA_CHECK(cudaMemGetInfo(&after, &total));
+    printf("\n");
+    if (GPU_HERE) say(after == before, "bytes allocated while measuring", (double)before - (double)after, "0");
+    else printf("This is no GPU: the times say nothing.\n");
+    if (csv) fclose(csv);
+    return failures > 0;
+}

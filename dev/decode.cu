@@ -1,0 +1,93 @@
+// Matrix times vector, what decoding consists of:      y (O) = W (O, I) x (I)      for several W in a row, as layers come
+//
+// Floor: bytes. Every weight is read once and used once, 2 flops for 2 bytes. To keep memory busy, so many bytes must be
+// on their way at any time as it delivers in the time one takes to come: 3 TB/s times 1 us, 3 MB, 23 KB a multiprocessor.
+//
+//   1 a thread a row: 32 lanes read 32 rows, so of each 32-byte sector that comes one number is used at a time
+//   2 a warp a row: neighbouring lanes read neighbouring numbers, 2 bytes each; one load is on its way per lane and turn
+//   3 16-byte loads: eight times fewer loads for the same bytes, so eight times as many bytes on their way
+//   4 in use: 2048 numbers of a row, eight loads a lane, are requested at once; x lies in shared memory; and the kernel
+//       starts before the one ahead has ended, so that its first rows are on their way while that one finishes
+//
+//     make -C dev decode && dev/decode [VERSION [PRODUCTS O I]]
+
+#define GOLDFINCH_INFER_NO_MAIN
+#include "../infer_goldfinch.cu"
+#include "common.h"
+
+static int products, O, I;
+static Array<floatX> x, W;
+static Array<float> out;
+static Recording recordings[5];                             // by version
+
+__global__ void decode_1(float *y, const floatX *W, const floatX *x, int O, int I) {
+    const int row = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= O) return;
+    float sum = 0;
+    for (int i = 0; i < I; i++) sum += (float)W[(int64_t)row * I + i] * (float)x[i];
+    y[row] = sum;
+}
+
+__global__ void decode_2(float *y, const floatX *W, const floatX *x, int O, int I) {
+    const int row = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
+    if (row >= O) return;
+    float sum = 0;
+    for (int i = lane; i < I; i += 32) sum += (float)W[(int64_t)row * I + i] * (float)x[i];
+    sum = warp_sum(sum);
+    if (lane == 0) y[row] = sum;
+}
+
+__global__ void decode_3(float *y, const floatX *W, const floatX *x, int O, int I) {
+    const int row = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
+    if (row >= O) return;
+    float sum = 0;
+    for (int i = lane * 8; i < I; i += 32 * 8) {
+        const Pack a = load(W + (int64_t)row * I + i), b = load(x + i);
+        for (int j = 0; j < 8; j++) sum += a.x[j] * b.x[j];
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) y[row] = sum;
+}
+
+static void queue(int version) {
+    for (int i = 0; i < products; i++) {
+        const floatX *w = W.p + (int64_t)i * O * I;
+        float *y = out.p + (int64_t)i * O;
+        if (version == 1) decode_1<<<(int)ceil_div(O, 64), 64, 0, stream>>>(y, w, x.p, O, I);
+        if (version == 2) decode_2<<<(int)ceil_div(O, 8), 256, 0, stream>>>(y, w, x.p, O, I);
+        if (version == 3) decode_3<<<(int)ceil_div(O, 8), 256, 0, stream>>>(y, w, x.p, O, I);
+        if (version < 4) continue;
+        Product job = {};
+        job.x = x.p, job.w = w, job.out = y, job.rows = O, job.K = I;
+        matvec(job, I);
+    }
+}
+
+static void run(int version) {                              // recorded: the host could not launch them fast enough
+    run_recorded(&recordings[version], [=] { queue(version); });
+}
+
+static void setup(const int *shape) {
+    for (Recording &r : recordings) recording_free(&r);
+    products = shape[0], O = shape[1], I = shape[2];
+    x.random(I);
+    W.random((int64_t)products * O * I, 1 / sqrt(I));
+    out.output("y", 1e-5, (int64_t)products * O);
+    for (int64_t row : sample((int64_t)products * O, 500)) {
+        double sum = 0;
+        for (int i = 0; i < I; i++) sum += W[row * I + i] * x[i];
+        out.expect(row, sum);
+    }
+}
+
+static Cost cost(const int *shape) {
+    const double weights = (double)shape[0] * shape[1] * shape[2];
+    return {weights * sizeof(floatX), 2 * weights};
+}
+
+int main(int argc, char **argv) {
+    return lab_main({{"decode", {{"PRODUCTS", 1}, {"O", 1}, {"I", 8}},
+                      {"a thread a row", "a warp a row", "16-byte loads", "in use: 8 loads on their way, early"},
+                      {{1, 5, 64}, {2, 67, 2056}, {3, 40, 7168}}, {{64, 2048, 2048}, {16, 9216, 2048}, {16, 2048, 7168}},
+                      setup, run, cost}}, argc, argv);
+}
