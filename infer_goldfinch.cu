@@ -419,8 +419,14 @@ __device__ inline void stage_copy(TilePair *to, const TilePair *from, int pairs)
     async_commit();
 }
 
+#if PRECISION_BF16 || defined(CUDA_ON_CPU)
+#define INLINE_PRODUCT inline
+#else
+#define INLINE_PRODUCT __noinline__         // fp32 products are long sequences of shuffles: copies would take minutes to compile
+#endif
+
 // c[i] += a[0] b[i][0] + a[1] b[i][1], b in lanes' order, `apart` pairs from one i to the next
-template <int n> __device__ inline void mma_pairs(TileC (&c)[n], const TileA &a0, const TileA &a1, const TilePair *b, int apart) {
+template <int n> __device__ INLINE_PRODUCT void mma_pairs(TileC (&c)[n], const TileA &a0, const TileA &a1, const TilePair *b, int apart) {
     TileB left[n], right[n];
     for (int i = 0; i < n; i++) {
         const TilePair pair = b[i * apart * 32 + threadIdx.x % 32];
