@@ -19,6 +19,82 @@
 #include "train_goldfinch.cu"
 
 // ---------------------------------------------------------------------------------------------------------------------
+// 0. Machine: kernels that start early, steps that are recorded
+
+// A kernel launched early may start while the one before it still runs.
+#ifdef CUDA_ON_CPU
+__device__ inline void wait_for_previous(void) {}
+__device__ inline void let_next_start(void) {}
+#else
+__device__ inline void wait_for_previous(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ inline void let_next_start(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+#endif
+
+// The kernel may start while the one launched before it still runs (programmatic dependent launch): it asks for its
+// weights, and then waits in wait_for_previous until all before it is done. Every thread must do so, and must not touch
+// what other kernels write until then; let_next_start says when the next early launch may begin (all blocks must).
+template <typename... P, typename... Args>
+static void launch_early(void (*kernel)(P...), dim3 grid, int threads, size_t smem, const Args &...args) {
+#ifdef CUDA_ON_CPU
+    kernel<<<grid, threads, smem, stream>>>(args...);
+#else
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = smem, config.stream = stream;
+    static int major = 0;                   // sm_90 and newer can
+    if (major == 0) CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    config.attrs = &early, config.numAttrs = major >= 9 ? 1 : 0;
+    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, P(args)...));
+#endif
+}
+
+// `queue` launches the same work with the same arguments every time: what changes lies in device memory. It runs as it
+// stands the first time (which loads the kernels), is recorded as a CUDA graph the second time, and from then on the
+// device gets the whole sequence in one launch. The CPU has no graphs.
+typedef struct Recording {
+    int runs;
+    void *graph;                            // cudaGraphExec_t
+} Recording;
+
+template <typename F> static void run_recorded(Recording *r, const F &queue) {
+#ifdef CUDA_ON_CPU
+    queue();
+    r->runs++;
+#else
+    if (r->runs++ == 0) {
+        queue();
+        return;
+    }
+    if (!r->graph) {
+        cudaGraph_t graph;
+        CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+        queue();
+        CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+        CUDA_CHECK(cudaGraphInstantiate((cudaGraphExec_t *)&r->graph, graph, 0));
+        CUDA_CHECK(cudaGraphDestroy(graph));
+    }
+    CUDA_CHECK(cudaGraphLaunch((cudaGraphExec_t)r->graph, stream));
+#endif
+}
+
+[[maybe_unused]] static void recording_free(Recording *r) {
+#ifndef CUDA_ON_CPU
+    if (r->graph) CUDA_CHECK(cudaGraphExecDestroy((cudaGraphExec_t)r->graph));
+#endif
+    *r = {};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // 1. Cache
 
 enum KvKind { KV_COMPRESSED, KV_INT8, KV_FULL };            // c in floatX; c in 8 bits; the keys and values themselves

@@ -671,7 +671,6 @@ static cudaStream_t stream;                 // everything runs on one stream, in
 static cublasHandle_t cublas;
 static const size_t CUBLAS_WORKSPACE = 32 << 20;
 static int multiprocessors;
-static bool early_launches;                 // the device can start a kernel before the one ahead of it has ended
 
 static void machine_start(void) {           // once, before the first allocation
     static bool started = false;
@@ -686,7 +685,6 @@ static void machine_start(void) {           // once, before the first allocation
         die(2, "%s has compute capability %d.%d, expected 8.0 or newer; `make train GPU=0` builds for the CPU",
             device.name, device.major, device.minor);
     multiprocessors = device.multiProcessorCount;
-    early_launches = device.major >= 9;
     CUDA_CHECK(cudaStreamCreate(&stream));
     CUBLAS_CHECK(cublasCreate(&cublas));
     CUBLAS_CHECK(cublasSetStream(cublas, stream));
@@ -823,8 +821,6 @@ __device__ inline float exp2_fast(float x) { return exp2f(x); }
 __device__ inline void async_copy16(void *to, const void *from, bool valid) { cuda_on_cpu::async_copy16(to, from, valid); }
 __device__ inline void async_commit(void) { cuda_on_cpu::async_commit(); }
 template <int N> __device__ inline void async_wait(void) { cuda_on_cpu::async_wait<N>(); }
-__device__ inline void wait_for_previous(void) {}
-__device__ inline void let_next_start(void) {}
 static const int64_t GUARD_BYTES = cuda_on_cpu::guard_bytes;               // 0 but under the sanitizers
 static void guard_gap(void *p, size_t bytes) { cuda_on_cpu::guard_gap(p, bytes); }
 #else
@@ -859,77 +855,11 @@ __device__ inline void async_copy16(void *to, const void *from, bool valid) {
 __device__ inline void async_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ inline void async_wait(void) { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
-// For kernels that are launched early (below).
-__device__ inline void wait_for_previous(void) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ inline void let_next_start(void) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 static const int64_t GUARD_BYTES = 0;       // between tensors, where the CPU's sanitizers watch
 static void guard_gap(void *, size_t) {}
 #endif
 
 // ---- launches: early ones, and sequences that are recorded once ----
-
-// The kernel may start while the one launched before it still runs (programmatic dependent launch): it asks for its
-// weights, and then waits in wait_for_previous until all before it is done. Every thread must do so, and must not touch
-// what other kernels write until then; let_next_start says when the next early launch may begin (all blocks must).
-template <typename... P, typename... Args>
-static void launch_early(void (*kernel)(P...), dim3 grid, int threads, size_t smem, const Args &...args) {
-#ifdef CUDA_ON_CPU
-    kernel<<<grid, threads, smem, stream>>>(args...);
-#else
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = smem, config.stream = stream;
-    config.attrs = &early, config.numAttrs = early_launches ? 1 : 0;
-    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, P(args)...));
-#endif
-}
-
-// `queue` launches the same work with the same arguments every time: what changes lies in device memory. It runs as it
-// stands the first time (which loads the kernels), is recorded as a CUDA graph the second time, and from then on the
-// device gets the whole sequence in one launch. The CPU has no graphs.
-typedef struct Recording {
-    int runs;
-    void *graph;                            // cudaGraphExec_t
-} Recording;
-
-template <typename F> static void run_recorded(Recording *r, const F &queue) {
-#ifdef CUDA_ON_CPU
-    queue();
-    r->runs++;
-#else
-    if (r->runs++ == 0) {
-        queue();
-        return;
-    }
-    if (!r->graph) {
-        cudaGraph_t graph;
-        CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-        queue();
-        CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
-        CUDA_CHECK(cudaGraphInstantiate((cudaGraphExec_t *)&r->graph, graph, 0));
-        CUDA_CHECK(cudaGraphDestroy(graph));
-    }
-    CUDA_CHECK(cudaGraphLaunch((cudaGraphExec_t)r->graph, stream));
-#endif
-}
-
-static inline void recording_free(Recording *r) {
-#ifndef CUDA_ON_CPU
-    if (r->graph) CUDA_CHECK(cudaGraphExecDestroy((cudaGraphExec_t)r->graph));
-#endif
-    *r = {};
-}
 
 // Sum of a pair over the block, to all threads, in fixed order. shared: 32 pairs.
 __device__ inline float2 block_sum(float2 v, float2 *shared) {
@@ -1632,7 +1562,7 @@ low_rank_mix_forward_kernel(Mixes<n> mix, const floatX *x, int BT, int T, int C)
 template <int n> static void mix_forward(Mixes<n> mix, const floatX *x, int BT, int T, int C) {
     if (mix.low.h) {
         const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_THREADS / 2);
-        const int split = slices < 528 ? 528 / slices : 1;                          // four blocks a multiprocessor, if there are 132
+        const int split = slices < 4 * multiprocessors ? 4 * multiprocessors / slices : 1;      // four blocks a multiprocessor
         allow_smem(low_rank_mix_forward_kernel<n>, sizeof(LowRankMixSmem<n>));
         low_rank_mix_forward_kernel<n><<<dim3(slices, split < tiles ? split : tiles), MIX_THREADS, sizeof(LowRankMixSmem<n>), stream>>>(mix, x, BT, T, C);
         return;
