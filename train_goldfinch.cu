@@ -885,21 +885,6 @@ __device__ inline float block_sum(float v, float2 *shared) {    // the same for 
     return v;
 }
 
-// Several sums at once, for the price of one's barriers. shared: a row for each warp.
-template <int n, int room> __device__ inline void block_sums(float (&v)[n], float (*shared)[room]) {
-    for (int i = 0; i < n; i++) v[i] = warp_sum(v[i]);
-    const int warps = blockDim.x / 32;
-    if (warps == 1) return;
-    __syncthreads();
-    for (int i = 0; i < n; i++)
-        if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32][i] = v[i];
-    __syncthreads();
-    for (int i = 0; i < n; i++) {
-        v[i] = shared[0][i];
-        for (int w = 1; w < warps; w++) v[i] += shared[w][i];
-    }
-}
-
 // ---- warp tiles: what tensor cores multiply ----
 //
 // A warp holds A (16x16), B (16x8) and C (16x8, fp32) spread over its lanes; mma adds A B to C. Outside these functions
@@ -1249,8 +1234,9 @@ typedef struct Params { TENSORS(FIELD) } Params;
 static const int MAX_C = 4096;              // a row's threads must fit a block
 
 static int row_threads(int C) { return (int)ceil_div(C / 8, 32) * 32; }
-static int rows_per_block(int rows) { return (int)ceil_div(rows, 1024) < 8 ? 8 : (int)ceil_div(rows, 1024); }
-static int row_blocks(int rows) { return (int)ceil_div(rows, rows_per_block(rows)); }   // at most 1024
+static const int MAX_ROW_BLOCKS = 792;      // six for each of an H100's multiprocessors; the same everywhere, as it splits sums
+static int rows_per_block(int rows) { return rows > 8 * MAX_ROW_BLOCKS ? (int)ceil_div(rows, MAX_ROW_BLOCKS) : 8; }
+static int row_blocks(int rows) { return (int)ceil_div(rows, rows_per_block(rows)); }
 
 struct Targets { float *g[6]; };            // gradients of up to six vectors of C numbers
 
@@ -1261,7 +1247,7 @@ __global__ void __launch_bounds__(1024) add_partials_kernel(Targets to, float *m
     const int64_t at = (int64_t)blockIdx.x * 32 + threadIdx.x % 32;
     const int part = threadIdx.x / 32;
     float sum = 0;
-#pragma unroll 4
+#pragma unroll 8
     for (int i = part; i < P; i += 32) sum += partial[(int64_t)i * (rows + n) * C + at];
     sums[part][threadIdx.x % 32] = sum;
     __syncthreads();
@@ -1314,65 +1300,46 @@ static void layernorm_forward(floatX *out, floatX *sum, const floatX *x, const i
 
 // dx = (dn - mean(dn) - n mean(dn n)) / sqrt(var + eps),  n = (x - mean) / sqrt(var + eps),  dn = dout * gain;
 // added to what dx holds if `accumulate`. partial (blocks, 2, C): sums of dout * n and of dout.
-// Two rows at a time share the barriers of their sums.
-static const int NORM_ROWS = 2;
-
+// While a row is summed, the next one is on its way.
 template <bool accumulate>
-__global__ void __launch_bounds__(MAX_C / 8) layernorm_backward_kernel(floatX *dx, float *partial, const floatX *dout, const floatX *x, const int *index,
-                                          const floatX *gain, int rows, int rows_per_block, int C) {
-    __shared__ float shared[32][2 * NORM_ROWS];
+__global__ void __launch_bounds__(MAX_C / 8) layernorm_backward_kernel(floatX *dx, float *partial, const floatX *dout, const floatX *x,
+                                          const int *index, const floatX *gain, int rows, int rows_per_block, int C) {
+    __shared__ float2 shared[32];
     const int c = threadIdx.x * 8;
     const bool mine = c < C;
     const Pack g = mine ? load(gain + c) : zero_pack();
     Pack dgain = zero_pack(), dbias = zero_pack();
-    const int64_t end = min((int64_t)rows, (int64_t)(blockIdx.x + 1) * rows_per_block);
-    for (int64_t row = (int64_t)blockIdx.x * rows_per_block; row < end; row += NORM_ROWS) {
-        RawPack<floatX> raw_x[NORM_ROWS], raw_d[NORM_ROWS];
-        float total[NORM_ROWS], squares[NORM_ROWS], sums[2 * NORM_ROWS];
-#pragma unroll
-        for (int r = 0; r < NORM_ROWS; r++) {
-            const bool there = mine && row + r < end;
-            raw_x[r] = there ? load_raw(x + (index ? index[row + r] : row + r) * C + c) : RawPack<floatX>{};
-            raw_d[r] = there ? load_raw(dout + (row + r) * C + c) : RawPack<floatX>{};
+    const int64_t begin = (int64_t)blockIdx.x * rows_per_block, end = min((int64_t)rows, begin + rows_per_block);
+    RawPack<floatX> next_x = {}, next_d = {};
+    auto fetch = [&](int64_t row) {
+        if (!mine || row >= end) return;
+        next_x = load_raw(x + (index ? index[row] : row) * C + c);
+        next_d = load_raw(dout + row * C + c);
+    };
+    fetch(begin);
+    for (int64_t row = begin; row < end; row++) {
+        Pack n = unpack(next_x);
+        const Pack d = unpack(next_d);
+        fetch(row + 1);
+        float total = 0, squares = 0;
+        for (int i = 0; i < 8; i++) total += n.x[i];
+        const float mean = block_sum(total, shared) / C;
+        for (int i = 0; i < 8; i++) n.x[i] = mine ? n.x[i] - mean : 0;
+        for (int i = 0; i < 8; i++) squares += n.x[i] * n.x[i];
+        const float rstd = rsqrtf(block_sum(squares, shared) / C + 1e-5f);
+        float2 sums = make_float2(0, 0);
+        for (int i = 0; i < 8; i++) {
+            n.x[i] *= rstd;
+            dgain.x[i] += d.x[i] * n.x[i];
+            dbias.x[i] += d.x[i];
+            sums = make_float2(sums.x + d.x[i] * g.x[i], sums.y + d.x[i] * g.x[i] * n.x[i]);
         }
-#pragma unroll
-        for (int r = 0; r < NORM_ROWS; r++) {
-            const Pack v = unpack(raw_x[r]);
-            total[r] = 0;
-            for (int i = 0; i < 8; i++) total[r] += v.x[i];
-        }
-        block_sums(total, shared);
-#pragma unroll
-        for (int r = 0; r < NORM_ROWS; r++) {
-            const Pack v = unpack(raw_x[r]);
-            total[r] /= C;                                                  // from here on the mean
-            squares[r] = 0;
-            for (int i = 0; i < 8 && mine; i++) squares[r] += (v.x[i] - total[r]) * (v.x[i] - total[r]);
-        }
-        block_sums(squares, shared);
-#pragma unroll
-        for (int r = 0; r < NORM_ROWS; r++) {
-            const Pack v = unpack(raw_x[r]), d = unpack(raw_d[r]);
-            squares[r] = rsqrtf(squares[r] / C + 1e-5f);                    // from here on 1 / the deviation
-            sums[2 * r] = sums[2 * r + 1] = 0;
-            for (int i = 0; i < 8; i++) {
-                const float n = (v.x[i] - total[r]) * squares[r];
-                dgain.x[i] += d.x[i] * n;
-                dbias.x[i] += d.x[i];
-                sums[2 * r] += d.x[i] * g.x[i];
-                sums[2 * r + 1] += d.x[i] * g.x[i] * n;
-            }
-        }
-        block_sums(sums, shared);
-#pragma unroll
-        for (int r = 0; r < NORM_ROWS; r++) {
-            if (!mine || row + r >= end) continue;
-            const Pack v = unpack(raw_x[r]), d = unpack(raw_d[r]);
-            Pack out = accumulate ? load(dx + (row + r) * C + c) : zero_pack();
-            for (int i = 0; i < 8; i++)
-                out.x[i] += squares[r] * (d.x[i] * g.x[i] - sums[2 * r] / C - (v.x[i] - total[r]) * squares[r] * sums[2 * r + 1] / C);
-            store(dx + (row + r) * C + c, out);
-        }
+        const RawPack<floatX> before = accumulate && mine ? load_raw(dx + row * C + c) : RawPack<floatX>{};
+        sums = block_sum(sums, shared);
+        if (!mine) continue;
+        Pack out = unpack(before);
+        for (int i = 0; i < 8; i++) out.x[i] += rstd * (d.x[i] * g.x[i] - sums.x / C - n.x[i] * sums.y / C);
+        store(dx + row * C + c, out);
     }
     if (!mine) return;
     store(partial + (int64_t)blockIdx.x * 2 * C + c, dgain);
@@ -2976,65 +2943,53 @@ __global__ void swiglu_backward(floatX *da, floatX *db, const floatX *dout, cons
 //     loss_t = log sum_i exp(z_i) - z_target
 //     dz_i   = scale (softmax(z)_i - [i = target] + 1e-4 z_max [i = first of the largest])        scale = 1 / targets
 //
-// A block takes a row of V logits: reads it once from memory, once more from L2, writes it once. A multiprocessor holds one
-// block of 1024 threads at a time (so much shared memory is asked for), and the rows under way stay in L2. losses[row]: loss;
-// right[row]: 1 if the largest logit is the target's. scale 0 leaves the logits as they are (validation).
-#ifndef CLASSIFIER_ROWS_PER_SM
-#define CLASSIFIER_ROWS_PER_SM 1
-#endif
-static const int CLASSIFIER_SMEM = CLASSIFIER_ROWS_PER_SM == 1 ? 116 << 10 : 0;
+// A block takes a row of V logits and keeps it in registers, in bf16 up to 65536 of them; what is beyond is read three times.
+// losses[row]: loss; right[row]: 1 if the largest logit is the target's. scale 0 leaves the logits as they are (validation).
+static const int CLASSIFIER_KEEPS = PRECISION_BF16 ? 8 : 1;                 // packs a thread
+
+__device__ inline float block_max(float v, float *shared) {                 // shared: 32 floats
+    v = warp_max(v);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
+    __syncthreads();
+    v = shared[0];
+    for (int i = 1; i < (int)blockDim.x / 32; i++) v = fmaxf(v, shared[i]);
+    return v;
+}
 
 __global__ void __launch_bounds__(1024) classifier_kernel(floatX *logits, float *losses, int *right, const int *targets, float scale, int V) {
     __shared__ float tops[32];
-    __shared__ float sums[32];
-    __shared__ int where[32];
+    __shared__ float2 sums[32];
     floatX *z = logits + (int64_t)blockIdx.x * V;
-    float top = -INFINITY, sum = 0;
-    int at = 0;
-#pragma unroll 4
-    for (int c = threadIdx.x * 8; c < V; c += blockDim.x * 8) {
-        const Pack v = load(z + c);
-        float high = v.x[0];
-        for (int i = 1; i < 8; i++) high = fmaxf(high, v.x[i]);
-        if (high > top) {                                                   // rare after a while
-            sum *= fast_exp(top - high);
-            top = high;
-            for (int i = 7; i >= 0; i--) at = v.x[i] == high ? c + i : at;  // the lowest id on ties
-        }
-        for (int i = 0; i < 8; i++) sum += fast_exp(v.x[i] - top);
-        if (top == -INFINITY) sum = 0;                                      // exp(-inf + inf)
-    }
-    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    const float warp_top = warp_max(top);
-    sum = warp_sum(top > -INFINITY ? sum * expf(top - warp_top) : 0);
-    const int first = (int)-warp_max(top == warp_top ? -(float)at : -INFINITY);     // ids are exact in fp32 up to 2^24
-    if (lane == 0) {
-        tops[threadIdx.x / 32] = warp_top;
-        sums[threadIdx.x / 32] = sum;
-        where[threadIdx.x / 32] = first;
-    }
-    __syncthreads();
-    top = tops[0], sum = 0, at = V;
-    for (int i = 1; i < warps; i++) top = fmaxf(top, tops[i]);
-    for (int i = 0; i < warps; i++) {
-        if (tops[i] > -INFINITY) sum += sums[i] * expf(tops[i] - top);
-        if (tops[i] == top) at = min(at, where[i]);
-    }
-    const int target = targets[blockIdx.x];
-    const float of_target = (float)z[target], inverse = 1 / sum;
+    const int begin = threadIdx.x * 8, step = blockDim.x * 8, target = targets[blockIdx.x];
+    const float of_target = (float)z[target];
+    RawPack<floatX> kept[CLASSIFIER_KEEPS];
+#pragma unroll
+    for (int i = 0; i < CLASSIFIER_KEEPS; i++) kept[i] = begin + i * step < V ? load_raw(z + begin + i * step) : RawPack<floatX>{};
+    auto each_pack = [&](auto function) {                                   // function(pack, its first id)
+#pragma unroll
+        for (int i = 0; i < CLASSIFIER_KEEPS; i++)
+            if (begin + i * step < V) function(unpack(kept[i]), begin + i * step);
+        for (int c = begin + CLASSIFIER_KEEPS * step; c < V; c += step) function(load(z + c), c);
+    };
+    float high = -INFINITY, sum = 0, first = -INFINITY;
+    each_pack([&](const Pack &v, int) { for (int i = 0; i < 8; i++) high = fmaxf(high, v.x[i]); });
+    const float top = block_max(high, tops);
+    each_pack([&](const Pack &v, int) { for (int i = 0; i < 8; i++) sum += fast_exp(v.x[i] - top); });
+    if (high == top)                                                        // ids are exact in fp32 up to 2^24
+        each_pack([&](const Pack &v, int c) { for (int i = 0; i < 8; i++) first = v.x[i] == top ? fmaxf(first, -(float)(c + i)) : first; });
+    sum = block_sum(sum, sums);
+    const int at = (int)fminf(-block_max(first, tops), (float)(V - 1));     // the lowest id on ties; some id if there are only NaN
     if (threadIdx.x == 0) {
         losses[blockIdx.x] = logf(sum) + top - of_target;
         right[blockIdx.x] = at == target;
     }
     if (scale == 0) return;
-    __syncthreads();                                                        // z[target] is read
-    const float factor = scale * inverse;
-#pragma unroll 4
-    for (int c = threadIdx.x * 8; c < V; c += blockDim.x * 8) {
-        Pack v = load(z + c);
+    const float inverse = 1 / sum, factor = scale * inverse;
+    each_pack([&](Pack v, int c) {
         for (int i = 0; i < 8; i++) v.x[i] = fast_exp(v.x[i] - top) * factor;
         store(z + c, v);
-    }
+    });
     __syncthreads();
     if (threadIdx.x > 0) return;                                            // the two that have more terms
     const float of_top = inverse + 1e-4f * top, p = fast_exp(of_target - top) * inverse;
@@ -3308,14 +3263,17 @@ typedef struct Mixer {
 
 // ---- products with weights ----
 
+// 0 in a step's first micro-batch, then 1: so the gradients of what linear_backward serves, the matrices, need not be cleared.
+static float matrix_gradients_add = 1;
+
 // out (M, O) = x (M, I) W^T + beta out, W (O, I)
 static void linear_forward(floatX *out, const floatX *x, Param W, int M, int O, int I, float beta = 0) {
     matmul(out, O, rows(x, I), columns(W.w, W.ld), M, O, I, beta);
 }
 
-// dx (M, I) = dout (M, O) W + beta dx;   dW += dout^T x
+// dx (M, I) = dout (M, O) W + beta dx;   dW += dout^T x, or dW = dout^T x in a step's first micro-batch (matrix_gradients_add)
 static void linear_backward(floatX *dx, const floatX *dout, const floatX *x, Param W, int M, int O, int I, float beta = 0) {
-    matmul(W.g, W.ld, columns(dout, O), rows(x, I), O, I, M, 1);
+    matmul(W.g, W.ld, columns(dout, O), rows(x, I), O, I, M, matrix_gradients_add);
     matmul(dx, I, rows(dout, O), rows(W.w, W.ld), M, I, O, beta);
 }
 
@@ -3535,7 +3493,7 @@ static void token_cat_backward(Model *m, floatX *dx, const floatX *x) {
     const Param W = m->top.w_kv_cache_b;
     rms_norm_backward<false><<<d.BT, row_threads(d.A), 0, stream>>>(m->dk0_sum, m->dk0, (const float *)nullptr, m->k0_sum, d.A);
     linear_backward(m->dcache, m->dk0_sum, m->cache, columns_from(W, d.C), d.BT, d.A, d.R);
-    matmul(W.g, W.ld, columns(m->dk0_sum, d.A), rows(m->x0, d.C), d.A, d.C, d.BT, 1);
+    matmul(W.g, W.ld, columns(m->dk0_sum, d.A), rows(m->x0, d.C), d.A, d.C, d.BT, matrix_gradients_add);
     matmul(m->dx0, d.C, rows(m->dk0_sum, d.A), rows(W.w, W.ld), d.BT, d.C, d.A);
     linear_backward(dx, m->dcache, x, m->top.w_kv_cache_a, d.BT, d.R, d.C, 1);
 }
@@ -4502,19 +4460,21 @@ static void head_and_loss(Model *m, const floatX *xf, const int *targets, int64_
     const Dims &d = m->d;
     const int threads = d.V < 4096 ? 64 : 1024;
     linear_forward(m->logits, xf, m->top.head, count, d.V, d.C);
-    allow_smem(classifier_kernel, CLASSIFIER_SMEM);
-    classifier_kernel<<<count, threads, CLASSIFIER_SMEM, stream>>>(m->logits, m->losses + row, m->right + row, targets + row, scale, d.V);
+    classifier_kernel<<<count, threads, 0, stream>>>(m->logits, m->losses + row, m->right + row, targets + row, scale, d.V);
 }
 
 // Logits, loss and, with scale > 0, their gradients, in slices of rows: dxf goes to m->dln1, the head's gradient is added.
 static void model_classifier(Model *m, float scale) {
     const Dims &d = m->d;
     const Param head = m->top.head;
+    const float add = matrix_gradients_add;
     for (int64_t row = 0; row < d.BT; row += m->slice) {
         const int here = (int)(d.BT - row < m->slice ? d.BT - row : m->slice);
         head_and_loss(m, m->xf + row * d.C, m->tokens + d.BT, row, here, scale);
         if (scale > 0) linear_backward(m->dln1 + row * d.C, m->logits, m->xf + row * d.C, head, here, d.V, d.C);
+        matrix_gradients_add = 1;                                                   // the other slices
     }
+    matrix_gradients_add = add;
     sum_losses<<<1, 256, 0, stream>>>(m->totals, m->losses, m->right, d.BT);
 }
 
@@ -4590,9 +4550,18 @@ static void stage_tokens(Model *m, const int *tokens, int B, int T) {
     CUDA_CHECK(cudaEventRecord(m->staged_done[slot], stream));
 }
 
-static void model_step_begin(Model *m) {
-    for (int i = 0; i < m->n_tensors; i++)
-        CUDA_CHECK(cudaMemsetAsync(m->grads + m->tensors[i].offset, 0, m->tensors[i].size * sizeof(float), stream));
+static void model_step_begin(Model *m) {                                            // clears what matrix_gradients_add does not
+    for (int i = 0; i < m->n_tensors; i++) {
+        const int64_t begin = m->tensors[i].offset;
+        int64_t end = begin;
+        for (; i < m->n_tensors && m->tensors[i].offset == end; i++) {              // neighbours in one go
+            if (m->tensors[i].decay && m->fields[i] != &m->top.emb) break;
+            end += m->tensors[i].size;
+        }
+        if (end > begin) i--;
+        if (end > begin) CUDA_CHECK(cudaMemsetAsync(m->grads + begin, 0, (end - begin) * sizeof(float), stream));
+    }
+    matrix_gradients_add = 0;
     CUDA_CHECK(cudaMemsetAsync(m->totals, 0, 2 * sizeof(double), stream));
     m->targets_in_step = 0;
 }
@@ -4602,6 +4571,7 @@ static void model_micro_step(Model *m, const int *tokens, int B, int T, int accu
     model_forward(m);
     model_classifier(m, 1.f / ((float)B * T * accumulate));
     model_backward(m);
+    matrix_gradients_add = 1;
     m->targets_in_step += (int64_t)B * T;
 }
 
