@@ -1234,9 +1234,11 @@ typedef struct Params { TENSORS(FIELD) } Params;
 static const int MAX_C = 4096;              // a row's threads must fit a block
 
 static int row_threads(int C) { return (int)ceil_div(C / 8, 32) * 32; }
-static const int MAX_ROW_BLOCKS = 792;      // six for each of an H100's multiprocessors; the same everywhere, as it splits sums
-static int rows_per_block(int rows) { return rows > 8 * MAX_ROW_BLOCKS ? (int)ceil_div(rows, MAX_ROW_BLOCKS) : 8; }
-static int row_blocks(int rows) { return (int)ceil_div(rows, rows_per_block(rows)); }
+// Blocks that share the rows: as many as an H100 (132 multiprocessors) holds of 512 to 768 threads in all; the same number on
+// every device, as it says how sums are split.
+static int most_row_blocks(int C) { return 132 * (C < 4608 ? 4608 / C : 1); }
+static int rows_per_block(int rows, int C) { return rows > 8 * most_row_blocks(C) ? (int)ceil_div(rows, most_row_blocks(C)) : 8; }
+static int row_blocks(int rows, int C) { return (int)ceil_div(rows, rows_per_block(rows, C)); }
 
 struct Targets { float *g[6]; };            // gradients of up to six vectors of C numbers
 
@@ -1349,7 +1351,7 @@ __global__ void __launch_bounds__(MAX_C / 8) layernorm_backward_kernel(floatX *d
 template <bool accumulate>
 static void layernorm_backward(floatX *dx, float *partial, const floatX *dout, const floatX *x, const int *index,
                                Param gain, Param bias, int rows, int C) {
-    const int blocks = row_blocks(rows), per = rows_per_block(rows), threads = row_threads(C);
+    const int blocks = row_blocks(rows, C), per = rows_per_block(rows, C), threads = row_threads(C);
     layernorm_backward_kernel<accumulate><<<blocks, threads, 0, stream>>>(dx, partial, dout, x, index, gain.w, rows, per, C);
     add_partials({{gain.g, bias.g}}, partial, blocks, 2, C);
 }
@@ -1779,7 +1781,7 @@ static void mix_backward(Mixes<n> mix, TX *dx, floatX *dh, float *dw2, Targets d
         add_partials(dmu, partial, split, n, C, dw2, RANK * n);
         return;
     }
-    const int blocks = row_blocks(BT), per = rows_per_block(BT), threads = row_threads(C);
+    const int blocks = row_blocks(BT, C), per = rows_per_block(BT, C), threads = row_threads(C);
     token_shift_mix_backward<n, TX, accumulate><<<blocks, threads, 0, stream>>>(mix, dx, partial, x, BT, T, C, per);
     add_partials(dmu, partial, blocks, n, C);
 }
@@ -2907,7 +2909,7 @@ __global__ void gated_group_norm_backward_kernel(floatX *dy, floatX *dg, float *
 
 static void gated_group_norm_backward(floatX *dy, floatX *dg, float *partial, const floatX *dout, const floatX *y,
                                       const floatX *g, Param gain, Param bias, float eps, int rows, int A) {
-    const int blocks = row_blocks(rows), per = rows_per_block(rows);
+    const int blocks = row_blocks(rows, A), per = rows_per_block(rows, A);
     const dim3 grid(blocks, (int)ceil_div(A, 8 * 128));
     gated_group_norm_backward_kernel<<<grid, 128, 0, stream>>>(dy, dg, partial, dout, y, g, gain.w, bias.w, eps, rows, per, A);
     add_partials({{gain.g, bias.g}}, partial, blocks, 2, A);
@@ -4087,8 +4089,10 @@ static void model_layout(Model *m, char *base) {
     take(&arena, &m->logits, (int64_t)m->slice * d.V);
     take(&arena, &m->losses, d.BT);
     take(&arena, &m->right, d.BT);
-    const int64_t partial_rows = (int64_t)row_blocks(d.BT) * 5 * (d.C > d.A ? d.C : d.A), partial_mix = mix_partial_floats(d.C);
-    take(&arena, &m->partial, partial_rows > partial_mix ? partial_rows : partial_mix);
+    int64_t partial = mix_partial_floats(d.C);
+    for (int width : {d.C, d.A})
+        if (partial < (int64_t)row_blocks(d.BT, width) * 5 * width) partial = (int64_t)row_blocks(d.BT, width) * 5 * width;
+    take(&arena, &m->partial, partial);
     floatX *ln1 = nullptr, *ln2 = nullptr;                                          // grad_cp 2: of the layer at hand
     for (floatX **p : {&ln1, &ln2})
         if (m->s.grad_cp == 2) take(&arena, p, E);

@@ -24,15 +24,6 @@ static Array<floatX> logits;
 static Array<float> losses;
 static Array<int> right, targets;
 
-__device__ inline float block_max(float x, float *shared) {             // shared: 32 numbers
-    x = warp_max(x);
-    __syncthreads();                                                    // the last call's values may still be read
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-    __syncthreads();
-    for (unsigned i = 0; i < blockDim.x / 32; i++) x = fmaxf(x, shared[i]);
-    return x;
-}
-
 // The end of 1 and 2, once the row's maximum and sum are known.
 __device__ inline void loss_and_gradient(floatX *z, float *losses, int *right, int target, float top, float sum, float scale,
                                          int V) {

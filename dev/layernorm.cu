@@ -142,7 +142,7 @@ static void backward_setup(const int *shape) {
     dout.random((int64_t)n_rows * C);
     dgain.random(C);                                                            // gradients are added to what is there
     dbias.random(C);
-    scratch.allocate(std::max<int64_t>(2 * n_rows, (int64_t)row_blocks(n_rows) * 2 * C));
+    scratch.allocate(std::max<int64_t>(2 * n_rows, (int64_t)row_blocks(n_rows, C) * 2 * C));
     dx.output("dx", by_precision(1e-5, 4e-3), (int64_t)n_rows * C);
     dgain.output("dgain", 5e-5);
     dbias.output("dbias", 5e-5);
