@@ -104,7 +104,7 @@ struct Fiber {                                      // lies above the top of its
     const char *waits_at;                           // "__syncthreads", or null if it does not wait
     Site site;
     int n_copies, n_groups;                         // async_copy16 in flight, groups committed
-    AsyncCopy copies[64];
+    AsyncCopy copies[256];
 };
 
 template <int N> struct Rendezvous {                // where N threads or fewer wait for each other
