@@ -6,7 +6,7 @@
 """Runs the kernel lab on this machine's GPU, and where PyTorch (and flash-linear-attention) are installed their kernels at
 the same shapes, in one go:
 
-  dev/bench.py [NAME ...] [--no-peers]     writes dev/results/GPU.csv and .png and the table in dev/README.md
+  dev/bench.py [NAME ...] [--no-peers | --eager]     writes dev/results/GPU.csv and .png and the table in dev/README.md
   dev/bench.py --from dev/results/GPU.csv  draws and writes the table again, without running anything
 
 Peers are timed as the lab times its own: medians of runs queued one behind the other, after a first run.
@@ -61,8 +61,13 @@ def run_lab(names):
 
 # ---- peers: generators of (name, function to time) for a kernel's shape ----
 
+COMPILES = True                             # --eager: no peers by torch.compile, which takes minutes
+
+
 def eager_and_compiled(f, *inputs):
     yield "PyTorch", lambda: f(*inputs)
+    if not COMPILES:
+        return
     compiled = torch.compile(f)
     yield "PyTorch, compiled", lambda: compiled(*inputs)
 
@@ -71,7 +76,7 @@ def backward_of(f, *inputs):
     """Gradients of f alone, its forward pass made once."""
     inputs = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
     wanted = [x for x in inputs if x.requires_grad]
-    for name, forward in (("PyTorch", f), ("PyTorch, compiled", torch.compile(f))):
+    for name, forward in (("PyTorch", f), ("PyTorch, compiled", torch.compile(f)))[:1 + COMPILES]:
         out = forward(*inputs)
         gradient = torch.randn_like(out)
         yield name, lambda: torch.autograd.grad(out, wanted, gradient, retain_graph=True)
@@ -140,7 +145,7 @@ def gold_kv(B, T, C):
 
 def classifier(rows, V):
     logits, targets = randn(rows, V).requires_grad_(), torch.randint(V, (rows,), device=DEVICE)
-    for name, loss in (("PyTorch", F.cross_entropy), ("PyTorch, compiled", torch.compile(F.cross_entropy))):
+    for name, loss in (("PyTorch", F.cross_entropy), ("PyTorch, compiled", torch.compile(F.cross_entropy)))[:1 + COMPILES]:
         yield name, lambda: torch.autograd.grad(loss(logits, targets), logits)
 
 
@@ -331,12 +336,14 @@ def write_readme(text, path=f"{HERE}/README.md"):
 
 
 def main():
-    global torch, F
+    global torch, F, COMPILES
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="programs of the lab (default: all)")
     parser.add_argument("--no-peers", action="store_true", help="the lab's own kernels only")
     parser.add_argument("--from", dest="source", metavar="FILE.csv", help="run nothing, take the results in FILE.csv")
+    parser.add_argument("--eager", action="store_true", help="peers without torch.compile, which takes minutes")
     args = parser.parse_args()
+    COMPILES = not args.eager
     failed = []
     if args.source:
         header, rows = read_csv(args.source)
