@@ -58,32 +58,30 @@ static void launch_early(void (*kernel)(P...), dim3 grid, int threads, size_t sm
 #endif
 }
 
-// `queue` launches the same work with the same arguments every time: what changes lies in device memory. It runs as it
-// stands the first time (which loads the kernels), is recorded as a CUDA graph the second time, and from then on the
-// device gets the whole sequence in one launch. The CPU has no graphs.
+// `queue` launches the same work with the same arguments every time: what changes lies in device memory. At first it runs as
+// it stands (which loads the kernels) and is recorded as a CUDA graph; from then on the device gets the whole sequence in one
+// launch. The CPU has no graphs.
 typedef struct Recording {
-    int runs;
     void *graph;                            // cudaGraphExec_t
 } Recording;
 
 template <typename F> static void run_recorded(Recording *r, const F &queue) {
 #ifdef CUDA_ON_CPU
+    (void)r;
     queue();
-    r->runs++;
 #else
-    if (r->runs++ == 0) {
-        queue();
+    if (r->graph) {
+        CUDA_CHECK(cudaGraphLaunch((cudaGraphExec_t)r->graph, stream));
         return;
     }
-    if (!r->graph) {
-        cudaGraph_t graph;
-        CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-        queue();
-        CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
-        CUDA_CHECK(cudaGraphInstantiate((cudaGraphExec_t *)&r->graph, graph, 0));
-        CUDA_CHECK(cudaGraphDestroy(graph));
-    }
-    CUDA_CHECK(cudaGraphLaunch((cudaGraphExec_t)r->graph, stream));
+    cudaGraph_t graph;
+    queue();
+    CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    queue();
+    CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+    CUDA_CHECK(cudaGraphInstantiate((cudaGraphExec_t *)&r->graph, graph, 0));
+    CUDA_CHECK(cudaGraphUpload((cudaGraphExec_t)r->graph, stream));
+    CUDA_CHECK(cudaGraphDestroy(graph));
 #endif
 }
 
@@ -1474,7 +1472,7 @@ struct CmixOut : OneVector {
 __global__ void __launch_bounds__(MV_THREADS) decode_begin(float *x, Place *place, int *ids, const int *token, const floatX *emb,
                                                            const floatX *gain, const floatX *bias, int64_t window, int C) {
     __shared__ float2 shared[32];
-    const floatX *from = emb + (int64_t)*token * C;
+    const floatX *from = emb + (int64_t)max(*token, 0) * C;                  // negative: no draw was possible, as the host will say
     const float2 norm = block_norm(from, C, shared);
     for (int c = threadIdx.x * 8; c < C; c += MV_THREADS * 8) {
         const Pack g = load(gain + c), b = load(bias + c);
@@ -2238,13 +2236,6 @@ static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity
     return f;
 }
 
-static void infer_prepare(Infer *f, int splits, int warps) {                // after the weights have their values
-    prepare_decode(f);
-    if (!f->G) return;
-    prepare_gold(f);
-    choose_attention_shape(f, splits, warps);
-}
-
 // Our checkpoints carry their settings; a file by others tells most of them by its tensors.
 void settings_of_model(Settings *s, const SafeTensors *file) {
     if (safetensors_metadata(file, "model.n_layer")) {
@@ -2258,24 +2249,6 @@ void settings_of_model(Settings *s, const SafeTensors *file) {
 
 // Tokens of a pre-fill chunk: enough that matrix products fill the machine.
 static int prefill_chunk(void) { return multiprocessors < 8 ? 256 : multiprocessors < 128 ? 32 * multiprocessors : 4096; }
-
-Infer *infer_open(const char *path, KvKind kv, int64_t capacity) {
-    SafeTensors file;
-    Settings s;
-    safetensors_open(&file, path);
-    settings_of_model(&s, &file);
-    machine_start();
-    Infer *f = infer_create(&s, kv, capacity, prefill_chunk(), WINDOW);
-    f->model_hash = hash_bytes(hash_start, file.data, (size_t)file.data_size);
-    safetensors_close(&file);
-    load_weights(&f->m, path, false);
-    if (PRECISION_BF16) {                                                   // inference needs the working copy alone
-        CUDA_CHECK(cudaFree(f->m.master));
-        f->m.master = nullptr;
-    }
-    infer_prepare(f, multiprocessors, 8);
-    return f;
-}
 
 const Settings *infer_settings(const Infer *f) { return &f->m.s; }
 int64_t infer_position(const Infer *f) { return f->position; }
@@ -2322,6 +2295,43 @@ void infer_reset(Infer *f) {                                                // f
     const int n = infer_carried(f, list);
     for (int i = 0; i < n; i++) CUDA_CHECK(cudaMemsetAsync(list[i].p, 0, list[i].count * list[i].width, stream));
     free(list);
+}
+
+// Records a step in both forms before the first token: nothing is allocated later.
+template <typename F> static void infer_rehearse(Infer *f, Recording (&recordings)[2], const F &queue) {
+    for (int i = 0; i < 2; i++) {
+        infer_reset(f);
+        f->window_begin = i;                                                // for the host: there are tokens before the window
+        run_recorded(&recordings[i], queue);
+    }
+    infer_reset(f);
+}
+
+static void infer_prepare(Infer *f, int splits, int warps) {                // after the weights have their values
+    prepare_decode(f);
+    if (f->G) {
+        prepare_gold(f);
+        choose_attention_shape(f, splits, warps);
+    }
+    if (f->decodes) infer_rehearse(f, f->recordings, [=] { queue_step(f, f->token); });
+}
+
+Infer *infer_open(const char *path, KvKind kv, int64_t capacity) {
+    SafeTensors file;
+    Settings s;
+    safetensors_open(&file, path);
+    settings_of_model(&s, &file);
+    machine_start();
+    Infer *f = infer_create(&s, kv, capacity, prefill_chunk(), WINDOW);
+    f->model_hash = hash_bytes(hash_start, file.data, (size_t)file.data_size);
+    safetensors_close(&file);
+    load_weights(&f->m, path, false);
+    if (PRECISION_BF16) {                                                   // inference needs the working copy alone
+        CUDA_CHECK(cudaFree(f->m.master));
+        f->m.master = nullptr;
+    }
+    infer_prepare(f, multiprocessors, 8);
+    return f;
 }
 
 // The context to a safetensors file, bound to its model by the hash of the weights. Whoever loads it makes the window
@@ -3557,16 +3567,18 @@ void session_read(Session *s, const int *ids, int64_t n) {      // reads a promp
     s->prompt_tokens += n;
 }
 
+void session_step(Session *s) {                                 // queues: the token drawn last goes in, the next one is drawn
+    queue_step(s->m, &s->sampler.state->drawn);
+    sampler_queue(&s->sampler, infer_logits(s->m));
+}
+
 // Draws and prints up to o->n tokens, each fed before the next is drawn.
 void session_write(Session *s) {
     double begin = 0;
     sampler_begin(&s->sampler, infer_position(s->m), -1);
     for (int64_t i = 0; i < s->o->n && !stop_requested; i++) {
         if (s->pending >= 0 && s->m->decodes) {           // it is the one that was drawn last: the device has it
-            infer_step(s->m, s->recordings, [=] {
-                queue_step(s->m, &s->sampler.state->drawn);
-                sampler_queue(&s->sampler, infer_logits(s->m));
-            });
+            infer_step(s->m, s->recordings, [=] { session_step(s); });
         } else {
             if (s->pending >= 0) { infer_feed(s->m, &s->pending, 1); }
             sampler_queue(&s->sampler, infer_logits(s->m));
@@ -3741,6 +3753,7 @@ int main(int argc, char **argv) {
     sigaction(SIGTERM, &action, NULL);
     const Sampling how = {o->temperature, o->top_p, o->presence, o->frequency, o->decay, o->top_k, (uint64_t)o->seed};
     sampler_open(&s->sampler, (int)s->vocab_size, &how, &s->tokenizer, o->ignore_eos);
+    if (s->m->decodes) { infer_rehearse(s->m, s->recordings, [=] { session_step(s); }); }
     if (o->load_state) { infer_load_state(s->m, o->load_state); }
     if (n > 0) { session_read(s, ids, n); }
     free(ids);
