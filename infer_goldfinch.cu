@@ -25,7 +25,10 @@
 #ifdef CUDA_ON_CPU
 __device__ inline void wait_for_previous(void) {}
 __device__ inline void let_next_start(void) {}
+__device__ inline void prefetch(const void *) {}
 #else
+// A line of 128 bytes from memory to the L2 cache, without waiting for it or for anybody who may still write it.
+__device__ inline void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 __device__ inline void wait_for_previous(void) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -58,32 +61,30 @@ static void launch_early(void (*kernel)(P...), dim3 grid, int threads, size_t sm
 #endif
 }
 
-// `queue` launches the same work with the same arguments every time: what changes lies in device memory. It runs as it
-// stands the first time (which loads the kernels), is recorded as a CUDA graph the second time, and from then on the
-// device gets the whole sequence in one launch. The CPU has no graphs.
+// `queue` launches the same work with the same arguments every time: what changes lies in device memory. At first it runs as
+// it stands (which loads the kernels) and is recorded as a CUDA graph; from then on the device gets the whole sequence in one
+// launch. The CPU has no graphs.
 typedef struct Recording {
-    int runs;
     void *graph;                            // cudaGraphExec_t
 } Recording;
 
 template <typename F> static void run_recorded(Recording *r, const F &queue) {
 #ifdef CUDA_ON_CPU
+    (void)r;
     queue();
-    r->runs++;
 #else
-    if (r->runs++ == 0) {
-        queue();
+    if (r->graph) {
+        CUDA_CHECK(cudaGraphLaunch((cudaGraphExec_t)r->graph, stream));
         return;
     }
-    if (!r->graph) {
-        cudaGraph_t graph;
-        CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-        queue();
-        CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
-        CUDA_CHECK(cudaGraphInstantiate((cudaGraphExec_t *)&r->graph, graph, 0));
-        CUDA_CHECK(cudaGraphDestroy(graph));
-    }
-    CUDA_CHECK(cudaGraphLaunch((cudaGraphExec_t)r->graph, stream));
+    cudaGraph_t graph;
+    queue();
+    CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    queue();
+    CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+    CUDA_CHECK(cudaGraphInstantiate((cudaGraphExec_t *)&r->graph, graph, 0));
+    CUDA_CHECK(cudaGraphUpload((cudaGraphExec_t)r->graph, stream));
+    CUDA_CHECK(cudaGraphDestroy(graph));
 #endif
 }
 
@@ -441,6 +442,12 @@ __global__ void pack_tiles(TilePair *to, PackTiles s) {
     to[((int64_t)(n8 % s.per * s.inner + n8 / s.per * s.outer + k32 * s.step)) * 32 + lane] = pair;
 }
 
+// to[j stage 32 + lane] = the lane's eight channels of 32 j..; a warp a stage
+__global__ void pack_mu(TilePair *to, const floatX *mu, int stage) {
+    const int lane = threadIdx.x;
+    store((floatX *)(to + (int64_t)blockIdx.x * stage * 32 + lane), load(mu + 32 * blockIdx.x + lane % 4 * 8));
+}
+
 struct PastTask {
     PastQuery query;
     PastSums to;
@@ -449,8 +456,9 @@ struct PastTask {
 };
 
 struct PastSmem {                           // where things lie in a block's shared memory
-    TilePair *stage;                        // two stages of weights for 32 channels each, g.stage pairs apart
+    TilePair *stage;                        // two stages of weights for 32 channels each, past_stage pairs apart
     floatX *patch;                          // (warps, 16, 64), in the stages' place
+    floatX *rows;                           // (warps, 2, 16, 64): 64 channels of tables' rows, and the next ones on their way
     floatX *c, *h, *u;                      // (warps, 16, R), (warps, 16, 64), (warps, 16, rank), each row PAD longer
     float *p;                               // (H M, tokens): scores, then p'
     float *top, *sum, *mean, *shrink;       // (H M)
@@ -460,13 +468,16 @@ struct PastSmem {                           // where things lie in a block's sha
     size_t bytes;
 };
 
+__host__ __device__ inline int past_stage(const GoldSource &g) { return g.stage + 1; }     // with the queries' tiles
+
 __host__ __device__ inline PastSmem past_smem(char *base, const GoldSource &g, int warps, int M) {
     PastSmem s;
     size_t at = 0;
     auto place = [&](size_t bytes) { char *p = base + at; at += (bytes + 15) / 16 * 16; return p; };
     const int tokens = 16 * warps, pairs = M * g.H;
-    s.stage = (TilePair *)place(2 * sizeof(TilePair) * 32 * g.stage);
+    s.stage = (TilePair *)place(2 * sizeof(TilePair) * 32 * past_stage(g));
     s.patch = (floatX *)s.stage;
+    s.rows = (floatX *)place(sizeof(floatX) * tokens * 2 * 64);
     s.c = (floatX *)place(sizeof(floatX) * tokens * (g.R32 + PAD));
     s.h = (floatX *)place(sizeof(floatX) * tokens * (64 + PAD));
     s.u = (floatX *)place(sizeof(floatX) * tokens * (g.rank_pad + PAD));
@@ -492,7 +503,6 @@ struct PastRows {                           // of a lane's two rows, tile_row(0)
 __device__ inline void stage_copy(TilePair *to, const TilePair *from, int pairs) {
     for (int i = threadIdx.x; i < pairs * 32 * (int)sizeof(TilePair) / 16; i += blockDim.x)
         async_copy16((char *)to + 16 * i, (const char *)from + 16 * i, true);
-    async_commit();
 }
 
 #if PRECISION_BF16 || defined(CUDA_ON_CPU)
@@ -544,6 +554,15 @@ __device__ inline float2 quadratic(const floatX *x, int ld, const TilePair *gram
     return make_float2(warp_sum(sum.x, 4), warp_sum(sum.y, 4));
 }
 
+// Eight numbers of token t's c, from `at` on; zeros behind the last
+__device__ inline Pack cache_pack(const GoldSource &g, int64_t t, int at) {
+    Pack c = zero_pack();
+    if (at >= g.R) return c;
+    if (g.c && g.R % 8 == 0) return load(g.c + t * g.R + at);
+    for (int i = 0; i < 8 && at + i < g.R; i++) c.x[i] = g.c8 ? g.c8[t * g.R + at + i] * g.scales[t] : (float)g.c[t * g.R + at + i];
+    return c;
+}
+
 // The warp's tokens, row 0 being the one before token t0: ids, c, h, and the norm of z.
 __device__ inline void past_rows(PastRows &rows, const PastSmem &s, const GoldSource &g, int64_t t0, int64_t T) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, ldc = g.R32 + PAD;
@@ -553,29 +572,32 @@ __device__ inline void past_rows(PastRows &rows, const PastSmem &s, const GoldSo
     if (lane < 16) ids[lane] = first + lane >= 0 && first + lane < T ? g.ids[first + lane] : -1;
     __syncwarp();
 #pragma unroll 8
-    for (int i = lane; i < 16 * g.R32; i += 32) {
-        const int row = i / g.R32, at = i % g.R32;
-        const int64_t t = first + row;
-        float x = 0;
-        if (ids[row] >= 0 && at < g.R) x = g.c8 ? g.c8[t * g.R + at] * g.scales[t] : (float)g.c[t * g.R + at];
-        c[row * ldc + at] = (floatX)x;
+    for (int i = lane; i < 2 * g.R32; i += 32) {                            // by packs: few loads, all on their way at once
+        const int row = i / (g.R32 / 8), at = i % (g.R32 / 8) * 8;
+        store(c + row * ldc + at, ids[row] >= 0 ? cache_pack(g, first + row, at) : zero_pack());
     }
-#pragma unroll 8
-    for (int i = lane; i < 16 * 64; i += 32) {
-        const int row = i / 64, at = i % 64;
-        float x = 0;
-        if (ids[row] >= 0) x = (float)g.id_h[(int64_t)ids[row] * 64 + at];
-        if (ids[row] >= 0 && first + row > 0) x += (float)g.id_h_before[(int64_t)g.ids[first + row - 1] * 64 + at];
-        h[row * (64 + PAD) + at] = (floatX)tanhf(x);
+#pragma unroll
+    for (int i = lane; i < 16 * 8; i += 32) {
+        const int row = i / 8, at = i % 8 * 8;
+        Pack x = zero_pack();
+        if (ids[row] >= 0) x = load(g.id_h + (int64_t)ids[row] * 64 + at);
+        if (ids[row] >= 0 && first + row > 0) {
+            const Pack before = load(g.id_h_before + (int64_t)g.ids[first + row - 1] * 64 + at);
+            for (int j = 0; j < 8; j++) x.x[j] += before.x[j];
+        }
+        for (int j = 0; j < 8; j++) x.x[j] = tanhf(x.x[j]);
+        store(h + row * (64 + PAD) + at, x);
     }
     __syncwarp();
     const float2 squares = quadratic(c, ldc, g.c_gram, g.R32);
     for (int i = 0; i < 2; i++) {
         const int row = tile_row(2 * i), id = ids[row];
         float dot = 0;
-#pragma unroll 8
-        for (int at = lane % 4; at < g.R && id >= 0; at += 4)
-            dot += (float)g.id_c[(int64_t)id * g.R32 + at] * (float)c[row * ldc + at];
+#pragma unroll 4
+        for (int at = lane % 4 * 8; at < g.R32; at += 32) {
+            const Pack table = load(g.id_c + (int64_t)max(id, 0) * g.R32 + at), own = load(c + row * ldc + at);
+            for (int j = 0; j < 8; j++) dot += table.x[j] * own.x[j];
+        }
         dot = warp_sum(dot, 4);
         const float all = id >= 0 ? g.id_squares[id] + 2 * dot + (i ? squares.y : squares.x) : 0;
         rows.id[i] = id;
@@ -584,9 +606,8 @@ __device__ inline void past_rows(PastRows &rows, const PastSmem &s, const GoldSo
 }
 
 // x (16 tokens x 32 channels, as 4 tiles) = x + (shift(x) - x) * (mu + m), along the rows; row 0 is not used
-__device__ inline void past_mix(TileC (&x)[4], const TileC (&m)[4], const floatX *mu) {
+__device__ inline void past_mix(TileC (&x)[4], const TileC (&m)[4], const Pack &own) {    // own: mu of the lane's channels
     const int lane = threadIdx.x % 32;
-    const Pack own = load(mu + lane % 4 * 8);
     for (int n = 0; n < 4; n++) {
         float up[4];                                                        // of the row above, rows 8 apart in a lane
         for (int i = 0; i < 4; i++) up[i] = __shfl_sync(0xffffffffu, x[n].x[i], (lane + 28) % 32);
@@ -597,17 +618,46 @@ __device__ inline void past_mix(TileC (&x)[4], const TileC (&m)[4], const floatX
     }
 }
 
-// x = scale (x + the lane's channels of its two rows of a table), 0 where there is no row
-__device__ inline void past_add(TileC (&x)[4], const RawPack<floatX> (&raw)[2], const float (&scale)[2]) {
-    const Pack rows[2] = {unpack(raw[0]), unpack(raw[1])};
-    for (int n = 0; n < 4; n++)
-        for (int i = 0; i < 4; i++) x[n].x[i] = (x[n].x[i] + rows[i / 2].x[2 * n + i % 2]) * scale[i / 2];
-}
+// Rows of a table are far apart in memory, and a warp that waits for one makes its block wait. So they come in the background,
+// 64 channels at once (128 bytes), the next ones while these are multiplied. Odd rows have their halves swapped: a lane and
+// its neighbour a row below then read from different banks.
+__device__ inline int past_at(int row, int channel) { return row * 64 + (channel ^ row % 2 * 32); }
 
 // ids (16): of the rows; negative where there is none
-__device__ inline void past_request(RawPack<floatX> (&raw)[2], const floatX *table, const int *ids, int channel, int C) {
-    table += channel + threadIdx.x % 4 * 8;
-    for (int i = 0; i < 2; i++) raw[i] = load_raw(table + (int64_t)max(ids[tile_row(2 * i)], 0) * C);
+__device__ inline void past_request(floatX *rows, const floatX *table, const int *ids, int channel, int C) {
+    const int step = 16 / sizeof(floatX), per_row = 64 / step;
+#pragma unroll
+    for (int i = threadIdx.x % 32; i < 16 * per_row; i += 32) {
+        const int row = i / per_row, at = i % per_row * step;
+        async_copy16(rows + past_at(row, at), table + (int64_t)max(ids[row], 0) * C + channel + at, true);
+    }
+}
+
+// x = scale (x + the lane's channels of its two rows), 0 where there is no row; channel: 0 or 32
+__device__ inline void past_add(TileC (&x)[4], const floatX *rows, int channel, const float (&scale)[2]) {
+    channel += threadIdx.x % 4 * 8;
+    const Pack own[2] = {load(rows + past_at(tile_row(0), channel)), load(rows + past_at(tile_row(2), channel))};
+    for (int n = 0; n < 4; n++)
+        for (int i = 0; i < 4; i++) x[n].x[i] = (x[n].x[i] + own[i / 2].x[2 * n + i % 2]) * scale[i / 2];
+}
+
+// Before each stage j of a sweep: its weights are there, and with every head the table's rows. Asks for what comes next: the
+// weights of the next stage (null: there is none), and after them, with every head, the rows of the next one. Returns the rows.
+__device__ inline const floatX *past_advance(const PastSmem &s, const GoldSource &g, const TilePair *weights, int pairs,
+                                             const TilePair *queries, const floatX *table, int at, int j) {
+    const int warp = threadIdx.x / 32, next = (at + 1) % 2 * 32 * past_stage(g);
+    floatX *rows = s.rows + warp * 2 * 16 * 64;
+    if (j % 2 == 0) async_wait<0>();
+    else async_wait<1>();                                                   // the next head's rows may come later
+    __syncthreads();
+    if (weights) stage_copy(s.stage + next, weights, pairs);
+    if (weights && queries) stage_copy(s.stage + next + pairs * 32, queries, 1);
+    async_commit();
+    if (j % 2 == 0) {
+        if (j + 2 < g.C / 32) past_request(rows + (j / 2 + 1) % 2 * 16 * 64, table, s.ids + 16 * warp, 32 * (j + 2), g.C);
+        async_commit();
+    }
+    return rows + j / 2 % 2 * 16 * 64;
 }
 
 // All channels of the warp's tokens, for keys with scores: leaves u in shared memory and mean and 1/deviation in rows. The first
@@ -624,15 +674,14 @@ __device__ inline void past_sweep(PastRows &rows, const PastSmem &s, const GoldS
     float sum[2] = {0, 0}, squares[2] = {0, 0};                             // of k1; |k1|^2 + 2 u . (W2^T k1)
     for (int pass = 0; pass < g.rank_pad / (32 * groups); pass++) {
         TileC U[2][groups][4] = {}, score[1] = {};
-        RawPack<floatX> raw[2];
-        past_request(raw, table, s.ids + 16 * warp, 0, g.C);
+        past_request(s.rows + warp * 2 * 16 * 64, table, s.ids + 16 * warp, 0, g.C);
+        async_commit();
         for (int j = 0; j < stages; j++) {
-            async_wait<0>();
-            __syncthreads();
-            const int next = pass * stages + j + 1;
-            if (next < stages * g.rank_pad / (32 * groups))
-                stage_copy(s.stage + next % 2 * 32 * g.stage, side.tiles + (int64_t)next * side.stage * 32, side.stage);
-            const TilePair *w = s.stage + (next - 1) % 2 * 32 * g.stage;
+            const int at = pass * stages + j;
+            const bool more = at + 1 < stages * g.rank_pad / (32 * groups), scores = keys && pass == 0 && j + 1 < stages;
+            const floatX *own = past_advance(s, g, more ? side.tiles + (int64_t)(at + 1) * side.stage * 32 : nullptr, side.stage,
+                                             scores ? task.query.q + (j + 1) * 32 : nullptr, table, at, j);
+            const TilePair *w = s.stage + at % 2 * 32 * past_stage(g);
             TileC x[4] = {}, m[4] = {};
             if (keys) {
                 for (int k = 0; k < g.R32; k += 32) mma_pairs(x, load_a(c + k, ldc), load_a(c + k + 16, ldc), w + k, g.R32 / 32);
@@ -640,9 +689,8 @@ __device__ inline void past_sweep(PastRows &rows, const PastSmem &s, const GoldS
             }
             mma_pairs(m, hidden[0], hidden[1], w, 1);
             w += 4 * 32;
-            past_add(x, raw, scale);
-            if (j + 1 < stages) past_request(raw, table, s.ids + 16 * warp, 32 * (j + 1), g.C);
-            past_mix(x, m, side.mu + 32 * j);
+            past_add(x, own, j % 2 * 32, scale);
+            past_mix(x, m, load((const floatX *)(w + 8 * groups * 32 + threadIdx.x % 32)));
             for (int n = 0; n < 4 && pass == 0; n++)
                 for (int i = 0; i < 4; i++) {
                     sum[i / 2] += x[n].x[i];
@@ -654,7 +702,7 @@ __device__ inline void past_sweep(PastRows &rows, const PastSmem &s, const GoldS
 #pragma unroll
                 for (int i = 0; i < groups; i++) mma_pairs(U[half][i], left, right, w + (half * groups + i) * 4 * 32, 1);
             if (!keys || pass > 0) continue;
-            mma_pairs(score, left, right, task.query.q + j * 32, 1);
+            mma_pairs(score, left, right, w + (8 * groups + 1) * 32, 1);
             if (j % 2 == 0) continue;                                       // a head has 64 channels
             for (int i = 0; i < 4; i++) {
                 const int query = tile_col(i), pair = j / 2 * task.M + query;
@@ -709,15 +757,13 @@ __device__ inline void past_turned_scores(const PastRows &rows, const PastSmem &
     const floatX *c = s.c + warp * 16 * ldc, *h = s.h + warp * 16 * ldh, *u = s.u + warp * 16 * ldu;
     const TileA hidden[2] = {load_a(h, ldh), load_a(h + 16, ldh)};
     TileC score[1] = {};
+    past_request(s.rows + warp * 2 * 16 * 64, g.id_k0, s.ids + 16 * warp, 0, g.C);
+    async_commit();
     for (int j = 0; j < stages; j++) {
-        RawPack<floatX> raw[2];
-        past_request(raw, g.id_k0, s.ids + 16 * warp, 32 * j, g.C);
-        async_wait<0>();
-        __syncthreads();
-        const int next = j + 1;
-        if (next < stages)
-            stage_copy(s.stage + next % 2 * 32 * g.stage, g.turned_tiles + (int64_t)next * g.turned_stage * 32, g.turned_stage);
-        const TilePair *w = s.stage + j % 2 * 32 * g.stage;
+        const bool more = j + 1 < stages;
+        const floatX *own = past_advance(s, g, more ? g.turned_tiles + (int64_t)(j + 1) * g.turned_stage * 32 : nullptr,
+                                         g.turned_stage, more ? task.query.q + (j + 1) * 32 : nullptr, g.id_k0, j, j);
+        const TilePair *w = s.stage + j % 2 * 32 * past_stage(g);
         TileC x[4] = {}, m[4] = {}, y[4] = {};
         for (int k = 0; k < g.R32; k += 32) mma_pairs(x, load_a(c + k, ldc), load_a(c + k + 16, ldc), w + k, g.R32 / 32);
         w += 4 * g.R32;
@@ -725,8 +771,9 @@ __device__ inline void past_turned_scores(const PastRows &rows, const PastSmem &
         w += 4 * 32;
         for (int k = 0; k < g.rank_pad; k += 32)
             mma_pairs(y, load_a(u + k, ldu), load_a(u + k + 16, ldu), w + k, g.rank_pad / 32);
-        past_add(x, raw, rows.scale);
-        past_mix(x, m, g.k.mu + 32 * j);
+        w += g.rank_pad / 8 * 32;                                           // 4 rank_pad / 32 pairs of tiles
+        past_add(x, own, j % 2 * 32, rows.scale);
+        past_mix(x, m, load(g.k.mu + 32 * j + threadIdx.x % 4 * 8));
         const int channel = 32 * j + threadIdx.x % 4 * 8;
         const Pack gain = load(g.k.gain + channel), bias = load(g.k.bias + channel);
         for (int i = 0; i < 2; i++) {
@@ -738,7 +785,7 @@ __device__ inline void past_turned_scores(const PastRows &rows, const PastSmem &
             k = rope_pack(k, g.rope, t0 - 1 + tile_row(2 * i), channel, 1);
             for (int e = 0; e < 8; e++) x[e / 2].x[2 * i + e % 2] = k.x[e];
         }
-        mma_pairs(score, to_a(x[0], x[1]), to_a(x[2], x[3]), task.query.q + j * 32, 1);
+        mma_pairs(score, to_a(x[0], x[1]), to_a(x[2], x[3]), w, 1);
         if (j % 2 == 0) continue;
         for (int i = 0; i < 4; i++) {
             const int query = tile_col(i), row = tile_row(i);
@@ -776,12 +823,27 @@ __device__ inline void past_softmax(const PastSmem &s, int pairs) {
 // out = out shrink + sum of p' v1 over the block's tokens: a warp a head, v1 made once more
 __device__ inline void past_values(const PastSmem &s, const GoldSource &g, const PastTask &task, float *out, bool first) {
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, ldp = 64 + PAD;
-    floatX *patch = s.patch + warp * 16 * ldp;
+    floatX *patch = s.patch + warp * 16 * ldp, *rows = s.rows + warp * 2 * 16 * 64;
+    int step = 0;                                                           // rows are asked for one step ahead
+    auto request = [&](int next) {
+        const int head = warp + next / warps * warps;
+        if (head < g.H) past_request(rows + next % 2 * 16 * 64, g.id_xo, s.ids + next % warps * 16, 64 * head, g.C);
+        async_commit();
+    };
+    request(0);
     for (int head = warp; head < g.H; head += warps) {
         TileC sums[4][1] = {};                                              // 64 channels x 8 queries
-        RawPack<floatX> raw[2][2];                                          // of the head's two halves; one group ahead
-        for (int j = 0; j < 2; j++) past_request(raw[j], g.id_xo, s.ids, 64 * head + 32 * j, g.C);
-        for (int group = 0; group < warps; group++) {
+        TileB mix[2][2][4];                                                 // of the head's two halves: two steps of 16, tiles
+        RawPack<floatX> mu[2];
+        for (int j = 0; j < 2; j++) {
+            const TilePair *w = g.v.tiles + (int64_t)(2 * head + j) * g.v.stage * 32 + lane;
+            for (int n = 0; n < 4; n++) mix[j][0][n] = w[n * 32].b[0], mix[j][1][n] = w[n * 32].b[1];
+            mu[j] = load_raw(g.v.mu + 64 * head + 32 * j + lane % 4 * 8);
+        }
+        for (int group = 0; group < warps; group++, step++) {
+            request(step + 1);
+            async_wait<1>();
+            __syncwarp();
             const floatX *h = s.h + group * 16 * ldp + 32;
             const int *ids = s.ids + 16 * group;
             const TileA hidden[2] = {load_a(h, ldp), load_a(h + 16, ldp)};
@@ -789,10 +851,9 @@ __device__ inline void past_values(const PastSmem &s, const GoldSource &g, const
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 TileC x[4] = {}, m[4] = {};
-                mma_pairs(m, hidden[0], hidden[1], g.v.tiles + (int64_t)(2 * head + j) * g.v.stage * 32, 1);
-                past_add(x, raw[j], scale);
-                if (group + 1 < warps) past_request(raw[j], g.id_xo, ids + 16, 64 * head + 32 * j, g.C);
-                past_mix(x, m, g.v.mu + 64 * head + 32 * j);
+                for (int k = 0; k < 2; k++) mma(m, hidden[k], mix[j][k]);
+                past_add(x, rows + step % 2 * 16 * 64, 32 * j, scale);
+                past_mix(x, m, unpack(mu[j]));
                 for (int i = 0; i < 2; i++) {
                     Pack v;
                     for (int n = 0; n < 4; n++) v.x[2 * n] = x[n].x[2 * i], v.x[2 * n + 1] = x[n].x[2 * i + 1];
@@ -851,17 +912,22 @@ template <int groups, bool rope> __global__ void __launch_bounds__(256, 1) past_
         PastRows rows;
         __syncthreads();
         stage_copy(s.stage, g.k.tiles, g.k.stage);
+        stage_copy(s.stage + g.k.stage * 32, task.query.q, 1);
+        async_commit();
         past_rows(rows, s, g, t0, T);
         past_sweep<groups, true>(rows, s, g, task);
         if constexpr (rope) {
             __syncthreads();
             stage_copy(s.stage, g.turned_tiles, g.turned_stage);
+            stage_copy(s.stage + g.turned_stage * 32, task.query.q, 1);
+            async_commit();
             past_turned_scores(rows, s, g, task, t0);
         } else {
             past_scores(rows, s, g, task, t0);
         }
         __syncthreads();
         stage_copy(s.stage, g.v.tiles, g.v.stage);
+        async_commit();
         past_sweep<groups, false>(rows, s, g, task);
         for (int i = 0; i < 2 && threadIdx.x % 4 == 0; i++) {
             const bool finite = rows.id[i] >= 0;
@@ -1203,12 +1269,18 @@ static void kept_allocate(Infer *f, int rows) {
 //   - a warp takes a row of weights and has 2048 of its elements on their way at once, 16 bytes a load
 //   - what goes on between two products (norm, shift, mix, gate) is done by every block of the next product for itself:
 //     C numbers, from L2, instead of a launch of its own
-//   - kernels are launched early: a block asks for its first row of weights, and only then waits for the vector that the
-//     kernel before is still making
+//   - kernels are launched early: a block asks for its first row of weights, has the next ones and its vectors fetched to
+//     L2, and only then waits for what the kernel before is still making: memory is busy from one kernel to the next
 //
 // The residual stream is fp32 here; a product's inputs are rounded to floatX, as everywhere.
 
 static const int MV_THREADS = 256, MV_WARPS = MV_THREADS / 32, MV_PART = 2048;
+static const int MV_AHEAD = 4096;           // numbers a warp has fetched to L2: 17 MB for all, a third of an H100's L2
+static const int LINE = 128 / sizeof(floatX);
+
+__device__ inline void prefetch_vector(const floatX *x, int n) {           // a block's threads together
+    for (int i = threadIdx.x * LINE; i < n; i += blockDim.x * LINE) prefetch(x + i);
+}
 
 // The lane's share of a part of a row of weights, on its way: 8 packs, 32 apart
 __device__ inline void request(RawPack<floatX> (&raw)[8], const floatX *row, int k, int K) {
@@ -1227,14 +1299,20 @@ __device__ inline void add_products(float &sum, const RawPack<floatX> (&raw)[8],
     }
 }
 
-// y[row] = weights(row) . x for rows 0..rows-1, x made by `before` in shared memory, y handed to `after`. A row may have a
-// second x. Grid: (any number of blocks, problems).
+// y[row] = weights(row) . x for rows 0..rows-1, x made by `before` in shared memory, y handed to `after`; `prepare` has vectors
+// fetched that `before` will read. A row may have a second x. Grid: (any number of blocks, problems).
 template <typename Job> __global__ void __launch_bounds__(MV_THREADS, 4) matvec_kernel(Job job) {
     floatX *x = dynamic_smem<floatX>();
     int row = blockIdx.x * MV_WARPS + threadIdx.x / 32;
     RawPack<floatX> raw[8];
     let_next_start();
     if (row < job.rows) request(raw, job.weights(row), 0, job.K);
+    job.prepare();
+    for (int ahead = row, k = MV_PART, left = MV_AHEAD; ahead < job.rows && left > 0; ahead += gridDim.x * MV_WARPS, k = 0)
+        for (; k < job.K && left > 0; k += 32 * LINE, left -= 32 * LINE) {
+            const int at = k + threadIdx.x % 32 * LINE;
+            if (at < job.K) prefetch(job.weights(ahead) + at);
+        }
     wait_for_previous();
     job.before(x);
     __syncthreads();
@@ -1266,6 +1344,7 @@ template <typename Job> static void matvec(const Job &job, int vectors, int prob
 struct OneVector {                                          // what most jobs have in common
     __device__ int first(int) const { return 0; }
     __device__ int second(int) const { return 0; }          // 0: there is none
+    __device__ void prepare(void) const {}
 };
 
 template <typename T> __device__ inline void copy_vector(floatX *to, const T *from, int n) {
@@ -1285,6 +1364,11 @@ template <typename T> __device__ inline void norm_vector(floatX *to, const T *x,
 }
 
 struct ShiftMix { const floatX *shift, *mu[2]; };           // the token before, normed; up to two mixes
+
+__device__ inline void prefetch_norm(const floatX *gain, const floatX *bias, const ShiftMix &mix, int C) {
+    for (const floatX *x : {gain, bias, mix.shift, mix.mu[0], mix.mu[1]})
+        if (x) prefetch_vector(x, C);
+}
 
 // x_i = ln + (shift - ln) * mu_i for i in 0..n-1 at x, ln = LayerNorm(from), which block 0 also stores
 template <int n>
@@ -1313,6 +1397,7 @@ struct MixHidden : OneVector {
     float *hidden;
     int rows, K;
     __device__ const floatX *weights(int row) const { return w + (int64_t)row * K; }
+    __device__ void prepare(void) const { prefetch_norm(gain, bias, mix, K); }
     __device__ void before(floatX *v) const { norm_shift_mix<1>(v, ln, x, gain, bias, mix, K); }
     __device__ void after(int row, float2 sum) const { hidden[row] = tanhf(sum.x); }
 };
@@ -1334,6 +1419,7 @@ struct FinchProducts {
         return (row < A ? 2 : row < 2 * A ? 0 : row < 3 * A ? 1 : row < 3 * A + 64 ? 3 : 4) * K;
     }
     __device__ int second(int row) const { return row < A && use_v2 ? 4 * K : 0; }
+    __device__ void prepare(void) const {}
     __device__ void before(floatX *x) const { copy_vector(x, xs, (use_v2 ? 5 : 4) * K); }
     __device__ void after(int row, float2 sum) const {
         if (row < A) {
@@ -1364,6 +1450,7 @@ struct NormProduct : OneVector {                            // out = w LayerNorm
     float *out;
     int rows, K;
     __device__ const floatX *weights(int row) const { return w + (int64_t)row * K; }
+    __device__ void prepare(void) const { prefetch_norm(gain, bias, {}, K); }
     __device__ void before(floatX *v) const { norm_vector(v, x, gain, bias, K); }
     __device__ void after(int row, float2 sum) const { out[row] = (residual ? residual[row] : 0) + sum.x; }
 };
@@ -1381,6 +1468,7 @@ struct CmixIn {
     }
     __device__ int first(int row) const { return row < F ? 0 : K; }
     __device__ int second(int) const { return 0; }
+    __device__ void prepare(void) const { prefetch_norm(gain, bias, mix, K); }
     __device__ void before(floatX *v) const { norm_shift_mix<2>(v, ln, x, gain, bias, mix, K); }
     __device__ void after(int row, float2 sum) const {
         if (row < F) k[row] = (floatX)(sum.x > 0 ? sum.x * sum.x : 0);
@@ -1409,7 +1497,8 @@ struct CmixOut : OneVector {
 __global__ void __launch_bounds__(MV_THREADS) decode_begin(float *x, Place *place, int *ids, const int *token, const floatX *emb,
                                                            const floatX *gain, const floatX *bias, int64_t window, int C) {
     __shared__ float2 shared[32];
-    const floatX *from = emb + (int64_t)*token * C;
+    let_next_start();
+    const floatX *from = emb + (int64_t)max(*token, 0) * C;                  // negative: no draw was possible, as the host will say
     const float2 norm = block_norm(from, C, shared);
     for (int c = threadIdx.x * 8; c < C; c += MV_THREADS * 8) {
         const Pack g = load(gain + c), b = load(bias + c);
@@ -1461,10 +1550,11 @@ __global__ void __launch_bounds__(128) decode_mixes(Mixed p, int C) {
     MixSum mix = {};
     let_next_start();
     mix.request(p.w + (int64_t)i * 32 * C, c, C);
+    const Pack mu = c < C ? load(p.mu[i] + c) : zero_pack();
     wait_for_previous();
+    const Pack v = c < C ? load(p.ln + c) : zero_pack(), before = c < C ? load(p.shift + c) : zero_pack();
     Pack m = mix.sum(p.hidden + 32 * i, parts);
     if (threadIdx.x >= 32 || c >= C) return;
-    const Pack v = load(p.ln + c), before = load(p.shift + c), mu = load(p.mu[i] + c);
     for (int j = 0; j < 8; j++) m.x[j] = v.x[j] + (before.x[j] - v.x[j]) * (mu.x[j] + m.x[j]);
     store(p.xs + (int64_t)i * C + c, m);
 }
@@ -1495,6 +1585,7 @@ __global__ void __launch_bounds__(128) wkv_step(WkvStep p) {
     for (int i = 0; i < 4; i++) w[i] = load_raw(p.decay_w2 + (int64_t)(4 * j + i) * A + head + i0);
     w2 = load_raw(p.value2_w2 + (int64_t)(t / 2) * A + j0 + t % 2 * 8);
     Pack S = load(at);
+    const float decay_bias = (float)p.time_decay[head + t % N], bonus = p.u ? (float)p.u[head + t % N] : 0;
     wait_for_previous();
     Pack sum = zero_pack(), extra = unpack(w2);
     for (int i = 0; i < 4; i++) {
@@ -1506,12 +1597,12 @@ __global__ void __launch_bounds__(128) wkv_step(WkvStep p) {
     store(&parts2[t / 2][t % 2 * 8], extra);
     __syncthreads();
     if (t < N) {
-        float decay = (float)p.time_decay[head + t];
+        float decay = decay_bias;
         for (int i = 0; i < 16; i++) decay += parts[i][t];
         d_minus_1[t] = expm1f(-fminf(expf(decay), 128.f));
         r[t] = p.r[head + t];
         k[t] = p.k[head + t] * (p.one_minus_w ? -d_minus_1[t] : 1);
-        u[t] = p.u ? (float)p.u[head + t] : 0;
+        u[t] = bonus;
     } else if (t < N + 16) {
         float value = p.use_v2 ? p.v2[j0 + t - N] : 0;
         for (int i = 0; i < 64; i++) value += parts2[i][t - N];
@@ -1558,6 +1649,7 @@ struct KeySums {
     __device__ const floatX *weights(int row) const { return g.w_c + (int64_t)row * K; }
     __device__ int first(int) const { return 0; }
     __device__ int second(int) const { return K; }
+    __device__ void prepare(void) const {}
     __device__ void before(floatX *x) const {
         const int64_t t = place->first;
         float largest = 0;
@@ -1901,12 +1993,12 @@ static TilePair *gram_of(const floatX *w, int rows_of_w, int n, floatX *scratch)
 }
 
 // The weights of a side in the order in which past_sweep takes them: for each pass over the rank and each 32 channels, tiles of
-// W_c (keys only), of the mix, of w1 and of w2.
+// W_c (keys only), of the mix, of w1 and of w2, and in a pair's place mu, eight channels a lane.
 static void prepare_side(GoldSource &g, GoldSource::Side &side, bool keys, Param w1, Param w2, int rank, floatX *scratch) {
     const int C = g.C, groups = g.rank_pad == 64 ? 2 : 4, passes = g.rank_pad / (32 * groups), from_c = keys ? 4 * g.R32 / 32 : 0;
     floatX *centered;
     TilePair *tiles;
-    side.stage = from_c + 4 + 8 * groups;
+    side.stage = from_c + 4 + 8 * groups + 1;
     side.w1 = packed(g.rank_pad, C, w1, C, rank, true);
     alloc_floats(&centered, (int64_t)C * g.rank_pad);
     pack_centered<<<g.rank_pad, 256, 0, stream>>>(centered, w2.w, rank, C);
@@ -1923,6 +2015,7 @@ static void prepare_side(GoldSource &g, GoldSource::Side &side, bool keys, Param
         const int of = 32 * groups, tiles_of = 4 * groups;                  // ranks of a pass
         pack_pairs(to, side.w1 + (int64_t)pass * of * C, 1, C, C, of, tiles_of, 1, 0, side.stage, true, false);
         pack_pairs(to + tiles_of * 32, side.w2 + pass * of, g.rank_pad, 1, C, of, tiles_of, 1, 0, side.stage, true, false);
+        pack_mu<<<C / 32, 32, 0, stream>>>(to + 2 * tiles_of * 32, side.mu, side.stage);
     }
 }
 
@@ -2172,13 +2265,6 @@ static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity
     return f;
 }
 
-static void infer_prepare(Infer *f, int splits, int warps) {                // after the weights have their values
-    prepare_decode(f);
-    if (!f->G) return;
-    prepare_gold(f);
-    choose_attention_shape(f, splits, warps);
-}
-
 // Our checkpoints carry their settings; a file by others tells most of them by its tensors.
 void settings_of_model(Settings *s, const SafeTensors *file) {
     if (safetensors_metadata(file, "model.n_layer")) {
@@ -2192,24 +2278,6 @@ void settings_of_model(Settings *s, const SafeTensors *file) {
 
 // Tokens of a pre-fill chunk: enough that matrix products fill the machine.
 static int prefill_chunk(void) { return multiprocessors < 8 ? 256 : multiprocessors < 128 ? 32 * multiprocessors : 4096; }
-
-Infer *infer_open(const char *path, KvKind kv, int64_t capacity) {
-    SafeTensors file;
-    Settings s;
-    safetensors_open(&file, path);
-    settings_of_model(&s, &file);
-    machine_start();
-    Infer *f = infer_create(&s, kv, capacity, prefill_chunk(), WINDOW);
-    f->model_hash = hash_bytes(hash_start, file.data, (size_t)file.data_size);
-    safetensors_close(&file);
-    load_weights(&f->m, path, false);
-    if (PRECISION_BF16) {                                                   // inference needs the working copy alone
-        CUDA_CHECK(cudaFree(f->m.master));
-        f->m.master = nullptr;
-    }
-    infer_prepare(f, multiprocessors, 8);
-    return f;
-}
 
 const Settings *infer_settings(const Infer *f) { return &f->m.s; }
 int64_t infer_position(const Infer *f) { return f->position; }
@@ -2256,6 +2324,43 @@ void infer_reset(Infer *f) {                                                // f
     const int n = infer_carried(f, list);
     for (int i = 0; i < n; i++) CUDA_CHECK(cudaMemsetAsync(list[i].p, 0, list[i].count * list[i].width, stream));
     free(list);
+}
+
+// Records a step in both forms before the first token: nothing is allocated later.
+template <typename F> static void infer_rehearse(Infer *f, Recording (&recordings)[2], const F &queue) {
+    for (int i = 0; i < 2; i++) {
+        infer_reset(f);
+        f->window_begin = i;                                                // for the host: there are tokens before the window
+        run_recorded(&recordings[i], queue);
+    }
+    infer_reset(f);
+}
+
+static void infer_prepare(Infer *f, int splits, int warps) {                // after the weights have their values
+    prepare_decode(f);
+    if (f->G) {
+        prepare_gold(f);
+        choose_attention_shape(f, splits, warps);
+    }
+    if (f->decodes) infer_rehearse(f, f->recordings, [=] { queue_step(f, f->token); });
+}
+
+Infer *infer_open(const char *path, KvKind kv, int64_t capacity) {
+    SafeTensors file;
+    Settings s;
+    safetensors_open(&file, path);
+    settings_of_model(&s, &file);
+    machine_start();
+    Infer *f = infer_create(&s, kv, capacity, prefill_chunk(), WINDOW);
+    f->model_hash = hash_bytes(hash_start, file.data, (size_t)file.data_size);
+    safetensors_close(&file);
+    load_weights(&f->m, path, false);
+    if (PRECISION_BF16) {                                                   // inference needs the working copy alone
+        CUDA_CHECK(cudaFree(f->m.master));
+        f->m.master = nullptr;
+    }
+    infer_prepare(f, multiprocessors, 8);
+    return f;
 }
 
 // The context to a safetensors file, bound to its model by the hash of the weights. Whoever loads it makes the window
@@ -3491,16 +3596,18 @@ void session_read(Session *s, const int *ids, int64_t n) {      // reads a promp
     s->prompt_tokens += n;
 }
 
+void session_step(Session *s) {                                 // queues: the token drawn last goes in, the next one is drawn
+    queue_step(s->m, &s->sampler.state->drawn);
+    sampler_queue(&s->sampler, infer_logits(s->m));
+}
+
 // Draws and prints up to o->n tokens, each fed before the next is drawn.
 void session_write(Session *s) {
     double begin = 0;
     sampler_begin(&s->sampler, infer_position(s->m), -1);
     for (int64_t i = 0; i < s->o->n && !stop_requested; i++) {
         if (s->pending >= 0 && s->m->decodes) {           // it is the one that was drawn last: the device has it
-            infer_step(s->m, s->recordings, [=] {
-                queue_step(s->m, &s->sampler.state->drawn);
-                sampler_queue(&s->sampler, infer_logits(s->m));
-            });
+            infer_step(s->m, s->recordings, [=] { session_step(s); });
         } else {
             if (s->pending >= 0) { infer_feed(s->m, &s->pending, 1); }
             sampler_queue(&s->sampler, infer_logits(s->m));
@@ -3675,6 +3782,7 @@ int main(int argc, char **argv) {
     sigaction(SIGTERM, &action, NULL);
     const Sampling how = {o->temperature, o->top_p, o->presence, o->frequency, o->decay, o->top_k, (uint64_t)o->seed};
     sampler_open(&s->sampler, (int)s->vocab_size, &how, &s->tokenizer, o->ignore_eos);
+    if (s->m->decodes) { infer_rehearse(s->m, s->recordings, [=] { session_step(s); }); }
     if (o->load_state) { infer_load_state(s->m, o->load_state); }
     if (n > 0) { session_read(s, ids, n); }
     free(ids);

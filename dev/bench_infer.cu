@@ -65,6 +65,11 @@ static double wait_seconds(void) {
     return seconds_now();
 }
 
+static void queue_draw(Bench *b) {                              // the token drawn last goes in, the next one is drawn
+    queue_step(b->f, &b->sampler.state->drawn);
+    sampler_queue(&b->sampler, infer_logits(b->f));
+}
+
 static void bench_open(Bench *b, const Settings *s, KvKind kv, int64_t capacity, int64_t window) {
     const Sampling how = {0, 1, 0, 0, 1, 0, 1};                 // the likeliest token
     uint8_t *types = (uint8_t *)calloc(s->vocab_size, 1);
@@ -77,6 +82,7 @@ static void bench_open(Bench *b, const Settings *s, KvKind kv, int64_t capacity,
     }
     infer_prepare(b->f, multiprocessors, 8);
     sampler_allocate(&b->sampler, (int)s->vocab_size, &how, types);
+    infer_rehearse(b->f, b->recordings, [=] { queue_draw(b); });
     b->ids = (int *)malloc((size_t)capacity * sizeof(int));
     for (int64_t i = 0; i < capacity; i++) b->ids[i] = (int)(hash_uniform(99, i) * s->vocab_size);
     free(types);
@@ -96,7 +102,7 @@ static double distance(const float *a, const float *b, int n) { // relative to b
     return sqrt(difference / norm);
 }
 
-// Draws n tokens, each fed; returns seconds a token. The first steps (which record) are not counted.
+// Draws n tokens, each fed; returns seconds a token. The first steps are not counted.
 static double decode(Bench *b, int n, int *drawn) {
     double begin = 0;
     sampler_begin(&b->sampler, infer_position(b->f), -1);
@@ -105,10 +111,7 @@ static double decode(Bench *b, int n, int *drawn) {
         if (i == 0) begin = wait_seconds();
         const int id = sampler_result(&b->sampler);
         if (drawn && i >= 0) drawn[i] = id;
-        infer_step(b->f, b->recordings, [=] {
-            queue_step(b->f, &b->sampler.state->drawn);
-            sampler_queue(&b->sampler, infer_logits(b->f));
-        });
+        infer_step(b->f, b->recordings, [=] { queue_draw(b); });
     }
     return (wait_seconds() - begin) / n;
 }
