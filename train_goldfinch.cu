@@ -89,7 +89,7 @@ void expect(const char *file, const char *field, int64_t index, int64_t low, int
     X(optimizer, REAL, weight_decay_final, "-1", -1, 1e3, 0, "weight decay at my_exit_tokens (0 or less: no change)") \
     X(optimizer, REAL, gradient_clip_val, "1", 1e-9, 1e9, 0, "largest norm of the gradient") \
     X(optimizer, INT,  layerwise_lr, "1", 0, 1, 1, "groups have their own factors on the learning rate") \
-    X(optimizer, INT,  grad_cp, "0", 0, 2, 1, "recompute in the backward pass: 0 nothing, 2 norms and mixes, 1 whole layers") \
+    X(optimizer, INT,  grad_cp, "0", 0, 2, 1, "recompute in the backward pass: 0 nothing, 2 what is cheap in time mixers, 1 whole layers") \
     X(optimizer, INT,  train_stage, "3", 1, 3, 1, "1: initialize, save, stop; 2: train, own rate factors; 3: train") \
     X(optimizer, INT,  seed_everything, "1", 0, 1e15, 1, "of the initial weights and the samples") \
     X(data, PATH, data_file, "", 0, 0, 0, "binidx: PREFIX of PREFIX.bin and .idx; utf-8: a text") \
@@ -3636,17 +3636,10 @@ static void cmix_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
     const Dims &d = m->d;
     Cmix &a = layer->ffn;
     const int64_t E = (int64_t)d.BT * d.C;
-    for (floatX **p : {&a.xk, &a.xr}) take(m->s.grad_cp == 2 ? scratch : kept, p, E);
-    for (floatX **p : {&a.v, &a.r}) take(kept, p, E);
+    for (floatX **p : {&a.xk, &a.xr, &a.v, &a.r}) take(kept, p, E);
     take(kept, &a.k, (int64_t)d.BT * d.F);
     for (floatX **p : {&a.tmp.dxk, &a.tmp.dxr, &a.tmp.dv, &a.tmp.dr}) take(scratch, p, E);
     take(scratch, &a.tmp.dk, (int64_t)d.BT * d.F);
-}
-
-static void cmix_remake(Model *m, Layer *layer, const floatX *x) {                   // a.xk, a.xr
-    const Dims &d = m->d;
-    const Params &p = layer->p;
-    mix_forward<2>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, {}, {layer->ffn.xk, layer->ffn.xr}, layer->cmix->complement}, x, d.BT, d.T, d.C);
 }
 
 static void cmix_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
@@ -3654,7 +3647,7 @@ static void cmix_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
     const Params &p = layer->p;
     Cmix &a = layer->ffn;
     const int64_t E = (int64_t)d.BT * d.C, EF = (int64_t)d.BT * d.F;
-    cmix_remake(m, layer, x);
+    mix_forward<2>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, {}, {a.xk, a.xr}, layer->cmix->complement}, x, d.BT, d.T, d.C);
     linear_forward(a.k, a.xk, p.ffn_key, d.BT, d.F, d.C);
     relu_squared_forward<<<pack_blocks(EF), 256, 0, stream>>>(a.k, EF);
     linear_forward(a.v, a.k, p.ffn_value, d.BT, d.C, d.F);
@@ -3990,8 +3983,8 @@ static const Mixer TIME_MIXERS[] = {
     {"llama",    LLAMA,    0, false, true,  false, attention_plan, llama_forward, llama_backward, nullptr},
 };
 static const Mixer CHANNEL_MIXERS[] = {
-    {"x060",  CMIX,       0, false, false, false, cmix_plan, cmix_forward, cmix_backward, cmix_remake},
-    {"x052",  CMIX_EAGLE, 0, false, false, true,  cmix_plan, cmix_forward, cmix_backward, cmix_remake},
+    {"x060",  CMIX,       0, false, false, false, cmix_plan, cmix_forward, cmix_backward, nullptr},
+    {"x052",  CMIX_EAGLE, 0, false, false, true,  cmix_plan, cmix_forward, cmix_backward, nullptr},
     {"llama", CMIX_LLAMA, 0, false, false, false, cmix_llama_plan, cmix_llama_forward, cmix_llama_backward, nullptr},
 };
 
@@ -4071,7 +4064,7 @@ static bool has_cache(const Model *m) { return m->layers[m->d.L - 1].tmix->needs
 
 // Hands out the activation block; without a base it only measures it. The pieces at the front stay for the whole pass,
 // then what each layer keeps (with grad_cp 1 only its input: the rest is one layer's, made again; with grad_cp 2 not what
-// norms and mixes gave: `remake` makes it again, in scratch), then scratch.
+// norms and mixes gave a time mixer: `remake` makes it again, in scratch), then scratch.
 static void model_layout(Model *m, char *base) {
     const Dims &d = m->d;
     const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
@@ -4093,9 +4086,8 @@ static void model_layout(Model *m, char *base) {
     for (int width : {d.C, d.A})
         if (partial < (int64_t)row_blocks(d.BT, width) * 5 * width) partial = (int64_t)row_blocks(d.BT, width) * 5 * width;
     take(&arena, &m->partial, partial);
-    floatX *ln1 = nullptr, *ln2 = nullptr;                                          // grad_cp 2: of the layer at hand
-    for (floatX **p : {&ln1, &ln2})
-        if (m->s.grad_cp == 2) take(&arena, p, E);
+    floatX *ln1 = nullptr;                                                          // grad_cp 2: of the layer at hand
+    if (m->s.grad_cp == 2) take(&arena, &ln1, E);
     for (int l = 0; l < d.L; l++) {
         m->layers[l].x = m->x0;                                                     // block 0 reads the embedding itself
         if (l > 0) take(&arena, &m->layers[l].x, E);
@@ -4108,10 +4100,9 @@ static void model_layout(Model *m, char *base) {
             Layer *layer = &m->layers[l];
             if (l == 0 || m->s.grad_cp == 1) arena.used = layers_begin;
             Arena scratch = {pass ? base : nullptr, layers_end, false};
-            take(&arena, &layer->x_mid, E);
-            layer->ln1 = ln1, layer->ln2 = ln2;
-            for (floatX **p : {&layer->ln1, &layer->ln2})
-                if (m->s.grad_cp != 2) take(&arena, p, E);
+            for (floatX **p : {&layer->x_mid, &layer->ln2}) take(&arena, p, E);
+            layer->ln1 = ln1;
+            if (m->s.grad_cp != 2) take(&arena, &layer->ln1, E);
             layer->tmix->plan(m, layer, &arena, &scratch);
             if (pass && scratch.used > m->activation_bytes) m->activation_bytes = scratch.used;
             scratch.used = layers_end;
@@ -4487,20 +4478,15 @@ static void model_classifier(Model *m, float scale) {
 static void layer_backward(Model *m, Layer *layer) {                                // m->dx: of the layer's output, then of its input
     const Dims &d = m->d;
     const Params &p = layer->p;
-    auto norm = [&](floatX *out, const floatX *x, Param gain, Param bias) { layernorm_forward(out, nullptr, x, nullptr, nullptr, gain, bias, d.BT, d.C); };
     if (m->s.grad_cp == 1) {
-        norm(layer->ln1, layer->x, p.ln1_weight, p.ln1_bias);
+        layernorm_forward(layer->ln1, nullptr, layer->x, nullptr, nullptr, p.ln1_weight, p.ln1_bias, d.BT, d.C);
         layer_forward(m, layer);
     }
     const floatX *ln2_input = m->s.parallel ? layer->x : layer->x_mid;
-    if (m->s.grad_cp == 2) {
-        norm(layer->ln2, ln2_input, p.ln2_weight, p.ln2_bias);
-        if (layer->cmix->remake) layer->cmix->remake(m, layer, layer->ln2);
-    }
     layer->cmix->backward(m, layer, m->dln2, m->dx, layer->ln2);
     if (!m->s.parallel) layernorm_backward<true>(m->dx, m->partial, m->dln2, ln2_input, nullptr, p.ln2_weight, p.ln2_bias, d.BT, d.C);
     if (m->s.grad_cp == 2) {
-        norm(layer->ln1, layer->x, p.ln1_weight, p.ln1_bias);
+        layernorm_forward(layer->ln1, nullptr, layer->x, nullptr, nullptr, p.ln1_weight, p.ln1_bias, d.BT, d.C);
         if (layer->tmix->remake) layer->tmix->remake(m, layer, layer->ln1);
     }
     layer->tmix->backward(m, layer, m->dln1, m->dx, layer->ln1);
