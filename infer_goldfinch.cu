@@ -191,7 +191,7 @@ typedef struct Infer {
 } Infer;
 
 static const int MOST_SPLITS = 256;         // blocks that share a context: one a multiprocessor
-static const int WINDOW = 2048;             // most tokens whose keys and values are kept
+static const int WINDOW = 4096;             // most tokens whose keys and values are kept
 
 __global__ void append_tokens(int *to, const int *ids, int n) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
