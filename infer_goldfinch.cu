@@ -191,7 +191,7 @@ typedef struct Infer {
 } Infer;
 
 static const int MOST_SPLITS = 256;         // blocks that share a context: one a multiprocessor
-static const int WINDOW = 2048;             // most tokens whose keys and values are kept
+static const int WINDOW = 4096;             // most tokens whose keys and values are kept
 
 __global__ void append_tokens(int *to, const int *ids, int n) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -459,7 +459,8 @@ struct PastSmem {                           // where things lie in a block's sha
     TilePair *stage;                        // two stages of weights for 32 channels each, past_stage pairs apart
     floatX *patch;                          // (warps, 16, 64), in the stages' place
     floatX *rows;                           // (warps, 2, 16, 64): 64 channels of tables' rows, and the next ones on their way
-    floatX *c, *h, *u;                      // (warps, 16, R), (warps, 16, 64), (warps, 16, rank), each row PAD longer
+    floatX *c, *h, *u;                      // (warps, 16, R), (warps, 16, 64), (warps, 16, rank), each row PAD longer; u may
+                                            // take c's place: room for more queries
     float *p;                               // (H M, tokens): scores, then p'
     float *top, *sum, *mean, *shrink;       // (H M)
     float *v_mean, *v_rstd;                 // (tokens)
@@ -480,7 +481,8 @@ __host__ __device__ inline PastSmem past_smem(char *base, const GoldSource &g, i
     s.rows = (floatX *)place(sizeof(floatX) * tokens * 2 * 64);
     s.c = (floatX *)place(sizeof(floatX) * tokens * (g.R32 + PAD));
     s.h = (floatX *)place(sizeof(floatX) * tokens * (64 + PAD));
-    s.u = (floatX *)place(sizeof(floatX) * tokens * (g.rank_pad + PAD));
+    const bool c_has_gone = g.rank_pad <= 128 && !g.rope.used && g.R32 == g.rank_pad;      // one sweep reads c, rows are as long
+    s.u = c_has_gone ? s.c : (floatX *)place(sizeof(floatX) * tokens * (g.rank_pad + PAD));
     s.ld = tokens + 4;
     s.p = (float *)place(4ul * s.ld * ((pairs + 23) / 16 * 16));            // tiles reach beyond the last pair
     s.top = (float *)place(4ul * pairs);
