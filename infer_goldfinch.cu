@@ -560,8 +560,14 @@ __device__ inline float2 quadratic(const floatX *x, int ld, const TilePair *gram
 __device__ inline Pack cache_pack(const GoldSource &g, int64_t t, int at) {
     Pack c = zero_pack();
     if (at >= g.R) return c;
-    if (g.c && g.R % 8 == 0) return load(g.c + t * g.R + at);
-    for (int i = 0; i < 8 && at + i < g.R; i++) c.x[i] = g.c8 ? g.c8[t * g.R + at + i] * g.scales[t] : (float)g.c[t * g.R + at + i];
+    const bool aligned = g.R % 8 == 0;
+    if (g.c && aligned) return load(g.c + t * g.R + at);
+    __align__(8) int8_t whole[8] = {};
+    if (g.c8 && aligned) *(int2 *)whole = *(const int2 *)(g.c8 + t * g.R + at);
+    for (int i = 0; i < 8 && at + i < g.R; i++) {
+        if (g.c8) c.x[i] = (aligned ? whole[i] : g.c8[t * g.R + at + i]) * g.scales[t];
+        else c.x[i] = (float)g.c[t * g.R + at + i];
+    }
     return c;
 }
 
@@ -1500,7 +1506,7 @@ __global__ void __launch_bounds__(MV_THREADS) decode_begin(float *x, Place *plac
                                                            const floatX *gain, const floatX *bias, int64_t window, int C) {
     __shared__ float2 shared[32];
     let_next_start();
-    const floatX *from = emb + (int64_t)max(*token, 0) * C;                  // negative: no draw was possible, as the host will say
+    const floatX *from = emb + (int64_t)max(*token, 0) * C;    // negative: nothing could be drawn, the host will say
     const float2 norm = block_norm(from, C, shared);
     for (int c = threadIdx.x * 8; c < C; c += MV_THREADS * 8) {
         const Pack g = load(gain + c), b = load(bias + c);
