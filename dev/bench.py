@@ -317,6 +317,9 @@ def table(header, rows, picture):
         if not ours:
             continue
         first, last = ours[0], ours[-1]
+        if not last["name"].startswith("in use"):
+            lines.append(f"| {kernel} | {shape} | {float(last['floor_ms']):.3g} | {float(first['ms']):.3g} | failed its check | | | |")
+            continue
         floor, slow, fast = float(last["floor_ms"]), float(first["ms"]), float(last["ms"])
         peer = f"{float(peers[0]['ms']):.3g} ({peers[0]['name']}) | {float(peers[0]['ms']) / fast:.2f}" if peers else "|"
         lines.append(f"| {kernel} | {shape} | {floor:.3g} | {slow:.3g} | {fast:.3g} | {100 * floor / fast:.0f} % | {peer} |")
