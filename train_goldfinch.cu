@@ -1244,7 +1244,8 @@ struct Targets { float *g[6]; };            // gradients of up to six vectors of
 
 // Sums over the P parts of partial (P, rows + n, C), always in the same order: of the first `rows` rows to matrix (rows, C),
 // which adds them up, of the others to g[0..n-1]. Blocks of 32 columns x 32 parts.
-__global__ void __launch_bounds__(1024) add_partials_kernel(Targets to, float *matrix, const float *partial, int P, int rows, int n, int C) {
+__global__ void __launch_bounds__(1024) add_partials_kernel(Targets to, float *matrix, const float *partial, int P, int rows,
+        int n, int C) {
     __shared__ float sums[32][32];
     const int64_t at = (int64_t)blockIdx.x * 32 + threadIdx.x % 32;
     const int part = threadIdx.x / 32;
@@ -1503,7 +1504,8 @@ low_rank_mix_forward_kernel(Mixes<n> mix, const floatX *x, int BT, int T, int C)
     for (int row0 = (blockIdx.y * (MIX_THREADS / 32) + warp) * 16; row0 < BT; row0 += gridDim.y * (MIX_THREADS / 32) * 16) {
         TileA h[n][2];
         for (int i = 0; i < n; i++)
-            for (int k = 0; k < 2; k++) h[i][k] = load_a_global(mix.low.h + (int64_t)row0 * mix.low.ld + RANK * i + 16 * k, mix.low.ld, BT - row0);
+            for (int k = 0; k < 2; k++) h[i][k] = load_a_global(mix.low.h + (int64_t)row0 * mix.low.ld + RANK * i + 16 * k,
+                    mix.low.ld, BT - row0);
         for (int group = 0; group < MIX_CHANNELS; group += 32) {
             const int c = first + group + threadIdx.x % 4 * 8;
             Pack v[2], before[2];
@@ -1532,8 +1534,10 @@ template <int n> static void mix_forward(Mixes<n> mix, const floatX *x, int BT, 
     if (mix.low.h) {
         const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_THREADS / 2);
         const int split = slices < 4 * multiprocessors ? 4 * multiprocessors / slices : 1;      // four blocks a multiprocessor
-        allow_smem(low_rank_mix_forward_kernel<n>, sizeof(LowRankMixSmem<n>));
-        low_rank_mix_forward_kernel<n><<<dim3(slices, split < tiles ? split : tiles), MIX_THREADS, sizeof(LowRankMixSmem<n>), stream>>>(mix, x, BT, T, C);
+        const dim3 grid(slices, split < tiles ? split : tiles);
+        const size_t smem = sizeof(LowRankMixSmem<n>);
+        allow_smem(low_rank_mix_forward_kernel<n>, smem);
+        low_rank_mix_forward_kernel<n><<<grid, MIX_THREADS, smem, stream>>>(mix, x, BT, T, C);
         return;
     }
     const int per = 8, blocks = (int)ceil_div(BT, per);
@@ -1602,7 +1606,8 @@ template <int n> struct LowRankMixBackward {
 };
 
 // sum_i g_i c_i of the row after the block's, of this thread's channel and every second mix
-template <int n> __device__ inline float mix_shifted_after(const LowRankMixBackward<n> &s, const Mixes<n> &mix, int64_t row, int first, int C) {
+template <int n> __device__ inline float mix_shifted_after(const LowRankMixBackward<n> &s, const Mixes<n> &mix, int64_t row,
+        int first, int C) {
     const int c = threadIdx.x % MIX_CHANNELS, half = threadIdx.x / MIX_CHANNELS;
     float sum = 0;
 #pragma unroll
@@ -1666,7 +1671,10 @@ low_rank_mix_backward_dx(Mixes<n> mix, TX *dx, floatX *dh, const floatX *x, int 
                 for (int j = 0; j < 8; j++) out[group][half].x[j] -= shifted[half].x[j];
             }
         }
-        if (after < BT && after % T) s.shifted[MIX_ROWS + threadIdx.x / MIX_CHANNELS][threadIdx.x % MIX_CHANNELS] = mix_shifted_after(s, mix, after, first, C);
+        if (after < BT && after % T) {
+            float *to = &s.shifted[MIX_ROWS + threadIdx.x / MIX_CHANNELS][threadIdx.x % MIX_CHANNELS];
+            *to = mix_shifted_after(s, mix, after, first, C);
+        }
         __syncthreads();
         if (first + MIX_CHANNELS < C) mix_load_w2(s.w, mix, first + MIX_CHANNELS, C);
         for (int i = 0; i < 4; i++) {
@@ -1702,7 +1710,8 @@ template <int n> struct LowRankMixTile {
     alignas(16) floatX h[MIX_W2_ROWS][RANK * n + PAD];
 };
 
-template <int n> __device__ inline void mix_copy_tile(LowRankMixTile<n> &s, const Mixes<n> &mix, const floatX *x, int row0, int BT, int first, int C) {
+template <int n> __device__ inline void mix_copy_tile(LowRankMixTile<n> &s, const Mixes<n> &mix, const floatX *x, int row0,
+        int BT, int first, int C) {
     const int step = 16 / sizeof(floatX), per_row = MIX_CHANNELS / step, per_h = RANK * n / step;
     for (int i = threadIdx.x; i < (1 + MIX_W2_ROWS) * per_row; i += MIX_W2_THREADS) {
         const int64_t row = row0 - 1 + i / per_row;
@@ -1712,7 +1721,8 @@ template <int n> __device__ inline void mix_copy_tile(LowRankMixTile<n> &s, cons
     for (int j = 0; j < n; j++)
         for (int i = threadIdx.x; i < MIX_W2_ROWS * per_row; i += MIX_W2_THREADS) {
             const int64_t row = row0 + i / per_row;
-            async_copy16(&s.g[j][i / per_row][i % per_row * step], mix.x[j] + (row < BT ? row * C + first + i % per_row * step : 0), row < BT);
+            async_copy16(&s.g[j][i / per_row][i % per_row * step],
+                    mix.x[j] + (row < BT ? row * C + first + i % per_row * step : 0), row < BT);
         }
     for (int i = threadIdx.x; i < MIX_W2_ROWS * per_h; i += MIX_W2_THREADS) {
         const int64_t row = row0 + i / per_h;
@@ -2412,7 +2422,8 @@ __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1) wkv_backw
             __syncthreads();
             if (chunk == 0) continue;
             // v and dy of the tile before this one have been read by all: room for the next chunk's
-            for (int slot = q + 1; slot < TILES && (slot == q + 1 || q == tiles - 1); slot++) wkv_copy_tiles(s, p, g, head, c0 - CHUNK, slot);
+            for (int slot = q + 1; slot < TILES && (slot == q + 1 || q == tiles - 1); slot++)
+                wkv_copy_tiles(s, p, g, head, c0 - CHUNK, slot);
             async_commit();
         }
         __syncthreads();
@@ -2959,7 +2970,8 @@ __device__ inline float block_max(float v, float *shared) {                 // s
     return v;
 }
 
-__global__ void __launch_bounds__(1024) classifier_kernel(floatX *logits, float *losses, int *right, const int *targets, float scale, int V) {
+__global__ void __launch_bounds__(1024) classifier_kernel(floatX *logits, float *losses, int *right, const int *targets,
+        float scale, int V) {
     __shared__ float tops[32];
     __shared__ float2 sums[32];
     floatX *z = logits + (int64_t)blockIdx.x * V;
@@ -3326,7 +3338,8 @@ static void low_rank_mix_hidden(const Dims &d, const LowRankMix &a, Param mu_x, 
 }
 
 // From tmp.dh: w1's and mu_x's gradients; adds x's to dx.
-template <typename TX> static void low_rank_mix_hidden_backward(Model *m, const LowRankMix &a, Param mu_x, Param w1, int n, TX *dx, const floatX *x) {
+template <typename TX> static void low_rank_mix_hidden_backward(Model *m, const LowRankMix &a, Param mu_x, Param w1, int n,
+        TX *dx, const floatX *x) {
     const Dims &d = m->d;
     matmul(w1.g, w1.ld, columns(a.xx, d.C), rows(a.tmp.dh, RANK * n), d.C, RANK * n, d.BT, 1);
     matmul(a.tmp.dxx, d.C, rows(a.tmp.dh, RANK * n), columns(w1.w, w1.ld), d.BT, d.C, RANK * n);
@@ -3334,13 +3347,15 @@ template <typename TX> static void low_rank_mix_hidden_backward(Model *m, const 
 }
 
 // Mix `first` of n and those after it, where all read the same x
-template <int n> static void low_rank_mix_outputs(const Dims &d, const LowRankMix &a, Param w2, int of, int first, Mixes<n> mix, const floatX *x) {
+template <int n> static void low_rank_mix_outputs(const Dims &d, const LowRankMix &a, Param w2, int of, int first, Mixes<n> mix,
+        const floatX *x) {
     mix.low = {a.h + RANK * first, RANK * of, w2.w + (int64_t)RANK * d.C * first};
     mix_forward<n>(mix, x, d.BT, d.T, d.C);
 }
 
 template <int n, typename TX, bool accumulate>
-static void low_rank_mix_outputs_backward(Model *m, const LowRankMix &a, Param w2, int of, int first, Mixes<n> mix, Targets dmu, TX *dx, const floatX *x) {
+static void low_rank_mix_outputs_backward(Model *m, const LowRankMix &a, Param w2, int of, int first, Mixes<n> mix, Targets dmu,
+        TX *dx, const floatX *x) {
     const Dims &d = m->d;
     const int64_t from = (int64_t)RANK * d.C * first;
     mix.low = {a.h + RANK * first, RANK * of, w2.w + from};
@@ -3348,7 +3363,8 @@ static void low_rank_mix_outputs_backward(Model *m, const LowRankMix &a, Param w
 }
 
 // The whole of it, with time_maa_x, _w1 and _w2; again: h is there already.
-template <int n> static void low_rank_mix_forward(const Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix, const floatX *x, bool again = false) {
+template <int n> static void low_rank_mix_forward(const Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix,
+        const floatX *x, bool again = false) {
     const Dims &d = m->d;
     if (again) mix_forward<1>({{p.time_maa_x.w}, {}, {a.xx}}, x, d.BT, d.T, d.C);
     else low_rank_mix_hidden(d, a, p.time_maa_x, p.time_maa_w1, n, x);
@@ -3622,7 +3638,8 @@ static void gold_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
 
     layernorm_backward<false>(t.dq0, m->partial, t.dq, a.q0, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
     linear_backward(t.dxq, t.dq0, a.xq, p.query, d.BT, d.A, d.C);
-    low_rank_mix_outputs_backward<1, floatX, false>(m, a.mix_q, p.time_maa_q_w2, 1, 0, {{p.time_maa_q.w}, {}, {t.dxq}}, {{p.time_maa_q.g}}, dx, x);
+    low_rank_mix_outputs_backward<1, floatX, false>(m, a.mix_q, p.time_maa_q_w2, 1, 0, {{p.time_maa_q.w}, {}, {t.dxq}},
+            {{p.time_maa_q.g}}, dx, x);
     low_rank_mix_hidden_backward(m, a.mix_q, p.time_maa_x, p.time_maa_q_w1, 1, dx, x);
 }
 
@@ -4509,7 +4526,8 @@ static void model_backward(Model *m) {                                          
         rms_norm_backward<true><<<d.BT, row_threads(d.C), 0, stream>>>(m->dx, m->dxo, (const float *)m->dx0, m->x0, d.C);
     layernorm_backward<false>(m->dln1, m->partial, m->dx, top.emb.w, m->tokens, first.ln0_weight, first.ln0_bias, d.BT, d.C);
     const int *ids = m->tokens + 2 * d.BT, *starts = ids + m->distinct, *order = starts + m->distinct + 1;
-    embedding_backward<<<dim3(m->distinct, d.C / EMBEDDING_CHANNELS), 8 * EMBEDDING_ROWS, 0, stream>>>(top.emb.g, m->dln1, ids, starts, order, d.C);
+    embedding_backward<<<dim3(m->distinct, d.C / EMBEDDING_CHANNELS), 8 * EMBEDDING_ROWS, 0, stream>>>(top.emb.g, m->dln1, ids,
+            starts, order, d.C);
 }
 
 // ---- a step ----
