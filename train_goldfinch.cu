@@ -144,8 +144,8 @@ typedef struct Preset { const char *key, *value; } Preset;
 const Preset demo_preset[] = {
     {"model.n_layer", "6"}, {"model.n_embd", "128"}, {"model.ctx_len", "128"}, {"model.vocab_size", "320"},
     {"train.micro_bsz", "8"}, {"train.lr_init", "4e-3"}, {"train.lr_final", "4e-4"}, {"train.warmup_steps", "20"},
-    {"train.my_exit_tokens", "460800"}, {"train.data_type", "utf-8"}, {"train.save_every", "150"},
-    {"train.val_every", "150"},
+    {"train.my_exit_tokens", "327680"}, {"train.data_type", "utf-8"}, {"train.save_every", "160"},
+    {"train.val_every", "160"},
 };
 const int n_demo_preset = sizeof(demo_preset) / sizeof(demo_preset[0]);
 const char *demo_sample_prompt = "static void ";
@@ -1243,19 +1243,19 @@ static int row_blocks(int rows, int C) { return (int)ceil_div(rows, rows_per_blo
 struct Targets { float *g[6]; };            // gradients of up to six vectors of C numbers
 
 // Sums over the P parts of partial (P, rows + n, C), always in the same order: of the first `rows` rows to matrix (rows, C),
-// which adds them up, of the others to g[0..n-1]. Blocks of 32 columns x 32 parts.
+// which adds them up, of the others to g[0..n-1]. Blocks of 32 columns x 32 parts, or x 8 where there are few.
 __global__ void __launch_bounds__(1024) add_partials_kernel(Targets to, float *matrix, const float *partial, int P, int rows,
         int n, int C) {
     __shared__ float sums[32][32];
     const int64_t at = (int64_t)blockIdx.x * 32 + threadIdx.x % 32;
-    const int part = threadIdx.x / 32;
+    const int part = threadIdx.x / 32, parts = blockDim.x / 32;
     float sum = 0;
 #pragma unroll 8
-    for (int i = part; i < P; i += 32) sum += partial[(int64_t)i * (rows + n) * C + at];
+    for (int i = part; i < P; i += parts) sum += partial[(int64_t)i * (rows + n) * C + at];
     sums[part][threadIdx.x % 32] = sum;
     __syncthreads();
     if (part > 0) return;
-    for (int i = 1; i < 32; i++) sum += sums[i][threadIdx.x];
+    for (int i = 1; i < parts; i++) sum += sums[i][threadIdx.x];
     if (at < (int64_t)rows * C) matrix[at] += sum;
 #pragma unroll
     for (int i = 0; i < 6; i++)
@@ -1263,7 +1263,7 @@ __global__ void __launch_bounds__(1024) add_partials_kernel(Targets to, float *m
 }
 
 static void add_partials(Targets to, const float *partial, int P, int n, int C, float *matrix = nullptr, int rows = 0) {
-    add_partials_kernel<<<(rows + n) * C / 32, 1024, 0, stream>>>(to, matrix, partial, P, rows, n, C);
+    add_partials_kernel<<<(rows + n) * C / 32, P > 256 ? 1024 : 256, 0, stream>>>(to, matrix, partial, P, rows, n, C);
 }
 
 // ---- layer norm ----
