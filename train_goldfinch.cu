@@ -959,10 +959,6 @@ __device__ inline TileA load_a_global(const floatX *p, int ld, int rows) {      
     const floatX *upper = p + (int64_t)min(l / 4, rows - 1) * ld + k, *lower = p + (int64_t)min(l / 4 + 8, rows - 1) * ld + k;
     return {{*(const unsigned *)upper, *(const unsigned *)lower, *(const unsigned *)(upper + 8), *(const unsigned *)(lower + 8)}};
 }
-__device__ inline TileB load_b_global(const floatX *p, int ld) {                // as load_b, from global memory; ld even
-    p += threadIdx.x % 32 / 4 * ld + threadIdx.x % 4 * 2;
-    return {{*(const unsigned *)p, *(const unsigned *)(p + 8)}};
-}
 __device__ inline void to_floats(float (&x)[4], const TileB &b) {               // B[tile_k(i)][lane / 4]
     const float2 upper = __bfloat1622float2(*(const __nv_bfloat162 *)&b.x[0]), lower = __bfloat1622float2(*(const __nv_bfloat162 *)&b.x[1]);
     x[0] = upper.x, x[1] = upper.y, x[2] = lower.x, x[3] = lower.y;
@@ -999,8 +995,7 @@ struct TileA2 { TileA high; };              // a float holds it all
 
 __device__ inline int a_row(int i) { return threadIdx.x % 32 / 4 + i / 2 % 2 * 8; }     // A's element i of this lane: row,
 __device__ inline int a_col(int i) { return threadIdx.x % 4 * 2 + i % 2 + i / 4 * 8; }  // column;
-__device__ inline int b_row(int i) { return threadIdx.x % 4 * 2 + i % 2 + i / 2 * 8; }  // B's: row,
-__device__ inline int b_col(void) { return threadIdx.x % 32 / 4; }                      // column
+__device__ inline int b_col(void) { return threadIdx.x % 32 / 4; }                      // B's column; its row is tile_k(i)
 
 __device__ inline TileA load_a(const floatX *p, int ld) {
     TileA a;
@@ -1014,7 +1009,7 @@ __device__ inline TileA load_a_t(const floatX *p, int ld) {
 }
 __device__ inline TileB load_b(const floatX *p, int ld) {
     TileB b;
-    for (int i = 0; i < 4; i++) b.x[i] = (float)p[b_col() * ld + b_row(i)];
+    for (int i = 0; i < 4; i++) b.x[i] = (float)p[b_col() * ld + tile_k(i)];
     return b;
 }
 __device__ inline TileA load_a_global(const floatX *p, int ld, int rows) {
@@ -1022,13 +1017,12 @@ __device__ inline TileA load_a_global(const floatX *p, int ld, int rows) {
     for (int i = 0; i < 8; i++) a.x[i] = (float)p[(int64_t)min(a_row(i), rows - 1) * ld + a_col(i)];
     return a;
 }
-__device__ inline TileB load_b_global(const floatX *p, int ld) { return load_b(p, ld); }
 __device__ inline void to_floats(float (&x)[4], const TileB &b) {
     for (int i = 0; i < 4; i++) x[i] = b.x[i];
 }
 __device__ inline TileB load_b_t(const floatX *p, int ld) {
     TileB b;
-    for (int i = 0; i < 4; i++) b.x[i] = (float)p[b_row(i) * ld + b_col()];
+    for (int i = 0; i < 4; i++) b.x[i] = (float)p[tile_k(i) * ld + b_col()];
     return b;
 }
 __device__ inline void load_b_pair(TileB *b, const floatX *p, int ld) {
