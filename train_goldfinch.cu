@@ -861,27 +861,20 @@ static void guard_gap(void *, size_t) {}
 
 // ---- launches: early ones, and sequences that are recorded once ----
 
-// Sum of a pair over the block, to all threads, in fixed order. shared: 32 pairs.
-__device__ inline float2 block_sum(float2 v, float2 *shared) {
-    v = make_float2(warp_sum(v.x), warp_sum(v.y));
-    const int warps = blockDim.x / 32;
+// Sum over the block, to all threads, in fixed order: of a float, float2 or float4. shared: 32 of them, or of a larger type.
+template <typename V, typename S> __device__ inline V block_sum(V v, S *shared) {
+    const int n = sizeof(V) / sizeof(float), warps = blockDim.x / 32;
+    V *sums = (V *)shared;
+    for (int i = 0; i < n; i++) ((float *)&v)[i] = warp_sum(((float *)&v)[i]);
     if (warps == 1) return v;
     __syncthreads();                        // the last call's values may still be read
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = v;
     __syncthreads();
-    v = shared[0];
-    for (int i = 1; i < warps; i++) v = make_float2(v.x + shared[i].x, v.y + shared[i].y);
-    return v;
-}
-__device__ inline float block_sum(float v, float2 *shared) {    // the same for one number
-    v = warp_sum(v);
-    const int warps = blockDim.x / 32;
-    if (warps == 1) return v;
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32].x = v;
-    __syncthreads();
-    v = shared[0].x;
-    for (int i = 1; i < warps; i++) v += shared[i].x;
+    v = sums[0];
+    for (int w = 1; w < warps; w++) {
+        const V other = sums[w];
+        for (int i = 0; i < n; i++) ((float *)&v)[i] += ((const float *)&other)[i];
+    }
     return v;
 }
 
@@ -1297,46 +1290,53 @@ static void layernorm_forward(floatX *out, floatX *sum, const floatX *x, const i
 
 // dx = (dn - mean(dn) - n mean(dn n)) / sqrt(var + eps),  n = (x - mean) / sqrt(var + eps),  dn = dout * gain;
 // added to what dx holds if `accumulate`. partial (blocks, 2, C): sums of dout * n and of dout.
-// While a row is summed, the next one is on its way.
+// What is summed over a row, (x - mean)^2, dn and dn (x - mean), asks for no more than its mean. So that one sum over the
+// block does for a row, it takes along the x of the next row, which gives that one's mean. Loads are a row ahead of their use.
+// Bytes a row: C (2 read + 1 written) in floatX, one more read if `accumulate`. Few
+// enough registers for all the threads of most_row_blocks.
 template <bool accumulate>
-__global__ void __launch_bounds__(MAX_C / 8) layernorm_backward_kernel(floatX *dx, float *partial, const floatX *dout, const floatX *x,
-                                          const int *index, const floatX *gain, int rows, int rows_per_block, int C) {
-    __shared__ float2 shared[32];
-    const int c = threadIdx.x * 8;
+__global__ void __launch_bounds__(PRECISION_BF16 ? 768 : MAX_C / 8) layernorm_backward_kernel(floatX *dx, float *partial,
+        const floatX *dout, const floatX *x, const int *index, const floatX *gain, int rows, int rows_per_block, int C) {
+    __shared__ float4 shared[32];
+    const int c = threadIdx.x * 8, begin = blockIdx.x * rows_per_block, end = min(rows, begin + rows_per_block);
     const bool mine = c < C;
+    const float per_channel = 1.f / C;
     const Pack g = mine ? load(gain + c) : zero_pack();
     Pack dgain = zero_pack(), dbias = zero_pack();
-    const int64_t begin = (int64_t)blockIdx.x * rows_per_block, end = min((int64_t)rows, begin + rows_per_block);
-    RawPack<floatX> next_x = {}, next_d = {};
-    auto fetch = [&](int64_t row) {
-        if (!mine || row >= end) return;
-        next_x = load_raw(x + (index ? index[row] : row) * C + c);
-        next_d = load_raw(dout + row * C + c);
-    };
-    fetch(begin);
-    for (int64_t row = begin; row < end; row++) {
-        Pack n = unpack(next_x);
-        const Pack d = unpack(next_d);
-        fetch(row + 1);
-        float total = 0, squares = 0;
-        for (int i = 0; i < 8; i++) total += n.x[i];
-        const float mean = block_sum(total, shared) / C;
-        for (int i = 0; i < 8; i++) n.x[i] = mine ? n.x[i] - mean : 0;
-        for (int i = 0; i < 8; i++) squares += n.x[i] * n.x[i];
-        const float rstd = rsqrtf(block_sum(squares, shared) / C + 1e-5f);
-        float2 sums = make_float2(0, 0);
+    auto fetch = [&](const floatX *from, int64_t row) { return mine ? load_raw(from + row * C + c) : RawPack<floatX>{}; };
+    auto fetch_x = [&](int row) { return row < end ? fetch(x, index ? index[row] : row) : RawPack<floatX>{}; };
+    RawPack<floatX> next_x = fetch_x(begin + 1), next_d = fetch(dout, begin), next_dx = {};
+    if (accumulate) next_dx = fetch(dx, begin);
+    Pack n = unpack(fetch_x(begin));
+    float total = 0;
+    for (int i = 0; i < 8; i++) total += n.x[i];
+    float mean = block_sum(total, shared) * per_channel;
+    for (int row = begin; row < end; row++) {
+        const Pack after = unpack(next_x), d = unpack(next_d);
+        Pack out = unpack(next_dx);
+        next_x = fetch_x(row + 2);
+        if (row + 1 < end) {
+            next_d = fetch(dout, row + 1);
+            if (accumulate) next_dx = fetch(dx, row + 1);
+        }
+        float4 sums = make_float4(0, 0, 0, 0);
+        for (int i = 0; i < 8; i++) {
+            n.x[i] = mine ? n.x[i] - mean : 0;
+            const float dn = d.x[i] * g.x[i];
+            sums = make_float4(sums.x + n.x[i] * n.x[i], sums.y + dn, sums.z + dn * n.x[i], sums.w + after.x[i]);
+        }
+        sums = block_sum(sums, shared);
+        const float rstd = rsqrtf(sums.x * per_channel + 1e-5f), dn_mean = sums.y * per_channel, dn_n_mean = sums.z * rstd * per_channel;
         for (int i = 0; i < 8; i++) {
             n.x[i] *= rstd;
             dgain.x[i] += d.x[i] * n.x[i];
             dbias.x[i] += d.x[i];
-            sums = make_float2(sums.x + d.x[i] * g.x[i], sums.y + d.x[i] * g.x[i] * n.x[i]);
+            const float here = rstd * (d.x[i] * g.x[i] - dn_mean - n.x[i] * dn_n_mean);
+            out.x[i] = accumulate ? out.x[i] + here : here;
         }
-        const RawPack<floatX> before = accumulate && mine ? load_raw(dx + row * C + c) : RawPack<floatX>{};
-        sums = block_sum(sums, shared);
-        if (!mine) continue;
-        Pack out = unpack(before);
-        for (int i = 0; i < 8; i++) out.x[i] += rstd * (d.x[i] * g.x[i] - sums.x / C - n.x[i] * sums.y / C);
-        store(dx + row * C + c, out);
+        if (mine) store(dx + (int64_t)row * C + c, out);
+        n = after;
+        mean = sums.w * per_channel;
     }
     if (!mine) return;
     store(partial + (int64_t)blockIdx.x * 2 * C + c, dgain);

@@ -11,7 +11,9 @@
 //            2 a warp a row: neighbouring lanes read neighbouring numbers; sums by shuffles; x is read twice (once from L2)
 //            3 in use: a block a row, a thread 8 channels by one 16-byte load, which then stay in registers
 // Backward:  1 a thread a row for dx, a thread a column for dgain and dbias: everything is read twice
-//            2 in use: a block walks some rows; the sums over rows stay in registers, and are added up once at the end
+//            2 a block walks some rows; the sums over rows stay in registers, and are added up once at the end. Mean, variance and
+//              the gradient's two means are three sums over the block, one after the other, while nothing is loaded
+//            3 in use: one sum over the block a row, which takes along the next row's mean; the next row is on its way meanwhile
 //
 //     make -C dev layernorm && dev/layernorm [VERSION [ROWS C]]
 
@@ -94,6 +96,39 @@ __global__ void layernorm_backward_columns(float *dgain, float *dbias, const flo
     dbias[c] += sum;
 }
 
+__global__ void layernorm_backward_2(floatX *dx, float *partial, const floatX *dout, const floatX *x, const floatX *gain, int rows,
+                                     int rows_per_block, int C) {
+    __shared__ float2 shared[32];
+    const int c = threadIdx.x * 8;
+    const bool mine = c < C;
+    const Pack g = mine ? load(gain + c) : zero_pack();
+    Pack dgain = zero_pack(), dbias = zero_pack();
+    const int64_t begin = (int64_t)blockIdx.x * rows_per_block, end = min((int64_t)rows, begin + rows_per_block);
+    for (int64_t row = begin; row < end; row++) {
+        Pack n = mine ? load(x + row * C + c) : zero_pack();
+        const Pack d = mine ? load(dout + row * C + c) : zero_pack();
+        float total = 0, squares = 0;
+        for (int i = 0; i < 8; i++) total += n.x[i];
+        const float mean = block_sum(total, shared) / C;
+        for (int i = 0; i < 8; i++) n.x[i] = mine ? n.x[i] - mean : 0;
+        for (int i = 0; i < 8; i++) squares += n.x[i] * n.x[i];
+        const float rstd = rsqrtf(block_sum(squares, shared) / C + 1e-5f);
+        float2 sums = make_float2(0, 0);
+        for (int i = 0; i < 8; i++) {
+            n.x[i] *= rstd;
+            dgain.x[i] += d.x[i] * n.x[i];
+            dbias.x[i] += d.x[i];
+            sums = make_float2(sums.x + d.x[i] * g.x[i], sums.y + d.x[i] * g.x[i] * n.x[i]);
+        }
+        sums = block_sum(sums, shared);
+        for (int i = 0; i < 8; i++) n.x[i] = rstd * (d.x[i] * g.x[i] - sums.x / C - n.x[i] * sums.y / C);
+        if (mine) store(dx + row * C + c, n);
+    }
+    if (!mine) return;
+    store(partial + (int64_t)blockIdx.x * 2 * C + c, dgain);
+    store(partial + (int64_t)blockIdx.x * 2 * C + C + c, dbias);
+}
+
 static void layernorm_backward_in_use(void) {
     layernorm_backward<false>(dx.p, scratch.p, dout.p, x.p, nullptr, {gain.p, dgain.p, C}, {bias.p, dbias.p, C}, n_rows, C);
 }
@@ -104,7 +139,12 @@ static void backward_run(int version) {
         layernorm_backward_rows<<<(int)ceil_div(n_rows, 64), 64, 0, stream>>>(dx.p, stats, dout.p, x.p, gain.p, n_rows, C);
         layernorm_backward_columns<<<(int)ceil_div(C, 32), 32, 0, stream>>>(dgain.p, dbias.p, stats, dout.p, x.p, n_rows, C);
     }
-    if (version == 2) layernorm_backward_in_use();
+    if (version == 2) {
+        const int blocks = row_blocks(n_rows, C), per = rows_per_block(n_rows, C);
+        layernorm_backward_2<<<blocks, row_threads(C), 0, stream>>>(dx.p, scratch.p, dout.p, x.p, gain.p, n_rows, per, C);
+        add_partials({{dgain.p, dbias.p}}, scratch.p, blocks, 2, C);
+    }
+    if (version == 3) layernorm_backward_in_use();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -173,6 +213,6 @@ int main(int argc, char **argv) {
     return lab_main({{"layernorm_forward", {{"ROWS", 1}, {"C", 64}}, {"a thread a row", "a warp a row", "in use: a block a row"},
                       small, large, forward_setup, forward_run, forward_cost},
                      {"layernorm_backward", {{"ROWS", 1}, {"C", 64}},
-                      {"a thread a row, a thread a column", "in use: a block some rows"},
+                      {"a thread a row, a thread a column", "a block some rows", "in use: one sum a row"},
                       small, large, backward_setup, backward_run, backward_cost}}, argc, argv);
 }
