@@ -1588,110 +1588,148 @@ __global__ void token_shift_mix_backward(Mixes<n> mix, TX *dx, float *partial, c
     }
 }
 
-// With low ranks, first dx and dh: a block takes 64 rows, a warp 16 of them, and walks over all channels, 64 at a time, its
-// part of dh in registers. The row after the last is made one channel a thread: all it gives is the shift's part of dx. dh is
-// given as the gradient before the tanh that made h.
-static const int MIX_ROWS = MIX_THREADS / 2;
-
-template <int n> struct LowRankMixBackward {
-    LowRankMixSmem<n> w;
-    alignas(16) floatX h[MIX_ROWS + 1][RANK * n + PAD];
-    float shifted[MIX_ROWS + 2][MIX_CHANNELS + 4];          // sum_i g_i c_i; the last two: halves of the row after
-};
-
-// sum_i g_i c_i of the row after the block's, of this thread's channel and every second mix
-template <int n> __device__ inline float mix_shifted_after(const LowRankMixBackward<n> &s, const Mixes<n> &mix, int64_t row,
-        int first, int C) {
-    const int c = threadIdx.x % MIX_CHANNELS, half = threadIdx.x / MIX_CHANNELS;
-    float sum = 0;
+// A tile to shared memory in the background; rows not in [0, limit) become zeros. `from`: the tile's columns in row 0.
+template <int rows, int columns, int threads>
+__device__ inline void async_tile(floatX *to, const floatX *from, int row0, int limit, int ld) {
+    const int step = 16 / sizeof(floatX), per_row = columns / step, at_once = threads / per_row;    // at_once: rows
+    const int first = threadIdx.x / per_row, column = threadIdx.x % per_row * step;
+    if (threads % per_row && first >= at_once) return;
 #pragma unroll
-    for (int i = 0; i < n; i++) {
-        if (i % 2 != half) continue;
-        float amount = s.w.mu[i][mix_column(c)];
-        for (int k = 0; k < RANK; k++) amount += (float)s.h[MIX_ROWS][RANK * i + k] * (float)s.w.w2[i][k][mix_column(c)];
-        sum += (float)mix.x[i][row * C + first + c] * amount;
+    for (int i = 0; i < rows; i += at_once) {
+        const int row = row0 + i + first;
+        if (rows % at_once && i + first >= rows) break;
+        const bool inside = (unsigned)row < (unsigned)limit;
+        async_copy16(to + (i + first) * (columns + PAD) + column, from + (int64_t)row * ld + column, inside);
     }
-    return sum;
 }
 
-template <int n, typename TX, bool accumulate> __global__ void __launch_bounds__(MIX_THREADS)
+// With low ranks, first dx and dh: a block takes 64 rows, a warp 16 of them, and walks over all channels, 32 at a time, its
+// part of dh in registers. All that a slice of channels takes comes by asynchronous copies while the one before is worked on:
+// 44 KB a block and two blocks a multiprocessor at n = 5, and 18 KB must be on their way to be as fast as the memory.
+// The last of the 64 rows is there for what the shift gives to the one before it; the next block begins with it. dh is given
+// as the gradient before the tanh that made h. Bytes a row: C (1 + n read + 1 written) in floatX; w2 comes from the L2 cache.
+static const int MIX_ROWS = MIX_THREADS / 2, MIX_SLICE = PRECISION_BF16 ? 32 : 16, LD_SLICE = MIX_SLICE + PAD;
+
+template <int n> struct LowRankMixSlice {
+    alignas(16) floatX g[n][MIX_ROWS][LD_SLICE], x[1 + MIX_ROWS][LD_SLICE];           // x from the row before on
+    alignas(16) floatX w2[n * RANK][LD_SLICE], mu[n][LD_SLICE];
+};
+
+template <int n> struct LowRankMixBackward {
+    LowRankMixSlice<n> slice[2];
+    alignas(16) float shifted[MIX_ROWS][MIX_SLICE + 8];                     // sum_i g_i c_i
+};
+
+template <int n> __device__ inline void mix_copy_slice(LowRankMixSlice<n> &s, const Mixes<n> &mix, const floatX *x, int row0,
+        int first, int BT, int C) {
+#pragma unroll
+    for (int i = 0; i < n; i++) {
+        async_tile<MIX_ROWS, MIX_SLICE, MIX_THREADS>(&s.g[i][0][0], mix.x[i] + first, row0, BT, C);
+        async_tile<1, MIX_SLICE, MIX_THREADS>(s.mu[i], mix.mu[i] + first, 0, 1, C);
+    }
+    async_tile<1 + MIX_ROWS, MIX_SLICE, MIX_THREADS>(&s.x[0][0], x + first, row0 - 1, BT, C);
+    async_tile<n * RANK, MIX_SLICE, MIX_THREADS>(&s.w2[0][0], mix.low.w2 + first, 0, n * RANK, C);
+    async_commit();
+}
+
+// 16 rows x 16 channels from c on, of a warp: sum_i g_i c_i, and what they add to dh
+template <int n> __device__ inline void mix_backward_16(TileC (&shifted)[2], TileC (&dhidden)[n][4], const LowRankMixSlice<n> &s,
+        const TileA (&h)[n][2], const float (&inside)[2], int c) {
+    const int row = threadIdx.x / 32 * 16 + tile_row(0), column = c + tile_col(0);      // of x[0]; x[2]: 8 rows down
+    TileC delta[2];                                                         // shift(x) - x
+    for (int j = 0; j < 2; j++)
+        for (int e = 0; e < 4; e += 2) {
+            const Pair before = load_pair(&s.x[row + 4 * e][column + 8 * j]);
+            const Pair now = load_pair(&s.x[1 + row + 4 * e][column + 8 * j]);
+            delta[j].x[e] = inside[e / 2] * first_of(before) - first_of(now);
+            delta[j].x[e + 1] = inside[e / 2] * second_of(before) - second_of(now);
+        }
+#pragma unroll
+    for (int i = 0; i < n; i++) {
+        TileC amount[2];                                                    // c_i, then dm_i
+        for (int j = 0; j < 2; j++) {
+            const Pair mu = load_pair(&s.mu[i][column + 8 * j]);
+            amount[j] = {{first_of(mu), second_of(mu), first_of(mu), second_of(mu)}};
+        }
+        for (int k = 0; k < 2; k++) {
+            TileB b[2];
+            load_b_pair_t(b, &s.w2[RANK * i + 16 * k][c], LD_SLICE);
+            mma(amount, h[i][k], b);
+        }
+        for (int j = 0; j < 2; j++)
+            for (int e = 0; e < 4; e += 2) {
+                const Pair g = load_pair(&s.g[i][row + 4 * e][column + 8 * j]);
+                shifted[j].x[e] += first_of(g) * amount[j].x[e];
+                shifted[j].x[e + 1] += second_of(g) * amount[j].x[e + 1];
+                amount[j].x[e] = first_of(g) * delta[j].x[e];
+                amount[j].x[e + 1] = second_of(g) * delta[j].x[e + 1];
+            }
+        TileB b[4];
+        for (int j = 0; j < 4; j += 2) load_b_pair(&b[j], &s.w2[RANK * i + 8 * j][c], LD_SLICE);
+        mma(dhidden[i], to_a(amount[0], amount[1]), b);
+    }
+}
+
+template <int n, typename TX, bool accumulate> __global__ void __launch_bounds__(MIX_THREADS, 2)
 low_rank_mix_backward_dx(Mixes<n> mix, TX *dx, floatX *dh, const floatX *x, int BT, int T, int C) {
     LowRankMixBackward<n> &s = *dynamic_smem<LowRankMixBackward<n>>();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row0 = blockIdx.x * MIX_ROWS, after = row0 + MIX_ROWS;
-    for (int i = threadIdx.x; i < (MIX_ROWS + 1) * RANK * n / 8; i += MIX_THREADS) {
-        const int row = i / (RANK * n / 8), k = i % (RANK * n / 8) * 8;
-        store(&s.h[row][k], row0 + row < BT ? load(mix.low.h + (int64_t)(row0 + row) * mix.low.ld + k) : zero_pack());
-    }
-    const floatX (*own)[RANK * n + PAD] = s.h + 16 * warp;
+    const int row0 = blockIdx.x * (MIX_ROWS - 1), own = row0 + threadIdx.x / 32 * 16;   // the block's first row, the warp's
+    const int packs = MIX_SLICE / 8, turns = MIX_ROWS * packs / MIX_THREADS;            // of a row; of a thread in a slice
+    mix_copy_slice(s.slice[0], mix, x, row0, 0, BT, C);
+    TileA h[n][2];
     TileC dhidden[n][4] = {};
-    mix_load_w2(s.w, mix, 0, C);
-    __syncthreads();
-    for (int first = 0; first < C; first += MIX_CHANNELS) {
-        Pack out[2][2];                                     // sum_i g_i (1 - c_i), [group][half of the rows]
 #pragma unroll
-        for (int group = 0; group < 2; group++) {
-            const int c = first + 32 * group + lane % 4 * 8;
-            Pack delta[2], shifted[2];
-            for (int half = 0; half < 2; half++) {
-                const int64_t row = row0 + 16 * warp + tile_row(2 * half);
-                const Pack v = row < BT ? load(x + row * C + c) : zero_pack();
-                delta[half] = row < BT && row % T ? load(x + (row - 1) * C + c) : zero_pack();
-                for (int j = 0; j < 8; j++) delta[half].x[j] -= v.x[j];
-                out[group][half] = shifted[half] = zero_pack();
-            }
-#pragma unroll
-            for (int i = 0; i < n; i++) {
-                const TileA h[2] = {load_a(&own[0][RANK * i], RANK * n + PAD), load_a(&own[0][RANK * i + 16], RANK * n + PAD)};
-                TileC amount[4];
-                mix_amounts(amount, s.w, i, 32 * group, h);
-                for (int half = 0; half < 2; half++) {
-                    const int64_t row = row0 + 16 * warp + tile_row(2 * half);
-                    const Pack g = row < BT ? load(mix.x[i] + row * C + c) : zero_pack();
-                    for (int j = 0; j < 8; j++) {
-                        float &one = amount[j / 2].x[2 * half + j % 2];
-                        out[group][half].x[j] += g.x[j];
-                        shifted[half].x[j] += g.x[j] * one;
-                        one = g.x[j] * delta[half].x[j];                    // from here on dm
-                    }
-                }
-                for (int k = 0; k < 2; k++) {
-                    TileB b[4];
-                    for (int j = 0; j < 4; j += 2) load_b_pair(&b[j], &s.w.w2[i][8 * j][32 * group + 16 * k], LD);
-                    mma(dhidden[i], to_a(amount[2 * k], amount[2 * k + 1]), b);
-                }
-            }
-            for (int half = 0; half < 2; half++) {
-                store(&s.shifted[16 * warp + tile_row(2 * half)][32 * group + lane % 4 * 8], shifted[half]);
-                for (int j = 0; j < 8; j++) out[group][half].x[j] -= shifted[half].x[j];
-            }
-        }
-        if (after < BT && after % T) {
-            float *to = &s.shifted[MIX_ROWS + threadIdx.x / MIX_CHANNELS][threadIdx.x % MIX_CHANNELS];
-            *to = mix_shifted_after(s, mix, after, first, C);
-        }
-        __syncthreads();
-        if (first + MIX_CHANNELS < C) mix_load_w2(s.w, mix, first + MIX_CHANNELS, C);
-        for (int i = 0; i < 4; i++) {
-            const int group = i / 2, local = 16 * warp + tile_row(i % 2 * 2), c = 32 * group + lane % 4 * 8;
-            const int64_t row = row0 + local;
-            if (row >= BT) continue;
-            Pack to = accumulate ? load(dx + row * C + first + c) : zero_pack();
-            const bool shifts = (row + 1) % T;
-            const Pack next = shifts ? load(&s.shifted[local + 1][c]) : zero_pack();
-            const Pack rest = shifts && local + 1 == MIX_ROWS ? load(&s.shifted[local + 2][c]) : zero_pack();
-            for (int j = 0; j < 8; j++) to.x[j] += out[group][i % 2].x[j] + next.x[j] + rest.x[j];
-            store(dx + row * C + first + c, to);
-        }
-        __syncthreads();
+    for (int i = 0; i < n; i++)
+        for (int k = 0; k < 2; k++) h[i][k] = load_a_global(mix.low.h + (int64_t)own * mix.low.ld + RANK * i + 16 * k,
+                mix.low.ld, BT - own);
+    const float inside[2] = {(own + tile_row(0)) % T ? 1.f : 0.f, (own + tile_row(2)) % T ? 1.f : 0.f};
+    bool mine[turns], shifts[turns];                                        // rows of dx that this thread writes
+    for (int k = 0; k < turns; k++) {
+        const int local = threadIdx.x / packs + k * (MIX_ROWS / turns);
+        mine[k] = local < MIX_ROWS - 1 && row0 + local < BT;
+        shifts[k] = mine[k] && (row0 + local + 1) % T;
     }
+    for (int first = 0, turn = 0; first < C; first += MIX_SLICE, turn++) {
+        const LowRankMixSlice<n> &here = s.slice[turn % 2];
+        async_wait<0>();
+        __syncthreads();                                                    // nor does anyone read the other slice any more
+        if (first + MIX_SLICE < C) mix_copy_slice(s.slice[(turn + 1) % 2], mix, x, row0, first + MIX_SLICE, BT, C);
+        const int c = threadIdx.x % packs * 8;
+        Pack out[turns];
+        for (int k = 0; k < turns; k++) {
+            const int64_t row = row0 + threadIdx.x / packs + k * (MIX_ROWS / turns);
+            out[k] = accumulate && mine[k] ? load(dx + row * C + first + c) : zero_pack();
+        }
+        for (int c16 = 0; c16 < MIX_SLICE; c16 += 16) {
+            TileC shifted[2] = {};
+            mix_backward_16(shifted, dhidden, here, h, inside, c16);
+            for (int j = 0; j < 2; j++)
+                for (int e = 0; e < 4; e += 2)
+                    store_pair(&s.shifted[own - row0 + tile_row(e)][c16 + 8 * j + tile_col(e)], shifted[j].x[e],
+                            shifted[j].x[e + 1]);
+        }
+        __syncthreads();
+        for (int k = 0; k < turns; k++) {
+            const int local = threadIdx.x / packs + k * (MIX_ROWS / turns);
+            if (!mine[k]) continue;
+            const Pack now = load(&s.shifted[local][c]), next = shifts[k] ? load(&s.shifted[local + 1][c]) : zero_pack();
+            for (int j = 0; j < 8; j++) out[k].x[j] += next.x[j] - now.x[j];
+            for (int i = 0; i < n; i++) {
+                const Pack g = load(&here.g[i][local][c]);
+                for (int j = 0; j < 8; j++) out[k].x[j] += g.x[j];
+            }
+            store(dx + (int64_t)(row0 + local) * C + first + c, out[k]);
+        }
+    }
+#pragma unroll
     for (int i = 0; i < n; i++)
         for (int j = 0; j < 4; j++)
             for (int e = 0; e < 4; e += 2) {
-                const int local = tile_row(e), k = RANK * i + 8 * j + tile_col(e), row = row0 + 16 * warp + local;
-                if (row >= BT) continue;
-                const Pair h = load_pair(&own[local][k]);
-                const float h0 = first_of(h), h1 = second_of(h);
-                store_pair(dh + (int64_t)row * mix.low.ld + k, dhidden[i][j].x[e] * (1 - h0 * h0), dhidden[i][j].x[e + 1] * (1 - h1 * h1));
+                const int64_t row = own + tile_row(e), k = RANK * i + 8 * j + tile_col(e);
+                if (row >= BT || row == row0 + MIX_ROWS - 1) continue;
+                const Pair tanh = load_pair(mix.low.h + row * mix.low.ld + k);
+                const float h0 = first_of(tanh), h1 = second_of(tanh);
+                store_pair(dh + row * mix.low.ld + k, dhidden[i][j].x[e] * (1 - h0 * h0), dhidden[i][j].x[e + 1] * (1 - h1 * h1));
             }
 }
 
@@ -1706,22 +1744,11 @@ template <int n> struct LowRankMixTile {
 
 template <int n> __device__ inline void mix_copy_tile(LowRankMixTile<n> &s, const Mixes<n> &mix, const floatX *x, int row0,
         int BT, int first, int C) {
-    const int step = 16 / sizeof(floatX), per_row = MIX_CHANNELS / step, per_h = RANK * n / step;
-    for (int i = threadIdx.x; i < (1 + MIX_W2_ROWS) * per_row; i += MIX_W2_THREADS) {
-        const int64_t row = row0 - 1 + i / per_row;
-        const bool inside = row >= 0 && row < BT;
-        async_copy16(&s.x[i / per_row][i % per_row * step], x + (inside ? row * C + first + i % per_row * step : 0), inside);
-    }
-    for (int j = 0; j < n; j++)
-        for (int i = threadIdx.x; i < MIX_W2_ROWS * per_row; i += MIX_W2_THREADS) {
-            const int64_t row = row0 + i / per_row;
-            async_copy16(&s.g[j][i / per_row][i % per_row * step],
-                    mix.x[j] + (row < BT ? row * C + first + i % per_row * step : 0), row < BT);
-        }
-    for (int i = threadIdx.x; i < MIX_W2_ROWS * per_h; i += MIX_W2_THREADS) {
-        const int64_t row = row0 + i / per_h;
-        async_copy16(&s.h[i / per_h][i % per_h * step], mix.low.h + (row < BT ? row * mix.low.ld + i % per_h * step : 0), row < BT);
-    }
+    async_tile<1 + MIX_W2_ROWS, MIX_CHANNELS, MIX_W2_THREADS>(&s.x[0][0], x + first, row0 - 1, BT, C);
+#pragma unroll
+    for (int i = 0; i < n; i++)
+        async_tile<MIX_W2_ROWS, MIX_CHANNELS, MIX_W2_THREADS>(&s.g[i][0][0], mix.x[i] + first, row0, BT, C);
+    async_tile<MIX_W2_ROWS, RANK * n, MIX_W2_THREADS>(&s.h[0][0], mix.low.h, row0, BT, mix.low.ld);
     async_commit();
 }
 
@@ -1777,7 +1804,7 @@ static void mix_backward(Mixes<n> mix, TX *dx, floatX *dh, float *dw2, Targets d
     if (mix.low.h) {
         const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_W2_ROWS), split = tiles < MIX_SPLITS ? tiles : MIX_SPLITS;
         const size_t smem = sizeof(LowRankMixBackward<n>), smem_w2 = MIX_STAGES * sizeof(LowRankMixTile<n>);
-        const int blocks = (int)ceil_div(BT, MIX_ROWS);
+        const int blocks = (int)ceil_div(BT, MIX_ROWS - 1);
         allow_smem(low_rank_mix_backward_dx<n, TX, accumulate>, smem);
         low_rank_mix_backward_dx<n, TX, accumulate><<<blocks, MIX_THREADS, smem, stream>>>(mix, dx, dh, x, BT, T, C);
         allow_smem(low_rank_mix_backward_w2<n>, smem_w2);
