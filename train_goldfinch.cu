@@ -1326,7 +1326,8 @@ __global__ void __launch_bounds__(PRECISION_BF16 ? 768 : MAX_C / 8) layernorm_ba
             sums = make_float4(sums.x + n.x[i] * n.x[i], sums.y + dn, sums.z + dn * n.x[i], sums.w + after.x[i]);
         }
         sums = block_sum(sums, shared);
-        const float rstd = rsqrtf(sums.x * per_channel + 1e-5f), dn_mean = sums.y * per_channel, dn_n_mean = sums.z * rstd * per_channel;
+        const float rstd = rsqrtf(sums.x * per_channel + 1e-5f);
+        const float dn_mean = sums.y * per_channel, dn_n_mean = sums.z * rstd * per_channel;
         for (int i = 0; i < 8; i++) {
             n.x[i] *= rstd;
             dgain.x[i] += d.x[i] * n.x[i];
@@ -1453,10 +1454,27 @@ template <int n> __global__ void token_shift_mix_forward(Mixes<n> mix, const flo
     }
 }
 
-// With low ranks a block owns 64 channels, keeps their part of w2 in shared memory and walks down the rows; a warp takes 16
-// rows at a time, c_i = mu_i + m_i being a result of mma (16 tokens x 64 channels). w2's columns are permuted there so that
-// a lane gets 8 neighbouring channels of a row, 16 bytes: column 8 j + 2 l + e of 32 is channel 8 l + 2 j + e.
-static const int MIX_THREADS = 128, MIX_CHANNELS = 64;
+// A tile to shared memory in the background; rows not in [0, limit) become zeros. `from`: the tile's columns in row 0.
+template <int rows, int columns, int threads>
+__device__ inline void async_tile(floatX *to, const floatX *from, int row0, int limit, int ld) {
+    const int step = 16 / sizeof(floatX), per_row = columns / step, at_once = threads / per_row;    // at_once: rows
+    const int first = threadIdx.x / per_row, column = threadIdx.x % per_row * step;
+    if (threads % per_row && first >= at_once) return;
+#pragma unroll
+    for (int i = 0; i < rows; i += at_once) {
+        const int row = row0 + i + first;
+        if (rows % at_once && i + first >= rows) break;
+        const bool inside = (unsigned)row < (unsigned)limit;
+        async_copy16(to + (i + first) * (columns + PAD) + column, from + (int64_t)row * ld + column, inside);
+    }
+}
+
+// With low ranks a block owns 64 channels, keeps their part of w2 in shared memory and walks down the rows, 64 at a time; a
+// warp takes 16 of them and 32 channels, c_i = mu_i + m_i being a result of mma. w2's columns are permuted so that a lane gets
+// 8 neighbouring channels of a row, 16 bytes: column 8 j + 2 l + e of 32 is channel 8 l + 2 j + e. x and h of the next rows
+// come by asynchronous copies meanwhile: 30 KB a block at n = 5, two blocks a multiprocessor.
+static const int MIX_STAGES = PRECISION_BF16 ? 2 : 1;                       // tiles of rows in shared memory
+static const int MIX_CHANNELS = 64, MIX_FORWARD_ROWS = PRECISION_BF16 ? 64 : 32, MIX_FORWARD_THREADS = 4 * MIX_FORWARD_ROWS;
 
 template <int n> struct LowRankMixSmem {
     alignas(16) floatX w2[n][RANK][LD];
@@ -1489,49 +1507,70 @@ template <int n> __device__ inline void mix_amounts(TileC (&c)[4], const LowRank
     }
 }
 
-template <int n> __global__ void __launch_bounds__(MIX_THREADS)
+template <int n> struct LowRankMixRows {
+    alignas(16) floatX x[1 + MIX_FORWARD_ROWS][LD], h[MIX_FORWARD_ROWS][RANK * n + PAD];    // x from the row before on
+};
+
+template <int n> struct LowRankMixForward {
+    LowRankMixSmem<n> w;
+    LowRankMixRows<n> rows[MIX_STAGES];
+};
+
+template <int n> __device__ inline void mix_copy_rows(LowRankMixRows<n> &s, const Mixes<n> &mix, const floatX *x, int row0,
+        int BT, int first, int C) {
+    async_tile<1 + MIX_FORWARD_ROWS, MIX_CHANNELS, MIX_FORWARD_THREADS>(&s.x[0][0], x + first, row0 - 1, BT, C);
+    async_tile<MIX_FORWARD_ROWS, RANK * n, MIX_FORWARD_THREADS>(&s.h[0][0], mix.low.h, row0, BT, mix.low.ld);
+    async_commit();
+}
+
+template <int n> __global__ void __launch_bounds__(MIX_FORWARD_THREADS, 2)
 low_rank_mix_forward_kernel(Mixes<n> mix, const floatX *x, int BT, int T, int C) {
-    LowRankMixSmem<n> &s = *dynamic_smem<LowRankMixSmem<n>>();
-    const int first = blockIdx.x * MIX_CHANNELS, warp = threadIdx.x / 32;
-    mix_load_w2(s, mix, first, C);
-    __syncthreads();
-    for (int row0 = (blockIdx.y * (MIX_THREADS / 32) + warp) * 16; row0 < BT; row0 += gridDim.y * (MIX_THREADS / 32) * 16) {
-        TileA h[n][2];
-        for (int i = 0; i < n; i++)
-            for (int k = 0; k < 2; k++) h[i][k] = load_a_global(mix.low.h + (int64_t)row0 * mix.low.ld + RANK * i + 16 * k,
-                    mix.low.ld, BT - row0);
-        for (int group = 0; group < MIX_CHANNELS; group += 32) {
-            const int c = first + group + threadIdx.x % 4 * 8;
-            Pack v[2], before[2];
-            for (int half = 0; half < 2; half++) {
-                const int64_t row = row0 + tile_row(2 * half);
-                v[half] = row < BT ? load(x + row * C + c) : zero_pack();
-                before[half] = row < BT && row % T ? load(x + (row - 1) * C + c) : zero_pack();
-            }
+    LowRankMixForward<n> &s = *dynamic_smem<LowRankMixForward<n>>();
+    const int first = blockIdx.x * MIX_CHANNELS, warp = threadIdx.x / 32, step = gridDim.y * MIX_FORWARD_ROWS;
+    const int strip = warp % (MIX_FORWARD_ROWS / 16) * 16, group = warp / (MIX_FORWARD_ROWS / 16) * 32;     // the warp's
+    const int c = group + threadIdx.x % 4 * 8;
+    mix_copy_rows(s.rows[0], mix, x, blockIdx.y * MIX_FORWARD_ROWS, BT, first, C);
+    mix_load_w2(s.w, mix, first, C);
+    for (int row0 = blockIdx.y * MIX_FORWARD_ROWS, turn = 0; row0 < BT; row0 += step, turn++) {
+        const LowRankMixRows<n> &here = s.rows[turn % MIX_STAGES];
+        async_wait<0>();
+        __syncthreads();                                                    // nor does anyone read the other tile any more
+        if (MIX_STAGES > 1) mix_copy_rows(s.rows[(turn + 1) % MIX_STAGES], mix, x, row0 + step, BT, first, C);
+        Pack v[2], delta[2];                                                // x and shift(x) - x, of two rows
+        for (int half = 0; half < 2; half++) {
+            const int local = strip + tile_row(2 * half);
+            v[half] = load(&here.x[1 + local][c]);
+            delta[half] = (row0 + local) % T ? load(&here.x[local][c]) : zero_pack();
+            for (int j = 0; j < 8; j++) delta[half].x[j] -= v[half].x[j];
+        }
 #pragma unroll
-            for (int i = 0; i < n; i++) {
-                TileC amount[4];
-                mix_amounts(amount, s, i, group, h[i]);
-                for (int half = 0; half < 2; half++) {
-                    const int64_t row = row0 + tile_row(2 * half);
-                    Pack out;
-                    for (int j = 0; j < 8; j++)
-                        out.x[j] = v[half].x[j] + (before[half].x[j] - v[half].x[j]) * amount[j / 2].x[2 * half + j % 2];
-                    if (row < BT) store(mix.x[i] + row * C + c, out);
-                }
+        for (int i = 0; i < n; i++) {
+            TileA h[2];
+            for (int k = 0; k < 2; k++) h[k] = load_a(&here.h[strip][RANK * i + 16 * k], RANK * n + PAD);
+            TileC amount[4];
+            mix_amounts(amount, s.w, i, group, h);
+            for (int half = 0; half < 2; half++) {
+                const int64_t row = row0 + strip + tile_row(2 * half);
+                Pack out;
+                for (int j = 0; j < 8; j++) out.x[j] = v[half].x[j] + delta[half].x[j] * amount[j / 2].x[2 * half + j % 2];
+                if (row < BT) store(mix.x[i] + row * C + first + c, out);
             }
+        }
+        if (MIX_STAGES == 1) {
+            __syncthreads();
+            mix_copy_rows(s.rows[0], mix, x, row0 + step, BT, first, C);
         }
     }
 }
 
 template <int n> static void mix_forward(Mixes<n> mix, const floatX *x, int BT, int T, int C) {
     if (mix.low.h) {
-        const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_THREADS / 2);
-        const int split = slices < 4 * multiprocessors ? 4 * multiprocessors / slices : 1;      // four blocks a multiprocessor
+        const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_FORWARD_ROWS);
+        const int split = slices < 2 * multiprocessors ? 2 * multiprocessors / slices : 1;      // two blocks a multiprocessor
         const dim3 grid(slices, split < tiles ? split : tiles);
-        const size_t smem = sizeof(LowRankMixSmem<n>);
+        const size_t smem = sizeof(LowRankMixForward<n>);
         allow_smem(low_rank_mix_forward_kernel<n>, smem);
-        low_rank_mix_forward_kernel<n><<<grid, MIX_THREADS, smem, stream>>>(mix, x, BT, T, C);
+        low_rank_mix_forward_kernel<n><<<grid, MIX_FORWARD_THREADS, smem, stream>>>(mix, x, BT, T, C);
         return;
     }
     const int per = 8, blocks = (int)ceil_div(BT, per);
@@ -1588,27 +1627,12 @@ __global__ void token_shift_mix_backward(Mixes<n> mix, TX *dx, float *partial, c
     }
 }
 
-// A tile to shared memory in the background; rows not in [0, limit) become zeros. `from`: the tile's columns in row 0.
-template <int rows, int columns, int threads>
-__device__ inline void async_tile(floatX *to, const floatX *from, int row0, int limit, int ld) {
-    const int step = 16 / sizeof(floatX), per_row = columns / step, at_once = threads / per_row;    // at_once: rows
-    const int first = threadIdx.x / per_row, column = threadIdx.x % per_row * step;
-    if (threads % per_row && first >= at_once) return;
-#pragma unroll
-    for (int i = 0; i < rows; i += at_once) {
-        const int row = row0 + i + first;
-        if (rows % at_once && i + first >= rows) break;
-        const bool inside = (unsigned)row < (unsigned)limit;
-        async_copy16(to + (i + first) * (columns + PAD) + column, from + (int64_t)row * ld + column, inside);
-    }
-}
-
 // With low ranks, first dx and dh: a block takes 64 rows, a warp 16 of them, and walks over all channels, 32 at a time, its
 // part of dh in registers. All that a slice of channels takes comes by asynchronous copies while the one before is worked on:
 // 44 KB a block and two blocks a multiprocessor at n = 5, and 18 KB must be on their way to be as fast as the memory.
 // The last of the 64 rows is there for what the shift gives to the one before it; the next block begins with it. dh is given
 // as the gradient before the tanh that made h. Bytes a row: C (1 + n read + 1 written) in floatX; w2 comes from the L2 cache.
-static const int MIX_ROWS = MIX_THREADS / 2, MIX_SLICE = PRECISION_BF16 ? 32 : 16, LD_SLICE = MIX_SLICE + PAD;
+static const int MIX_THREADS = 128, MIX_ROWS = MIX_THREADS / 2, MIX_SLICE = PRECISION_BF16 ? 32 : 16, LD_SLICE = MIX_SLICE + PAD;
 
 template <int n> struct LowRankMixSlice {
     alignas(16) floatX g[n][MIX_ROWS][LD_SLICE], x[1 + MIX_ROWS][LD_SLICE];           // x from the row before on
@@ -1735,7 +1759,7 @@ low_rank_mix_backward_dx(Mixes<n> mix, TX *dx, floatX *dh, const floatX *x, int 
 
 // Then dw2 and dmu: a block owns 64 channels, 8 a warp, and walks down its share of the rows in tiles of 32.
 // partial (blocks of rows, 32 n + n, C): dw2's rows, then dmu's.
-static const int MIX_W2_THREADS = 256, MIX_W2_ROWS = 32, MIX_STAGES = PRECISION_BF16 ? 2 : 1;
+static const int MIX_W2_THREADS = 256, MIX_W2_ROWS = 32;
 
 template <int n> struct LowRankMixTile {
     alignas(16) floatX g[n][MIX_W2_ROWS][LD], x[1 + MIX_W2_ROWS][LD];       // x from the row before on

@@ -11,11 +11,14 @@
 //            2 m by cuBLAS, then all five mixes in one pass: a thread owns 8 channels, walks the tokens, and the token before
 //              is what it held a moment ago: 16 units
 //            3 the product inside the kernel: m_i goes from the tensor cores through shared memory to the mix: 6 units
-//            4 in use: 3 without the way through shared memory; w2's columns are permuted so that what a lane gets of a result
-//              of mma are 8 neighbouring channels, 16 bytes
+//            4 without the way through shared memory: w2's columns are permuted so that what a lane gets of a result of mma are
+//              8 neighbouring channels, 16 bytes. But a warp waits for its h, then for its x, and has nothing else to do
+//            5 in use: 4 with h and x of the next 64 tokens on their way into shared memory meanwhile
 // Backward, where dh is given as the gradient before the tanh that made h, times 1 - h^2:
 //            1 m and dm in memory, a thread an element; the sums over tokens by a thread a channel
-//            2 in use
+//            2 in use: a kernel for dx and dh, where blocks own tokens and walk the channels, and one for dw2 and dmu, where
+//              blocks own channels and walk the tokens. Both read x and the gradients, 13 units in all: one pass would write
+//              and read as many bytes in partial sums of dh (or of dw2, if blocks own tokens)
 //
 //     make -C dev token_shift_mix && dev/token_shift_mix [VERSION [B T C]]
 
@@ -116,6 +119,39 @@ __global__ void __launch_bounds__(128) mix_3(Five mix, const floatX *x, const fl
     }
 }
 
+__global__ void __launch_bounds__(128) mix_4(Mixes<MIXES> mix, const floatX *x, int BT, int T, int C) {
+    LowRankMixSmem<MIXES> &s = *dynamic_smem<LowRankMixSmem<MIXES>>();
+    const int first = blockIdx.x * MIX_CHANNELS, warp = threadIdx.x / 32;
+    mix_load_w2(s, mix, first, C);
+    __syncthreads();
+    for (int row0 = (blockIdx.y * 4 + warp) * 16; row0 < BT; row0 += gridDim.y * 64) {
+        TileA h[MIXES][2];
+        for (int i = 0; i < MIXES; i++)
+            for (int k = 0; k < 2; k++)
+                h[i][k] = load_a_global(mix.low.h + (int64_t)row0 * HIDDEN + RANK * i + 16 * k, HIDDEN, BT - row0);
+        for (int group = 0; group < MIX_CHANNELS; group += 32) {
+            const int c = first + group + threadIdx.x % 4 * 8;
+            Pack here[2], before[2];
+            for (int half = 0; half < 2; half++) {
+                const int64_t row = row0 + tile_row(2 * half);
+                here[half] = row < BT ? load(x + row * C + c) : zero_pack();
+                before[half] = row < BT && row % T ? load(x + (row - 1) * C + c) : zero_pack();
+            }
+#pragma unroll
+            for (int i = 0; i < MIXES; i++) {
+                TileC amount[4];
+                mix_amounts(amount, s, i, group, h[i]);
+                for (int half = 0; half < 2; half++) {
+                    const int64_t row = row0 + tile_row(2 * half);
+                    Pack v = here[half];
+                    for (int j = 0; j < 8; j++) v.x[j] += (before[half].x[j] - v.x[j]) * amount[j / 2].x[2 * half + j % 2];
+                    if (row < BT) store(mix.x[i] + row * C + c, v);
+                }
+            }
+        }
+    }
+}
+
 static Mixes<MIXES> mixes_in_use(Array<floatX> *to) {
     Mixes<MIXES> mix = {{}, {h.p, HIDDEN, w2.p}, {}};
     for (int i = 0; i < MIXES; i++) mix.mu[i] = mu[i].p, mix.x[i] = to[i].p;
@@ -134,7 +170,12 @@ static void forward_run(int version) {
         allow_smem(mix_3, sizeof(MixTile));
         mix_3<<<dim3(C / 64, (int)ceil_div(BT, WALK)), 128, sizeof(MixTile), stream>>>(five(out), x.p, h.p, w2.p, BT, T, C);
     }
-    if (version == 4) mix_forward_in_use();
+    if (version == 4) {
+        const size_t smem = sizeof(LowRankMixSmem<MIXES>);
+        allow_smem(mix_4, smem);
+        mix_4<<<dim3(C / 64, (int)ceil_div(4 * multiprocessors, C / 64)), 128, smem, stream>>>(mixes_in_use(out), x.p, BT, T, C);
+    }
+    if (version == 5) mix_forward_in_use();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -269,7 +310,8 @@ int main(int argc, char **argv) {
     const Shapes small = {{1, 1, 64}, {3, 37, 192}, {2, 150, 320}}, large = {{32, 1024, 768}, {8, 2048, 2048}};
     const std::vector<Dimension> dimensions = {{"B", 1}, {"T", 1}, {"C", 64}};
     return lab_main({{"token_shift_mix_forward", dimensions,
-                      {"a launch a mix", "five mixes in one pass", "with the product inside", "in use"},
+                      {"a launch a mix", "five mixes in one pass", "with the product inside", "and in registers",
+                       "in use: loads ahead"},
                       small, large, forward_setup, forward_run, forward_cost},
                      {"token_shift_mix_backward", dimensions, {"a thread an element", "in use"},
                       small, large, backward_setup, backward_run, backward_cost}}, argc, argv);
