@@ -1573,7 +1573,7 @@ template <int n> static void mix_forward(Mixes<n> mix, const floatX *x, int BT, 
         low_rank_mix_forward_kernel<n><<<grid, MIX_FORWARD_THREADS, smem, stream>>>(mix, x, BT, T, C);
         return;
     }
-    const int per = 8, blocks = (int)ceil_div(BT, per);
+    const int per = 4, blocks = (int)ceil_div(BT, per);     // so few that multiprocessors do not wait long for the last block
     token_shift_mix_forward<n><<<blocks, row_threads(C), 0, stream>>>(mix, x, BT, T, C, per);
 }
 
@@ -1818,15 +1818,18 @@ low_rank_mix_backward_w2(Mixes<n> mix, float *partial, const floatX *x, int BT, 
     }
 }
 
-static const int MIX_SPLITS = 32;           // blocks of rows for dw2: the same for every GPU, as it says how sums are split
+// Blocks of rows for dw2, the same for every GPU, as it says how sums are split: so that in all there are twice as many blocks
+// as an H100 holds at a time at n = 5.
+static int mix_splits(int C) { return 4 * 132 * MIX_CHANNELS / C; }
 
-static int64_t mix_partial_floats(int C) { return (int64_t)MIX_SPLITS * (RANK + 1) * 5 * C; }
+static int64_t mix_partial_floats(int C) { return (int64_t)mix_splits(C) * (RANK + 1) * 5 * C; }
 
 // dh, dw2: null without low ranks
 template <int n, typename TX, bool accumulate>
 static void mix_backward(Mixes<n> mix, TX *dx, floatX *dh, float *dw2, Targets dmu, float *partial, const floatX *x, int BT, int T, int C) {
     if (mix.low.h) {
-        const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_W2_ROWS), split = tiles < MIX_SPLITS ? tiles : MIX_SPLITS;
+        const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_W2_ROWS);
+        const int split = tiles < mix_splits(C) ? tiles : mix_splits(C);
         const size_t smem = sizeof(LowRankMixBackward<n>), smem_w2 = MIX_STAGES * sizeof(LowRankMixTile<n>);
         const int blocks = (int)ceil_div(BT, MIX_ROWS - 1);
         allow_smem(low_rank_mix_backward_dx<n, TX, accumulate>, smem);
