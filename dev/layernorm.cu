@@ -11,8 +11,8 @@
 //            2 a warp a row: neighbouring lanes read neighbouring numbers; sums by shuffles; x is read twice (once from L2)
 //            3 in use: a block a row, a thread 8 channels by one 16-byte load, which then stay in registers
 // Backward:  1 a thread a row for dx, a thread a column for dgain and dbias: everything is read twice
-//            2 a block walks some rows; the sums over rows stay in registers, and are added up once at the end. Mean, variance and
-//              the gradient's two means are three sums over the block, one after the other, while nothing is loaded
+//            2 a block walks some rows; the sums over rows stay in registers, and are added up once at the end. Mean, variance
+//              and the gradient's two means are three sums over the block, one after the other, while nothing is loaded
 //            3 in use: one sum over the block a row, which takes along the next row's mean; the next row is on its way meanwhile
 //
 //     make -C dev layernorm && dev/layernorm [VERSION [ROWS C]]
@@ -96,8 +96,8 @@ __global__ void layernorm_backward_columns(float *dgain, float *dbias, const flo
     dbias[c] += sum;
 }
 
-__global__ void layernorm_backward_2(floatX *dx, float *partial, const floatX *dout, const floatX *x, const floatX *gain, int rows,
-                                     int rows_per_block, int C) {
+__global__ void layernorm_backward_2(floatX *dx, float *partial, const floatX *dout, const floatX *x, const floatX *gain,
+                                     int rows, int rows_per_block, int C) {
     __shared__ float2 shared[32];
     const int c = threadIdx.x * 8;
     const bool mine = c < C;
