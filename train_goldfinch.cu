@@ -1292,8 +1292,7 @@ static void layernorm_forward(floatX *out, floatX *sum, const floatX *x, const i
 // added to what dx holds if `accumulate`. partial (blocks, 2, C): sums of dout * n and of dout.
 // What is summed over a row, (x - mean)^2, dn and dn (x - mean), asks for no more than its mean. So that one sum over the
 // block does for a row, it takes along the x of the next row, which gives that one's mean. Loads are a row ahead of their use.
-// Bytes a row: C (2 read + 1 written) in floatX, one more read if `accumulate`. Few
-// enough registers for all the threads of most_row_blocks.
+// Bytes a row: C (2 read + 1 written) in floatX, one more read if `accumulate`. 768: see most_row_blocks.
 template <bool accumulate>
 __global__ void __launch_bounds__(PRECISION_BF16 ? 768 : MAX_C / 8) layernorm_backward_kernel(floatX *dx, float *partial,
         const floatX *dout, const floatX *x, const int *index, const floatX *gain, int rows, int rows_per_block, int C) {
