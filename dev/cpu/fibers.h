@@ -122,6 +122,16 @@ inline void context_switch(Context *from, Context *to) {
     context_arrived(from);
 }
 
+// Asks for the lines that a switch to c reads first. A warp's stacks and data are more than the L1 cache holds; waiting for
+// the L2 cache took 15 % of a training step.
+inline void context_prefetch(const Context *c) {
+#ifdef CUDA_ON_CPU_UCONTEXT
+    (void)c;
+#else
+    for (int line = 0; line < 3; line++) __builtin_prefetch(static_cast<char *>(c->stack_pointer) + 64 * line);
+#endif
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Stacks. The first page of each is a guard: an overflow is a segmentation fault there, not a damaged neighbour. The
 // bytes above `top` belong to the caller. Tops are spread over a page: with all of them at the same offset, a few
@@ -141,7 +151,7 @@ inline Stack stack_create(size_t bytes_above_top, int number) {
     }
     mprotect(memory, page, PROT_NONE);              // if the system has no mapping left for a guard, we go without
     char *base = static_cast<char *>(memory);
-    return {base + page, base + bytes - (bytes_above_top + 63) / 64 * 64 - static_cast<size_t>(number) * 5 % 32 * 64};
+    return {base + page, base + bytes - (bytes_above_top + 63) / 64 * 64 - static_cast<size_t>(number) * 5 % 64 * 64};
 }
 
 inline void context_create(Context *c, Stack stack, void (*entry)()) {
