@@ -1237,7 +1237,7 @@ static int row_blocks(int rows, int C) { return (int)ceil_div(rows, rows_per_blo
 struct Targets { float *g[6]; };            // gradients of up to six vectors of C numbers
 
 // Sums over the P parts of partial (P, rows + n, C), always in the same order: of the first `rows` rows to matrix (rows, C),
-// which adds them up, of the others to g[0..n-1]. Blocks of 32 columns x 32 parts, or x 8 where there are few.
+// which adds them up, of the others to g[0..n-1]. Blocks of 32 columns x 32 parts, or x 8 or x 2 where there are few.
 __global__ void __launch_bounds__(1024) add_partials_kernel(Targets to, float *matrix, const float *partial, int P, int rows,
         int n, int C) {
     __shared__ float sums[32][32];
@@ -1257,7 +1257,7 @@ __global__ void __launch_bounds__(1024) add_partials_kernel(Targets to, float *m
 }
 
 static void add_partials(Targets to, const float *partial, int P, int n, int C, float *matrix = nullptr, int rows = 0) {
-    add_partials_kernel<<<(rows + n) * C / 32, P > 256 ? 1024 : 256, 0, stream>>>(to, matrix, partial, P, rows, n, C);
+    add_partials_kernel<<<(rows + n) * C / 32, P > 256 ? 1024 : P > 32 ? 256 : 64, 0, stream>>>(to, matrix, partial, P, rows, n, C);
 }
 
 // ---- layer norm ----
