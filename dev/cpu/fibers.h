@@ -171,12 +171,16 @@ inline void context_create(Context *c, Stack stack, void (*entry)()) {
 inline void context_of_os_thread(Context *c) {      // the stack we are on; only ASan wants to know its bounds
     *c = Context{};
 #ifdef __SANITIZE_ADDRESS__
-    pthread_attr_t attributes;
-    void *bottom = nullptr;
-    pthread_getattr_np(pthread_self(), &attributes);
-    pthread_attr_getstack(&attributes, &bottom, &c->bytes);
-    pthread_attr_destroy(&attributes);
+    static thread_local void *bottom = nullptr;
+    static thread_local size_t bytes = 0;
+    if (bottom == nullptr) {                        // once: it reads all of /proc/self/maps
+        pthread_attr_t attributes;
+        pthread_getattr_np(pthread_self(), &attributes);
+        pthread_attr_getstack(&attributes, &bottom, &bytes);
+        pthread_attr_destroy(&attributes);
+    }
     c->bottom = static_cast<char *>(bottom);
+    c->bytes = bytes;
 #endif
 }
 
