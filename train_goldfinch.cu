@@ -646,6 +646,7 @@ void settings_print(const Settings *s) {
 #include <cuda_profiler_api.h>
 #include <cuda_runtime.h>
 #include <limits.h>
+#include <nvtx3/nvToolsExt.h>
 
 #ifndef PRECISION_BF16
 #define PRECISION_BF16 1
@@ -703,6 +704,19 @@ static void profile_end(void) {
     CUDA_CHECK(cudaStreamSynchronize(stream));
     CUDA_CHECK(cudaProfilerStop());
 }
+
+// Names what is launched until the end of the scope, for the timeline of Nsight Systems (dev/README.md).
+struct Range {
+    Range(const char *format, ...) {
+        char name[64];
+        va_list arguments;
+        va_start(arguments, format);
+        vsnprintf(name, sizeof name, format, arguments);
+        va_end(arguments);
+        nvtxRangePushA(name);
+    }
+    ~Range() { nvtxRangePop(); }
+};
 
 static const char *machine_name(void) {
     static char name[300];
@@ -1230,7 +1244,7 @@ static int row_blocks(int rows, int C) { return (int)ceil_div(rows, rows_per_blo
 struct Targets { float *g[6]; };            // gradients of up to six vectors of C numbers
 
 // Sums over the P parts of partial (P, rows + n, C), always in the same order: of the first `rows` rows to matrix (rows, C),
-// which adds them up, of the others to g[0..n-1]. Blocks of 32 columns x 32 parts, or x 8 where there are few.
+// which adds them up, of the others to g[0..n-1]. Blocks of 32 columns x 32 parts, or x 8 or x 2 where there are few.
 __global__ void __launch_bounds__(1024) add_partials_kernel(Targets to, float *matrix, const float *partial, int P, int rows,
         int n, int C) {
     __shared__ float sums[32][32];
@@ -1250,7 +1264,7 @@ __global__ void __launch_bounds__(1024) add_partials_kernel(Targets to, float *m
 }
 
 static void add_partials(Targets to, const float *partial, int P, int n, int C, float *matrix = nullptr, int rows = 0) {
-    add_partials_kernel<<<(rows + n) * C / 32, P > 256 ? 1024 : 256, 0, stream>>>(to, matrix, partial, P, rows, n, C);
+    add_partials_kernel<<<(rows + n) * C / 32, P > 256 ? 1024 : P > 32 ? 256 : 64, 0, stream>>>(to, matrix, partial, P, rows, n, C);
 }
 
 // ---- layer norm ----
@@ -4496,6 +4510,7 @@ static void model_layers(Model *m, int begin, int end) {
     for (int l = begin; l < end; l++) {
         Layer *layer = &m->layers[l];
         const Params &p = layer->p;
+        Range range("layer %d %s forward", l, layer->tmix->name);
         if (l == begin) layernorm_forward(layer->ln1, nullptr, layer->x, nullptr, nullptr, p.ln1_weight, p.ln1_bias, d.BT, d.C);
         else layernorm_forward(layer->ln1, layer->x, m->layers[l - 1].x_mid, nullptr, m->branch, p.ln1_weight, p.ln1_bias, d.BT, d.C);
         if (l == d.G0 && has_cache(m) && d.lead == 0) token_cat_forward(m, layer->x);
@@ -4527,6 +4542,7 @@ static void model_classifier(Model *m, float scale) {
     const Dims &d = m->d;
     const Param head = m->top.head;
     const float add = matrix_gradients_add;
+    Range range("head and loss");
     for (int64_t row = 0; row < d.BT; row += m->slice) {
         const int here = (int)(d.BT - row < m->slice ? d.BT - row : m->slice);
         head_and_loss(m, m->xf + row * d.C, m->tokens + d.BT, row, here, scale);
@@ -4566,6 +4582,7 @@ static void model_backward(Model *m) {                                          
         for (float *sum : {m->dxo, m->dk0}) CUDA_CHECK(cudaMemsetAsync(sum, 0, E * sizeof(float), stream));     // A = C here
     layernorm_backward<false>(m->dx, m->partial, m->dln1, m->x_out, nullptr, top.ln_out_weight, top.ln_out_bias, d.BT, d.C);
     for (int l = d.L - 1; l >= 0; l--) {
+        Range range("layer %d %s backward", l, m->layers[l].tmix->name);
         layer_backward(m, &m->layers[l]);
         if (l == d.G0 && has_cache(m)) token_cat_backward(m, m->dx, m->layers[l].x);
     }
@@ -4632,6 +4649,7 @@ static void model_micro_step(Model *m, const int *tokens, int B, int T, int accu
 
 static void model_update(Model *m, int64_t step, double lr, double weight_decay) {
     const Settings &s = m->s;
+    Range range("optimizer");
     squares_of_pieces<<<m->n_pieces, 256, 0, stream>>>(m->squares, m->grads, m->pieces);
     const float per_target = (float)(1.0 / m->targets_in_step), limit = (float)s.gradient_clip_val;
     norm_and_clip<<<1, 256, 0, stream>>>(m->state, m->squares, m->n_pieces, m->totals, per_target, limit);

@@ -251,38 +251,40 @@ static void run(int version) {
     }
 }
 
-// What to expect in one head, whose rows are `A` apart from element `head` on.
+// What to expect in one head, whose rows are `A` apart from element `head` on. An error counts against the size of a sum's
+// terms, the root of their squares' sum: p and ds are rounded, each term moves by a part of itself, and the sum may be near 0.
 static void expect_head(int64_t head) {
     const int64_t A = (int64_t)H * N;
-    std::vector<double> dk_sum(T * N), dv_sum(T * N), p(T), dp(T);
+    std::vector<double> dk_sum(T * N), dv_sum(T * N), dk_squares(T * N), dv_squares(T * N), p(T), dp(T);
     for (int64_t t = 0; t < T; t++) {
         const int64_t query = head + t * A;
-        double top = -INFINITY, sum = 0, delta = 0, dq_sum[N] = {};
+        double top = -INFINITY, sum = 0, delta = 0, dq_sum[N] = {}, dq_squares[N] = {};
         for (int64_t s = 0; s <= t; s++) {
             const int64_t key = head + s * A;
             p[s] = dp[s] = 0;
             for (int c = 0; c < N; c++) {
-                p[s] += q[query + c] * k[key + c] / sqrt(N);
+                p[s] += q[query + c] * k[key + c];
                 dp[s] += dy[query + c] * v[key + c];
             }
             top = fmax(top, p[s]);
         }
-        for (int64_t s = 0; s <= t; s++) sum += p[s] = exp(p[s] - top);
+        for (int64_t s = 0; s <= t; s++) sum += p[s] = exp((p[s] - top) / sqrt(N));
         for (int c = 0; c < N; c++) delta += dy[query + c] * y[query + c];      // y as rounded: it is an input
         for (int64_t s = 0; s <= t; s++) {
             p[s] /= sum;
             const double ds = p[s] * (dp[s] - delta) / sqrt(N);
             for (int c = 0; c < N; c++) {
-                dq_sum[c] += ds * k[head + s * A + c];
-                dk_sum[s * N + c] += ds * q[query + c];
-                dv_sum[s * N + c] += p[s] * dy[query + c];
+                const double of_q = ds * k[head + s * A + c], of_k = ds * q[query + c], of_v = p[s] * dy[query + c];
+                dq_sum[c] += of_q, dq_squares[c] += of_q * of_q;
+                dk_sum[s * N + c] += of_k, dk_squares[s * N + c] += of_k * of_k;
+                dv_sum[s * N + c] += of_v, dv_squares[s * N + c] += of_v * of_v;
             }
         }
-        for (int c = 0; c < N; c++) dq.expect(query + c, dq_sum[c]);
+        for (int c = 0; c < N; c++) dq.expect(query + c, dq_sum[c], sqrt(dq_squares[c]));
     }
     for (int64_t i = 0; i < T * N; i++) {
-        dk.expect(head + i / N * A + i % N, dk_sum[i]);
-        dv.expect(head + i / N * A + i % N, dv_sum[i]);
+        dk.expect(head + i / N * A + i % N, dk_sum[i], sqrt(dk_squares[i]));
+        dv.expect(head + i / N * A + i % N, dv_sum[i], sqrt(dv_squares[i]));
     }
 }
 
@@ -297,10 +299,11 @@ static void setup(const int *shape) {
     attention_forward(y.p, l.p, q.p, k.p, v.p, B, T, H);
     y.host.resize(n);
     CUDA_CHECK(cudaMemcpy(y.host.data(), y.p, n * sizeof(floatX), cudaMemcpyDeviceToHost));
-    dq.output("dq", by_precision(3e-5, 3e-2), n);
-    dk.output("dk", by_precision(3e-5, 3e-2), n);
-    dv.output("dv", by_precision(3e-5, 3e-2), n);
-    for (int64_t head : sample(B * H, 3)) expect_head(head / H * T * H * N + head % H * N);
+    const double tolerance = by_precision(3e-5, 1e-2);      // six times what rounding to bf16 is, as a root mean square: 0.166 %
+    dq.output("dq", tolerance, n);
+    dk.output("dk", tolerance, n);
+    dv.output("dv", tolerance, n);
+    for (int64_t head : sample(B * H, T > 1024 ? 1 : 3)) expect_head(head / H * T * H * N + head % H * N);
 }
 
 static Cost cost(const int *shape) {

@@ -203,7 +203,7 @@ static void setup(const int *shape) {
     l.output("l", by_precision(1e-5, 1e-4), (int64_t)B * H * T);
     for (int64_t row : sample((int64_t)B * H * T, 200)) {                       // (b, h, t), as in l
         const int64_t t = row % T, head = row / T / H * T * H * N + row / T % H * N;
-        std::vector<double> score(t + 1), out(N);
+        std::vector<double> score(t + 1), out(N), squares(N);
         double top = -INFINITY, sum = 0;
         for (int64_t s = 0; s <= t; s++) {
             for (int c = 0; c < N; c++) score[s] += q[head + t * H * N + c] * k[head + s * H * N + c] / sqrt(N);
@@ -211,9 +211,13 @@ static void setup(const int *shape) {
         }
         for (int64_t s = 0; s <= t; s++) sum += exp(score[s] - top);
         for (int64_t s = 0; s <= t; s++)
-            for (int c = 0; c < N; c++) out[c] += exp(score[s] - top) / sum * v[head + s * H * N + c];
+            for (int c = 0; c < N; c++) {
+                const double term = exp(score[s] - top) / sum * v[head + s * H * N + c];
+                out[c] += term;
+                squares[c] += term * term;
+            }
         l.expect(row, (top + log(sum)) / log(2.));
-        for (int c = 0; c < N; c++) y.expect(head + t * H * N + c, out[c]);
+        for (int c = 0; c < N; c++) y.expect(head + t * H * N + c, out[c], sqrt(squares[c]));   // p is rounded: each term errs
     }
 }
 

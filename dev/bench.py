@@ -9,6 +9,8 @@ the same shapes, in one go:
   dev/bench.py [NAME ...] [--no-peers | --eager]     writes dev/results/GPU.csv and .png and the table in dev/README.md
   dev/bench.py --from dev/results/GPU.csv  draws and writes the table again, without running anything
 
+The csv grows by a program and its peers at a time: what an interrupted run has measured stays, and so do results of the
+same commit on the same machine for programs that are not named.
 Peers are timed as the lab times its own: medians of runs queued one behind the other, after a first run.
 """
 
@@ -20,10 +22,12 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path = [path for path in sys.path if os.path.abspath(path) != HERE]      # where PyTorch would find our profile.py as its own
-COLUMNS = ["kernel", "shape", "version", "name", "precision", "ms", "GB/s", "TFLOP/s", "floor_ms", "floor_percent"]
+COLUMNS = ["kernel", "shape", "version", "name", "precision", "ms", "GB/s", "TFLOP/s", "floor_ms", "floor_percent",
+           "copy_GB/s", "matmul_TFLOP/s"]   # the last two: this GPU in the same run, what the floor is made of
 DEVICE = "cuda"                             # of the peers
 
 
@@ -40,23 +44,20 @@ def output_of(command):
         return ""
 
 
-def run_lab(names):
-    """(rows, what the programs say of the machine, names of those that failed)"""
-    rows, machine, failed = [], {}, []
-    for name in names:
-        process = subprocess.Popen([f"{HERE}/{name}"], stdout=subprocess.PIPE, text=True)
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            words = shlex.split(line) if line.startswith(("result ", "machine ")) else []
-            fields = dict(word.split("=", 1) for word in words[1:])
-            if line.startswith("machine "):
-                machine = fields
-            elif line.startswith("result ") and "floor" in fields:
-                fields["floor_percent"] = fields.pop("floor").rstrip("%")
-                rows.append(fields)
-        if process.wait() != 0:
-            failed.append(name)
-    return rows, machine, failed
+def run_lab(name):
+    """(rows, the GPU's name, whether all versions passed)"""
+    rows, machine = [], {}
+    process = subprocess.Popen([f"{HERE}/{name}"], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        words = shlex.split(line) if line.startswith(("result ", "machine ")) else []
+        fields = dict(word.split("=", 1) for word in words[1:])
+        if line.startswith("machine "):
+            machine = fields
+        elif line.startswith("result ") and "floor" in fields:
+            fields["floor_percent"] = fields.pop("floor").rstrip("%")
+            rows.append({**fields, **{rate: machine[rate] for rate in COLUMNS[-2:]}})
+    return rows, machine.get("device"), process.wait() == 0
 
 
 # ---- peers: generators of (name, function to time) for a kernel's shape ----
@@ -64,19 +65,22 @@ def run_lab(names):
 COMPILES = True                             # --eager: no peers by torch.compile, which takes minutes
 
 
-def eager_and_compiled(f, *inputs):
-    yield "PyTorch", lambda: f(*inputs)
-    if not COMPILES:
-        return
-    compiled = torch.compile(f)
-    yield "PyTorch, compiled", lambda: compiled(*inputs)
+def as_is_and_compiled(f):
+    yield "PyTorch", f
+    if COMPILES:
+        yield "PyTorch, compiled", torch.compile(f)
+
+
+def forward_of(f, *inputs):
+    for name, forward in as_is_and_compiled(f):
+        yield name, lambda: forward(*inputs)
 
 
 def backward_of(f, *inputs):
     """Gradients of f alone, its forward pass made once."""
     inputs = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
     wanted = [x for x in inputs if x.requires_grad]
-    for name, forward in (("PyTorch", f), ("PyTorch, compiled", torch.compile(f)))[:1 + COMPILES]:
+    for name, forward in as_is_and_compiled(f):
         out = forward(*inputs)
         gradient = torch.randn_like(out)
         yield name, lambda: torch.autograd.grad(out, wanted, gradient, retain_graph=True)
@@ -91,7 +95,7 @@ def shift(x):
 
 
 def layernorm_forward(rows, C):
-    yield from eager_and_compiled(lambda x, w, b: F.layer_norm(x, (C,), w, b), randn(rows, C), randn(C), randn(C))
+    yield from forward_of(lambda x, w, b: F.layer_norm(x, (C,), w, b), randn(rows, C), randn(C), randn(C))
 
 
 def layernorm_backward(rows, C):
@@ -105,7 +109,7 @@ def five_mixes(x, h, w2, mu):
 
 
 def token_shift_mix_forward(B, T, C):
-    yield from eager_and_compiled(five_mixes, randn(B, T, C), randn(B * T, 160), randn(5, 32, C), randn(5, C))
+    yield from forward_of(five_mixes, randn(B, T, C), randn(B * T, 160), randn(5, 32, C), randn(5, C))
 
 
 def token_shift_mix_backward(B, T, C):
@@ -123,7 +127,7 @@ def channel_mix_inputs(B, T, C):
 
 
 def channel_mix_forward(B, T, C):
-    yield from eager_and_compiled(channel_mix, *channel_mix_inputs(B, T, C))
+    yield from forward_of(channel_mix, *channel_mix_inputs(B, T, C))
 
 
 def channel_mix_backward(B, T, C):
@@ -139,13 +143,13 @@ def gold_kv(B, T, C):
         v = xo + shift(xo) * (mu_v + m[..., 32:] @ w2[1])
         return (F.layer_norm(k + torch.tanh(k @ k1) @ k2, (C,), norms[0], norms[1]),
                 F.layer_norm(v + torch.tanh(v @ v1) @ v2, (C,), norms[2], norms[3]))
-    yield from eager_and_compiled(f, randn(B, T, C), randn(B, T, C), randn(C), randn(C), randn(C), randn(C, 64), randn(2, 32, C),
-                                  randn(C, rank), randn(rank, C), randn(C, rank), randn(rank, C), randn(4, C))
+    yield from forward_of(f, randn(B, T, C), randn(B, T, C), randn(C), randn(C), randn(C), randn(C, 64), randn(2, 32, C),
+                          randn(C, rank), randn(rank, C), randn(C, rank), randn(rank, C), randn(4, C))
 
 
 def classifier(rows, V):
     logits, targets = randn(rows, V).requires_grad_(), torch.randint(V, (rows,), device=DEVICE)
-    for name, loss in (("PyTorch", F.cross_entropy), ("PyTorch, compiled", torch.compile(F.cross_entropy)))[:1 + COMPILES]:
+    for name, loss in as_is_and_compiled(F.cross_entropy):
         yield name, lambda: torch.autograd.grad(loss(logits, targets), logits)
 
 
@@ -222,6 +226,20 @@ def median_ms(f):
     return times[len(times) // 2]
 
 
+def import_peers():
+    """Takes as long as some of the lab's programs, and goes on beside the first."""
+    global torch, F
+    try:
+        import torch
+        import torch.nn.functional as F
+        if COMPILES:
+            import torch._functorch.config
+            torch._functorch.config.donated_buffer = False              # backward passes are run more than once
+    except ImportError:
+        torch = None
+        print("no peers: PyTorch is not installed")
+
+
 def run_peers(rows):
     known = {f.__name__: f for f in PEERS}
     found = []
@@ -229,7 +247,8 @@ def run_peers(rows):
         if kernel not in known:
             continue
         try:
-            torch._dynamo.reset()
+            if COMPILES:
+                torch._dynamo.reset()
             for name, f in known[kernel](*map(int, shape.split("x"))):
                 ms = median_ms(f)
                 print(f"peer kernel={kernel} shape={shape} ms={ms:.4g} name=\"{name}\"", flush=True)
@@ -256,6 +275,24 @@ def read_csv(path):
         lines = f.readlines()
     header = [line[2:].strip() for line in lines if line.startswith("# ")]
     return header, list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
+def where(device, peers):
+    driver = output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).split("\n")[0]
+    cuda = re.search(r"release ([\d.]+)", output_of(["nvcc", "--version"]))
+    commit = output_of(["git", "describe", "--always", "--exclude=*"])
+    changed = output_of(["git", "status", "--porcelain", "-uno", "--", ":/", ":!results", ":!README.md"])
+    return f"{device}; driver {driver}, CUDA {cuda[1] if cuda else '?'}, {peers}, commit {commit}{'-dirty' if changed else ''}"
+
+
+def rates(rows):
+    """Lines for people: what the floors are made of; it differs a little from program to program."""
+    texts = []
+    for column, text in ((COLUMNS[-2], "copy {} GB/s"), (COLUMNS[-1], "matrix products {} TFLOP/s")):
+        values = sorted(round(float(r[column])) for r in rows if r.get(column))
+        if values:
+            texts.append(text.format(values[0] if values[0] == values[-1] else f"{values[0]} to {values[-1]}"))
+    return [", ".join(texts)] if texts else []
 
 
 def by_kernel(rows):
@@ -339,7 +376,7 @@ def write_readme(text, path=f"{HERE}/README.md"):
 
 
 def main():
-    global torch, F, COMPILES
+    global COMPILES
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="programs of the lab (default: all)")
     parser.add_argument("--no-peers", action="store_true", help="the lab's own kernels only")
@@ -352,34 +389,39 @@ def main():
         header, rows = read_csv(args.source)
         base = args.source[:-4]
     else:
+        importing = threading.Thread(target=import_peers)
+        if not args.no_peers:
+            importing.start()
         names = args.names or programs()
         jobs = max(1, (os.cpu_count() or 1) // 2)
         if subprocess.run(["make", f"-j{jobs}", "-C", f"{HERE}/..", *(f"dev/{name}" for name in names)]).returncode != 0:
             sys.exit("bench.py: the build failed")
-        rows, machine, failed = run_lab(names)
-        if not rows:
+        base = None
+        for name in names:
+            new, device, passed = run_lab(name)
+            if not passed:
+                failed.append(name)
+            if not new:
+                continue
+            if not args.no_peers:
+                importing.join()
+            with_peers = not args.no_peers and torch is not None
+            if base is None:
+                base = f"{HERE}/results/" + re.sub(r"\W+", "-", device).strip("-")
+                header = [where(device, f"PyTorch {torch.__version__}" if with_peers else "no peers")]
+                before, rows = read_csv(base + ".csv") if os.path.exists(base + ".csv") else (None, [])
+                rows = rows if before == header else []
+            if with_peers:
+                new += run_peers(new)
+            ran = {r["kernel"] for r in new}
+            rows = [r for r in rows if r["kernel"] not in ran] + new
+            rows.sort(key=lambda r: (r["kernel"], r["shape"], r["version"] == "peer"))
+            os.makedirs(f"{HERE}/results", exist_ok=True)
+            write_csv(base + ".csv", header, rows)
+        if base is None:
             sys.exit("bench.py: nothing was timed: no GPU here, or no version passed its check")
-        peers = "no peers"
-        if not args.no_peers:
-            try:
-                import torch
-                import torch.nn.functional as F
-                import torch._functorch.config
-                torch._functorch.config.donated_buffer = False          # backward passes are run more than once
-                rows += run_peers(rows)
-                peers = f"PyTorch {torch.__version__}"
-            except ImportError:
-                print("no peers: PyTorch is not installed")
-        driver = output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).split("\n")[0]
-        cuda = re.search(r"release ([\d.]+)", output_of(["nvcc", "--version"]))
-        commit = output_of(["git", "describe", "--always", "--dirty", "--exclude=*"])
-        header = [f"{machine['device']}, copy {machine['copy_GB/s']} GB/s, matrix products {machine['matmul_TFLOP/s']} TFLOP/s; "
-                  f"driver {driver}, CUDA {cuda[1] if cuda else '?'}, {peers}, commit {commit}"]
-        os.makedirs(f"{HERE}/results", exist_ok=True)
-        base = f"{HERE}/results/" + re.sub(r"\W+", "-", machine["device"]).strip("-")
-        rows.sort(key=lambda r: (r["kernel"], r["shape"], r["version"] == "peer"))
-        write_csv(base + ".csv", header, rows)
         print(f"wrote {os.path.relpath(base)}.csv")
+    header += rates(rows)
     draw(base + ".png", header, rows)
     write_readme(table(header, rows, base + ".png"))
     if failed:

@@ -124,7 +124,7 @@ struct Block {                                      // one per OS thread, used f
     void *arguments = nullptr;
     const char *kernel = "";
 
-    Fiber *ready[max_threads];                      // a queue: fibers that may go on
+    Fiber *ready[max_threads] = {};                 // a queue: fibers that may go on
     unsigned ready_head = 0, ready_tail = 0;
     Fiber *idle[max_threads + 1];                   // a stack: fibers without a thread
     int n_idle = 0;
@@ -140,7 +140,12 @@ struct Block {                                      // one per OS thread, used f
     size_t dynamic_smem_bytes = 0, dynamic_smem_capacity = 0;
 
     bool has_ready() const { return ready_head != ready_tail; }
-    Fiber *pop_ready() { return ready[ready_head++ % max_threads]; }
+    Fiber *pop_ready() {                            // and asks for what the two after it will need
+        Fiber *first = ready[ready_head++ % max_threads], *second = ready[ready_head % max_threads];
+        __builtin_prefetch(ready[(ready_head + 1) % max_threads]);              // an old one, maybe: no harm
+        if (second != nullptr) context_prefetch(&second->context);
+        return first;
+    }
     void push_ready(Fiber *f) { ready[ready_tail++ % max_threads] = f; }
 };
 

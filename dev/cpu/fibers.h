@@ -122,6 +122,16 @@ inline void context_switch(Context *from, Context *to) {
     context_arrived(from);
 }
 
+// Asks for the lines that a switch to c reads first. A warp's stacks and data are more than the L1 cache holds; waiting for
+// the L2 cache took 15 % of a training step.
+inline void context_prefetch(const Context *c) {
+#ifdef CUDA_ON_CPU_UCONTEXT
+    (void)c;
+#else
+    for (int line = 0; line < 3; line++) __builtin_prefetch(static_cast<char *>(c->stack_pointer) + 64 * line);
+#endif
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Stacks. The first page of each is a guard: an overflow is a segmentation fault there, not a damaged neighbour. The
 // bytes above `top` belong to the caller. Tops are spread over a page: with all of them at the same offset, a few
@@ -141,7 +151,7 @@ inline Stack stack_create(size_t bytes_above_top, int number) {
     }
     mprotect(memory, page, PROT_NONE);              // if the system has no mapping left for a guard, we go without
     char *base = static_cast<char *>(memory);
-    return {base + page, base + bytes - (bytes_above_top + 63) / 64 * 64 - static_cast<size_t>(number) * 5 % 32 * 64};
+    return {base + page, base + bytes - (bytes_above_top + 63) / 64 * 64 - static_cast<size_t>(number) * 5 % 64 * 64};
 }
 
 inline void context_create(Context *c, Stack stack, void (*entry)()) {
@@ -161,12 +171,16 @@ inline void context_create(Context *c, Stack stack, void (*entry)()) {
 inline void context_of_os_thread(Context *c) {      // the stack we are on; only ASan wants to know its bounds
     *c = Context{};
 #ifdef __SANITIZE_ADDRESS__
-    pthread_attr_t attributes;
-    void *bottom = nullptr;
-    pthread_getattr_np(pthread_self(), &attributes);
-    pthread_attr_getstack(&attributes, &bottom, &c->bytes);
-    pthread_attr_destroy(&attributes);
+    static thread_local void *bottom = nullptr;
+    static thread_local size_t bytes = 0;
+    if (bottom == nullptr) {                        // once: it reads all of /proc/self/maps
+        pthread_attr_t attributes;
+        pthread_getattr_np(pthread_self(), &attributes);
+        pthread_attr_getstack(&attributes, &bottom, &bytes);
+        pthread_attr_destroy(&attributes);
+    }
     c->bottom = static_cast<char *>(bottom);
+    c->bytes = bytes;
 #endif
 }
 
