@@ -25,10 +25,7 @@
 #ifdef CUDA_ON_CPU
 __device__ inline void wait_for_previous(void) {}
 __device__ inline void let_next_start(void) {}
-__device__ inline void prefetch(const void *) {}
 #else
-// A line of 128 bytes from memory to the L2 cache, without waiting for it or for anybody who may still write it.
-__device__ inline void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 __device__ inline void wait_for_previous(void) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -819,6 +816,7 @@ __device__ inline void past_softmax(const PastSmem &s, int pairs) {
         }
         sum = warp_sum(sum);
         mean = warp_sum(mean);
+        __syncwarp();                                                       // all have read s.top
         if (lane > 0) continue;
         const float shrink = top > -INFINITY ? exp2f(s.top[pair] - top) : 1;
         s.top[pair] = top;
@@ -1277,18 +1275,12 @@ static void kept_allocate(Infer *f, int rows) {
 //   - a warp takes a row of weights and has 2048 of its elements on their way at once, 16 bytes a load
 //   - what goes on between two products (norm, shift, mix, gate) is done by every block of the next product for itself:
 //     C numbers, from L2, instead of a launch of its own
-//   - kernels are launched early: a block asks for its first row of weights, has the next ones and its vectors fetched to
-//     L2, and only then waits for what the kernel before is still making: memory is busy from one kernel to the next
+//   - kernels are launched early: a block asks for its first row of weights, and only then waits for what the kernel before is
+//     still making: memory is busy from one kernel to the next
 //
 // The residual stream is fp32 here; a product's inputs are rounded to floatX, as everywhere.
 
 static const int MV_THREADS = 256, MV_WARPS = MV_THREADS / 32, MV_PART = 2048;
-static const int MV_AHEAD = 4096;           // numbers a warp has fetched to L2: 17 MB for all, a third of an H100's L2
-static const int LINE = 128 / sizeof(floatX);
-
-__device__ inline void prefetch_vector(const floatX *x, int n) {           // a block's threads together
-    for (int i = threadIdx.x * LINE; i < n; i += blockDim.x * LINE) prefetch(x + i);
-}
 
 // The lane's share of a part of a row of weights, on its way: 8 packs, 32 apart
 __device__ inline void request(RawPack<floatX> (&raw)[8], const floatX *row, int k, int K) {
@@ -1307,20 +1299,14 @@ __device__ inline void add_products(float &sum, const RawPack<floatX> (&raw)[8],
     }
 }
 
-// y[row] = weights(row) . x for rows 0..rows-1, x made by `before` in shared memory, y handed to `after`; `prepare` has vectors
-// fetched that `before` will read. A row may have a second x. Grid: (any number of blocks, problems).
+// y[row] = weights(row) . x for rows 0..rows-1, x made by `before` in shared memory, y handed to `after`. A row may have a second x.
+// Grid: (any number of blocks, problems).
 template <typename Job> __global__ void __launch_bounds__(MV_THREADS, 4) matvec_kernel(Job job) {
     floatX *x = dynamic_smem<floatX>();
     int row = blockIdx.x * MV_WARPS + threadIdx.x / 32;
     RawPack<floatX> raw[8];
     let_next_start();
     if (row < job.rows) request(raw, job.weights(row), 0, job.K);
-    job.prepare();
-    for (int ahead = row, k = MV_PART, left = MV_AHEAD; ahead < job.rows && left > 0; ahead += gridDim.x * MV_WARPS, k = 0)
-        for (; k < job.K && left > 0; k += 32 * LINE, left -= 32 * LINE) {
-            const int at = k + threadIdx.x % 32 * LINE;
-            if (at < job.K) prefetch(job.weights(ahead) + at);
-        }
     wait_for_previous();
     job.before(x);
     __syncthreads();
@@ -1352,7 +1338,6 @@ template <typename Job> static void matvec(const Job &job, int vectors, int prob
 struct OneVector {                                          // what most jobs have in common
     __device__ int first(int) const { return 0; }
     __device__ int second(int) const { return 0; }          // 0: there is none
-    __device__ void prepare(void) const {}
 };
 
 template <typename T> __device__ inline void copy_vector(floatX *to, const T *from, int n) {
@@ -1372,11 +1357,6 @@ template <typename T> __device__ inline void norm_vector(floatX *to, const T *x,
 }
 
 struct ShiftMix { const floatX *shift, *mu[2]; };           // the token before, normed; up to two mixes
-
-__device__ inline void prefetch_norm(const floatX *gain, const floatX *bias, const ShiftMix &mix, int C) {
-    for (const floatX *x : {gain, bias, mix.shift, mix.mu[0], mix.mu[1]})
-        if (x) prefetch_vector(x, C);
-}
 
 // x_i = ln + (shift - ln) * mu_i for i in 0..n-1 at x, ln = LayerNorm(from), which block 0 also stores
 template <int n>
@@ -1405,7 +1385,6 @@ struct MixHidden : OneVector {
     float *hidden;
     int rows, K;
     __device__ const floatX *weights(int row) const { return w + (int64_t)row * K; }
-    __device__ void prepare(void) const { prefetch_norm(gain, bias, mix, K); }
     __device__ void before(floatX *v) const { norm_shift_mix<1>(v, ln, x, gain, bias, mix, K); }
     __device__ void after(int row, float2 sum) const { hidden[row] = tanhf(sum.x); }
 };
@@ -1427,7 +1406,6 @@ struct FinchProducts {
         return (row < A ? 2 : row < 2 * A ? 0 : row < 3 * A ? 1 : row < 3 * A + 64 ? 3 : 4) * K;
     }
     __device__ int second(int row) const { return row < A && use_v2 ? 4 * K : 0; }
-    __device__ void prepare(void) const {}
     __device__ void before(floatX *x) const { copy_vector(x, xs, (use_v2 ? 5 : 4) * K); }
     __device__ void after(int row, float2 sum) const {
         if (row < A) {
@@ -1458,7 +1436,6 @@ struct NormProduct : OneVector {                            // out = w LayerNorm
     float *out;
     int rows, K;
     __device__ const floatX *weights(int row) const { return w + (int64_t)row * K; }
-    __device__ void prepare(void) const { prefetch_norm(gain, bias, {}, K); }
     __device__ void before(floatX *v) const { norm_vector(v, x, gain, bias, K); }
     __device__ void after(int row, float2 sum) const { out[row] = (residual ? residual[row] : 0) + sum.x; }
 };
@@ -1476,7 +1453,6 @@ struct CmixIn {
     }
     __device__ int first(int row) const { return row < F ? 0 : K; }
     __device__ int second(int) const { return 0; }
-    __device__ void prepare(void) const { prefetch_norm(gain, bias, mix, K); }
     __device__ void before(floatX *v) const { norm_shift_mix<2>(v, ln, x, gain, bias, mix, K); }
     __device__ void after(int row, float2 sum) const {
         if (row < F) k[row] = (floatX)(sum.x > 0 ? sum.x * sum.x : 0);
@@ -1657,7 +1633,6 @@ struct KeySums {
     __device__ const floatX *weights(int row) const { return g.w_c + (int64_t)row * K; }
     __device__ int first(int) const { return 0; }
     __device__ int second(int) const { return K; }
-    __device__ void prepare(void) const {}
     __device__ void before(floatX *x) const {
         const int64_t t = place->first;
         float largest = 0;
