@@ -144,8 +144,8 @@ typedef struct Preset { const char *key, *value; } Preset;
 const Preset demo_preset[] = {
     {"model.n_layer", "6"}, {"model.n_embd", "128"}, {"model.ctx_len", "128"}, {"model.vocab_size", "320"},
     {"train.micro_bsz", "8"}, {"train.lr_init", "4e-3"}, {"train.lr_final", "4e-4"}, {"train.warmup_steps", "20"},
-    {"train.my_exit_tokens", "327680"}, {"train.data_type", "utf-8"}, {"train.save_every", "160"},
-    {"train.val_every", "160"},
+    {"train.my_exit_tokens", "393216"}, {"train.data_type", "utf-8"}, {"train.save_every", "192"},
+    {"train.val_every", "192"},
 };
 const int n_demo_preset = sizeof(demo_preset) / sizeof(demo_preset[0]);
 const char *demo_sample_prompt = "static void ";
@@ -3318,7 +3318,7 @@ typedef struct Model {
     UpdateState *state;
     // host
     int *staged[4];                         // pinned; a ring, so that a copy is not overwritten before it is done
-    cudaEvent_t staged_done[4], result_done[2];
+    cudaEvent_t staged_done[4], result_done[3];
     int64_t micro_steps, targets_in_step;
     UpdateState *results;                   // pinned, of the current step and the one before
     int distinct;                           // ids in the micro-batch at hand
@@ -4340,7 +4340,7 @@ void model_allocate(Model *m) {                                              // 
     device_alloc((void **)&m->squares, m->n_pieces * sizeof(double));
     device_alloc((void **)&m->state, sizeof(UpdateState));
     CUDA_CHECK(cudaMallocHost((void **)&m->results, 2 * sizeof(UpdateState)));
-    for (int i = 0; i < 2; i++) CUDA_CHECK(cudaEventCreate(&m->result_done[i]));
+    for (int i = 0; i < 3; i++) CUDA_CHECK(cudaEventCreate(&m->result_done[i]));
 }
 
 // ---- initial weights (spec section 7) ----
@@ -4658,17 +4658,23 @@ static void model_update(Model *m, int64_t step, double lr, double weight_decay)
     adamw_kernel<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->m, m->v, m->grads, m->pieces, m->state, a);
     CUDA_CHECK(cudaGetLastError());                                                 // of all launches of the step
     CUDA_CHECK(cudaMemcpyAsync(&m->results[step % 2], m->state, sizeof(UpdateState), cudaMemcpyDeviceToHost, stream));
-    CUDA_CHECK(cudaEventRecord(m->result_done[step % 2], stream));
+    CUDA_CHECK(cudaEventRecord(m->result_done[step % 3], stream));
 }
 
 typedef struct StepResult { float loss, norm; } StepResult;
 
 static StepResult model_result(Model *m, int64_t step) {
-    CUDA_CHECK(cudaEventSynchronize(m->result_done[step % 2]));
+    CUDA_CHECK(cudaEventSynchronize(m->result_done[step % 3]));
     return {m->results[step % 2].loss, m->results[step % 2].norm};
 }
 
-static bool model_step_done(Model *m, int64_t step) { return cudaEventQuery(m->result_done[step % 2]) == cudaSuccess; }
+static double seconds_since_last_step(Model *m, int64_t step) {        // on the device, both being done
+    float ms;
+    CUDA_CHECK(cudaEventElapsedTime(&ms, m->result_done[(step + 2) % 3], m->result_done[step % 3]));
+    return ms * 1e-3;
+}
+
+static bool model_step_done(Model *m, int64_t step) { return cudaEventQuery(m->result_done[step % 3]) == cudaSuccess; }
 
 static void model_evaluate(Model *m, const int *tokens, int B, int T, double *loss_sum, int64_t *correct) {
     double totals[2];
@@ -5576,7 +5582,7 @@ typedef struct Run {
     FILE *log;
     int64_t n_steps;                                            // of the whole run
     int *tokens;                                                // (micro_bsz, ctx_len + 1)
-    double last_result, step_seconds;                           // when the last result came; a step's running mean
+    double last_done, step_seconds;                             // when the last step was done; a step's running mean
     double val_loss;                                            // the last validation's
 } Run;
 
@@ -5694,11 +5700,13 @@ Step begin_step(Run *r) {
 // Waits for a step's numbers; prints and logs them, after a validation if one is due.
 void end_step(Run *r, const Step *step, bool validation) {
     const StepResult result = model_result(&r->m, step->step);
-    const double now = seconds_now(), seconds = now - fmax(step->begin, r->last_result);
+    // read a step late, so its time is the device's
+    const double done = r->last_done > 0 ? r->last_done + seconds_since_last_step(&r->m, step->step) : seconds_now();
+    const double seconds = done - fmax(step->begin, r->last_done);
     const int64_t tokens = r->s.micro_bsz * r->s.accumulate_grad_batches * r->s.ctx_len;
     const double speed = (double)tokens / seconds;              // tokens per second
     const double peak = 100 * speed * model_flops_per_token(&r->m) / machine_peak_flops();
-    r->last_result = now;
+    r->last_done = done;
     r->step_seconds = r->step_seconds > 0 ? 0.95 * r->step_seconds + 0.05 * seconds : seconds;
     const long left = lround((double)(r->n_steps - step->step - 1) * r->step_seconds);
     char peak_text[32] = "", val_text[32] = "", peak_column[64] = "";
@@ -5900,7 +5908,7 @@ static void model_free(Model *m) {
         cudaFreeHost(m->staged[i]);
         cudaEventDestroy(m->staged_done[i]);
     }
-    for (int i = 0; i < 2 && m->results; i++) cudaEventDestroy(m->result_done[i]);             // null where only inference was asked for
+    for (int i = 0; i < 3 && m->results; i++) cudaEventDestroy(m->result_done[i]);             // null where only inference was asked for
     cudaFreeHost(m->results);
     model_free_plan(m);
 }
