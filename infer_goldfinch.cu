@@ -4,6 +4,7 @@
 //
 // Kernels, layers, settings and files are the trainer's; here is only what inference adds, in the order of use:
 //
+//     0. Machine     kernels that start early, steps that are recorded
 //     1. Cache       what is carried from token to token, and nothing else
 //     2. Attention   of a GOLD layer over keys and values made on the fly from the cache
 //     3. One token   at a time: decode
@@ -2415,6 +2416,7 @@ void infer_cache_bytes(const Infer *f, int64_t *total, double *per_token, double
     *total = 0;
     for (int i = 0; i < n; i++) *total += strcmp(list[i].name, "logits") == 0 ? 0 : list[i].count * list[i].width;
     free(list);
+    if (f->kv == KV_FULL) *total += f->position * 2 * f->G * d.C * (int64_t)sizeof(floatX);    // a saved state does without these
     *per_token = (double)cache_bytes_per_token(f);
     *transformer_per_token = 2.0 * d.A * d.L * 2;                           // keys and values of all layers in bf16
 }

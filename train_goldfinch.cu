@@ -260,7 +260,7 @@ void settings_help(void) {
     }
     printf("\n--print-config prints what they and the flags add up to, as a config. A few to start with:\n"
            "  %s -c goldfinch -c L12D768ctx1024minipile --train.max_steps 10\n\n"
-           "Without a data_file: trains on data/minipile if data/minipile.bin is there, else the embedded default, a\n"
+           "Without a data_file: trains on data/minipile if data/minipile.bin is there, else the demo, a\n"
            "small byte-level model of the project's own source text (its values: demo).\n", program_name);
     for (int i = 0; i < n_settings; i++) {
         const Setting *row = &settings_table[i];
@@ -706,8 +706,8 @@ static void profile_end(void) {
 }
 
 // Names what is launched until the end of the scope, for the timeline of Nsight Systems (dev/README.md).
-struct Range {
-    Range(const char *format, ...) {
+struct NamedRange {
+    NamedRange(const char *format, ...) {
         char name[64];
         va_list arguments;
         va_start(arguments, format);
@@ -715,7 +715,7 @@ struct Range {
         va_end(arguments);
         nvtxRangePushA(name);
     }
-    ~Range() { nvtxRangePop(); }
+    ~NamedRange() { nvtxRangePop(); }
 };
 
 static const char *machine_name(void) {
@@ -873,9 +873,8 @@ static const int64_t GUARD_BYTES = 0;       // between tensors, where the CPU's 
 static void guard_gap(void *, size_t) {}
 #endif
 
-// ---- launches: early ones, and sequences that are recorded once ----
-
-// Sum over the block, to all threads, in fixed order: of a float, float2 or float4. shared: 32 of them, or of a larger type.
+// Sum over the block, whole warps, to all threads, in fixed order: of a float, float2 or float4. shared: 32 of them, or of a
+// larger type.
 template <typename V, typename S> __device__ inline V block_sum(V v, S *shared) {
     const int n = sizeof(V) / sizeof(float), warps = blockDim.x / 32;
     V *sums = (V *)shared;
@@ -1306,7 +1305,8 @@ static void layernorm_forward(floatX *out, floatX *sum, const floatX *x, const i
 // added to what dx holds if `accumulate`. partial (blocks, 2, C): sums of dout * n and of dout.
 // What is summed over a row, (x - mean)^2, dn and dn (x - mean), asks for no more than its mean. So that one sum over the
 // block does for a row, it takes along the x of the next row, which gives that one's mean. Loads are a row ahead of their use.
-// Bytes a row: C (2 read + 1 written) in floatX, one more read if `accumulate`. 768: see most_row_blocks.
+// Bytes a row: C (2 read + 1 written) in floatX, one more read if `accumulate`. 768: threads that a multiprocessor's
+// registers are to suffice for.
 template <bool accumulate>
 __global__ void __launch_bounds__(PRECISION_BF16 ? 768 : MAX_C / 8) layernorm_backward_kernel(floatX *dx, float *partial,
         const floatX *dout, const floatX *x, const int *index, const floatX *gain, int rows, int rows_per_block, int C) {
@@ -1467,7 +1467,8 @@ template <int n> __global__ void token_shift_mix_forward(Mixes<n> mix, const flo
     }
 }
 
-// A tile to shared memory in the background; rows not in [0, limit) become zeros. `from`: the tile's columns in row 0.
+// A tile to shared memory in the background; rows not in [0, limit) become zeros, nothing is read where they would lie.
+// `from`: the tile's columns in row 0.
 template <int rows, int columns, int threads>
 __device__ inline void async_tile(floatX *to, const floatX *from, int row0, int limit, int ld) {
     const int step = 16 / sizeof(floatX), per_row = columns / step, at_once = threads / per_row;    // at_once: rows
@@ -1482,10 +1483,10 @@ __device__ inline void async_tile(floatX *to, const floatX *from, int row0, int 
     }
 }
 
-// With low ranks a block owns 64 channels, keeps their part of w2 in shared memory and walks down the rows, 64 at a time; a
-// warp takes 16 of them and 32 channels, c_i = mu_i + m_i being a result of mma. w2's columns are permuted so that a lane gets
+// With low ranks a block owns 64 channels, keeps their part of w2 in shared memory and walks down the rows, 64 at a time (32 in
+// FP32); a warp takes 16 of them and 32 channels, c_i = mu_i + m_i being a result of mma. w2's columns are permuted so that a lane gets
 // 8 neighbouring channels of a row, 16 bytes: column 8 j + 2 l + e of 32 is channel 8 l + 2 j + e. x and h of the next rows
-// come by asynchronous copies meanwhile: 30 KB a block at n = 5, two blocks a multiprocessor.
+// come by asynchronous copies meanwhile (bf16): 30 KB a block at n = 5, two blocks a multiprocessor.
 static const int MIX_STAGES = PRECISION_BF16 ? 2 : 1;                       // tiles of rows in shared memory
 static const int MIX_CHANNELS = 64, MIX_FORWARD_ROWS = PRECISION_BF16 ? 64 : 32, MIX_FORWARD_THREADS = 4 * MIX_FORWARD_ROWS;
 
@@ -1548,7 +1549,7 @@ low_rank_mix_forward_kernel(Mixes<n> mix, const floatX *x, int BT, int T, int C)
         const LowRankMixRows<n> &here = s.rows[turn % MIX_STAGES];
         async_wait<0>();
         __syncthreads();                                                    // nor does anyone read the other tile any more
-        if (MIX_STAGES > 1) mix_copy_rows(s.rows[(turn + 1) % MIX_STAGES], mix, x, row0 + step, BT, first, C);
+        if (MIX_STAGES > 1 && row0 + step < BT) mix_copy_rows(s.rows[(turn + 1) % MIX_STAGES], mix, x, row0 + step, BT, first, C);
         Pack v[2], delta[2];                                                // x and shift(x) - x, of two rows
         for (int half = 0; half < 2; half++) {
             const int local = strip + tile_row(2 * half);
@@ -1569,7 +1570,7 @@ low_rank_mix_forward_kernel(Mixes<n> mix, const floatX *x, int BT, int T, int C)
                 if (row < BT) store(mix.x[i] + row * C + first + c, out);
             }
         }
-        if (MIX_STAGES == 1) {
+        if (MIX_STAGES == 1 && row0 + step < BT) {
             __syncthreads();
             mix_copy_rows(s.rows[0], mix, x, row0 + step, BT, first, C);
         }
@@ -1642,7 +1643,8 @@ __global__ void token_shift_mix_backward(Mixes<n> mix, TX *dx, float *partial, c
 
 // With low ranks, first dx and dh: a block takes 64 rows, a warp 16 of them, and walks over all channels, 32 at a time, its
 // part of dh in registers. All that a slice of channels takes comes by asynchronous copies while the one before is worked on:
-// 44 KB a block and two blocks a multiprocessor at n = 5, and 18 KB must be on their way to be as fast as the memory.
+// 44 KB a block and two blocks a multiprocessor at n = 5, where 18 KB must be on their way to be as fast as the memory (3 TB/s,
+// which answers in 0.8 us).
 // The last of the 64 rows is there for what the shift gives to the one before it; the next block begins with it. dh is given
 // as the gradient before the tanh that made h. Bytes a row: C (1 + n read + 1 written) in floatX; w2 comes from the L2 cache.
 static const int MIX_THREADS = 128, MIX_ROWS = MIX_THREADS / 2, MIX_SLICE = PRECISION_BF16 ? 32 : 16, LD_SLICE = MIX_SLICE + PAD;
@@ -1718,7 +1720,7 @@ low_rank_mix_backward_dx(Mixes<n> mix, TX *dx, floatX *dh, const floatX *x, int 
 #pragma unroll
     for (int i = 0; i < n; i++)
         for (int k = 0; k < 2; k++) h[i][k] = load_a_global(mix.low.h + (int64_t)own * mix.low.ld + RANK * i + 16 * k,
-                mix.low.ld, BT - own);
+                mix.low.ld, BT - own);                                      // past the end: the last row's, times g, which is zero
     const float inside[2] = {(own + tile_row(0)) % T ? 1.f : 0.f, (own + tile_row(2)) % T ? 1.f : 0.f};
     bool mine[turns], shifts[turns];                                        // rows of dx that this thread writes
     for (int k = 0; k < turns; k++) {
@@ -3318,7 +3320,8 @@ typedef struct Model {
     UpdateState *state;
     // host
     int *staged[4];                         // pinned; a ring, so that a copy is not overwritten before it is done
-    cudaEvent_t staged_done[4], result_done[3];
+    cudaEvent_t staged_done[4];
+    cudaEvent_t result_done[3];             // of the step that is queued, of the one that is read, of the one before that
     int64_t micro_steps, targets_in_step;
     UpdateState *results;                   // pinned, of the current step and the one before
     int distinct;                           // ids in the micro-batch at hand
@@ -4510,7 +4513,7 @@ static void model_layers(Model *m, int begin, int end) {
     for (int l = begin; l < end; l++) {
         Layer *layer = &m->layers[l];
         const Params &p = layer->p;
-        Range range("layer %d %s forward", l, layer->tmix->name);
+        NamedRange range("layer %d %s forward", l, layer->tmix->name);
         if (l == begin) layernorm_forward(layer->ln1, nullptr, layer->x, nullptr, nullptr, p.ln1_weight, p.ln1_bias, d.BT, d.C);
         else layernorm_forward(layer->ln1, layer->x, m->layers[l - 1].x_mid, nullptr, m->branch, p.ln1_weight, p.ln1_bias, d.BT, d.C);
         if (l == d.G0 && has_cache(m) && d.lead == 0) token_cat_forward(m, layer->x);
@@ -4542,7 +4545,7 @@ static void model_classifier(Model *m, float scale) {
     const Dims &d = m->d;
     const Param head = m->top.head;
     const float add = matrix_gradients_add;
-    Range range("head and loss");
+    NamedRange range("head and loss");
     for (int64_t row = 0; row < d.BT; row += m->slice) {
         const int here = (int)(d.BT - row < m->slice ? d.BT - row : m->slice);
         head_and_loss(m, m->xf + row * d.C, m->tokens + d.BT, row, here, scale);
@@ -4582,7 +4585,7 @@ static void model_backward(Model *m) {                                          
         for (float *sum : {m->dxo, m->dk0}) CUDA_CHECK(cudaMemsetAsync(sum, 0, E * sizeof(float), stream));     // A = C here
     layernorm_backward<false>(m->dx, m->partial, m->dln1, m->x_out, nullptr, top.ln_out_weight, top.ln_out_bias, d.BT, d.C);
     for (int l = d.L - 1; l >= 0; l--) {
-        Range range("layer %d %s backward", l, m->layers[l].tmix->name);
+        NamedRange range("layer %d %s backward", l, m->layers[l].tmix->name);
         layer_backward(m, &m->layers[l]);
         if (l == d.G0 && has_cache(m)) token_cat_backward(m, m->dx, m->layers[l].x);
     }
@@ -4649,7 +4652,7 @@ static void model_micro_step(Model *m, const int *tokens, int B, int T, int accu
 
 static void model_update(Model *m, int64_t step, double lr, double weight_decay) {
     const Settings &s = m->s;
-    Range range("optimizer");
+    NamedRange range("optimizer");
     squares_of_pieces<<<m->n_pieces, 256, 0, stream>>>(m->squares, m->grads, m->pieces);
     const float per_target = (float)(1.0 / m->targets_in_step), limit = (float)s.gradient_clip_val;
     norm_and_clip<<<1, 256, 0, stream>>>(m->state, m->squares, m->n_pieces, m->totals, per_target, limit);
@@ -4668,7 +4671,7 @@ static StepResult model_result(Model *m, int64_t step) {
     return {m->results[step % 2].loss, m->results[step % 2].norm};
 }
 
-static double seconds_since_last_step(Model *m, int64_t step) {        // on the device, both being done
+static double seconds_since_last_step(Model *m, int64_t step) {        // from the end of step - 1 to that of step, on the device
     float ms;
     CUDA_CHECK(cudaEventElapsedTime(&ms, m->result_done[(step + 2) % 3], m->result_done[step % 3]));
     return ms * 1e-3;
@@ -4796,7 +4799,7 @@ static const char *model_find_nonfinite(Model *m, const int *tokens, int B, int 
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 7. Data: a stream of tokens in a mapped file (binidx, or the bytes of a text), the sampler that draws sequences from
-//    it, the validation walk, and the embedded default: the project's own source text.
+//    it, the validation walk, and the demo: the project's own source text.
 
 typedef struct Dataset {
     LONG_PATH name;                                             // of the file, for messages
@@ -4899,7 +4902,7 @@ int64_t sample_start(int64_t prime, int64_t ctx_len, int64_t i) {
     return (int64_t)(x * x % P * x % P * factor % P) * ctx_len;
 }
 
-// ---------------------------------------- the embedded default and other texts
+// ---------------------------------------- the demo's text and other texts
 
 // The project's source text beside the executable, in a fixed order.
 uint8_t *demo_text(int64_t *size) {
@@ -5582,7 +5585,7 @@ typedef struct Run {
     FILE *log;
     int64_t n_steps;                                            // of the whole run
     int *tokens;                                                // (micro_bsz, ctx_len + 1)
-    double last_done, step_seconds;                             // when the last step was done; a step's running mean
+    double step_seconds;                                        // running mean of a step; 0 before the first
     double val_loss;                                            // the last validation's
 } Run;
 
@@ -5700,13 +5703,11 @@ Step begin_step(Run *r) {
 // Waits for a step's numbers; prints and logs them, after a validation if one is due.
 void end_step(Run *r, const Step *step, bool validation) {
     const StepResult result = model_result(&r->m, step->step);
-    // read a step late, so its time is the device's
-    const double done = r->last_done > 0 ? r->last_done + seconds_since_last_step(&r->m, step->step) : seconds_now();
-    const double seconds = done - fmax(step->begin, r->last_done);
+    double seconds = seconds_now() - step->begin;               // too long where the step waited for the one before, or was read late
+    if (r->step_seconds > 0) { seconds = fmin(seconds, seconds_since_last_step(&r->m, step->step)); }   // too long after a pause
     const int64_t tokens = r->s.micro_bsz * r->s.accumulate_grad_batches * r->s.ctx_len;
     const double speed = (double)tokens / seconds;              // tokens per second
     const double peak = 100 * speed * model_flops_per_token(&r->m) / machine_peak_flops();
-    r->last_done = done;
     r->step_seconds = r->step_seconds > 0 ? 0.95 * r->step_seconds + 0.05 * seconds : seconds;
     const long left = lround((double)(r->n_steps - step->step - 1) * r->step_seconds);
     char peak_text[32] = "", val_text[32] = "", peak_column[64] = "";

@@ -10,7 +10,7 @@
 //     1 each operation a kernel, a thread an element, products by cuBLAS: 25 units go through memory
 //     2 in use, for training: m is made inside the mixes (token_shift_mix.cu), the sums by the norms that read them
 //
-// Inference makes them tile by tile in shared memory as its attention needs them, and never writes them out:
+// Inference makes them tile by tile in registers as its attention needs them, and never writes them out:
 // infer_goldfinch.cu, section 2.
 //
 //     make -C dev gold_kv && dev/gold_kv [VERSION [B T C]]

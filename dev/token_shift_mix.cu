@@ -307,7 +307,7 @@ static Cost forward_cost(const int *shape) { return cost(shape, 6, 1); }
 static Cost backward_cost(const int *shape) { return cost(shape, 7, 3); }
 
 int main(int argc, char **argv) {
-    const Shapes small = {{1, 1, 64}, {3, 37, 192}, {2, 150, 320}}, large = {{32, 1024, 768}, {8, 2048, 2048}};
+    const Shapes small = {{1, 1, 64}, {3, 37, 192}, {2, 150, 320}, {1, 290, 4096}}, large = {{32, 1024, 768}, {8, 2048, 2048}};
     const std::vector<Dimension> dimensions = {{"B", 1}, {"T", 1}, {"C", 64}};
     return lab_main({{"token_shift_mix_forward", dimensions,
                       {"a launch a mix", "five mixes in one pass", "with the product inside", "and in registers",
