@@ -32,7 +32,7 @@ DEV := $(LAB) bench_infer
 
 ifneq ($(filter clean help,$(MAKECMDGOALS)),)
 clean:
-	rm -rf build train_goldfinch infer_goldfinch test_goldfinch $(DEV:%=dev/%)
+	rm -rf build train_goldfinch infer_goldfinch test_goldfinch fuzz_config $(DEV:%=dev/%)
 help:
 	$(info $(HELP))
 	@:
