@@ -2127,13 +2127,7 @@ struct WkvForward {
 
 // 16 tokens of a head (row t0 of from) to shared memory; zeros past the end
 __device__ inline void wkv_copy_tile(floatX (*to)[LD], const floatX *from, int64_t head, int t0, int T, int A) {
-    const int step = 16 / sizeof(floatX), t = threadIdx.x * step / N, rows = WKV_THREADS * step / N;
-    const int c = threadIdx.x * step % N;
-#pragma unroll
-    for (int i = 0; i < TILE; i += rows) {
-        const bool inside = t0 + t + i < T;
-        async_copy16(&to[t + i][c], from + (inside ? head + (int64_t)(t0 + t + i) * A + c : 0), inside);
-    }
+    async_tile<TILE, N, WKV_THREADS>(&to[0][0], from + head, t0, T, A);
 }
 
 __device__ inline void wkv_state_out(float *to, const TileC (&S)[8]) {                      // (values, keys)
