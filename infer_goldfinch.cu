@@ -3304,6 +3304,12 @@ void sampler_queue(const Sampler *s, const float *logits) {
     CUDA_CHECK(cudaMemcpyAsync(s->drawn, &s->state->drawn, sizeof(int), cudaMemcpyDeviceToHost, stream));
 }
 
+// Queues a step and the next draw: the token drawn last goes in.
+void step_and_draw(Infer *f, const Sampler *s) {
+    queue_step(f, &s->state->drawn);
+    sampler_queue(s, infer_logits(f));
+}
+
 int sampler_result(const Sampler *s) {
     CUDA_CHECK(cudaStreamSynchronize(stream));
     CUDA_CHECK(cudaGetLastError());
@@ -3581,18 +3587,13 @@ void session_read(Session *s, const int *ids, int64_t n) {      // reads a promp
     s->prompt_tokens += n;
 }
 
-void session_step(Session *s) {                                 // queues: the token drawn last goes in, the next one is drawn
-    queue_step(s->m, &s->sampler.state->drawn);
-    sampler_queue(&s->sampler, infer_logits(s->m));
-}
-
 // Draws and prints up to o->n tokens, each fed before the next is drawn.
 void session_write(Session *s) {
     double begin = 0;
     sampler_begin(&s->sampler, infer_position(s->m), -1);
     for (int64_t i = 0; i < s->o->n && !stop_requested; i++) {
         if (s->pending >= 0 && s->m->decodes) {           // it is the one that was drawn last: the device has it
-            infer_step(s->m, s->recordings, [=] { session_step(s); });
+            infer_step(s->m, s->recordings, [=] { step_and_draw(s->m, &s->sampler); });
         } else {
             if (s->pending >= 0) { infer_feed(s->m, &s->pending, 1); }
             sampler_queue(&s->sampler, infer_logits(s->m));
@@ -3767,7 +3768,7 @@ int main(int argc, char **argv) {
     sigaction(SIGTERM, &action, NULL);
     const Sampling how = {o->temperature, o->top_p, o->presence, o->frequency, o->decay, o->top_k, (uint64_t)o->seed};
     sampler_open(&s->sampler, (int)s->vocab_size, &how, &s->tokenizer, o->ignore_eos);
-    if (s->m->decodes) { infer_rehearse(s->m, s->recordings, [=] { session_step(s); }); }
+    if (s->m->decodes) { infer_rehearse(s->m, s->recordings, [=] { step_and_draw(s->m, &s->sampler); }); }
     if (o->load_state) { infer_load_state(s->m, o->load_state); }
     if (n > 0) { session_read(s, ids, n); }
     free(ids);

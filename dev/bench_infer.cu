@@ -65,11 +65,6 @@ static double wait_seconds(void) {
     return seconds_now();
 }
 
-static void queue_draw(Bench *b) {                              // the token drawn last goes in, the next one is drawn
-    queue_step(b->f, &b->sampler.state->drawn);
-    sampler_queue(&b->sampler, infer_logits(b->f));
-}
-
 static void bench_open(Bench *b, const Settings *s, KvKind kv, int64_t capacity, int64_t window) {
     const Sampling how = {0, 1, 0, 0, 1, 0, 1};                 // the likeliest token
     uint8_t *types = (uint8_t *)calloc(s->vocab_size, 1);
@@ -82,7 +77,7 @@ static void bench_open(Bench *b, const Settings *s, KvKind kv, int64_t capacity,
     }
     infer_prepare(b->f, multiprocessors, 8);
     sampler_allocate(&b->sampler, (int)s->vocab_size, &how, types);
-    infer_rehearse(b->f, b->recordings, [=] { queue_draw(b); });
+    infer_rehearse(b->f, b->recordings, [=] { step_and_draw(b->f, &b->sampler); });
     b->ids = (int *)malloc((size_t)capacity * sizeof(int));
     for (int64_t i = 0; i < capacity; i++) b->ids[i] = (int)(hash_uniform(99, i) * s->vocab_size);
     free(types);
@@ -111,7 +106,7 @@ static double decode(Bench *b, int n, int *drawn) {
         if (i == 0) begin = wait_seconds();
         const int id = sampler_result(&b->sampler);
         if (drawn && i >= 0) drawn[i] = id;
-        infer_step(b->f, b->recordings, [=] { queue_draw(b); });
+        infer_step(b->f, b->recordings, [=] { step_and_draw(b->f, &b->sampler); });
     }
     return (wait_seconds() - begin) / n;
 }
