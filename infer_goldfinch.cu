@@ -42,6 +42,7 @@ __device__ inline void let_next_start(void) {
 // The kernel may start while the one launched before it still runs (programmatic dependent launch): it asks for its
 // weights, and then waits in wait_for_previous until all before it is done. Every thread must do so, and must not touch
 // what other kernels write until then; let_next_start says when the next early launch may begin (all blocks must).
+[[maybe_unused]] static bool next_starts_late = false;      // the next one all the same starts when all before it are done
 template <typename... P, typename... Args>
 static void launch_early(void (*kernel)(P...), dim3 grid, int threads, size_t smem, const Args &...args) {
 #ifdef CUDA_ON_CPU
@@ -54,7 +55,8 @@ static void launch_early(void (*kernel)(P...), dim3 grid, int threads, size_t sm
     config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = smem, config.stream = stream;
     static int major = 0;                   // sm_90 and newer can
     if (major == 0) CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
-    config.attrs = &early, config.numAttrs = major >= 9 ? 1 : 0;
+    config.attrs = &early, config.numAttrs = major >= 9 && !next_starts_late ? 1 : 0;
+    next_starts_late = false;
     CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, P(args)...));
 #endif
 }
@@ -185,7 +187,6 @@ typedef struct Infer {
     PastSums past_sums;
     PastQuery past_query;
     float *logits;                          // (V), fp32
-    int shared_limit;                       // bytes of shared memory a block can have
 } Infer;
 
 static const int MOST_SPLITS = 256;         // blocks that share a context: one a multiprocessor
@@ -266,7 +267,7 @@ __global__ void sum_squares(float *to, const floatX *from, int columns) {       
 // `window` tokens are kept, in a ring: token t's in row t % window. It holds nothing that (id, c) do not give: scratch of
 // a fixed size. With KV_FULL it is as long as the context, and the rest of this section has nothing to do.
 
-static const int WINDOW_THREADS = 256, WINDOW_SPLITS = 8, WINDOW_GROUPS = WINDOW_THREADS / 8;
+static const int WINDOW_THREADS = 256, WINDOW_SPLITS = 4, WINDOW_GROUPS = WINDOW_THREADS / 8, WINDOW_WARPS = WINDOW_THREADS / 32;
 
 struct QuerySource {
     const floatX *q;                        // (M, C), normed; or null:
@@ -279,66 +280,75 @@ struct QuerySource {
 struct WindowTask {
     QuerySource query;
     const floatX *keys, *values;            // (window, C)
-    floatX *shift;                          // what the next token's shift sees of this one, and where it lies now; or null
-    const floatX *ln;
     SplitSums to;
     const Place *place;
     int64_t window;
     int m0, M, C, H;                        // m0: number of the first query here
 };
 
-// Mean and 1/deviation of x (C), over the block
-template <typename T> __device__ inline float2 block_norm(const T *x, int C, float2 *shared) {
+// Mean and 1/deviation of C numbers over the block of NORM_THREADS or more. pack(c) gives eight of them; own: the thread's,
+// blockDim.x packs apart
+static const int NORM_THREADS = 256, NORM_PACKS = MAX_C / 8 / NORM_THREADS;
+template <typename F> __device__ inline float2 block_norm(const F &pack, int C, float2 *shared, Pack (&own)[NORM_PACKS]) {
     float total = 0, squares = 0;
-    for (int c = threadIdx.x * 8; c < C; c += blockDim.x * 8) {
-        const Pack v = load(x + c);
-        for (int i = 0; i < 8; i++) total += v.x[i];
+    for (int n = 0; n < NORM_PACKS; n++) {
+        const int c = (threadIdx.x + n * blockDim.x) * 8;
+        own[n] = c < C ? pack(c) : zero_pack();
+        for (int i = 0; i < 8; i++) total += own[n].x[i];
     }
     const float mean = block_sum(total, shared) / C;
-    for (int c = threadIdx.x * 8; c < C; c += blockDim.x * 8) {
-        const Pack v = load(x + c);
-        for (int i = 0; i < 8; i++) squares += (v.x[i] - mean) * (v.x[i] - mean);
+    for (int n = 0; n < NORM_PACKS; n++) {
+        if ((int)(threadIdx.x + n * blockDim.x) * 8 >= C) continue;
+        for (int i = 0; i < 8; i++) squares += (own[n].x[i] - mean) * (own[n].x[i] - mean);
     }
     return make_float2(mean, rsqrtf(block_sum(squares, shared) / C + 1e-5f));
 }
 
-// Eight channels of query m, from c on; the whole block must call it
-__device__ inline Pack query_pack(const QuerySource &s, int m, int c, int C, float2 *shared) {
+// Eight channels of query m, from c on; the whole block must call it. gain, bias: of ln_q there, where the query still needs it
+__device__ inline Pack query_pack(const QuerySource &s, int m, int c, int C, const Pack &gain, const Pack &bias, float2 *shared) {
     if (s.q) return load(s.q + (int64_t)m * C + c);
-    const float2 norm = block_norm(s.q0, C, shared);
-    const Pack gain = load(s.gain + c), bias = load(s.bias + c);
-    Pack q = load(s.q0 + c);
+    Pack own[NORM_PACKS], q = load(s.q0 + c);
+    const float2 norm = block_norm([&](int at) { return load(s.q0 + at); }, C, shared, own);
     for (int i = 0; i < 8; i++) q.x[i] = (float)(floatX)((q.x[i] - norm.x) * norm.y * gain.x[i] + bias.x[i]);
     return s.rope->used ? rope_pack(q, *s.rope, s.place->first, c, 1) : q;
 }
 
 // Grid: (H, splits, M). Eight lanes hold a token, each eight channels; such a group of lanes keeps its own running sums of
-// every 32nd token, four tokens on their way at a time. Floor: bytes, 2 floatX a channel and token.
-__global__ void __launch_bounds__(WINDOW_THREADS) window_attention_kernel(WindowTask p) {
+// every 32nd token, four tokens on their way at a time. Floor: bytes, 2 floatX a channel and token. A single query's first
+// keys and values are asked for early: no kernel that may still run writes the cache (see cache_decode).
+__global__ void __launch_bounds__(WINDOW_THREADS, 2) window_attention_kernel(WindowTask p) {
     __shared__ float2 shared[32];
-    __shared__ float tops[WINDOW_GROUPS];
-    __shared__ float sums[WINDOW_GROUPS];
-    __shared__ __align__(16) float outs[WINDOW_GROUPS][N];
+    __shared__ float tops[WINDOW_WARPS];
+    __shared__ float sums[WINDOW_WARPS];
+    __shared__ __align__(16) float outs[WINDOW_WARPS][N];
     const int group = threadIdx.x / 8, lane = threadIdx.x % 8, h = blockIdx.x, split = blockIdx.y, m = blockIdx.z;
-    const int c = h * N + lane * 8;
+    const int c = h * N + lane * 8, step = WINDOW_GROUPS * gridDim.y;
+    RawPack<floatX> k[4], v[4];
     let_next_start();
-    wait_for_previous();
-    const Pack q = query_pack(p.query, m, c, p.C, shared);
-    Pack out = zero_pack();
-    for (int i = (split * p.H + h) * WINDOW_THREADS + threadIdx.x; p.shift && i < p.C; i += gridDim.y * p.H * WINDOW_THREADS)
-        p.shift[i] = p.ln[i];
-    const int64_t end = p.place->first + p.m0 + m + 1;                       // of what this query sees
-    const int step = WINDOW_GROUPS * gridDim.y;
-    float top = -INFINITY, sum = 0;
-    int64_t t0 = p.place->begin + split * WINDOW_GROUPS + group;
-    for (int64_t rounds = (end - p.place->begin + 4 * step - 1) / (4 * step); rounds > 0; rounds--) {
-        RawPack<floatX> k[4], v[4];
-        float score[4], high = top;
+    const Pack gain = p.query.q ? zero_pack() : load(p.query.gain + c), bias = p.query.q ? zero_pack() : load(p.query.bias + c);
+    if (p.query.q) wait_for_previous();
+    const int64_t begin = p.place->begin, end = p.place->first + p.m0 + m + 1;      // of what this query sees
+    int64_t t0 = begin + split * WINDOW_GROUPS + group, rounds = (end - begin + 4 * step - 1) / (4 * step);
+    auto request = [&] {
         for (int i = 0; i < 4; i++) {
-            const int64_t at = (t0 + i * step < end ? t0 + i * step : end - 1) % p.window * p.C + c;
+            const int64_t at = (int64_t)((unsigned)(t0 + i * step < end ? t0 + i * step : end - 1) % (unsigned)p.window) * p.C + c;
             k[i] = load_raw(p.keys + at);
             v[i] = load_raw(p.values + at);
         }
+    };
+    request();
+    if (!p.query.q) wait_for_previous();
+    const Pack q = query_pack(p.query, m, c, p.C, gain, bias, shared);
+    Pack out = zero_pack();
+    float top = -INFINITY, sum = 0;
+    auto shrink_to = [&](float high) {
+        const float shrink = top < high ? exp2f(top - high) : 1;
+        sum *= shrink;
+        for (int j = 0; j < 8; j++) out.x[j] *= shrink;
+        top = high;
+    };
+    for (; rounds > 0; rounds--) {
+        float score[4], high = top;
         for (int i = 0; i < 4; i++) {
             const Pack key = unpack(k[i]);
             float dot = 0;
@@ -347,34 +357,37 @@ __global__ void __launch_bounds__(WINDOW_THREADS) window_attention_kernel(Window
             score[i] = t0 + i * step < end ? dot * SCALE_LOG2 : -INFINITY;
             high = fmaxf(high, score[i]);
         }
-        const float shrink = high > -INFINITY ? exp2f(top - high) : 1;
-        sum *= shrink;
-        for (int j = 0; j < 8; j++) out.x[j] *= shrink;
+        shrink_to(high);
         for (int i = 0; i < 4; i++) {
             const Pack value = unpack(v[i]);
             const float weight = high > -INFINITY ? exp2f(score[i] - high) : 0;
             sum += weight;
             for (int j = 0; j < 8; j++) out.x[j] += weight * value.x[j];
         }
-        top = high;
         t0 += 4 * step;
+        if (rounds > 1) request();
     }
-    if (lane == 0) {
-        tops[group] = top;
-        sums[group] = sum;
+    shrink_to(warp_max(top));                               // the warp's four groups, then the block's warps
+    for (int apart = 8; apart < 32; apart *= 2) {
+        sum += __shfl_xor_sync(0xffffffffu, sum, apart);
+        for (int j = 0; j < 8; j++) out.x[j] += __shfl_xor_sync(0xffffffffu, out.x[j], apart);
     }
-    store(&outs[group][lane * 8], out);
+    if (threadIdx.x % 32 < 8) {
+        tops[threadIdx.x / 32] = top;
+        sums[threadIdx.x / 32] = sum;
+        store(&outs[threadIdx.x / 32][lane * 8], out);
+    }
     __syncthreads();
     if (threadIdx.x >= N) return;
-    float all = 0, y = 0, high = -INFINITY;
-    for (int i = 0; i < WINDOW_GROUPS; i++) high = fmaxf(high, tops[i]);
-    for (int i = 0; i < WINDOW_GROUPS && high > -INFINITY; i++) {
+    float all = 0, result = 0, high = -INFINITY;
+    for (int i = 0; i < WINDOW_WARPS; i++) high = fmaxf(high, tops[i]);
+    for (int i = 0; i < WINDOW_WARPS && high > -INFINITY; i++) {
         const float weight = exp2f(tops[i] - high);
         all += sums[i] * weight;
-        y += outs[i][threadIdx.x] * weight;
+        result += outs[i][threadIdx.x] * weight;
     }
-    const int64_t row = (int64_t)split * p.M + m;
-    p.to.out[row * p.C + h * N + threadIdx.x] = y;
+    const int64_t row = (int64_t)split * p.M + m, at = row * p.C + h * N + threadIdx.x;
+    p.to.out[at] = result;
     if (threadIdx.x > 0) return;
     p.to.top[row * p.H + h] = high;
     p.to.sum[row * p.H + h] = all;
@@ -957,17 +970,18 @@ template <int groups, bool rope> __global__ void __launch_bounds__(256, 1) past_
 
 // q~ = q * ln_k's gain (with rope: q), W2^T q~ and two sums, of all queries of a head: a block. q~ includes log2(e) / sqrt(N):
 // softmax goes by powers of 2.
-__global__ void __launch_bounds__(128) past_queries(PastQuery to, QuerySource q, GoldSource g, int M) {
+__global__ void __launch_bounds__(NORM_THREADS) past_queries(PastQuery to, QuerySource q, GoldSource g, int M) {
     __shared__ float2 shared[32];
     __shared__ __align__(16) float qs[8][N];
     __shared__ float low_rank[8][32];
-    const int h = blockIdx.x, t = threadIdx.x, lane = t % 32;
+    const int h = blockIdx.x, t = threadIdx.x, lane = t % 32, c = h * N + t % 8 * 8;
+    const Pack gain = q.q ? zero_pack() : load(q.gain + c), bias = q.q ? zero_pack() : load(q.bias + c);
     let_next_start();
     wait_for_previous();
-    for (int i = t; i < 8 * N; i += 128) qs[i / N][i % N] = 0;
+    for (int i = t; i < 8 * N; i += NORM_THREADS) qs[i / N][i % N] = 0;
     __syncthreads();
     for (int m = 0; m < M; m++) {
-        const Pack part = query_pack(q, m, h * N + t % 8 * 8, g.C, shared);
+        const Pack part = query_pack(q, m, c, g.C, gain, bias, shared);
         if (t >= 8) continue;
         store(&qs[m][8 * t], part);
     }
@@ -995,14 +1009,14 @@ __global__ void __launch_bounds__(128) past_queries(PastQuery to, QuerySource q,
         to.q[(2 * h + t / 32) * 32 + lane] = pair;
     }
     for (int column = 0; column < g.rank_pad; column += 32) {
-        for (int m = t / 32; m < M; m += 4) {
+        for (int m = t / 32; m < M; m += NORM_THREADS / 32) {
             float sum = 0;
 #pragma unroll 16
             for (int i = 0; i < N; i++) sum += qs[m][i] * (float)g.k.w2[(int64_t)(h * N + i) * g.rank_pad + column + lane];
             low_rank[m][lane] = sum;
         }
         __syncthreads();
-        for (int i = t; i < 4 * M; i += 128) {                              // a query's column of a tile is in four lanes
+        for (int i = t; i < 4 * M; i += NORM_THREADS) {                              // a query's column of a tile is in four lanes
             const int m = i / 4, n = h * M + m, k = i % 4 * 2;
             const float *x = low_rank[m];
             TilePair pair;
@@ -1079,23 +1093,26 @@ combine_splits(T *y, SplitSums window, PastSums past, GoldSource g, int window_s
     y[(int64_t)m * g.C + channel] = (T)(out / (sum + past_sum.x));
 }
 
-// y (M, C) = causal attention of queries m0.. of M over all that is in the cache. task: what the caller knows of them.
+// y (M, C) = causal attention of queries m0.. of M over all that is in the cache. task: what the caller knows of them. y null,
+// for a context that fits the window: the window's splits are left as they are.
 template <typename T> static void gold_attention(Infer *f, const GoldSource &g, T *y, WindowTask task, int m0, int M) {
     task.keys = g.k.ring, task.values = g.v.ring, task.to = f->sums, task.place = f->place, task.window = f->window;
     task.C = g.C, task.H = g.H;
+    const int splits = f->window_begin > 0 ? f->past_splits : 0;
     for (int m = m0; m < M; m += f->queries) {
-        const int here = M - m < f->queries ? M - m : f->queries, splits = f->window_begin > 0 ? f->past_splits : 0;
+        const int here = M - m < f->queries ? M - m : f->queries;
         WindowTask part = task;
         part.m0 = m, part.M = here;
         if (task.query.q) part.query.q += (int64_t)m * g.C;
         launch_early(window_attention_kernel, dim3(g.H, f->window_splits, here), WINDOW_THREADS, 0, part);
+        if (y == nullptr && splits == 0) continue;                          // the caller combines
         if (splits > 0) {
             const PastTask past = {f->past_query, f->past_sums, f->place, m, here};
             const size_t smem = past_smem(nullptr, g, f->past_warps, here).bytes;
             auto kernel = g.rank_pad == 64 ? g.rope.used ? past_attention_kernel<2, true> : past_attention_kernel<2, false> :
                           g.rope.used ? past_attention_kernel<4, true> : past_attention_kernel<4, false>;
             allow_smem(kernel, smem);
-            launch_early(past_queries, dim3(g.H), 128, 0, f->past_query, part.query, g, here);
+            launch_early(past_queries, dim3(g.H), NORM_THREADS, 0, f->past_query, part.query, g, here);
             launch_early(kernel, dim3(splits), 32 * f->past_warps, smem, g, past);
         }
         launch_early(combine_splits<T>, dim3(g.H, here), 256, 0, y + (int64_t)m * g.C, f->sums, f->past_sums, g, f->window_splits,
@@ -1271,127 +1288,204 @@ static void kept_allocate(Infer *f, int rows) {
 //
 // With one row there are no tiles to multiply: every weight is read once and used once. Floor: bytes, those of all weights
 // but the embedding; at 3 TB/s 0.9 ms for the 1.3 billion of L24 D2048. So a step is a chain of kernels that each read a few
-// matrices as fast as memory gives them, about seven a layer, recorded as one CUDA graph. Three things keep the memory busy:
+// matrices as fast as memory gives them, six or seven a layer, recorded as one CUDA graph. Four things keep the memory busy:
 //
-//   - a warp takes a row of weights and has 2048 of its elements on their way at once, 16 bytes a load
+//   - a block a multiprocessor, and each of its 16 warps has 8 KB of its rows on their way to shared memory at all times: 17 MB
+//     together, where memory that takes 1 us to answer needs 3 to be busy. The rest evens out which warps it serves first.
+//   - kernels are launched early: a block takes its place when the one before it there ends, asks for its first rows, and
+//     only then waits for what other blocks of the kernel before are still making
 //   - what goes on between two products (norm, shift, mix, gate) is done by every block of the next product for itself:
 //     C numbers, from L2, instead of a launch of its own
-//   - kernels are launched early: a block asks for its first row of weights, and only then waits for what the kernel before is
-//     still making: memory is busy from one kernel to the next
+//   - what a kernel needs besides comes in one trip to memory where it can: a trip costs about as much as 2 MB of weights
 //
 // The residual stream is fp32 here; a product's inputs are rounded to floatX, as everywhere.
 
-static const int MV_THREADS = 256, MV_WARPS = MV_THREADS / 32, MV_PART = 2048;
+static const int MV_THREADS = 512, MV_WARPS = MV_THREADS / 32;
+static const int MV_PACKS = PRECISION_BF16 ? 4 : 2, MV_PART = MV_PACKS * 32 * 8;    // a part of a row: packs of a lane, elements
+static const int MV_SLOTS = 4;                                  // most parts of a warp's rows that shared memory holds
 
-// The lane's share of a part of a row of weights, on its way: 8 packs, 32 apart
-__device__ inline void request(RawPack<floatX> (&raw)[8], const floatX *row, int k, int K) {
-    for (int i = 0; i < 8; i++) {
-        const int at = k + (32 * i + threadIdx.x % 32) * 8;
-        if (at < K) raw[i] = load_raw(row + at);
-    }
+__device__ inline void async_pack(floatX *to, const floatX *from) {
+    for (int i = 0; i < 8; i += 16 / (int)sizeof(floatX)) async_copy16(to + i, from + i, true);
 }
 
-__device__ inline void add_products(float &sum, const RawPack<floatX> (&raw)[8], const floatX *x, int k, int K) {
-    for (int i = 0; i < 8; i++) {
-        const int at = k + (32 * i + threadIdx.x % 32) * 8;
-        if (at >= K) break;
-        const Pack a = unpack(raw[i]), b = load(x + at);
-        for (int j = 0; j < 8; j++) sum += a.x[j] * b.x[j];
-    }
+__device__ inline void async_wait_for_oldest(int groups) {      // of so many
+    if (groups == 1) async_wait<0>();
+    else if (groups == 2) async_wait<1>();
+    else if (groups == 3) async_wait<2>();
+    else async_wait<MV_SLOTS - 1>();
 }
 
-// y[row] = weights(row) . x for rows 0..rows-1, x made by `before` in shared memory, y handed to `after`. A row may have a second x.
-// Grid: (any number of blocks, problems).
-template <typename Job> __global__ void __launch_bounds__(MV_THREADS, 4) matvec_kernel(Job job) {
+// A warp's rows of weights, row, row + step, ..: each in parts of MV_PART elements. A lane reads only what it has copied.
+template <typename Job> struct WeightStream {
+    const Job &job;
+    floatX *slots;                          // (n_slots, MV_PART)
+    int n_slots, row, step, k = 0, slot = 0;
+    __device__ void request(void) {         // the next part, a group of its own; an empty one after the last
+        const int lane = threadIdx.x % 32 * 8;
+        if (row < job.rows) {
+            const floatX *from = job.weights(row) + k + lane;
+            floatX *to = slots + slot * MV_PART + lane;
+            for (int i = 0; i < MV_PACKS; i++)
+                if (k + 256 * i + lane < job.K) async_pack(to + 256 * i, from + 256 * i);
+            k += MV_PART;
+            if (k >= job.K) {
+                k = 0;
+                row += step;
+            }
+            slot = slot + 1 == n_slots ? 0 : slot + 1;
+        }
+        async_commit();
+    }
+};
+
+// y[row] = weights(row) . x for rows 0..rows-1, x made by `before` in shared memory, y handed to `after`. A row may have a
+// second x. `early` asks for what `before` needs and no kernel of this step writes, `beside` for what `after` needs.
+// Grid: (any number of blocks, problems). vectors: floatX that `early` and `before` use.
+template <typename Job> __global__ void __launch_bounds__(MV_THREADS) matvec_kernel(Job job, int vectors, int n_slots) {
     floatX *x = dynamic_smem<floatX>();
-    int row = blockIdx.x * MV_WARPS + threadIdx.x / 32;
-    RawPack<floatX> raw[8];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32 * 8, step = gridDim.x * MV_WARPS;
+    int row = warp * gridDim.x + blockIdx.x, slot = 0;       // so that blocks differ by one row at most
+    WeightStream<Job> stream = {job, x + vectors + warp * n_slots * MV_PART, n_slots, row, step};
     let_next_start();
-    if (row < job.rows) request(raw, job.weights(row), 0, job.K);
+    job.early(x);
+    for (int i = 0; i < n_slots; i++) stream.request();
     wait_for_previous();
+    async_wait_for_oldest(n_slots);                         // what is early came with the first part
     job.before(x);
     __syncthreads();
-    while (row < job.rows) {
-        const floatX *w = job.weights(row), *first = x + job.first(row), *second = x + job.second(row);
+    for (; row < job.rows; row += step) {
+        const floatX *first = x + job.first(row), *second = x + job.second(row);
+        const float4 beside = job.beside(row);
         float2 sum = make_float2(0, 0);
-        for (int k = 0; k < job.K; k += MV_PART) {
-            if (k > 0) request(raw, w, k, job.K);
-            add_products(sum.x, raw, first, k, job.K);
-            if (second != x) add_products(sum.y, raw, second, k, job.K);
+        for (int k = lane; k - lane < job.K; k += MV_PART) {
+            const floatX *part = stream.slots + slot * MV_PART + lane;
+            async_wait_for_oldest(n_slots);
+            for (int i = 0; i < MV_PACKS; i++) {
+                if (k + 256 * i >= job.K) break;
+                const Pack w = load(part + 256 * i), a = load(first + k + 256 * i);
+                for (int j = 0; j < 8; j++) sum.x += w.x[j] * a.x[j];
+                if (second == x) continue;
+                const Pack b = load(second + k + 256 * i);
+                for (int j = 0; j < 8; j++) sum.y += w.x[j] * b.x[j];
+            }
+            slot = slot + 1 == n_slots ? 0 : slot + 1;
+            stream.request();
         }
-        const int done = row;
-        row += gridDim.x * MV_WARPS;
-        if (row < job.rows) request(raw, job.weights(row), 0, job.K);
         sum.x = warp_sum(sum.x);
         if (second != x) sum.y = warp_sum(sum.y);
-        if (threadIdx.x % 32 == 0) job.after(done, sum);
+        if (lane == 0) job.after(row, sum, beside);
     }
 }
 
-// `vectors`: how many floatX `before` makes
 template <typename Job> static void matvec(const Job &job, int vectors, int problems = 1) {
-    const int64_t blocks = ceil_div(job.rows, MV_WARPS), most = 2 * multiprocessors;
-    const size_t smem = vectors * sizeof(floatX);
-    if (smem > 48 << 10) allow_smem(matvec_kernel<Job>, smem);
-    launch_early(matvec_kernel<Job>, dim3((int)(blocks < most ? blocks : most), problems), MV_THREADS, smem, job);
+    const int64_t blocks = ceil_div(job.rows, MV_WARPS), grid = blocks < multiprocessors ? blocks : multiprocessors;
+    const int64_t parts = ceil_div(blocks, grid) * ceil_div(job.K, MV_PART), slot = MV_WARPS * MV_PART * sizeof(floatX);
+    int n_slots = parts < MV_SLOTS ? (int)parts : MV_SLOTS;
+    while (n_slots > 1 && vectors * sizeof(floatX) + n_slots * slot + 1024 > (size_t)block_smem) n_slots--;     // 1024: static
+    const size_t smem = vectors * sizeof(floatX) + n_slots * slot;
+    if (smem > 40 << 10) allow_smem(matvec_kernel<Job>, smem);
+    launch_early(matvec_kernel<Job>, dim3((int)grid, problems), MV_THREADS, smem, job, vectors, n_slots);
 }
 
 struct OneVector {                                          // what most jobs have in common
     __device__ int first(int) const { return 0; }
     __device__ int second(int) const { return 0; }          // 0: there is none
+    __device__ void early(floatX *) const {}
+    __device__ float4 beside(int) const { return make_float4(0, 0, 0, 0); }
 };
 
 template <typename T> __device__ inline void copy_vector(floatX *to, const T *from, int n) {
-    for (int i = threadIdx.x * 8; i < n; i += blockDim.x * 8) store(to + i, load(from + i));
-}
-
-// to = LayerNorm(x), rounded to floatX
-template <typename T> __device__ inline void norm_vector(floatX *to, const T *x, const floatX *gain, const floatX *bias, int C) {
-    __shared__ float2 shared[32];
-    const float2 norm = block_norm(x, C, shared);
-    for (int c = threadIdx.x * 8; c < C; c += blockDim.x * 8) {
-        const Pack g = load(gain + c), b = load(bias + c);
-        Pack v = load(x + c);
-        for (int i = 0; i < 8; i++) v.x[i] = (v.x[i] - norm.x) * norm.y * g.x[i] + b.x[i];
-        store(to + c, v);
+    const int most = 5, apart = MV_THREADS * 8;             // packs on their way at a time
+    for (int begin = threadIdx.x * 8; begin < n; begin += most * apart) {
+        Pack v[most];
+        for (int i = 0; i < most; i++) v[i] = begin + i * apart < n ? load(from + begin + i * apart) : zero_pack();
+        for (int i = 0; i < most; i++)
+            if (begin + i * apart < n) store(to + begin + i * apart, v[i]);
     }
 }
 
-struct ShiftMix { const floatX *shift, *mu[2]; };           // the token before, normed; up to two mixes
+// What a thread asks for here it alone reads: the packs that the loop in norm_vector gives it.
+__device__ inline void early_vector(floatX *to, const floatX *from, int n) {
+    for (int i = threadIdx.x * 8; i < n; i += MV_THREADS * 8) async_pack(to + i, from + i);
+}
 
-// x_i = ln + (shift - ln) * mu_i for i in 0..n-1 at x, ln = LayerNorm(from), which block 0 also stores
-template <int n>
-__device__ inline void norm_shift_mix(floatX *x, floatX *ln, const float *from, const floatX *gain, const floatX *bias,
-                                      const ShiftMix &mix, int C) {
-    norm_vector(x, from, gain, bias, C);                    // a thread's packs stay its own: no barrier
-    for (int c = threadIdx.x * 8; c < C; c += blockDim.x * 8) {
-        const Pack v = load(x + c), before = load(mix.shift + c);
-        if (blockIdx.x == 0) store(ln + c, v);
-        for (int i = 0; i < n; i++) {
-            Pack mu = load(mix.mu[i] + c);
-            for (int j = 0; j < 8; j++) mu.x[j] = v.x[j] + (before.x[j] - v.x[j]) * mu.x[j];
-            store(x + i * C + c, mu);
+// to = LayerNorm of C numbers, of which pack(c) gives eight; gain and bias may lie in shared memory
+template <typename S, typename F>
+__device__ inline void norm_packs(S *to, const F &pack, const floatX *gain, const floatX *bias, int C) {
+    __shared__ float2 shared[32];
+    Pack own[NORM_PACKS];
+    const float2 norm = block_norm(pack, C, shared, own);
+    for (int n = 0; n < NORM_PACKS; n++) {
+        const int c = (threadIdx.x + n * blockDim.x) * 8;
+        if (c >= C) break;
+        const Pack g = load(gain + c), b = load(bias + c);
+        for (int i = 0; i < 8; i++) own[n].x[i] = (own[n].x[i] - norm.x) * norm.y * g.x[i] + b.x[i];
+        store(to + c, own[n]);
+    }
+}
+
+template <typename S, typename T>
+__device__ inline void norm_vector(S *to, const T *x, const floatX *gain, const floatX *bias, int C) {
+    norm_packs(to, [&](int c) { return load(x + c); }, gain, bias, C);
+}
+
+// n mixes of a normed vector with that of the token before: x_i = ln + (shift - ln) * mu_i, ln = LayerNorm(from). In shared
+// memory at x: (n, C) mu, which become the x_i; gain, bias, shift (C) each.
+template <int n> struct NormShiftMix {
+    const float *from;
+    const floatX *gain, *bias, *shift, *mu[n];
+    floatX *ln;                                             // block 0 stores it
+    static int vectors(int C) { return (n + 3) * C; }
+    __device__ void early(floatX *x, int C) const {
+        for (int i = 0; i < n; i++) early_vector(x + i * C, mu[i], C);
+        early_vector(x + n * C, gain, C);
+        early_vector(x + (n + 1) * C, bias, C);
+        early_vector(x + (n + 2) * C, shift, C);
+    }
+    __device__ void make(floatX *x, int C) const {
+        floatX *v = x + n * C;                              // takes the place of the gain
+        norm_vector(v, from, v, v + C, C);                  // a thread's packs stay its own: no barrier
+        for (int c = threadIdx.x * 8; c < C; c += MV_THREADS * 8) {
+            const Pack now = load(v + c), before = load(v + 2 * C + c);
+            if (blockIdx.x == 0) store(ln + c, now);
+            for (int i = 0; i < n; i++) {
+                Pack mu_i = load(x + i * C + c);
+                for (int j = 0; j < 8; j++) mu_i.x[j] = now.x[j] + (before.x[j] - now.x[j]) * mu_i.x[j];
+                store(x + i * C + c, mu_i);
+            }
         }
     }
-}
+};
+
+// A mixer's end: out = residual + gate * product; and what was normed at its start becomes what the next token's shift sees.
+struct MixerEnd {
+    const float *residual, *gate;                           // gate null: 1
+    const floatX *ln;
+    floatX *shift;
+    float *out;
+    __device__ float4 beside(int row) const { return make_float4(residual[row], gate ? gate[row] : 1, (float)ln[row], 0); }
+    __device__ void after(int row, float sum, float4 beside) const {
+        out[row] = beside.x + beside.y * sum;
+        shift[row] = (floatX)beside.z;
+    }
+};
 
 // ---- jobs ----
 
 // hidden = tanh(w (ln1 + dx * time_maa_x)): the hidden layer of a time mixer's mixes
 struct MixHidden : OneVector {
-    const float *x;
-    const floatX *gain, *bias, *w;
-    ShiftMix mix;
-    floatX *ln;
+    NormShiftMix<1> mix;
+    const floatX *w;
     float *hidden;
     int rows, K;
     __device__ const floatX *weights(int row) const { return w + (int64_t)row * K; }
-    __device__ void before(floatX *v) const { norm_shift_mix<1>(v, ln, x, gain, bias, mix, K); }
-    __device__ void after(int row, float2 sum) const { hidden[row] = tanhf(sum.x); }
+    __device__ void early(floatX *x) const { mix.early(x, K); }
+    __device__ void before(floatX *x) const { mix.make(x, K); }
+    __device__ void after(int row, float2 sum, float4) const { hidden[row] = tanhf(sum.x); }
 };
 
 // Finch-C2's products: v and v2 (which share their weights), r, k, and the hidden layers of w and v2
-struct FinchProducts {
+struct FinchProducts : OneVector {
     const floatX *xs;                                       // (5 or 4, C): x_r, x_k, x_v, x_w, x_v2
     const floatX *value, *receptance, *key, *decay_w1, *value2_w1;
     float *v, *v2, *r, *k, *hidden;                         // (A) each, (128)
@@ -1408,7 +1502,7 @@ struct FinchProducts {
     }
     __device__ int second(int row) const { return row < A && use_v2 ? 4 * K : 0; }
     __device__ void before(floatX *x) const { copy_vector(x, xs, (use_v2 ? 5 : 4) * K); }
-    __device__ void after(int row, float2 sum) const {
+    __device__ void after(int row, float2 sum, float4) const {
         if (row < A) {
             v[row] = sum.x;
             v2[row] = sum.y;
@@ -1428,52 +1522,85 @@ struct Product : OneVector {                                // out = w x
     int rows, K;
     __device__ const floatX *weights(int row) const { return w + (int64_t)row * K; }
     __device__ void before(floatX *v) const { copy_vector(v, x, K); }
-    __device__ void after(int row, float2 sum) const { out[row] = sum.x; }
+    __device__ void after(int row, float2 sum, float4) const { out[row] = sum.x; }
 };
 
-struct NormProduct : OneVector {                            // out = w LayerNorm(x), plus residual if there is one
-    const float *x, *residual;
+struct NormProduct : OneVector {                            // w LayerNorm(x)
+    const float *x;
     const floatX *gain, *bias, *w;
-    float *out;
     int rows, K;
     __device__ const floatX *weights(int row) const { return w + (int64_t)row * K; }
-    __device__ void before(floatX *v) const { norm_vector(v, x, gain, bias, K); }
-    __device__ void after(int row, float2 sum) const { out[row] = (residual ? residual[row] : 0) + sum.x; }
+    __device__ void early(floatX *v) const {
+        early_vector(v, gain, K);
+        early_vector(v + K, bias, K);
+    }
+    __device__ void before(floatX *v) const { norm_vector(v, x, v, v + K, K); }
+};
+
+struct TmixOut : NormProduct {                              // out = residual + w LayerNorm_x(x)
+    MixerEnd end;
+    __device__ float4 beside(int row) const { return end.beside(row); }
+    __device__ void after(int row, float2 sum, float4 beside) const { end.after(row, sum.x, beside); }
+};
+
+struct GoldOut : TmixOut {                                  // the same, x still in the window's splits
+    SplitSums window;
+    int splits;
+    __device__ void before(floatX *v) const {
+        norm_packs(v, [&](int c) {
+            const int h = c / N;
+            float tops[WINDOW_SPLITS], sums[WINDOW_SPLITS], top = -INFINITY, sum = 0;
+            Pack outs[WINDOW_SPLITS], y = zero_pack();
+            for (int i = 0; i < WINDOW_SPLITS; i++) {                   // all at once
+                const bool there = i < splits;
+                tops[i] = there ? window.top[i * (K / N) + h] : -INFINITY;
+                sums[i] = there ? window.sum[i * (K / N) + h] : 0;
+                outs[i] = there ? load(window.out + i * K + c) : zero_pack();
+            }
+            for (int i = 0; i < WINDOW_SPLITS; i++) top = fmaxf(top, tops[i]);
+            for (int i = 0; i < WINDOW_SPLITS; i++) {
+                const float weight = exp2f(tops[i] - top);              // 0 for a split that saw nothing
+                sum += weight * sums[i];
+                for (int j = 0; j < 8; j++) y.x[j] += weight * outs[i].x[j];
+            }
+            for (int j = 0; j < 8; j++) y.x[j] /= sum;
+            return y;
+        }, v, v + K, K);
+    }
+};
+
+struct Head : NormProduct {                                 // logits = w LayerNorm_out(x)
+    float *logits;
+    __device__ void after(int row, float2 sum, float4) const { logits[row] = sum.x; }
 };
 
 // k = relu(key x_k)^2,  gate = sigmoid(receptance x_r)
-struct CmixIn {
-    const float *x;
-    const floatX *gain, *bias, *key, *receptance;
-    ShiftMix mix;
-    floatX *ln, *k;
+struct CmixIn : OneVector {
+    NormShiftMix<2> mix;
+    const floatX *key, *receptance;
+    floatX *k;
     float *gate;
     int F, rows, K;
     __device__ const floatX *weights(int row) const {
         return row < F ? key + (int64_t)row * K : receptance + (int64_t)(row - F) * K;
     }
     __device__ int first(int row) const { return row < F ? 0 : K; }
-    __device__ int second(int) const { return 0; }
-    __device__ void before(floatX *v) const { norm_shift_mix<2>(v, ln, x, gain, bias, mix, K); }
-    __device__ void after(int row, float2 sum) const {
+    __device__ void early(floatX *x) const { mix.early(x, K); }
+    __device__ void before(floatX *x) const { mix.make(x, K); }
+    __device__ void after(int row, float2 sum, float4) const {
         if (row < F) k[row] = (floatX)(sum.x > 0 ? sum.x * sum.x : 0);
         else gate[row - F] = 1 / (1 + expf(-sum.x));
     }
 };
 
-// out = residual + gate * (value k); and ln2 becomes what the next token's shift sees
-struct CmixOut : OneVector {
-    const floatX *k, *value, *ln;
-    const float *gate, *residual;
-    floatX *shift;
-    float *out;
+struct CmixOut : OneVector {                                // out = residual + gate * (value k)
+    const floatX *k, *value;
+    MixerEnd end;
     int rows, K;
     __device__ const floatX *weights(int row) const { return value + (int64_t)row * K; }
-    __device__ void before(floatX *x) const {
-        copy_vector(x, k, K);
-        for (int c = blockIdx.x * MV_THREADS + threadIdx.x; c < rows; c += gridDim.x * MV_THREADS) shift[c] = ln[c];
-    }
-    __device__ void after(int row, float2 sum) const { out[row] = residual[row] + gate[row] * sum.x; }
+    __device__ void before(floatX *x) const { copy_vector(x, k, K); }
+    __device__ float4 beside(int row) const { return end.beside(row); }
+    __device__ void after(int row, float2 sum, float4 beside) const { end.after(row, sum.x, beside); }
 };
 
 // ---- the small kernels between ----
@@ -1481,16 +1608,8 @@ struct CmixOut : OneVector {
 // The token's place in the context, and x = x0 = LayerNorm_ln0(emb[token]). One block.
 __global__ void __launch_bounds__(MV_THREADS) decode_begin(float *x, Place *place, int *ids, const int *token, const floatX *emb,
                                                            const floatX *gain, const floatX *bias, int64_t window, int C) {
-    __shared__ float2 shared[32];
     let_next_start();
-    const floatX *from = emb + (int64_t)max(*token, 0) * C;    // negative: nothing could be drawn, the host will say
-    const float2 norm = block_norm(from, C, shared);
-    for (int c = threadIdx.x * 8; c < C; c += MV_THREADS * 8) {
-        const Pack g = load(gain + c), b = load(bias + c);
-        Pack v = load(from + c);
-        for (int i = 0; i < 8; i++) v.x[i] = (v.x[i] - norm.x) * norm.y * g.x[i] + b.x[i];
-        store(x + c, v);
-    }
+    norm_vector(x, emb + (int64_t)max(*token, 0) * C, gain, bias, C);       // negative: nothing could be drawn, the host will say
     if (threadIdx.x > 0) return;
     const int64_t t = ++place->first;
     if (ids) ids[t] = *token;
@@ -1535,9 +1654,10 @@ __global__ void __launch_bounds__(128) decode_mixes(Mixed p, int C) {
     MixSum mix = {};
     let_next_start();
     mix.request(p.w + (int64_t)i * 32 * C, c, C);
-    const Pack mu = c < C ? load(p.mu[i] + c) : zero_pack();
+    const floatX *mu_i = i == 0 ? p.mu[0] : i == 1 ? p.mu[1] : i == 2 ? p.mu[2] : i == 3 ? p.mu[3] : p.mu[4];
+    const Pack mu = c < C ? load(mu_i + c) : zero_pack(), before = c < C ? load(p.shift + c) : zero_pack();
     wait_for_previous();
-    const Pack v = c < C ? load(p.ln + c) : zero_pack(), before = c < C ? load(p.shift + c) : zero_pack();
+    const Pack v = c < C ? load(p.ln + c) : zero_pack();
     Pack m = mix.sum(p.hidden + 32 * i, parts);
     if (threadIdx.x >= 32 || c >= C) return;
     for (int j = 0; j < 8; j++) m.x[j] = v.x[j] + (before.x[j] - v.x[j]) * (mu.x[j] + m.x[j]);
@@ -1548,11 +1668,9 @@ __global__ void __launch_bounds__(128) decode_mixes(Mixed p, int C) {
 struct WkvStep {
     const float *r, *k, *v, *v2, *hidden;                   // (A); hidden layers of w and v2 (64) each
     const floatX *decay_w2, *value2_w2, *time_decay, *u;    // (64, A) twice, (A), (A) or null
-    const floatX *ln;
-    floatX *shift;                                          // ln1 becomes what the next token's shift sees
     float *state, *y;                                       // (H, N values, N keys), (A)
     bool use_v2, one_minus_w;
-    int H, C;
+    int H;
 };
 
 __global__ void __launch_bounds__(128) wkv_step(WkvStep p) {
@@ -1571,13 +1689,16 @@ __global__ void __launch_bounds__(128) wkv_step(WkvStep p) {
     w2 = load_raw(p.value2_w2 + (int64_t)(t / 2) * A + j0 + t % 2 * 8);
     Pack S = load(at);
     const float decay_bias = (float)p.time_decay[head + t % N], bonus = p.u ? (float)p.u[head + t % N] : 0;
-    wait_for_previous();
+    wait_for_previous();                                    // and all that the kernel before has made at once
+    const float own_r = p.r[head + t % N], own_k = p.k[head + t % N], v = p.v[j0 + j];
+    const float own_v2 = p.use_v2 ? p.v2[j0 + t % 16] : 0, h2 = p.use_v2 ? p.hidden[64 + t / 2] : 0;
+    const float4 hidden = *(const float4 *)(p.hidden + 4 * j);
     Pack sum = zero_pack(), extra = unpack(w2);
     for (int i = 0; i < 4; i++) {
         const Pack row = unpack(w[i]);
-        for (int e = 0; e < 8; e++) sum.x[e] += p.hidden[4 * j + i] * row.x[e];
+        for (int e = 0; e < 8; e++) sum.x[e] += ((const float *)&hidden)[i] * row.x[e];
     }
-    for (int e = 0; e < 8; e++) extra.x[e] *= p.use_v2 ? p.hidden[64 + t / 2] : 0;
+    for (int e = 0; e < 8; e++) extra.x[e] *= h2;
     store(&parts[j][i0], sum);
     store(&parts2[t / 2][t % 2 * 8], extra);
     __syncthreads();
@@ -1585,16 +1706,15 @@ __global__ void __launch_bounds__(128) wkv_step(WkvStep p) {
         float decay = decay_bias;
         for (int i = 0; i < 16; i++) decay += parts[i][t];
         d_minus_1[t] = expm1f(-fminf(expf(decay), 128.f));
-        r[t] = p.r[head + t];
-        k[t] = p.k[head + t] * (p.one_minus_w ? -d_minus_1[t] : 1);
+        r[t] = own_r;
+        k[t] = own_k * (p.one_minus_w ? -d_minus_1[t] : 1);
         u[t] = bonus;
     } else if (t < N + 16) {
-        float value = p.use_v2 ? p.v2[j0 + t - N] : 0;
+        float value = own_v2;
         for (int i = 0; i < 64; i++) value += parts2[i][t - N];
         v2[t - N] = value;
     }
     __syncthreads();
-    const float v = p.v[j0 + j];
     float y = 0;
     for (int e = 0; e < 8; e++) {
         const float kv = k[i0 + e] * v;
@@ -1604,7 +1724,6 @@ __global__ void __launch_bounds__(128) wkv_step(WkvStep p) {
     store(at, S);
     y = warp_sum(y, 8);
     if (t % 8 == 0) p.y[j0 + j] = y + v2[j];
-    for (int c = (blockIdx.y * p.H + h) * 128 + t; c < p.C; c += gridDim.y * p.H * 128) p.shift[c] = p.ln[c];
 }
 
 // ---- the new token's entry in the cache, and its keys and values for the window, all GOLD layers at once ----
@@ -1617,12 +1736,12 @@ struct CacheEntry : OneVector {
     int rows, K;
     __device__ const floatX *weights(int row) const { return w + (int64_t)row * K; }
     __device__ void before(floatX *v) const { copy_vector(v, x, K); }
-    __device__ void after(int row, float2 sum) const { c[row] = sum.x; }
+    __device__ void after(int row, float2 sum, float4) const { c[row] = sum.x; }
 };
 
 // z = id_k0[id] + w_c c, K0 before its norm, of this token and the one before. Block 0 writes c to the cache; what counts
 // is what can be read from there.
-struct KeySums {
+struct KeySums : OneVector {
     GoldSource g;
     floatX *cache;                                          // writable: KV_COMPRESSED and KV_FULL
     int8_t *cache8;                                         // KV_INT8
@@ -1632,7 +1751,6 @@ struct KeySums {
     const Place *place;
     int rows, K;                                            // C, R32
     __device__ const floatX *weights(int row) const { return g.w_c + (int64_t)row * K; }
-    __device__ int first(int) const { return 0; }
     __device__ int second(int) const { return K; }
     __device__ void before(floatX *x) const {
         const int64_t t = place->first;
@@ -1655,7 +1773,7 @@ struct KeySums {
         }
         if (cache8 && blockIdx.x == 0 && threadIdx.x == 0) scales[t] = scale;
     }
-    __device__ void after(int row, float2 sum) const {
+    __device__ void after(int row, float2 sum, float4) const {
         const int64_t t = place->first;
         z[row] = sum.x + (float)g.id_k0[(int64_t)g.ids[t] * rows + row];
         z[rows + row] = t > 0 ? sum.y + (float)g.id_k0[(int64_t)g.ids[t - 1] * rows + row] : 0;
@@ -1718,24 +1836,34 @@ struct KvHidden : OneVector {                               // u = tanh(w1 x), x
     }
     __device__ const floatX *weights(int row) const { return side().w1 + (int64_t)row * K; }
     __device__ void before(floatX *x) const { copy_vector(x, kv1 + (int64_t)blockIdx.y * K, K); }
-    __device__ void after(int row, float2 sum) const { u[blockIdx.y * rows + row] = (floatX)tanhf(sum.x); }
+    __device__ void after(int row, float2 sum, float4) const { u[blockIdx.y * rows + row] = (floatX)tanhf(sum.x); }
 };
 
-struct KvLowRank : OneVector {                              // x + w2 u
-    const GoldSource *sources;
-    const floatX *kv1, *u;
-    float *kv2;
-    int rows, K;
-    __device__ const GoldSource::Side &side(void) const {
-        return blockIdx.y % 2 ? sources[blockIdx.y / 2].v : sources[blockIdx.y / 2].k;
+// kv2 = kv1 + w2 u. Grid (columns / 256, 2 G): layer, side; eight lanes take 64 numbers of a row, eight rows at a time
+__global__ void __launch_bounds__(256)
+decode_kv_low_rank(float *kv2, const GoldSource *sources, const floatX *kv1, const floatX *u, int rank, int C) {
+    const GoldSource &g = sources[blockIdx.y / 2];
+    const int lane = threadIdx.x % 8, first = blockIdx.x * 256 + threadIdx.x / 8;
+    const floatX *w = (blockIdx.y % 2 ? g.v.w2 : g.k.w2) + 8 * lane;
+    RawPack<floatX> raw[8];
+    float sums[8] = {};
+    let_next_start();
+    for (int k = 0; k < rank; k += 64) {
+        for (int i = 0; i < 8; i++)
+            if (first + 32 * i < C) raw[i] = load_raw(w + (int64_t)(first + 32 * i) * rank + k);
+        if (k == 0) wait_for_previous();
+        const Pack x = load(u + (int64_t)blockIdx.y * rank + k + 8 * lane);
+        for (int i = 0; i < 8; i++) {
+            const Pack row = unpack(raw[i]);
+            for (int j = 0; j < 8; j++) sums[i] += first + 32 * i < C ? row.x[j] * x.x[j] : 0;
+        }
     }
-    __device__ const floatX *weights(int row) const { return side().w2 + (int64_t)row * K; }
-    __device__ void before(floatX *x) const { copy_vector(x, u + (int64_t)blockIdx.y * K, K); }
-    __device__ void after(int row, float2 sum) const {
-        const int64_t at = (int64_t)blockIdx.y * rows + row;
-        kv2[at] = (float)kv1[at] + sum.x;
+    for (int i = 0; i < 8; i++) {
+        const int64_t at = (int64_t)blockIdx.y * C + first + 32 * i;
+        const float sum = warp_sum(sums[i], 8);
+        if (lane == 0 && first + 32 * i < C) kv2[at] = (float)kv1[at] + sum;
     }
-};
+}
 
 // Their norms, into the window. A block for each layer and side.
 __global__ void __launch_bounds__(MV_THREADS)
@@ -1752,6 +1880,24 @@ decode_window_append(const GoldSource *sources, const float *kv2, const Place *p
 
 // ---- layers ----
 
+// A time mixer's last step: row.x_mid = row.x + output ln_x(what `before` makes)
+template <typename Job> static void tmix_out_decode(Infer *f, Layer *layer, Job job) {
+    const Params &p = layer->p;
+    const Row &row = f->row;
+    job.x = row.y, job.gain = p.ln_x_weight.w, job.bias = p.ln_x_bias.w, job.w = p.output.w;
+    job.end = {row.x, nullptr, row.ln, layer->tmix_shift, row.x_mid}, job.rows = f->m.d.C, job.K = f->m.d.A;
+    matvec(job, 2 * job.K);
+}
+
+static void mix_hidden_decode(Infer *f, Layer *layer, int mixes) {
+    const Dims &d = f->m.d;
+    const Params &p = layer->p;
+    MixHidden job = {};
+    job.mix = {f->row.x, p.ln1_weight.w, p.ln1_bias.w, layer->tmix_shift, {p.time_maa_x.w}, f->row.ln};
+    job.w = f->packed[layer->l].mix_w1, job.hidden = f->row.hidden, job.rows = 32 * mixes, job.K = d.C;
+    matvec(job, job.mix.vectors(d.C));
+}
+
 static void finch_c2_decode(Infer *f, Layer *layer) {
     const Dims &d = f->m.d;
     const Params &p = layer->p;
@@ -1759,22 +1905,21 @@ static void finch_c2_decode(Infer *f, Layer *layer) {
     const Row &row = f->row;
     const bool v2 = f->m.s.use_v2;
     const int mixes = v2 ? 5 : 4;
-    MixHidden hidden = {};
-    hidden.x = row.x, hidden.gain = p.ln1_weight.w, hidden.bias = p.ln1_bias.w, hidden.w = packed.mix_w1;
-    hidden.mix = {layer->tmix_shift, {p.time_maa_x.w}}, hidden.ln = row.ln, hidden.hidden = row.hidden;
-    hidden.rows = 32 * mixes, hidden.K = d.C;
-    matvec(hidden, d.C);
+    mix_hidden_decode(f, layer, mixes);
     const Mixed mixed = {row.ln, layer->tmix_shift,
                          {p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w, p.time_maa_v2.w},
                          p.time_maa_w2.w, row.hidden, row.xs};
     launch_early(decode_mixes, dim3((int)ceil_div(d.C, 256), mixes), 128, 0, mixed, d.C);
-    FinchProducts products = {row.xs, p.value.w, p.receptance.w, p.key.w, packed.decay_w1, packed.value2_w1,
-                              row.v, row.v2, row.r, row.k, row.hidden + 160, v2, d.A, 3 * d.A + (v2 ? 128 : 64), d.C};
+    FinchProducts products = {};
+    products.xs = row.xs, products.value = p.value.w, products.receptance = p.receptance.w, products.key = p.key.w;
+    products.decay_w1 = packed.decay_w1, products.value2_w1 = packed.value2_w1, products.hidden = row.hidden + 160;
+    products.v = row.v, products.v2 = row.v2, products.r = row.r, products.k = row.k, products.use_v2 = v2, products.A = d.A;
+    products.rows = 3 * d.A + (v2 ? 128 : 64), products.K = d.C;
     matvec(products, mixes * d.C);
     const WkvStep step = {row.r, row.k, row.v, row.v2, row.hidden + 160, p.time_decay_w2.w, p.time_value2_w2.w, p.time_decay.w,
-                          v2 ? nullptr : p.time_faaaa.w, row.ln, layer->tmix_shift, layer->wkv_state, row.y, v2,
-                          f->m.s.use_one_minus_w != 0, d.H, d.C};
+                          v2 ? nullptr : p.time_faaaa.w, layer->wkv_state, row.y, v2, f->m.s.use_one_minus_w != 0, d.H};
     launch_early(wkv_step, dim3(d.H, 4), 128, 0, step);
+    tmix_out_decode(f, layer, TmixOut());
 }
 
 // The token's id and c are in x now, all that the GOLD layers will ever know of it.
@@ -1785,17 +1930,18 @@ static void cache_decode(Infer *f) {
     CacheEntry entry = {};
     entry.x = row.x, entry.w = f->m.top.w_kv_cache_a.w, entry.c = row.c, entry.rows = d.R, entry.K = d.C;
     matvec(entry, d.C);
-    matvec(KeySums{g, f->c, f->c8, f->scales, row.c, row.z, f->place, d.C, g.R32}, 2 * g.R32);
+    KeySums sums = {};
+    sums.g = g, sums.cache = f->c, sums.cache8 = f->c8, sums.scales = f->scales, sums.c = row.c, sums.z = row.z, sums.place = f->place;
+    sums.rows = d.C, sums.K = g.R32;
+    matvec(sums, 2 * g.R32);
     const dim3 sides((int)ceil_div(d.C, 256), 2 * f->G);
     launch_early(decode_keys_values, sides, 128, 0, row.kv1, f->device_sources, row.z, f->place, d.C);
     KvHidden hidden = {};
     hidden.sources = f->device_sources, hidden.kv1 = row.kv1, hidden.u = row.u, hidden.rows = g.rank_pad, hidden.K = d.C;
     matvec(hidden, d.C, 2 * f->G);
-    KvLowRank low_rank = {};
-    low_rank.sources = f->device_sources, low_rank.kv1 = row.kv1, low_rank.u = row.u, low_rank.kv2 = row.kv2, low_rank.rows = d.C;
-    low_rank.K = g.rank_pad;
-    matvec(low_rank, g.rank_pad, 2 * f->G);
+    launch_early(decode_kv_low_rank, sides, 256, 0, row.kv2, f->device_sources, row.kv1, row.u, g.rank_pad, d.C);
     launch_early(decode_window_append, dim3(2 * f->G), MV_THREADS, 0, f->device_sources, row.kv2, f->place, f->window, d.C);
+    next_starts_late = true;                                // so all that follows may read the cache early
 }
 
 static void gold_decode(Infer *f, Layer *layer) {
@@ -1803,11 +1949,7 @@ static void gold_decode(Infer *f, Layer *layer) {
     const Params &p = layer->p;
     const Row &row = f->row;
     const GoldSource &g = f->sources[layer->l - d.G0];
-    MixHidden hidden = {};
-    hidden.x = row.x, hidden.gain = p.ln1_weight.w, hidden.bias = p.ln1_bias.w, hidden.w = f->packed[layer->l].mix_w1;
-    hidden.mix = {layer->tmix_shift, {p.time_maa_x.w}}, hidden.ln = row.ln, hidden.hidden = row.hidden;
-    hidden.rows = 32, hidden.K = d.C;
-    matvec(hidden, d.C);
+    mix_hidden_decode(f, layer, 1);
     const Mixed mixed = {row.ln, layer->tmix_shift, {p.time_maa_q.w}, p.time_maa_q_w2.w, row.hidden, row.xs};
     launch_early(decode_mixes, dim3((int)ceil_div(d.C, 256), 1), 128, 0, mixed, d.C);
     Product query = {};
@@ -1815,25 +1957,31 @@ static void gold_decode(Infer *f, Layer *layer) {
     matvec(query, d.C);
     WindowTask task = {};
     task.query = {nullptr, row.q, p.ln_q_weight.w, p.ln_q_bias.w, &f->device_sources[layer->l - d.G0].rope, f->place};
-    task.shift = layer->tmix_shift, task.ln = row.ln;
-    gold_attention(f, g, row.y, task, 0, 1);
+    const bool in_splits = f->window_begin == 0;
+    gold_attention(f, g, in_splits ? nullptr : row.y, task, 0, 1);
+    GoldOut out = {};
+    out.window = f->sums, out.splits = f->window_splits;
+    if (in_splits) tmix_out_decode(f, layer, out);
+    else tmix_out_decode(f, layer, TmixOut());
 }
 
 static void cmix_decode(Infer *f, Layer *layer) {                           // row.x = row.x_mid + ..
     const Dims &d = f->m.d;
     const Params &p = layer->p;
     const Row &row = f->row;
-    const CmixIn in = {f->m.s.parallel ? row.x : row.x_mid, p.ln2_weight.w, p.ln2_bias.w, p.ffn_key.w, p.ffn_receptance.w,
-                       {layer->cmix_shift, {p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}}, row.ln, row.ffn, row.gate,
-                       d.F, d.F + d.C, d.C};
-    matvec(in, 2 * d.C);
+    CmixIn in = {};
+    in.mix = {f->m.s.parallel ? row.x : row.x_mid, p.ln2_weight.w, p.ln2_bias.w, layer->cmix_shift,
+              {p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, row.ln};
+    in.key = p.ffn_key.w, in.receptance = p.ffn_receptance.w, in.k = row.ffn, in.gate = row.gate;
+    in.F = d.F, in.rows = d.F + d.C, in.K = d.C;
+    matvec(in, in.mix.vectors(d.C));
     CmixOut out = {};
-    out.k = row.ffn, out.value = p.ffn_value.w, out.ln = row.ln, out.gate = row.gate, out.residual = row.x_mid;
-    out.shift = layer->cmix_shift, out.out = row.x, out.rows = d.C, out.K = d.F;
+    out.k = row.ffn, out.value = p.ffn_value.w, out.end = {row.x_mid, row.gate, row.ln, layer->cmix_shift, row.x};
+    out.rows = d.C, out.K = d.F;
     matvec(out, d.F);
 }
 
-// How the mixers decode. A time mixer leaves row.y, before ln_x and `output`; a model with another mixer decodes as it pre-fills.
+// How the mixers decode: row.x_mid from row.x, row.x from row.x_mid. A model with another mixer decodes as it pre-fills.
 typedef struct Decoder { const char *name; void (*decode)(Infer *, Layer *); } Decoder;
 static const Decoder TIME_DECODERS[] = {{"x060c2", finch_c2_decode}, {"gold", gold_decode}};
 static const Decoder CHANNEL_DECODERS[] = {{"x060", cmix_decode}};
@@ -1856,16 +2004,12 @@ static void queue_step(Infer *f, const int *token) {
         Layer *layer = &f->m.layers[l];
         if (f->G && l == d.G0) cache_decode(f);
         find_decoder(TIME_DECODERS, layer->tmix->name)->decode(f, layer);
-        NormProduct output = {};
-        output.x = row.y, output.residual = row.x, output.gain = layer->p.ln_x_weight.w, output.bias = layer->p.ln_x_bias.w;
-        output.w = layer->p.output.w, output.out = row.x_mid, output.rows = d.C, output.K = d.A;
-        matvec(output, d.A);
         find_decoder(CHANNEL_DECODERS, layer->cmix->name)->decode(f, layer);
     }
-    NormProduct head = {};
-    head.x = row.x, head.gain = top.ln_out_weight.w, head.bias = top.ln_out_bias.w, head.w = top.head.w, head.out = f->logits;
+    Head head = {};
+    head.x = row.x, head.gain = top.ln_out_weight.w, head.bias = top.ln_out_bias.w, head.w = top.head.w, head.logits = f->logits;
     head.rows = d.V, head.K = d.C;
-    matvec(head, d.C);
+    matvec(head, 2 * d.C);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1908,7 +2052,7 @@ static floatX *packed(int rows, int columns, Param from, int from_rows, int from
 // queries at a time as there is room for.
 static void choose_attention_shape(Infer *f, int splits_wanted, int warps_wanted) {
     const GoldSource &g = f->sources[0];
-    const size_t limit = f->shared_limit;
+    const size_t limit = block_smem;
     f->past_splits = splits_wanted < MOST_SPLITS ? splits_wanted : MOST_SPLITS;
     f->past_warps = warps_wanted;
     f->window_splits = f->window < WINDOW_SPLITS * WINDOW_GROUPS ? (int)ceil_div(f->window, WINDOW_GROUPS) : WINDOW_SPLITS;
@@ -1934,7 +2078,8 @@ static void choose_attention_shape(Infer *f, int splits_wanted, int warps_wanted
 static void prepare_decode(Infer *f) {
     const Dims &d = f->m.d;
     f->packed = (Packed *)calloc(d.L, sizeof(Packed));
-    f->decodes = true;
+    const int64_t largest = f->m.d.F > 5 * f->m.d.C ? f->m.d.F : 5 * f->m.d.C;                // vectors of a matvec_kernel
+    f->decodes = (largest + MV_WARPS * MV_PART) * (int64_t)sizeof(floatX) + 1024 <= block_smem;
     for (int l = 0; l < d.L; l++) {
         const Layer &layer = f->m.layers[l];
         const Params &p = layer.p;
@@ -2204,9 +2349,6 @@ static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity
     f->G = has_cache(m) ? d.L - d.G0 : 0;
     f->tail = 2 * f->G + 1;
     machine_start();
-    cudaDeviceProp device;
-    CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
-    f->shared_limit = (int)device.sharedMemPerBlockOptin;
     size_t available, total;
     CUDA_CHECK(cudaMemGetInfo(&available, &total));
     const int64_t weights = m->n_block * (int64_t)(sizeof(floatX) + 4), per_token = cache_bytes_per_token(f);
@@ -2989,11 +3131,12 @@ int64_t gf_printable(const unsigned char *bytes, int64_t n, unsigned char *text)
 // of 2^-39 of the likeliest token's): sums of these are the same in any order, so that results are the same bits in
 // every run. A token stays if what is likelier than it is lighter than top_p of all and fewer than top_k tokens; ids
 // break ties for top_k. So the filters are one number, the smallest key that stays (the cut), and it is found digit by
-// digit: per step, every block of threads weighs and counts its tokens by their key's next 4 bits, and the next step adds
-// that up and walks down from the largest until too much is above. Eleven small launches, about V exponentials each.
+// digit: per step, every block of threads weighs and counts its tokens by their key's next 8 bits, and the next step walks
+// down from the largest until too much is above. Seven small launches, three where no cut is to be found (greedy, or no filter).
 
-static const int SAMPLE_THREADS = 256, SAMPLE_BLOCKS = 64, SAMPLE_TILE = 1024;
-static const int SAMPLE_BINS = 16, SAMPLE_STEPS = 8;            // 8 digits of 4 bits
+static const int SAMPLE_THREADS = 256, SAMPLE_BLOCKS = 256, SAMPLE_TILE = 1024;     // most blocks; fewest tokens of one
+static const int SAMPLE_BINS = SAMPLE_THREADS, SAMPLE_STEPS = 4;                    // 4 digits of 8 bits
+static const int SAMPLE_MOST = 1 << 20;                         // tokens: a block's sums of 20 bits fit 32
 
 typedef struct Sampling {                                       // how to sample
     double temperature, top_p, presence, frequency, decay;
@@ -3025,11 +3168,12 @@ struct Sampler {
     float *counts;                          // (V): how often a token was drawn, decayed; NaN (bits 0xff..) if never
     uint8_t *kinds;                         // (V): TOKEN_..
     float *tops;                            // (blocks)
-    SampleBin *bins;                        // (SAMPLE_STEPS, blocks, SAMPLE_BINS)
+    bool searches;                          // there is a cut to be found
+    SampleBin *bins;                        // (SAMPLE_STEPS, SAMPLE_BINS)
     SampleCut *cuts;                        // (SAMPLE_STEPS)
     Mass *weights, *sums;                   // (V), (blocks): what is drawn from
     SampleState *state;
-    int *drawn;                             // on the host
+    int *drawn;                             // on the host, where the device can write
 };
 
 __device__ inline unsigned sample_key(float z) {                // orders as z does
@@ -3056,9 +3200,12 @@ __global__ void sample_adjust(Sampler s, const float *logits) {
         s.counts[i] = count;
         if (count >= 0) z -= s.presence + count * s.frequency;
         z = kind & TOKEN_BANNED ? -INFINITY : z < INFINITY ? z : INFINITY;      // NaN: infinity, with which nothing is drawn
+        z += 0;                             // -0 becomes 0: equal logits have equal keys
         s.logits[i] = z;
         top = fmaxf(top, z);
     }
+    for (int i = blockIdx.x * SAMPLE_THREADS + threadIdx.x; s.searches && i < SAMPLE_STEPS * SAMPLE_BINS; i += gridDim.x * SAMPLE_THREADS)
+        s.bins[i] = {0, 0};
     top = warp_max(top);
     if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
     __syncthreads();
@@ -3067,47 +3214,50 @@ __global__ void sample_adjust(Sampler s, const float *logits) {
     s.tops[blockIdx.x] = top;
 }
 
-// Adds up what the blocks found in the step before and chooses that digit of the cut; the same in every block.
+// Sum of what this thread and those before it have; sums (SAMPLE_THREADS) keeps every thread's
+__device__ inline Mass sample_sum_up(Mass own, Mass *sums) {
+    sums[threadIdx.x] = own;
+    __syncthreads();
+    for (int apart = 1; apart < SAMPLE_THREADS; apart *= 2) {
+        const Mass more = (int)threadIdx.x >= apart ? sums[threadIdx.x - apart] : 0;
+        __syncthreads();
+        sums[threadIdx.x] += more;
+        __syncthreads();
+    }
+    return sums[threadIdx.x];
+}
+
+// The cut with its first digits, `step` of them; the same in every block
 __device__ inline SampleCut sample_cut(const Sampler &s, int step) {
-    __shared__ SampleBin parts[SAMPLE_THREADS];
+    __shared__ Mass masses[SAMPLE_THREADS];
+    __shared__ Mass counts[SAMPLE_THREADS];
+    __shared__ float tops[SAMPLE_THREADS / 32];
     __shared__ SampleCut chosen;
-    const int bin = threadIdx.x / 16, lane = threadIdx.x % 16;
-    const SampleBin *bins = s.bins + (int64_t)(step - 1) * s.blocks * SAMPLE_BINS;
-    SampleBin sum = {0, 0};
-    for (int b = lane; step > 0 && b < s.blocks; b += 16) {
-        sum.mass += bins[b * SAMPLE_BINS + bin].mass;
-        sum.count += bins[b * SAMPLE_BINS + bin].count;
+    SampleCut cut = {0, -INFINITY, 0, 0, ~0ull};
+    if (step == 0) {
+        for (int b = threadIdx.x; b < s.blocks; b += SAMPLE_THREADS) cut.top = fmaxf(cut.top, s.tops[b]);
+        cut.top = warp_max(cut.top);
+        if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = cut.top;
+        __syncthreads();
+        for (int i = 0; i < SAMPLE_THREADS / 32; i++) cut.top = fmaxf(cut.top, tops[i]);
+        if (!s.searches && s.top_k == 1) cut.base = sample_key(cut.top);
+        if (blockIdx.x == 0 && threadIdx.x == 0) s.cuts[0] = cut;
+        return cut;
     }
-    parts[threadIdx.x] = sum;
-    __syncthreads();
-    if (lane == 0) {                                            // its own is there already
-        for (int i = 1; i < 16; i++) {
-            parts[threadIdx.x].mass += parts[threadIdx.x + i].mass;
-            parts[threadIdx.x].count += parts[threadIdx.x + i].count;
-        }
+    const unsigned digit = SAMPLE_BINS - 1 - threadIdx.x;       // from the likeliest down
+    const SampleBin own = s.bins[(step - 1) * SAMPLE_BINS + digit];
+    cut = s.cuts[step - 1];
+    const Mass mass = cut.mass + sample_sum_up(own.mass, masses), count = cut.count + sample_sum_up(own.count, counts);
+    if (step == 1 && s.top_p < 1) {                             // all tokens have one of these first digits
+        cut.target = (Mass)ceil(s.top_p * (double)masses[SAMPLE_THREADS - 1]);
+        cut.target = cut.target > 1 ? cut.target : 1;           // the likeliest token always stays
     }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        SampleCut cut = {0, s.tops[0], 0, 0, ~0ull};
-        if (step == 0) {
-            for (int b = 1; b < s.blocks; b++) cut.top = fmaxf(cut.top, s.tops[b]);
-        } else {
-            cut = s.cuts[step - 1];
-            if (step == 1 && s.top_p < 1) {                     // all tokens have one of these first digits
-                Mass all = 0;
-                for (int i = 0; i < SAMPLE_BINS; i++) all += parts[i * 16].mass;
-                cut.target = (Mass)ceil(s.top_p * (double)all);
-                cut.target = cut.target > 1 ? cut.target : 1;   // the likeliest token always stays
-            }
-            int digit = SAMPLE_BINS - 1;
-            for (; digit > 0; digit--) {
-                const SampleBin here = parts[digit * 16];
-                if (cut.mass + here.mass >= cut.target || cut.count + here.count >= s.top_k) break;
-                cut.mass += here.mass;
-                cut.count += here.count;
-            }
-            cut.base += (unsigned)digit << (32 - 4 * step);
-        }
+    const bool here = mass >= cut.target || count >= s.top_k || digit == 0;
+    const bool before = mass - own.mass >= cut.target || count - own.count >= s.top_k;
+    if (here && (threadIdx.x == 0 || !before)) {
+        cut.mass = mass - own.mass;
+        cut.count = count - own.count;
+        cut.base += digit << (32 - 8 * step);
         chosen = cut;
         if (blockIdx.x == 0 && step < SAMPLE_STEPS) s.cuts[step] = cut;
     }
@@ -3115,41 +3265,33 @@ __device__ inline SampleCut sample_cut(const Sampler &s, int step) {
     return chosen;
 }
 
-// Weighs and counts the block's tokens that may be the cut, by the next digit of their keys.
+// Weighs and counts the block's tokens that may be the cut, by the next digit of their keys. Whole numbers: atomics in any
+// order give the same sums. Masses have 40 bits, added up in two halves.
 __global__ void sample_narrow(Sampler s, int step) {
-    __shared__ Mass masses[SAMPLE_TILE];
-    __shared__ int digits[SAMPLE_TILE];                         // SAMPLE_BINS: not among them
-    __shared__ SampleBin parts[SAMPLE_THREADS];
+    __shared__ unsigned low[SAMPLE_BINS];
+    __shared__ unsigned high[SAMPLE_BINS];
+    __shared__ unsigned counts[SAMPLE_BINS];
+    const int t = threadIdx.x, begin = blockIdx.x * s.tokens_of_block, end = min(begin + s.tokens_of_block, s.V);
     let_next_start();
+    low[t] = high[t] = counts[t] = 0;
     wait_for_previous();
     const SampleCut cut = sample_cut(s, step);
-    const int begin = blockIdx.x * s.tokens_of_block, end = min(begin + s.tokens_of_block, s.V), shift = 28 - 4 * step;
-    const int bin = threadIdx.x / 16, lane = threadIdx.x % 16;
-    SampleBin sum = {0, 0};
-    for (int tile = begin; tile < end; tile += SAMPLE_TILE) {
-        const int n = min(end - tile, SAMPLE_TILE);
-        for (int i = threadIdx.x; i < n; i += SAMPLE_THREADS) {
-            const float z = s.logits[tile + i];
-            const unsigned digit = (sample_key(z) - cut.base) >> shift;         // huge for a key below base
-            digits[i] = digit < (unsigned)SAMPLE_BINS ? (int)digit : SAMPLE_BINS;
-            masses[i] = digit < (unsigned)SAMPLE_BINS ? sample_mass(z - cut.top) : 0;
-        }
-        __syncthreads();
-        for (int i = lane; i < n; i += 16) {
-            if (digits[i] != bin) continue;
-            sum.mass += masses[i];
-            sum.count++;
-        }
-        __syncthreads();
-    }
-    parts[threadIdx.x] = sum;
     __syncthreads();
-    if (lane > 0) return;
-    for (int i = 1; i < 16; i++) {
-        sum.mass += parts[threadIdx.x + i].mass;
-        sum.count += parts[threadIdx.x + i].count;
+    for (int i = begin + t; i < end; i += SAMPLE_THREADS) {
+        const float z = s.logits[i];
+        const unsigned digit = (sample_key(z) - cut.base) >> (24 - 8 * step);       // huge for a key below base
+        if (digit >= (unsigned)SAMPLE_BINS) continue;
+        const Mass mass = sample_mass(z - cut.top);
+        atomicAdd(&counts[digit], 1u);
+        if (mass == 0) continue;
+        atomicAdd(&low[digit], (unsigned)(mass & 0xfffff));
+        atomicAdd(&high[digit], (unsigned)(mass >> 20));
     }
-    s.bins[((int64_t)step * s.blocks + blockIdx.x) * SAMPLE_BINS + bin] = sum;
+    __syncthreads();
+    if (counts[t] == 0) return;
+    SampleBin *bin = s.bins + step * SAMPLE_BINS + t;
+    atomicAdd(&bin->mass, low[t] + ((Mass)high[t] << 20));
+    atomicAdd(&bin->count, (Mass)counts[t]);
 }
 
 // The part of the block's tokens that the thread has; in a row, so that order by thread is order by id.
@@ -3163,20 +3305,24 @@ __device__ inline int2 sample_part(const Sampler &s, int block) {
 __global__ void sample_weigh(Sampler s) {
     __shared__ int ties_of_thread[SAMPLE_THREADS];
     __shared__ Mass sums[SAMPLE_THREADS];
+    __shared__ float2 shared[32];
     let_next_start();
     wait_for_previous();
-    const SampleCut cut = sample_cut(s, SAMPLE_STEPS);
-    const SampleBin *ties = s.bins + (int64_t)(SAMPLE_STEPS - 1) * s.blocks * SAMPLE_BINS + cut.base % SAMPLE_BINS;
+    const SampleCut cut = sample_cut(s, s.searches ? SAMPLE_STEPS : 0);
+    const int t = threadIdx.x, begin = blockIdx.x * s.tokens_of_block;
     const int2 part = sample_part(s, blockIdx.x);
     Mass room = s.top_k - cut.count;                            // for tokens whose key is the cut: those of the lowest ids
-    for (int b = 0; b < (int)blockIdx.x; b++) room -= min(room, ties[b * SAMPLE_BINS].count);
-    if (ties[blockIdx.x * SAMPLE_BINS].count > room) {          // the same for all threads
-        int own = 0;
-        for (int i = part.x; i < part.y; i++) own += sample_key(s.logits[i]) == cut.base;
-        ties_of_thread[threadIdx.x] = own;
-        __syncthreads();
-        for (int i = 0; i < (int)threadIdx.x; i++) room -= min(room, (Mass)ties_of_thread[i]);
-    }
+    float2 ties = make_float2(0, 0);                            // in blocks before, if there may be too many; the thread's own
+    if (s.searches && s.bins[(SAMPLE_STEPS - 1) * SAMPLE_BINS + cut.base % SAMPLE_BINS].count > room)
+        for (int i = t; i < begin; i += SAMPLE_THREADS) ties.x += sample_key(s.logits[i]) == cut.base;
+    if (s.top_k == 1 && !s.searches)
+        for (int b = t; b < (int)blockIdx.x; b += SAMPLE_THREADS) ties.x += sample_key(s.tops[b]) == cut.base;
+    for (int i = part.x; i < part.y; i++) ties.y += sample_key(s.logits[i]) == cut.base;
+    ties_of_thread[t] = (int)ties.y;
+    ties = block_sum(ties, shared);
+    room -= min(room, (Mass)ties.x);
+    if ((Mass)ties.y > room)
+        for (int i = 0; i < t; i++) room -= min(room, (Mass)ties_of_thread[i]);
     Mass sum = 0;
     for (int i = part.x; i < part.y; i++) {
         const float z = s.logits[i];
@@ -3187,15 +3333,8 @@ __global__ void sample_weigh(Sampler s) {
         s.weights[i] = weight;
         sum += weight;
     }
-    sums[threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.x % 16 == 0) {
-        for (int i = 1; i < 16; i++) sums[threadIdx.x] += sums[threadIdx.x + i];
-    }
-    __syncthreads();
-    if (threadIdx.x > 0) return;
-    for (int i = 16; i < SAMPLE_THREADS; i += 16) sums[0] += sums[i];
-    s.sums[blockIdx.x] = sums[0];
+    sum = sample_sum_up(sum, sums);
+    if (t == SAMPLE_THREADS - 1) s.sums[blockIdx.x] = sum;
 }
 
 __device__ inline uint64_t sample_mix(uint64_t z) {             // splitmix64
@@ -3215,32 +3354,31 @@ __global__ void sample_draw(Sampler s) {
     SampleState *state = s.state;
     let_next_start();
     wait_for_previous();
-    if (t < s.blocks) sums[t] = s.sums[t];
-    __syncthreads();
-    if (t == 0) {
-        Mass total = 0;
-        for (int b = 0; b < s.blocks; b++) total += sums[b];
-        const uint64_t bits = sample_mix(sample_mix(s.seed) + (uint64_t)state->position) >> 11;
-        const double uniform = state->uniform >= 0 ? state->uniform : (double)bits / 9007199254740992.0;   // 2^53
-        rest = (Mass)(uniform * (double)total);
-        if (total > 0) rest = min(rest, total - 1);
-        for (block = 0; block < s.blocks && rest >= sums[block]; block++) rest -= sums[block];
-        state->position++;
-        if (total == 0) state->drawn = -1;
+    const int64_t position = state->position;
+    const uint64_t bits = sample_mix(sample_mix(s.seed) + (uint64_t)position) >> 11;
+    const double uniform = state->uniform >= 0 ? state->uniform : (double)bits / 9007199254740992.0;       // 2^53
+    Mass own = t < s.blocks ? s.sums[t] : 0, up_to_here = sample_sum_up(own, sums);
+    const Mass total = sums[SAMPLE_THREADS - 1];
+    if (t == 0) state->position = position + 1;
+    if (total == 0) {                                           // nothing to draw from
+        if (t == 0) *s.drawn = state->drawn = -1;
+        return;
+    }
+    const Mass number = min((Mass)(uniform * (double)total), total - 1);
+    if (number < up_to_here && number >= up_to_here - own) {
+        rest = number - (up_to_here - own);
+        block = t;
     }
     __syncthreads();
-    if (block == s.blocks) return;                              // nothing to draw from
     const int2 part = sample_part(s, block);
-    Mass sum = 0, before = 0;
-    for (int i = part.x; i < part.y; i++) sum += s.weights[i];
-    sums[t] = sum;
-    __syncthreads();
-    for (int i = 0; i < t; i++) before += sums[i];
-    if (rest < before || rest - before >= sum) return;
-    Mass left = rest - before;
+    own = 0;
+    for (int i = part.x; i < part.y; i++) own += s.weights[i];
+    up_to_here = sample_sum_up(own, sums);
+    if (rest >= up_to_here || rest < up_to_here - own) return;
+    Mass left = rest - (up_to_here - own);
     int id = part.x;
     while (left >= s.weights[id]) left -= s.weights[id++];
-    state->drawn = id;
+    *s.drawn = state->drawn = id;
 }
 
 // ---------------------------------------- the host's part
@@ -3254,6 +3392,7 @@ static bool text_uncounted(const uint8_t *text, int n) {
 void sampler_allocate(Sampler *s, int V, const Sampling *how, const uint8_t *kinds) {      // kinds (V)
     memset(s, 0, sizeof(*s));
     s->V = V;
+    if (V > SAMPLE_MOST) { die(2, "vocab_size is %d, expected at most %d", V, SAMPLE_MOST); }
     s->blocks = (int)(ceil_div(V, SAMPLE_TILE) < SAMPLE_BLOCKS ? ceil_div(V, SAMPLE_TILE) : SAMPLE_BLOCKS);
     s->tokens_of_block = (int)ceil_div(V, s->blocks);
     s->presence = (float)how->presence;
@@ -3262,12 +3401,13 @@ void sampler_allocate(Sampler *s, int V, const Sampling *how, const uint8_t *kin
     s->inverse_temperature = how->temperature > 0 ? (float)(1 / how->temperature) : 1;
     s->top_p = how->top_p;
     s->top_k = how->temperature == 0 ? 1 : how->top_k == 0 ? ~0ull : (Mass)how->top_k;
+    s->searches = s->top_k > 1 && (s->top_p < 1 || s->top_k < (Mass)V);
     s->seed = how->seed;
     device_alloc((void **)&s->logits, V * sizeof(float));
     device_alloc((void **)&s->counts, V * sizeof(float));
     device_alloc((void **)&s->kinds, V);
     device_alloc((void **)&s->tops, s->blocks * sizeof(float));
-    device_alloc((void **)&s->bins, SAMPLE_STEPS * s->blocks * SAMPLE_BINS * sizeof(SampleBin));
+    device_alloc((void **)&s->bins, SAMPLE_STEPS * SAMPLE_BINS * sizeof(SampleBin));
     device_alloc((void **)&s->cuts, SAMPLE_STEPS * sizeof(SampleCut));
     device_alloc((void **)&s->weights, V * sizeof(Mass));
     device_alloc((void **)&s->sums, s->blocks * sizeof(Mass));
@@ -3298,10 +3438,10 @@ void sampler_begin(Sampler *s, int64_t position, double uniform) {
 // Queues a draw from logits (V); its id comes to *s->drawn. The arguments are the same every time: fit for a CUDA graph.
 void sampler_queue(const Sampler *s, const float *logits) {
     launch_early(sample_adjust, dim3(s->blocks), SAMPLE_THREADS, 0, *s, logits);
-    for (int step = 0; step < SAMPLE_STEPS; step++) launch_early(sample_narrow, dim3(s->blocks), SAMPLE_THREADS, 0, *s, step);
+    for (int step = 0; s->searches && step < SAMPLE_STEPS; step++)
+        launch_early(sample_narrow, dim3(s->blocks), SAMPLE_THREADS, 0, *s, step);
     launch_early(sample_weigh, dim3(s->blocks), SAMPLE_THREADS, 0, *s);
     launch_early(sample_draw, dim3(1), SAMPLE_THREADS, 0, *s);
-    CUDA_CHECK(cudaMemcpyAsync(s->drawn, &s->state->drawn, sizeof(int), cudaMemcpyDeviceToHost, stream));
 }
 
 // Queues a step and the next draw: the token drawn last goes in.

@@ -11,6 +11,7 @@ implementation), part 1, and the kernels, which it reaches through the extern "C
     make test_goldfinch [PRECISION=BF16|FP32] [GPU=0|1]
     ./test_goldfinch                # every check
     ./test_goldfinch FILE...        # just these golden tables; one whose config has steps= is a training run
+    ./test_goldfinch --trainer FILE...      # without inference: for tools under which a kernel takes a thousand times as long
 
 The last line is "N passed, N failed, N skipped"; the exit status is 1 if any check failed.
 
@@ -2345,6 +2346,8 @@ static double rows_error(const float *got, const float *want, int rows, int V) {
 // Inference against the logits of the kernels' last pass over the parallel model: tokens fed in chunks of 1, 7, 16 and
 // all at once, with the logits of every token and with those of each chunk's last (where the last layers see only a few
 // tokens), from all three caches, with windows of all tokens, few and one.
+static int trainer_only;  // --trainer
+
 static void check_inference(const char *title, int B, int T, Ref *m, Model *k) {
     static const char *const kinds[3] = {"compressed cache", "8-bit cache", "full keys and values"};
     const int n_kinds = has_gold(m) ? 3 : 1, n_chunks = has_gold(m) ? 6 : 4;
@@ -2415,7 +2418,7 @@ static void check_table(const Table *t, Ref *m) {
         Bits bits = kernels_bits(m, k, loss, t->B * t->T);
         note("bits of the kernels' loss, gradients and logits: %016llx", (unsigned long long)digest(&bits));
         free(bits.data);
-        check_inference(t->name, t->B, t->T, m, k);
+        if (!trainer_only) check_inference(t->name, t->B, t->T, m, k);
         gf_free(k);
     }
     free(c);
@@ -3215,7 +3218,8 @@ static void check_all_tables(void) {
 
 int main(int argc, char **argv) {
     if (argc > 1) {
-        for (int i = 1; i < argc; i++) check_golden(argv[i]);
+        trainer_only = !strcmp(argv[1], "--trainer");
+        for (int i = 1 + trainer_only; i < argc; i++) check_golden(argv[i]);
     } else {
         // dev/golden lies below the working directory or beside the program
         const char *slash = strrchr(argv[0], '/');

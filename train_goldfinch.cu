@@ -671,7 +671,7 @@ static void cublas_check(cublasStatus_t status, const char *file, int line) {
 static cudaStream_t stream;                 // everything runs on one stream, in order
 static cublasHandle_t cublas;
 static const size_t CUBLAS_WORKSPACE = 32 << 20;
-static int multiprocessors;
+static int multiprocessors, block_smem;     // block_smem: bytes of shared memory that a block can have
 
 static void machine_start(void) {           // once, before the first allocation
     static bool started = false;
@@ -685,7 +685,7 @@ static void machine_start(void) {           // once, before the first allocation
     if (device.major < 8)
         die(2, "%s has compute capability %d.%d, expected 8.0 or newer; `make train GPU=0` builds for the CPU",
             device.name, device.major, device.minor);
-    multiprocessors = device.multiProcessorCount;
+    multiprocessors = device.multiProcessorCount, block_smem = (int)device.sharedMemPerBlockOptin;
     CUDA_CHECK(cudaStreamCreate(&stream));
     CUBLAS_CHECK(cublasCreate(&cublas));
     CUBLAS_CHECK(cublasSetStream(cublas, stream));

@@ -6,8 +6,10 @@
 //   1 a thread a row: 32 lanes read 32 rows, so of each 32-byte sector that comes one number is used at a time
 //   2 a warp a row: neighbouring lanes read neighbouring numbers, 2 bytes each; one load is on its way per lane and turn
 //   3 16-byte loads: eight times fewer loads for the same bytes, so eight times as many bytes on their way
-//   4 in use: 2048 numbers of a row, eight loads a lane, are requested at once; x lies in shared memory; and the kernel
-//       starts before the one ahead has ended, so that its first rows are on their way while that one finishes
+//   4 early: 2048 numbers of a row, eight loads a lane, are requested at once; x lies in shared memory; and the kernel
+//       starts before the one ahead has ended, so that its first row is on its way while that one finishes
+//   5 in use: what is on its way lands in shared memory, not in registers: 8 KB a warp at all times, also while the warp
+//       adds up what has come and while it still waits for x; 17 MB in flight instead of at most 8
 //
 //     make -C dev decode && dev/decode [VERSION [PRODUCTS O I]]
 
@@ -18,7 +20,7 @@
 static int products, O, I;
 static Array<floatX> x, W;
 static Array<float> out;
-static Recording recordings[5];                             // by version
+static Recording recordings[6];                             // by version
 
 __global__ void decode_1(float *y, const floatX *W, const floatX *x, int O, int I) {
     const int row = blockIdx.x * blockDim.x + threadIdx.x;
@@ -49,6 +51,41 @@ __global__ void decode_3(float *y, const floatX *W, const floatX *x, int O, int 
     if (lane == 0) y[row] = sum;
 }
 
+__global__ void __launch_bounds__(256, 4) decode_4(float *y, const floatX *W, const floatX *x, int O, int I) {
+    floatX *copy = dynamic_smem<floatX>();
+    const int lane = threadIdx.x % 32;
+    int row = (blockIdx.x * 256 + threadIdx.x) / 32;
+    RawPack<floatX> raw[8];
+    auto request = [&](int begin) {
+        for (int i = 0; i < 8; i++) {
+            const int at = begin + (32 * i + lane) * 8;
+            if (row < O && at < I) raw[i] = load_raw(W + (int64_t)row * I + at);
+        }
+    };
+    let_next_start();
+    request(0);
+    wait_for_previous();
+    for (int i = threadIdx.x * 8; i < I; i += 256 * 8) store(copy + i, load(x + i));
+    __syncthreads();
+    while (row < O) {
+        float sum = 0;
+        for (int begin = 0; begin < I; begin += 2048) {
+            if (begin > 0) request(begin);
+            for (int i = 0; i < 8; i++) {
+                const int at = begin + (32 * i + lane) * 8;
+                if (at >= I) break;
+                const Pack a = unpack(raw[i]), b = load(copy + at);
+                for (int j = 0; j < 8; j++) sum += a.x[j] * b.x[j];
+            }
+        }
+        const int done = row;
+        row += gridDim.x * 8;
+        request(0);
+        sum = warp_sum(sum);
+        if (lane == 0) y[done] = sum;
+    }
+}
+
 static void queue(int version) {
     for (int i = 0; i < products; i++) {
         const floatX *w = W.p + (int64_t)i * O * I;
@@ -56,7 +93,11 @@ static void queue(int version) {
         if (version == 1) decode_1<<<(int)ceil_div(O, 64), 64, 0, stream>>>(y, w, x.p, O, I);
         if (version == 2) decode_2<<<(int)ceil_div(O, 8), 256, 0, stream>>>(y, w, x.p, O, I);
         if (version == 3) decode_3<<<(int)ceil_div(O, 8), 256, 0, stream>>>(y, w, x.p, O, I);
-        if (version < 4) continue;
+        if (version == 4) {
+            const int blocks = (int)ceil_div(O, 8) < 2 * multiprocessors ? (int)ceil_div(O, 8) : 2 * multiprocessors;
+            launch_early(decode_4, dim3(blocks), 256, I * sizeof(floatX), y, w, x.p, O, I);
+        }
+        if (version < 5) continue;
         Product job = {};
         job.x = x.p, job.w = w, job.out = y, job.rows = O, job.K = I;
         matvec(job, I);
@@ -87,7 +128,7 @@ static Cost cost(const int *shape) {
 
 int main(int argc, char **argv) {
     return lab_main({{"decode", {{"PRODUCTS", 1}, {"O", 1}, {"I", 8}},
-                      {"a thread a row", "a warp a row", "16-byte loads", "in use: 8 loads on their way, early"},
+                      {"a thread a row", "a warp a row", "16-byte loads", "8 loads on their way, early", "in use: a stream to shared memory"},
                       {{1, 5, 64}, {2, 67, 2056}, {3, 40, 7168}}, {{64, 2048, 2048}, {16, 9216, 2048}, {16, 2048, 7168}},
                       setup, run, cost}}, argc, argv);
 }
