@@ -39,10 +39,11 @@ __device__ inline void let_next_start(void) {
 }
 #endif
 
+[[maybe_unused]] static bool next_starts_late = false;      // launch_early is to start the next kernel when all before it are done
+
 // The kernel may start while the one launched before it still runs (programmatic dependent launch): it asks for its
 // weights, and then waits in wait_for_previous until all before it is done. Every thread must do so, and must not touch
-// what other kernels write until then; let_next_start says when the next early launch may begin (all blocks must).
-[[maybe_unused]] static bool next_starts_late = false;      // the next one all the same starts when all before it are done
+// what a kernel that may still run writes until then; let_next_start says when the next early launch may begin (all blocks must).
 template <typename... P, typename... Args>
 static void launch_early(void (*kernel)(P...), dim3 grid, int threads, size_t smem, const Args &...args) {
 #ifdef CUDA_ON_CPU
@@ -267,7 +268,7 @@ __global__ void sum_squares(float *to, const floatX *from, int columns) {       
 // `window` tokens are kept, in a ring: token t's in row t % window. It holds nothing that (id, c) do not give: scratch of
 // a fixed size. With KV_FULL it is as long as the context, and the rest of this section has nothing to do.
 
-static const int WINDOW_THREADS = 256, WINDOW_SPLITS = 4, WINDOW_GROUPS = WINDOW_THREADS / 8, WINDOW_WARPS = WINDOW_THREADS / 32;
+static const int WINDOW_THREADS = 256, WINDOW_SPLITS = 8, WINDOW_GROUPS = WINDOW_THREADS / 8, WINDOW_WARPS = WINDOW_THREADS / 32;
 
 struct QuerySource {
     const floatX *q;                        // (M, C), normed; or null:
@@ -286,35 +287,36 @@ struct WindowTask {
     int m0, M, C, H;                        // m0: number of the first query here
 };
 
-// Mean and 1/deviation of C numbers over the block of NORM_THREADS or more. pack(c) gives eight of them; own: the thread's,
-// blockDim.x packs apart
-static const int NORM_THREADS = 256, NORM_PACKS = MAX_C / 8 / NORM_THREADS;
-template <typename F> __device__ inline float2 block_norm(const F &pack, int C, float2 *shared, Pack (&own)[NORM_PACKS]) {
+// Mean and 1/deviation of C numbers over the block, of so many threads. pack(c) gives eight of them; own: the thread's, `threads`
+// packs apart
+template <int threads, typename F>
+__device__ inline float2 block_norm(const F &pack, int C, float2 *shared, Pack (&own)[MAX_C / 8 / threads]) {
     float total = 0, squares = 0;
-    for (int n = 0; n < NORM_PACKS; n++) {
-        const int c = (threadIdx.x + n * blockDim.x) * 8;
+    for (int n = 0; n < MAX_C / 8 / threads; n++) {
+        const int c = (threadIdx.x + n * threads) * 8;
         own[n] = c < C ? pack(c) : zero_pack();
         for (int i = 0; i < 8; i++) total += own[n].x[i];
     }
-    const float mean = block_sum(total, shared) / C;
-    for (int n = 0; n < NORM_PACKS; n++) {
-        if ((int)(threadIdx.x + n * blockDim.x) * 8 >= C) continue;
+    const float mean = block_sum(total, shared, threads / 32) / C;
+    for (int n = 0; n < MAX_C / 8 / threads; n++) {
+        if ((int)(threadIdx.x + n * threads) * 8 >= C) continue;
         for (int i = 0; i < 8; i++) squares += (own[n].x[i] - mean) * (own[n].x[i] - mean);
     }
-    return make_float2(mean, rsqrtf(block_sum(squares, shared) / C + 1e-5f));
+    return make_float2(mean, rsqrtf(block_sum(squares, shared, threads / 32) / C + 1e-5f));
 }
 
-// Eight channels of query m, from c on; the whole block must call it. gain, bias: of ln_q there, where the query still needs it
+// Eight channels of query m, from c on; the whole block (WINDOW_THREADS) must call it. gain, bias: of ln_q there, where the
+// query still needs it
 __device__ inline Pack query_pack(const QuerySource &s, int m, int c, int C, const Pack &gain, const Pack &bias, float2 *shared) {
     if (s.q) return load(s.q + (int64_t)m * C + c);
-    Pack own[NORM_PACKS], q = load(s.q0 + c);
-    const float2 norm = block_norm([&](int at) { return load(s.q0 + at); }, C, shared, own);
+    Pack own[MAX_C / 8 / WINDOW_THREADS], q = load(s.q0 + c);
+    const float2 norm = block_norm<WINDOW_THREADS>([&](int at) { return load(s.q0 + at); }, C, shared, own);
     for (int i = 0; i < 8; i++) q.x[i] = (float)(floatX)((q.x[i] - norm.x) * norm.y * gain.x[i] + bias.x[i]);
     return s.rope->used ? rope_pack(q, *s.rope, s.place->first, c, 1) : q;
 }
 
 // Grid: (H, splits, M). Eight lanes hold a token, each eight channels; such a group of lanes keeps its own running sums of
-// every 32nd token, four tokens on their way at a time. Floor: bytes, 2 floatX a channel and token. A single query's first
+// every (32 splits)th token, four tokens on their way at a time. Floor: bytes, 2 floatX a channel and token. A single query's first
 // keys and values are asked for early: no kernel that may still run writes the cache (see cache_decode).
 __global__ void __launch_bounds__(WINDOW_THREADS, 2) window_attention_kernel(WindowTask p) {
     __shared__ float2 shared[32];
@@ -970,7 +972,7 @@ template <int groups, bool rope> __global__ void __launch_bounds__(256, 1) past_
 
 // q~ = q * ln_k's gain (with rope: q), W2^T q~ and two sums, of all queries of a head: a block. q~ includes log2(e) / sqrt(N):
 // softmax goes by powers of 2.
-__global__ void __launch_bounds__(NORM_THREADS) past_queries(PastQuery to, QuerySource q, GoldSource g, int M) {
+__global__ void __launch_bounds__(WINDOW_THREADS) past_queries(PastQuery to, QuerySource q, GoldSource g, int M) {
     __shared__ float2 shared[32];
     __shared__ __align__(16) float qs[8][N];
     __shared__ float low_rank[8][32];
@@ -978,7 +980,7 @@ __global__ void __launch_bounds__(NORM_THREADS) past_queries(PastQuery to, Query
     const Pack gain = q.q ? zero_pack() : load(q.gain + c), bias = q.q ? zero_pack() : load(q.bias + c);
     let_next_start();
     wait_for_previous();
-    for (int i = t; i < 8 * N; i += NORM_THREADS) qs[i / N][i % N] = 0;
+    for (int i = t; i < 8 * N; i += WINDOW_THREADS) qs[i / N][i % N] = 0;
     __syncthreads();
     for (int m = 0; m < M; m++) {
         const Pack part = query_pack(q, m, c, g.C, gain, bias, shared);
@@ -1009,14 +1011,14 @@ __global__ void __launch_bounds__(NORM_THREADS) past_queries(PastQuery to, Query
         to.q[(2 * h + t / 32) * 32 + lane] = pair;
     }
     for (int column = 0; column < g.rank_pad; column += 32) {
-        for (int m = t / 32; m < M; m += NORM_THREADS / 32) {
+        for (int m = t / 32; m < M; m += WINDOW_THREADS / 32) {
             float sum = 0;
 #pragma unroll 16
             for (int i = 0; i < N; i++) sum += qs[m][i] * (float)g.k.w2[(int64_t)(h * N + i) * g.rank_pad + column + lane];
             low_rank[m][lane] = sum;
         }
         __syncthreads();
-        for (int i = t; i < 4 * M; i += NORM_THREADS) {                              // a query's column of a tile is in four lanes
+        for (int i = t; i < 4 * M; i += WINDOW_THREADS) {                              // a query's column of a tile is in four lanes
             const int m = i / 4, n = h * M + m, k = i % 4 * 2;
             const float *x = low_rank[m];
             TilePair pair;
@@ -1112,7 +1114,7 @@ template <typename T> static void gold_attention(Infer *f, const GoldSource &g, 
             auto kernel = g.rank_pad == 64 ? g.rope.used ? past_attention_kernel<2, true> : past_attention_kernel<2, false> :
                           g.rope.used ? past_attention_kernel<4, true> : past_attention_kernel<4, false>;
             allow_smem(kernel, smem);
-            launch_early(past_queries, dim3(g.H), NORM_THREADS, 0, f->past_query, part.query, g, here);
+            launch_early(past_queries, dim3(g.H), WINDOW_THREADS, 0, f->past_query, part.query, g, here);
             launch_early(kernel, dim3(splits), 32 * f->past_warps, smem, g, past);
         }
         launch_early(combine_splits<T>, dim3(g.H, here), 256, 0, y + (int64_t)m * g.C, f->sums, f->past_sums, g, f->window_splits,
@@ -1140,7 +1142,7 @@ static const Mixer GOLD_FROM_CACHE = {"gold", GOLD, 0, true, false, false, gold_
 // ---- attention of layers that keep their own keys and values (gptalpha, llama) ----
 //
 // A warp takes 16 queries of a head and a share of the context, in tiles of 64 tokens: attention_forward_kernel, but that
-// the queries are the context's last tokens. combine_splits puts the shares together. Floor: bytes, each key and value once
+// the queries are the context's last tokens. combine_kept puts the shares together. Floor: bytes, each key and value once
 // per 16 queries.
 
 static const int KEPT_QUERIES = 16, KEPT_TILE = 64, KEPT_WARPS = 1056;     // warps: eight for each of an H100's multiprocessors
@@ -1288,42 +1290,39 @@ static void kept_allocate(Infer *f, int rows) {
 //
 // With one row there are no tiles to multiply: every weight is read once and used once. Floor: bytes, those of all weights
 // but the embedding; at 3 TB/s 0.9 ms for the 1.3 billion of L24 D2048. So a step is a chain of kernels that each read a few
-// matrices as fast as memory gives them, six or seven a layer, recorded as one CUDA graph. Four things keep the memory busy:
+// matrices as fast as memory gives them, seven a layer, recorded as one CUDA graph. Four things keep the memory busy:
 //
-//   - a block a multiprocessor, and each of its 16 warps has 8 KB of its rows on their way to shared memory at all times: 17 MB
+//   - a block a multiprocessor, and each of its 16 warps has 6 to 8 KB of its rows on their way to shared memory: 13 MB and more
 //     together, where memory that takes 1 us to answer needs 3 to be busy. The rest evens out which warps it serves first.
 //   - kernels are launched early: a block takes its place when the one before it there ends, asks for its first rows, and
 //     only then waits for what other blocks of the kernel before are still making
 //   - what goes on between two products (norm, shift, mix, gate) is done by every block of the next product for itself:
 //     C numbers, from L2, instead of a launch of its own
-//   - what a kernel needs besides comes in one trip to memory where it can: a trip costs about as much as 2 MB of weights
+//   - what a kernel needs besides comes in one trip to memory where it can: a trip costs about as much as 2 MB of weights.
+//     The same holds for its code, which is cold at each launch: what can be short is.
 //
 // The residual stream is fp32 here; a product's inputs are rounded to floatX, as everywhere.
 
-static const int MV_THREADS = 512, MV_WARPS = MV_THREADS / 32;
+static const int MV_THREADS = MAX_C / 8, MV_WARPS = MV_THREADS / 32;     // 512: a thread has a pack of a vector, or none
 static const int MV_PACKS = PRECISION_BF16 ? 4 : 2, MV_PART = MV_PACKS * 32 * 8;    // a part of a row: packs of a lane, elements
-static const int MV_SLOTS = 4;                                  // most parts of a warp's rows that shared memory holds
+static const int MV_SLOTS = 4, MV_FEW_SLOTS = 2;                // parts of a warp's rows in shared memory; where that is small
 
 __device__ inline void async_pack(floatX *to, const floatX *from) {
     for (int i = 0; i < 8; i += 16 / (int)sizeof(floatX)) async_copy16(to + i, from + i, true);
 }
 
-__device__ inline void async_wait_for_oldest(int groups) {      // of so many
-    if (groups == 1) async_wait<0>();
-    else if (groups == 2) async_wait<1>();
-    else if (groups == 3) async_wait<2>();
-    else async_wait<MV_SLOTS - 1>();
-}
-
-// A warp's rows of weights, row, row + step, ..: each in parts of MV_PART elements. A lane reads only what it has copied.
+// A warp's rows of weights, row, row + step, ..: each in parts of MV_PART elements. A lane reads only what it has copied, after
+// async_wait<MV_SLOTS - 1>. With MV_FEW_SLOTS, two empty groups follow each part, so that this waits for all but one of them.
 template <typename Job> struct WeightStream {
     const Job &job;
-    floatX *slots;                          // (n_slots, MV_PART)
-    int n_slots, row, step, k = 0, slot = 0;
-    __device__ void request(void) {         // the next part, a group of its own; an empty one after the last
+    floatX *slots;                          // (n_slots, MV_PART), or as many as there are parts
+    int n_slots, row, step, k, slot;
+    const floatX *weights;                  // of the row
+    __device__ void request(void) {         // the next part, if there is one, is a group of its own
         const int lane = threadIdx.x % 32 * 8;
         if (row < job.rows) {
-            const floatX *from = job.weights(row) + k + lane;
+            if (k == 0) weights = job.weights(row);
+            const floatX *from = weights + k + lane;
             floatX *to = slots + slot * MV_PART + lane;
             for (int i = 0; i < MV_PACKS; i++)
                 if (k + 256 * i + lane < job.K) async_pack(to + 256 * i, from + 256 * i);
@@ -1332,25 +1331,29 @@ template <typename Job> struct WeightStream {
                 k = 0;
                 row += step;
             }
-            slot = slot + 1 == n_slots ? 0 : slot + 1;
+            slot = (slot + 1) & (n_slots - 1);
         }
+        async_commit();
+        if (n_slots == MV_SLOTS) return;
+        async_commit();
         async_commit();
     }
 };
 
 // y[row] = weights(row) . x for rows 0..rows-1, x made by `before` in shared memory, y handed to `after`. A row may have a
-// second x. `early` asks for what `before` needs and no kernel of this step writes, `beside` for what `after` needs.
-// Grid: (any number of blocks, problems). vectors: floatX that `early` and `before` use.
-template <typename Job> __global__ void __launch_bounds__(MV_THREADS) matvec_kernel(Job job, int vectors, int n_slots) {
+// second x. `early` asks for what `before` needs and no kernel that may still run writes, `beside` for what `after` needs.
+// Grid: (any number of blocks, problems). vectors: floatX that `early` and `before` use; used: slots that a warp fills.
+template <typename Job> __global__ void __launch_bounds__(MV_THREADS, 1) matvec_kernel(Job job, int vectors, int n_slots, int used) {
     floatX *x = dynamic_smem<floatX>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32 * 8, step = gridDim.x * MV_WARPS;
-    int row = warp * gridDim.x + blockIdx.x, slot = 0;       // so that blocks differ by one row at most
-    WeightStream<Job> stream = {job, x + vectors + warp * n_slots * MV_PART, n_slots, row, step};
+    int row = warp * gridDim.x + blockIdx.x, slot = 0;      // so that blocks differ by one row at most
+    WeightStream<Job> stream = {job, x + vectors + warp * used * MV_PART, n_slots, row, step, 0, 0, nullptr};
     let_next_start();
     job.early(x);
+#pragma unroll 1
     for (int i = 0; i < n_slots; i++) stream.request();
     wait_for_previous();
-    async_wait_for_oldest(n_slots);                         // what is early came with the first part
+    async_wait<MV_SLOTS - 1>();                             // what is early came with the first part
     job.before(x);
     __syncthreads();
     for (; row < job.rows; row += step) {
@@ -1359,7 +1362,7 @@ template <typename Job> __global__ void __launch_bounds__(MV_THREADS) matvec_ker
         float2 sum = make_float2(0, 0);
         for (int k = lane; k - lane < job.K; k += MV_PART) {
             const floatX *part = stream.slots + slot * MV_PART + lane;
-            async_wait_for_oldest(n_slots);
+            async_wait<MV_SLOTS - 1>();
             for (int i = 0; i < MV_PACKS; i++) {
                 if (k + 256 * i >= job.K) break;
                 const Pack w = load(part + 256 * i), a = load(first + k + 256 * i);
@@ -1368,7 +1371,7 @@ template <typename Job> __global__ void __launch_bounds__(MV_THREADS) matvec_ker
                 const Pack b = load(second + k + 256 * i);
                 for (int j = 0; j < 8; j++) sum.y += w.x[j] * b.x[j];
             }
-            slot = slot + 1 == n_slots ? 0 : slot + 1;
+            slot = (slot + 1) & (n_slots - 1);
             stream.request();
         }
         sum.x = warp_sum(sum.x);
@@ -1377,14 +1380,17 @@ template <typename Job> __global__ void __launch_bounds__(MV_THREADS) matvec_ker
     }
 }
 
+static bool matvec_fits(int64_t vectors, int n_slots) {
+    return (vectors + MV_WARPS * n_slots * MV_PART) * (int64_t)sizeof(floatX) + 1024 <= block_smem;    // 1024: what is static
+}
+
 template <typename Job> static void matvec(const Job &job, int vectors, int problems = 1) {
     const int64_t blocks = ceil_div(job.rows, MV_WARPS), grid = blocks < multiprocessors ? blocks : multiprocessors;
-    const int64_t parts = ceil_div(blocks, grid) * ceil_div(job.K, MV_PART), slot = MV_WARPS * MV_PART * sizeof(floatX);
-    int n_slots = parts < MV_SLOTS ? (int)parts : MV_SLOTS;
-    while (n_slots > 1 && vectors * sizeof(floatX) + n_slots * slot + 1024 > (size_t)block_smem) n_slots--;     // 1024: static
-    const size_t smem = vectors * sizeof(floatX) + n_slots * slot;
+    const int n_slots = matvec_fits(vectors, MV_SLOTS) ? MV_SLOTS : MV_FEW_SLOTS;
+    const int64_t parts = ceil_div(blocks, grid) * ceil_div(job.K, MV_PART), used = parts < n_slots ? parts : n_slots;
+    const size_t smem = (vectors + MV_WARPS * used * MV_PART) * sizeof(floatX);         // little, so that more kernels have room
     if (smem > 40 << 10) allow_smem(matvec_kernel<Job>, smem);
-    launch_early(matvec_kernel<Job>, dim3((int)grid, problems), MV_THREADS, smem, job, vectors, n_slots);
+    launch_early(matvec_kernel<Job>, dim3((int)grid, problems), MV_THREADS, smem, job, vectors, n_slots, (int)used);
 }
 
 struct OneVector {                                          // what most jobs have in common
@@ -1396,6 +1402,7 @@ struct OneVector {                                          // what most jobs ha
 
 template <typename T> __device__ inline void copy_vector(floatX *to, const T *from, int n) {
     const int most = 5, apart = MV_THREADS * 8;             // packs on their way at a time
+#pragma unroll 1
     for (int begin = threadIdx.x * 8; begin < n; begin += most * apart) {
         Pack v[most];
         for (int i = 0; i < most; i++) v[i] = begin + i * apart < n ? load(from + begin + i * apart) : zero_pack();
@@ -1404,24 +1411,23 @@ template <typename T> __device__ inline void copy_vector(floatX *to, const T *fr
     }
 }
 
-// What a thread asks for here it alone reads: the packs that the loop in norm_vector gives it.
-__device__ inline void early_vector(floatX *to, const floatX *from, int n) {
-    for (int i = threadIdx.x * 8; i < n; i += MV_THREADS * 8) async_pack(to + i, from + i);
+// What a thread asks for here it alone reads.
+__device__ inline void early_vector(floatX *to, const floatX *from, int C) {
+    const int c = threadIdx.x * 8;
+    if (c < C) async_pack(to + c, from + c);
 }
 
 // to = LayerNorm of C numbers, of which pack(c) gives eight; gain and bias may lie in shared memory
 template <typename S, typename F>
 __device__ inline void norm_packs(S *to, const F &pack, const floatX *gain, const floatX *bias, int C) {
     __shared__ float2 shared[32];
-    Pack own[NORM_PACKS];
-    const float2 norm = block_norm(pack, C, shared, own);
-    for (int n = 0; n < NORM_PACKS; n++) {
-        const int c = (threadIdx.x + n * blockDim.x) * 8;
-        if (c >= C) break;
-        const Pack g = load(gain + c), b = load(bias + c);
-        for (int i = 0; i < 8; i++) own[n].x[i] = (own[n].x[i] - norm.x) * norm.y * g.x[i] + b.x[i];
-        store(to + c, own[n]);
-    }
+    Pack own[1];
+    const float2 norm = block_norm<MV_THREADS>(pack, C, shared, own);
+    const int c = threadIdx.x * 8;
+    if (c >= C) return;
+    const Pack g = load(gain + c), b = load(bias + c);
+    for (int i = 0; i < 8; i++) own[0].x[i] = (own[0].x[i] - norm.x) * norm.y * g.x[i] + b.x[i];
+    store(to + c, own[0]);
 }
 
 template <typename S, typename T>
@@ -1444,15 +1450,15 @@ template <int n> struct NormShiftMix {
     }
     __device__ void make(floatX *x, int C) const {
         floatX *v = x + n * C;                              // takes the place of the gain
-        norm_vector(v, from, v, v + C, C);                  // a thread's packs stay its own: no barrier
-        for (int c = threadIdx.x * 8; c < C; c += MV_THREADS * 8) {
-            const Pack now = load(v + c), before = load(v + 2 * C + c);
-            if (blockIdx.x == 0) store(ln + c, now);
-            for (int i = 0; i < n; i++) {
-                Pack mu_i = load(x + i * C + c);
-                for (int j = 0; j < 8; j++) mu_i.x[j] = now.x[j] + (before.x[j] - now.x[j]) * mu_i.x[j];
-                store(x + i * C + c, mu_i);
-            }
+        norm_vector(v, from, v, v + C, C);
+        const int c = threadIdx.x * 8;                      // a thread's pack stays its own: no barrier
+        if (c >= C) return;
+        const Pack now = load(v + c), before = load(v + 2 * C + c);
+        if (blockIdx.x == 0) store(ln + c, now);
+        for (int i = 0; i < n; i++) {
+            Pack mu_i = load(x + i * C + c);
+            for (int j = 0; j < 8; j++) mu_i.x[j] = now.x[j] + (before.x[j] - now.x[j]) * mu_i.x[j];
+            store(x + i * C + c, mu_i);
         }
     }
 };
@@ -1516,8 +1522,9 @@ struct FinchProducts : OneVector {
     }
 };
 
-struct Product : OneVector {                                // out = w x
-    const floatX *x, *w;
+template <typename T> struct Product : OneVector {          // out = w x
+    const T *x;
+    const floatX *w;
     float *out;
     int rows, K;
     __device__ const floatX *weights(int row) const { return w + (int64_t)row * K; }
@@ -1549,19 +1556,27 @@ struct GoldOut : TmixOut {                                  // the same, x still
     __device__ void before(floatX *v) const {
         norm_packs(v, [&](int c) {
             const int h = c / N;
-            float tops[WINDOW_SPLITS], sums[WINDOW_SPLITS], top = -INFINITY, sum = 0;
-            Pack outs[WINDOW_SPLITS], y = zero_pack();
-            for (int i = 0; i < WINDOW_SPLITS; i++) {                   // all at once
-                const bool there = i < splits;
-                tops[i] = there ? window.top[i * (K / N) + h] : -INFINITY;
-                sums[i] = there ? window.sum[i * (K / N) + h] : 0;
-                outs[i] = there ? load(window.out + i * K + c) : zero_pack();
-            }
-            for (int i = 0; i < WINDOW_SPLITS; i++) top = fmaxf(top, tops[i]);
-            for (int i = 0; i < WINDOW_SPLITS; i++) {
-                const float weight = exp2f(tops[i] - top);              // 0 for a split that saw nothing
-                sum += weight * sums[i];
-                for (int j = 0; j < 8; j++) y.x[j] += weight * outs[i].x[j];
+            float top = -INFINITY, sum = 0;
+            Pack y = zero_pack();
+            for (int begin = 0; begin < splits; begin += 4) {           // four at once
+                float tops[4], sums[4];
+                Pack outs[4];
+                for (int i = 0; i < 4; i++) {
+                    const int at = begin + i < splits ? begin + i : begin;
+                    tops[i] = begin + i < splits ? window.top[at * (K / N) + h] : -INFINITY;
+                    sums[i] = window.sum[at * (K / N) + h];
+                    outs[i] = load(window.out + at * K + c);
+                }
+                const float last = top;                                 // the first split sees a token: top is finite from there
+                for (int i = 0; i < 4; i++) top = fmaxf(top, tops[i]);
+                const float shrink = exp2f(last - top);
+                sum *= shrink;
+                for (int j = 0; j < 8; j++) y.x[j] *= shrink;
+                for (int i = 0; i < 4; i++) {
+                    const float weight = exp2f(tops[i] - top);          // 0 for a split that saw nothing
+                    sum += weight * sums[i];
+                    for (int j = 0; j < 8; j++) y.x[j] += weight * outs[i].x[j];
+                }
             }
             for (int j = 0; j < 8; j++) y.x[j] /= sum;
             return y;
@@ -1654,6 +1669,7 @@ __global__ void __launch_bounds__(128) decode_mixes(Mixed p, int C) {
     MixSum mix = {};
     let_next_start();
     mix.request(p.w + (int64_t)i * 32 * C, c, C);
+    // no mu[i]: that would copy the parameters to the stack
     const floatX *mu_i = i == 0 ? p.mu[0] : i == 1 ? p.mu[1] : i == 2 ? p.mu[2] : i == 3 ? p.mu[3] : p.mu[4];
     const Pack mu = c < C ? load(mu_i + c) : zero_pack(), before = c < C ? load(p.shift + c) : zero_pack();
     wait_for_previous();
@@ -1683,10 +1699,10 @@ __global__ void __launch_bounds__(128) wkv_step(WkvStep p) {
     __shared__ float v2[16];
     const int t = threadIdx.x, h = blockIdx.x, A = p.H * N, head = h * N, j0 = head + 16 * blockIdx.y, j = t / 8, i0 = t % 8 * 8;
     float *at = p.state + ((int64_t)j0 + j) * N + i0;
-    RawPack<floatX> w[4], w2;
+    RawPack<floatX> w[4], w2 = {};
     let_next_start();
     for (int i = 0; i < 4; i++) w[i] = load_raw(p.decay_w2 + (int64_t)(4 * j + i) * A + head + i0);
-    w2 = load_raw(p.value2_w2 + (int64_t)(t / 2) * A + j0 + t % 2 * 8);
+    if (p.use_v2) w2 = load_raw(p.value2_w2 + (int64_t)(t / 2) * A + j0 + t % 2 * 8);
     Pack S = load(at);
     const float decay_bias = (float)p.time_decay[head + t % N], bonus = p.u ? (float)p.u[head + t % N] : 0;
     wait_for_previous();                                    // and all that the kernel before has made at once
@@ -1728,17 +1744,6 @@ __global__ void __launch_bounds__(128) wkv_step(WkvStep p) {
 
 // ---- the new token's entry in the cache, and its keys and values for the window, all GOLD layers at once ----
 
-// c = w_kv_cache_a x
-struct CacheEntry : OneVector {
-    const float *x;
-    const floatX *w;
-    float *c;
-    int rows, K;
-    __device__ const floatX *weights(int row) const { return w + (int64_t)row * K; }
-    __device__ void before(floatX *v) const { copy_vector(v, x, K); }
-    __device__ void after(int row, float2 sum, float4) const { c[row] = sum.x; }
-};
-
 // z = id_k0[id] + w_c c, K0 before its norm, of this token and the one before. Block 0 writes c to the cache; what counts
 // is what can be read from there.
 struct KeySums : OneVector {
@@ -1773,10 +1778,14 @@ struct KeySums : OneVector {
         }
         if (cache8 && blockIdx.x == 0 && threadIdx.x == 0) scales[t] = scale;
     }
-    __device__ void after(int row, float2 sum, float4) const {
+    __device__ float4 beside(int row) const {               // at t = 0 there is no token before
         const int64_t t = place->first;
-        z[row] = sum.x + (float)g.id_k0[(int64_t)g.ids[t] * rows + row];
-        z[rows + row] = t > 0 ? sum.y + (float)g.id_k0[(int64_t)g.ids[t - 1] * rows + row] : 0;
+        const float now = (float)g.id_k0[(int64_t)g.ids[t] * rows + row];
+        return make_float4(now, t > 0 ? (float)g.id_k0[(int64_t)g.ids[t - 1] * rows + row] : 0, 0, 0);
+    }
+    __device__ void after(int row, float2 sum, float4 beside) const {
+        z[row] = sum.x + beside.x;
+        z[rows + row] = sum.y + beside.y;
     }
 };
 
@@ -1792,6 +1801,7 @@ decode_keys_values(floatX *kv1, const GoldSource *sources, const float *z, const
     MixSum mix = {};
     let_next_start();
     mix.request(s.mix, c, C);
+    const Pack mu = c < C ? load(s.mu + c) : zero_pack();
     wait_for_previous();
     const int64_t t = place->first, id = g.ids[t], id_before = t > 0 ? g.ids[t - 1] : -1;
     if (threadIdx.x < 32) {
@@ -1805,8 +1815,7 @@ decode_keys_values(floatX *kv1, const GoldSource *sources, const float *z, const
         squares.y += z[C + i] * z[C + i];
     }
     squares = block_sum(squares, shared);
-    __syncthreads();                                        // h
-    Pack m = mix.sum(h, parts);
+    Pack m = mix.sum(h, parts);                             // block_sum had a barrier after h
     if (threadIdx.x >= 32 || c >= C) return;
     Pack now, before = zero_pack();
     if (side) {
@@ -1821,7 +1830,6 @@ decode_keys_values(floatX *kv1, const GoldSource *sources, const float *z, const
             before.x[i] *= scale_before;
         }
     }
-    const Pack mu = load(s.mu + c);
     for (int i = 0; i < 8; i++) m.x[i] = now.x[i] + (before.x[i] - now.x[i]) * (mu.x[i] + m.x[i]);
     store(kv1 + (int64_t)blockIdx.y * C + c, m);
 }
@@ -1875,7 +1883,8 @@ decode_window_append(const GoldSource *sources, const float *kv2, const Place *p
     floatX *to = s.ring + place->first % window * C;
     norm_vector(to, kv2 + (int64_t)blockIdx.x * C, s.gain, s.bias, C);
     if (blockIdx.x % 2 == 1 || !g.rope.used) return;
-    for (int c = threadIdx.x * 8; c < C; c += MV_THREADS * 8) store(to + c, rope_pack(load(to + c), g.rope, place->first, c, 1));
+    const int c = threadIdx.x * 8;
+    if (c < C) store(to + c, rope_pack(load(to + c), g.rope, place->first, c, 1));
 }
 
 // ---- layers ----
@@ -1927,8 +1936,8 @@ static void cache_decode(Infer *f) {
     const Dims &d = f->m.d;
     const Row &row = f->row;
     const GoldSource &g = f->sources[0];
-    CacheEntry entry = {};
-    entry.x = row.x, entry.w = f->m.top.w_kv_cache_a.w, entry.c = row.c, entry.rows = d.R, entry.K = d.C;
+    Product<float> entry = {};
+    entry.x = row.x, entry.w = f->m.top.w_kv_cache_a.w, entry.out = row.c, entry.rows = d.R, entry.K = d.C;
     matvec(entry, d.C);
     KeySums sums = {};
     sums.g = g, sums.cache = f->c, sums.cache8 = f->c8, sums.scales = f->scales, sums.c = row.c, sums.z = row.z, sums.place = f->place;
@@ -1952,7 +1961,7 @@ static void gold_decode(Infer *f, Layer *layer) {
     mix_hidden_decode(f, layer, 1);
     const Mixed mixed = {row.ln, layer->tmix_shift, {p.time_maa_q.w}, p.time_maa_q_w2.w, row.hidden, row.xs};
     launch_early(decode_mixes, dim3((int)ceil_div(d.C, 256), 1), 128, 0, mixed, d.C);
-    Product query = {};
+    Product<floatX> query = {};
     query.x = row.xs, query.w = p.query.w, query.out = row.q, query.rows = d.C, query.K = d.C;
     matvec(query, d.C);
     WindowTask task = {};
@@ -2055,7 +2064,8 @@ static void choose_attention_shape(Infer *f, int splits_wanted, int warps_wanted
     const size_t limit = block_smem;
     f->past_splits = splits_wanted < MOST_SPLITS ? splits_wanted : MOST_SPLITS;
     f->past_warps = warps_wanted;
-    f->window_splits = f->window < WINDOW_SPLITS * WINDOW_GROUPS ? (int)ceil_div(f->window, WINDOW_GROUPS) : WINDOW_SPLITS;
+    const int splits_of_window = WINDOW_SPLITS * g.H > multiprocessors ? WINDOW_SPLITS / 2 : WINDOW_SPLITS;
+    f->window_splits = f->window < splits_of_window * WINDOW_GROUPS ? (int)ceil_div(f->window, WINDOW_GROUPS) : splits_of_window;
     while (f->past_warps > 1 && (past_smem(nullptr, g, f->past_warps, 1).bytes > limit ||
                                  f->past_warps / 2 * 15ll * f->past_splits >= f->capacity)) f->past_warps /= 2;
     if (past_smem(nullptr, g, f->past_warps, 1).bytes > limit)
@@ -2078,8 +2088,7 @@ static void choose_attention_shape(Infer *f, int splits_wanted, int warps_wanted
 static void prepare_decode(Infer *f) {
     const Dims &d = f->m.d;
     f->packed = (Packed *)calloc(d.L, sizeof(Packed));
-    const int64_t largest = f->m.d.F > 5 * f->m.d.C ? f->m.d.F : 5 * f->m.d.C;                // vectors of a matvec_kernel
-    f->decodes = (largest + MV_WARPS * MV_PART) * (int64_t)sizeof(floatX) + 1024 <= block_smem;
+    f->decodes = matvec_fits(d.F > 5 * d.C ? d.F : 5 * d.C, MV_FEW_SLOTS);
     for (int l = 0; l < d.L; l++) {
         const Layer &layer = f->m.layers[l];
         const Params &p = layer.p;
@@ -3134,9 +3143,9 @@ int64_t gf_printable(const unsigned char *bytes, int64_t n, unsigned char *text)
 // digit: per step, every block of threads weighs and counts its tokens by their key's next 8 bits, and the next step walks
 // down from the largest until too much is above. Seven small launches, three where no cut is to be found (greedy, or no filter).
 
-static const int SAMPLE_THREADS = 256, SAMPLE_BLOCKS = 256, SAMPLE_TILE = 1024;     // most blocks; fewest tokens of one
+static const int SAMPLE_THREADS = 256, SAMPLE_BLOCKS = 256, SAMPLE_TILE = 1024;     // most blocks; tokens of one, if that suffices
 static const int SAMPLE_BINS = SAMPLE_THREADS, SAMPLE_STEPS = 4;                    // 4 digits of 8 bits
-static const int SAMPLE_MOST = 1 << 20;                         // tokens: a block's sums of 20 bits fit 32
+static const int SAMPLE_DIGITS = 3, SAMPLE_BITS = 14;           // of masses: sums over a block's tokens, at most 2^16, fit 32 bits
 
 typedef struct Sampling {                                       // how to sample
     double temperature, top_p, presence, frequency, decay;
@@ -3200,7 +3209,6 @@ __global__ void sample_adjust(Sampler s, const float *logits) {
         s.counts[i] = count;
         if (count >= 0) z -= s.presence + count * s.frequency;
         z = kind & TOKEN_BANNED ? -INFINITY : z < INFINITY ? z : INFINITY;      // NaN: infinity, with which nothing is drawn
-        z += 0;                             // -0 becomes 0: equal logits have equal keys
         s.logits[i] = z;
         top = fmaxf(top, z);
     }
@@ -3266,31 +3274,29 @@ __device__ inline SampleCut sample_cut(const Sampler &s, int step) {
 }
 
 // Weighs and counts the block's tokens that may be the cut, by the next digit of their keys. Whole numbers: atomics in any
-// order give the same sums. Masses have 40 bits, added up in two halves.
+// order give the same sums. Masses have 40 bits, added up in three digits.
 __global__ void sample_narrow(Sampler s, int step) {
-    __shared__ unsigned low[SAMPLE_BINS];
-    __shared__ unsigned high[SAMPLE_BINS];
+    __shared__ unsigned masses[SAMPLE_DIGITS][SAMPLE_BINS];
     __shared__ unsigned counts[SAMPLE_BINS];
     const int t = threadIdx.x, begin = blockIdx.x * s.tokens_of_block, end = min(begin + s.tokens_of_block, s.V);
     let_next_start();
-    low[t] = high[t] = counts[t] = 0;
+    counts[t] = 0;
+    for (int i = 0; i < SAMPLE_DIGITS; i++) masses[i][t] = 0;
     wait_for_previous();
-    const SampleCut cut = sample_cut(s, step);
-    __syncthreads();
+    const SampleCut cut = sample_cut(s, step);              // and a barrier
     for (int i = begin + t; i < end; i += SAMPLE_THREADS) {
         const float z = s.logits[i];
         const unsigned digit = (sample_key(z) - cut.base) >> (24 - 8 * step);       // huge for a key below base
         if (digit >= (unsigned)SAMPLE_BINS) continue;
-        const Mass mass = sample_mass(z - cut.top);
         atomicAdd(&counts[digit], 1u);
-        if (mass == 0) continue;
-        atomicAdd(&low[digit], (unsigned)(mass & 0xfffff));
-        atomicAdd(&high[digit], (unsigned)(mass >> 20));
+        Mass mass = sample_mass(z - cut.top);
+        for (int k = 0; k < SAMPLE_DIGITS && mass > 0; k++, mass >>= SAMPLE_BITS)
+            atomicAdd(&masses[k][digit], (unsigned)mass & ((1u << SAMPLE_BITS) - 1));
     }
     __syncthreads();
     if (counts[t] == 0) return;
     SampleBin *bin = s.bins + step * SAMPLE_BINS + t;
-    atomicAdd(&bin->mass, low[t] + ((Mass)high[t] << 20));
+    for (int k = 0; k < SAMPLE_DIGITS; k++) atomicAdd(&bin->mass, (Mass)masses[k][t] << SAMPLE_BITS * k);
     atomicAdd(&bin->count, (Mass)counts[t]);
 }
 
@@ -3312,17 +3318,17 @@ __global__ void sample_weigh(Sampler s) {
     const int t = threadIdx.x, begin = blockIdx.x * s.tokens_of_block;
     const int2 part = sample_part(s, blockIdx.x);
     Mass room = s.top_k - cut.count;                            // for tokens whose key is the cut: those of the lowest ids
-    float2 ties = make_float2(0, 0);                            // in blocks before, if there may be too many; the thread's own
-    if (s.searches && s.bins[(SAMPLE_STEPS - 1) * SAMPLE_BINS + cut.base % SAMPLE_BINS].count > room)
-        for (int i = t; i < begin; i += SAMPLE_THREADS) ties.x += sample_key(s.logits[i]) == cut.base;
-    if (s.top_k == 1 && !s.searches)
-        for (int b = t; b < (int)blockIdx.x; b += SAMPLE_THREADS) ties.x += sample_key(s.tops[b]) == cut.base;
-    for (int i = part.x; i < part.y; i++) ties.y += sample_key(s.logits[i]) == cut.base;
-    ties_of_thread[t] = (int)ties.y;
-    ties = block_sum(ties, shared);
-    room -= min(room, (Mass)ties.x);
-    if ((Mass)ties.y > room)
-        for (int i = 0; i < t; i++) room -= min(room, (Mass)ties_of_thread[i]);
+    const bool greedy = s.top_k == 1;
+    if (greedy || (s.searches && s.bins[(SAMPLE_STEPS - 1) * SAMPLE_BINS + cut.base % SAMPLE_BINS].count > room)) {
+        float2 ties = make_float2(0, 0);                        // in blocks before (greedy: or as many blocks), in this one
+        for (int b = t; greedy && b < (int)blockIdx.x; b += SAMPLE_THREADS) ties.x += sample_key(s.tops[b]) == cut.base;
+        for (int i = t; !greedy && i < begin; i += SAMPLE_THREADS) ties.x += sample_key(s.logits[i]) == cut.base;
+        for (int i = part.x; i < part.y; i++) ties.y += sample_key(s.logits[i]) == cut.base;
+        ties_of_thread[t] = (int)ties.y;
+        ties = block_sum(ties, shared);
+        room -= min(room, (Mass)ties.x);
+        for (int i = 0; i < t && (Mass)ties.y > room; i++) room -= min(room, (Mass)ties_of_thread[i]);
+    }
     Mass sum = 0;
     for (int i = part.x; i < part.y; i++) {
         const float z = s.logits[i];
@@ -3392,7 +3398,6 @@ static bool text_uncounted(const uint8_t *text, int n) {
 void sampler_allocate(Sampler *s, int V, const Sampling *how, const uint8_t *kinds) {      // kinds (V)
     memset(s, 0, sizeof(*s));
     s->V = V;
-    if (V > SAMPLE_MOST) { die(2, "vocab_size is %d, expected at most %d", V, SAMPLE_MOST); }
     s->blocks = (int)(ceil_div(V, SAMPLE_TILE) < SAMPLE_BLOCKS ? ceil_div(V, SAMPLE_TILE) : SAMPLE_BLOCKS);
     s->tokens_of_block = (int)ceil_div(V, s->blocks);
     s->presence = (float)how->presence;

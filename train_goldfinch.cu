@@ -671,7 +671,8 @@ static void cublas_check(cublasStatus_t status, const char *file, int line) {
 static cudaStream_t stream;                 // everything runs on one stream, in order
 static cublasHandle_t cublas;
 static const size_t CUBLAS_WORKSPACE = 32 << 20;
-static int multiprocessors, block_smem;     // block_smem: bytes of shared memory that a block can have
+static int multiprocessors;
+[[maybe_unused]] static int block_smem;      // bytes of shared memory that a block can have
 
 static void machine_start(void) {           // once, before the first allocation
     static bool started = false;
@@ -875,8 +876,8 @@ static void guard_gap(void *, size_t) {}
 
 // Sum over the block, whole warps, to all threads, in fixed order: of a float, float2 or float4. shared: 32 of them, or of a
 // larger type.
-template <typename V, typename S> __device__ inline V block_sum(V v, S *shared) {
-    const int n = sizeof(V) / sizeof(float), warps = blockDim.x / 32;
+template <typename V, typename S> __device__ inline V block_sum(V v, S *shared, int warps = blockDim.x / 32) {
+    const int n = sizeof(V) / sizeof(float);
     V *sums = (V *)shared;
     for (int i = 0; i < n; i++) ((float *)&v)[i] = warp_sum(((float *)&v)[i]);
     if (warps == 1) return v;

@@ -8,8 +8,8 @@
 //   3 16-byte loads: eight times fewer loads for the same bytes, so eight times as many bytes on their way
 //   4 early: 2048 numbers of a row, eight loads a lane, are requested at once; x lies in shared memory; and the kernel
 //       starts before the one ahead has ended, so that its first row is on its way while that one finishes
-//   5 in use: what is on its way lands in shared memory, not in registers: 8 KB a warp at all times, also while the warp
-//       adds up what has come and while it still waits for x; 17 MB in flight instead of at most 8
+//   5 in use: what is on its way lands in shared memory, not in registers: 6 to 8 KB a warp, also while it adds up what has
+//       come and while it still waits for x; 13 MB and more in flight instead of at most 8
 //
 //     make -C dev decode && dev/decode [VERSION [PRODUCTS O I]]
 
@@ -98,7 +98,7 @@ static void queue(int version) {
             launch_early(decode_4, dim3(blocks), 256, I * sizeof(floatX), y, w, x.p, O, I);
         }
         if (version < 5) continue;
-        Product job = {};
+        Product<floatX> job = {};
         job.x = x.p, job.w = w, job.out = y, job.rows = O, job.K = I;
         matvec(job, I);
     }
@@ -128,7 +128,8 @@ static Cost cost(const int *shape) {
 
 int main(int argc, char **argv) {
     return lab_main({{"decode", {{"PRODUCTS", 1}, {"O", 1}, {"I", 8}},
-                      {"a thread a row", "a warp a row", "16-byte loads", "8 loads on their way, early", "in use: a stream to shared memory"},
+                      {"a thread a row", "a warp a row", "16-byte loads", "8 loads on their way, early",
+                       "in use: a stream to shared memory"},
                       {{1, 5, 64}, {2, 67, 2056}, {3, 40, 7168}}, {{64, 2048, 2048}, {16, 9216, 2048}, {16, 2048, 7168}},
                       setup, run, cost}}, argc, argv);
 }
