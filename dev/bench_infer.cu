@@ -199,11 +199,12 @@ static void figures(Bench *b, KvKind kv, int64_t T, double bandwidth, FILE *csv)
     const double seconds = decode(b, steps, nullptr), share = weight_bytes(&f->m, f->G) / bandwidth / seconds;
     const double ms = seconds * 1e3, rate = 1 / seconds;
     const Dims &d = f->m.d;
-    printf("%-5s %9ld %14.4f %12.0f %14.0f %12.3f %10.1f %8.1f %%\n", kinds[kv], T, cache * 1e-9, per_token, T / prefill, ms, rate,
-           100 * share);
+    const double grows = per_token * T;                         // what is left of `cache` are states
+    printf("%-5s %9ld %10.4f %10.1f %12.0f %15.0f %12.3f %8.1f %8.1f %%\n", kinds[kv], T, grows * 1e-9, (cache - grows) * 1e-6,
+           per_token, T / prefill, ms, rate, 100 * share);
     if (csv)
-        fprintf(csv, "%s,%s,%d,%d,%d,%s,%ld,%ld,%.0f,%.0f,%.4f,%.1f,%.4f,%.0f\n", machine_name(), PRECISION_BF16 ? "BF16" : "FP32",
-                d.L, d.C, d.V, kinds[kv], T, cache, per_token, T / prefill, ms, rate, share, bandwidth * 1e-9);
+        fprintf(csv, "%s,%s,%d,%d,%d,%s,%ld,%.0f,%.0f,%.0f,%.0f,%.4f,%.1f,%.4f,%.0f\n", machine_name(), PRECISION_BF16 ? "BF16" : "FP32",
+                d.L, d.C, d.V, kinds[kv], T, grows, cache - grows, per_token, T / prefill, ms, rate, share, bandwidth * 1e-9);
     fflush(stdout);
 }
 
@@ -253,10 +254,10 @@ int main(int argc, char **argv) {
     for (int kv = 0; kv < 2; kv++) check_state(&benches[kv], (KvKind)kv, longest < 100000 ? longest : 100000);
     size_t before, after, total;
     CUDA_CHECK(cudaMemGetInfo(&before, &total));
-    printf("\n%-5s %9s %14s %12s %14s %12s %10s %10s\n", "cache", "context", "cache, GB", "bytes/token", "pre-fill tok/s", "decode, ms",
-           "tok/s", "share");
+    printf("\n%-5s %9s %10s %10s %12s %15s %12s %8s %10s\n", "cache", "context", "cache, GB", "states, MB", "bytes/token",
+           "pre-fill tok/s", "decode, ms", "tok/s", "share");
     if (csv)
-        fprintf(csv, "gpu,precision,layers,width,vocabulary,cache,context,cache_bytes,bytes_per_token,prefill_tok_s,decode_ms,"
+        fprintf(csv, "gpu,precision,layers,width,vocabulary,cache,context,cache_bytes,state_bytes,bytes_per_token,prefill_tok_s,decode_ms,"
                      "decode_tok_s,share,copy_gb_s\n");
     for (int kv = 0; kv < 3; kv++)
         for (int64_t i = 3; i < n; i++)
