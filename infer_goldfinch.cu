@@ -2064,7 +2064,7 @@ static void choose_attention_shape(Infer *f, int splits_wanted, int warps_wanted
     const size_t limit = block_smem;
     f->past_splits = splits_wanted < MOST_SPLITS ? splits_wanted : MOST_SPLITS;
     f->past_warps = warps_wanted;
-    const int splits_of_window = WINDOW_SPLITS * g.H > multiprocessors ? WINDOW_SPLITS / 2 : WINDOW_SPLITS;
+    const int splits_of_window = WINDOW_SPLITS * g.H > splits_wanted ? WINDOW_SPLITS / 2 : WINDOW_SPLITS;
     f->window_splits = f->window < splits_of_window * WINDOW_GROUPS ? (int)ceil_div(f->window, WINDOW_GROUPS) : splits_of_window;
     while (f->past_warps > 1 && (past_smem(nullptr, g, f->past_warps, 1).bytes > limit ||
                                  f->past_warps / 2 * 15ll * f->past_splits >= f->capacity)) f->past_warps /= 2;
@@ -2740,7 +2740,7 @@ Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk, int64_t wi
         CUDA_CHECK(cudaMemcpy(f->m.master + t->offset, m->master + t->offset, t->size * sizeof(float), cudaMemcpyDeviceToDevice));
     }
     model_params_changed(&f->m);
-    infer_prepare(f, small ? 2 : multiprocessors, small ? 1 : 8);
+    infer_prepare(f, small ? 2 : 64, small ? 1 : 8);                          // as on a small and on a large GPU
     return f;
 }
 

@@ -75,7 +75,7 @@ static void bench_open(Bench *b, const Settings *s, KvKind kv, int64_t capacity,
         CUDA_CHECK(cudaFree(b->f->m.master));
         b->f->m.master = nullptr;
     }
-    infer_prepare(b->f, multiprocessors, 8);
+    infer_prepare(b->f, GPU_HERE ? multiprocessors : 64, 8);        // on the CPU the shares of a context that a large GPU has
     sampler_allocate(&b->sampler, (int)s->vocab_size, &how, types);
     infer_rehearse(b->f, b->recordings, [=] { step_and_draw(b->f, &b->sampler); });
     b->ids = (int *)malloc((size_t)capacity * sizeof(int));
