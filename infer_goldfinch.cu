@@ -1018,7 +1018,7 @@ __global__ void __launch_bounds__(WINDOW_THREADS) past_queries(PastQuery to, Que
             low_rank[m][lane] = sum;
         }
         __syncthreads();
-        for (int i = t; i < 4 * M; i += WINDOW_THREADS) {                              // a query's column of a tile is in four lanes
+        for (int i = t; i < 4 * M; i += WINDOW_THREADS) {                   // a query's column of a tile is in four lanes
             const int m = i / 4, n = h * M + m, k = i % 4 * 2;
             const float *x = low_rank[m];
             TilePair pair;

@@ -2343,11 +2343,11 @@ static double rows_error(const float *got, const float *want, int rows, int V) {
     return worst;
 }
 
+static int trainer_only;  // --trainer
+
 // Inference against the logits of the kernels' last pass over the parallel model: tokens fed in chunks of 1, 7, 16 and
 // all at once, with the logits of every token and with those of each chunk's last (where the last layers see only a few
 // tokens), from all three caches, with windows of all tokens, few and one.
-static int trainer_only;  // --trainer
-
 static void check_inference(const char *title, int B, int T, Ref *m, Model *k) {
     static const char *const kinds[3] = {"compressed cache", "8-bit cache", "full keys and values"};
     const int n_kinds = has_gold(m) ? 3 : 1, n_chunks = has_gold(m) ? 6 : 4;
@@ -3219,6 +3219,7 @@ static void check_all_tables(void) {
 int main(int argc, char **argv) {
     if (argc > 1) {
         trainer_only = !strcmp(argv[1], "--trainer");
+        if (trainer_only && argc == 2) fail("--trainer: expected FILE..., found nothing to check");
         for (int i = 1 + trainer_only; i < argc; i++) check_golden(argv[i]);
     } else {
         // dev/golden lies below the working directory or beside the program
