@@ -1250,9 +1250,17 @@ __global__ void __launch_bounds__(1024) add_partials_kernel(Targets to, float *m
     __shared__ float sums[32][32];
     const int64_t at = (int64_t)blockIdx.x * 32 + threadIdx.x % 32;
     const int part = threadIdx.x / 32, parts = blockDim.x / 32;
+    const int LOADS = 16;                                                   // on their way at a time
     float sum = 0;
-#pragma unroll 8
-    for (int i = part; i < P; i += parts) sum += partial[(int64_t)i * (rows + n) * C + at];
+    for (int begin = part; begin < P; begin += LOADS * parts) {
+        float x[LOADS];
+#pragma unroll
+        for (int l = 0; l < LOADS; l++) {
+            const int i = begin + l * parts;
+            x[l] = i < P ? partial[(int64_t)i * (rows + n) * C + at] : 0;
+        }
+        for (int l = 0; l < LOADS; l++) sum += x[l];
+    }
     sums[part][threadIdx.x % 32] = sum;
     __syncthreads();
     if (part > 0) return;
@@ -1578,29 +1586,29 @@ low_rank_mix_forward_kernel(Mixes<n> mix, const floatX *x, int BT, int T, int C)
     }
 }
 
-template <int n> static void mix_forward(Mixes<n> mix, const floatX *x, int BT, int T, int C) {
-    if (mix.low.h) {
-        const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_FORWARD_ROWS);
-        const int split = slices < 2 * multiprocessors ? 2 * multiprocessors / slices : 1;      // two blocks a multiprocessor
-        const dim3 grid(slices, split < tiles ? split : tiles);
-        const size_t smem = sizeof(LowRankMixForward<n>);
-        allow_smem(low_rank_mix_forward_kernel<n>, smem);
-        low_rank_mix_forward_kernel<n><<<grid, MIX_FORWARD_THREADS, smem, stream>>>(mix, x, BT, T, C);
-        return;
-    }
+template <int n> static void mix_forward(Mixes<n> mix, const floatX *x, int BT, int T, int C) {               // no low ranks
     const int per = 4, blocks = (int)ceil_div(BT, per);     // so few that multiprocessors do not wait long for the last block
     token_shift_mix_forward<n><<<blocks, row_threads(C), 0, stream>>>(mix, x, BT, T, C, per);
+}
+
+template <int n> static void mix_forward_low_rank(Mixes<n> mix, const floatX *x, int BT, int T, int C) {
+    const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_FORWARD_ROWS);
+    const int split = slices < 2 * multiprocessors ? 2 * multiprocessors / slices : 1;          // two blocks a multiprocessor
+    const dim3 grid(slices, split < tiles ? split : tiles);
+    const size_t smem = sizeof(LowRankMixForward<n>);
+    allow_smem(low_rank_mix_forward_kernel<n>, smem);
+    low_rank_mix_forward_kernel<n><<<grid, MIX_FORWARD_THREADS, smem, stream>>>(mix, x, BT, T, C);
 }
 
 // With c_i = mu_i + m_i and g_i the gradient of out_i:
 //     dx_t = sum_i g_i,t (1 - c_i,t)  +  sum_i g_i,t+1 c_i,t+1 (of the next token, if it is in the same sequence)
 //     dm_i = g_i * (x_{t-1} - x_t),   dmu_i = the sum of dm_i over all tokens
 //     dh_i = dm_i w2_i^T,             dw2_i = h_i^T dm_i
-// TX: floatX, or float where layers add up.
 //
 // Without low ranks rows are walked backwards, so the next token's part is at hand. partial (blocks, n, C).
-template <int n, typename TX, bool accumulate>
-__global__ void token_shift_mix_backward(Mixes<n> mix, TX *dx, float *partial, const floatX *x, int BT, int T, int C, int rows_per_block) {
+template <int n>
+__global__ void token_shift_mix_backward(Mixes<n> mix, floatX *dx, float *partial, const floatX *x, int BT, int T, int C,
+        int rows_per_block) {
     const int c = threadIdx.x * 8;
     if (c >= C) return;
     Pack mu[n], dmu[n], later = zero_pack();                // later: what the next token gives to this one
@@ -1619,11 +1627,8 @@ __global__ void token_shift_mix_backward(Mixes<n> mix, TX *dx, float *partial, c
         const int64_t at = row * C + c;
         const Pack before = row > 0 ? load(x + at - C) : zero_pack();
         const float inside = row % T ? 1.f : 0.f;           // the first token of a sequence sees zeros
-        Pack out = accumulate ? load(dx + at) : zero_pack();
-        for (int j = 0; j < 8; j++) {
-            out.x[j] += later.x[j];
-            later.x[j] = 0;
-        }
+        Pack out = later;
+        later = zero_pack();
         for (int i = 0; i < n; i++) {
             const Pack g = load(mix.x[i] + at);
             for (int j = 0; j < 8; j++) {
@@ -1648,6 +1653,7 @@ __global__ void token_shift_mix_backward(Mixes<n> mix, TX *dx, float *partial, c
 // which answers in 0.8 us).
 // The last of the 64 rows is there for what the shift gives to the one before it; the next block begins with it. dh is given
 // as the gradient before the tanh that made h. Bytes a row: C (1 + n read + 1 written) in floatX; w2 comes from the L2 cache.
+// TX: floatX, or float where layers add up.
 static const int MIX_THREADS = 128, MIX_ROWS = MIX_THREADS / 2, MIX_SLICE = PRECISION_BF16 ? 32 : 16, LD_SLICE = MIX_SLICE + PAD;
 
 template <int n> struct LowRankMixSlice {
@@ -1840,24 +1846,82 @@ static int mix_splits(int C) { return 4 * 132 * MIX_CHANNELS / C; }
 
 static int64_t mix_partial_floats(int C) { return (int64_t)mix_splits(C) * (RANK + 1) * 5 * C; }
 
-// dh, dw2: null without low ranks
-template <int n, typename TX, bool accumulate>
-static void mix_backward(Mixes<n> mix, TX *dx, floatX *dh, float *dw2, Targets dmu, float *partial, const floatX *x, int BT, int T, int C) {
-    if (mix.low.h) {
-        const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_W2_ROWS);
-        const int split = tiles < mix_splits(C) ? tiles : mix_splits(C);
-        const size_t smem = sizeof(LowRankMixBackward<n>), smem_w2 = MIX_STAGES * sizeof(LowRankMixTile<n>);
-        const int blocks = (int)ceil_div(BT, MIX_ROWS - 1);
-        allow_smem(low_rank_mix_backward_dx<n, TX, accumulate>, smem);
-        low_rank_mix_backward_dx<n, TX, accumulate><<<blocks, MIX_THREADS, smem, stream>>>(mix, dx, dh, x, BT, T, C);
-        allow_smem(low_rank_mix_backward_w2<n>, smem_w2);
-        low_rank_mix_backward_w2<n><<<dim3(slices, split), MIX_W2_THREADS, smem_w2, stream>>>(mix, partial, x, BT, T, C);
-        add_partials(dmu, partial, split, n, C, dw2, RANK * n);
-        return;
-    }
+template <int n>
+static void mix_backward(Mixes<n> mix, floatX *dx, Targets dmu, float *partial, const floatX *x, int BT, int T, int C) {
     const int blocks = row_blocks(BT, C), per = rows_per_block(BT, C), threads = row_threads(C);
-    token_shift_mix_backward<n, TX, accumulate><<<blocks, threads, 0, stream>>>(mix, dx, partial, x, BT, T, C, per);
+    token_shift_mix_backward<n><<<blocks, threads, 0, stream>>>(mix, dx, partial, x, BT, T, C, per);
     add_partials(dmu, partial, blocks, n, C);
+}
+
+template <int n, typename TX, bool accumulate> static void mix_backward_low_rank(Mixes<n> mix, TX *dx, floatX *dh, float *dw2,
+        Targets dmu, float *partial, const floatX *x, int BT, int T, int C) {
+    const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_W2_ROWS);
+    const int split = tiles < mix_splits(C) ? tiles : mix_splits(C);
+    const size_t smem = sizeof(LowRankMixBackward<n>), smem_w2 = MIX_STAGES * sizeof(LowRankMixTile<n>);
+    const int blocks = (int)ceil_div(BT, MIX_ROWS - 1);
+    allow_smem(low_rank_mix_backward_dx<n, TX, accumulate>, smem);
+    low_rank_mix_backward_dx<n, TX, accumulate><<<blocks, MIX_THREADS, smem, stream>>>(mix, dx, dh, x, BT, T, C);
+    allow_smem(low_rank_mix_backward_w2<n>, smem_w2);
+    low_rank_mix_backward_w2<n><<<dim3(slices, split), MIX_W2_THREADS, smem_w2, stream>>>(mix, partial, x, BT, T, C);
+    add_partials(dmu, partial, split, n, C, dw2, RANK * n);
+}
+
+// The hidden layer of the low ranks, h = tanh((x + dx * mu) @ w1), w1 the first R = 32 n columns of (C, ld). The shift is
+// linear, so it may as well come after the product, where a token has R numbers, not C:
+//
+//     w = [ (1 - mu) w1 | mu w1 ]  (C, 2R)         z = x @ w  (BT, 2R, fp32): what a token gives to itself, and to the next
+//     h_t = tanh(z_t[:R] + z_{t-1}[R:])
+//
+// and back, with dz_t = [ dh_t | dh_{t+1} ] (dh before the tanh; zero past the end of a sequence):
+//
+//     dx = dz @ w^T                                [ P | Q ] = x^T @ dz  (C, 2R)
+//     dw1 = (1 - mu) P + mu Q                      dmu = sum over the columns of w1 (Q - P)
+//
+// So x + dx * mu and its gradient are never written: 1 unit of BT C floatX forward and 3 backward, where dx is added to.
+// The products are cuBLAS'; what is here reads and writes at most 2R numbers a token or a channel.
+__global__ void mix_hidden_weights(floatX *w, const floatX *w1, const floatX *mu, int C, int R, int ld) {      // w (C, 2R)
+    const int at = (blockIdx.x * blockDim.x + threadIdx.x) * 8, c = at / R, r = at % R;
+    if (c >= C) return;
+    const Pack v = load(w1 + (int64_t)c * ld + r);
+    Pack here, next;
+    for (int j = 0; j < 8; j++) {
+        next.x[j] = (float)mu[c] * v.x[j];
+        here.x[j] = v.x[j] - next.x[j];
+    }
+    store(w + (int64_t)c * 2 * R + r, here);
+    store(w + (int64_t)c * 2 * R + R + r, next);
+}
+
+__global__ void mix_hidden_forward(floatX *h, const float *z, int BT, int T, int R) {
+    const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8, row = at / R;
+    if (row >= BT) return;
+    Pack v = load(z + row * R + at);                        // row * 2R + column
+    const Pack before = row % T ? load(z + (row - 1) * R + at) : zero_pack();
+    for (int j = 0; j < 8; j++) v.x[j] = tanhf(v.x[j] + before.x[j]);
+    store(h + at, v);
+}
+
+__global__ void mix_hidden_backward(floatX *dz, const floatX *dh, int BT, int T, int R) {
+    const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8, row = at / R;
+    if (row >= BT) return;
+    store(dz + row * R + at, load(dh + at));
+    store(dz + (row + 1) * R + at, (row + 1) % T ? load(dh + at + R) : zero_pack());
+}
+
+// dw1 and dmu, which are added to, from PQ = [ P | Q ]: a warp a channel
+__global__ void mix_hidden_weights_backward(float *dw1, float *dmu, const float *PQ, const floatX *w1, const floatX *mu, int C, int R,
+        int ld) {
+    const int c = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
+    if (c >= C) return;
+    float sum = 0;
+    for (int r = lane; r < R; r += 32) {
+        const int64_t at = (int64_t)c * ld + r;
+        const float *p = PQ + (int64_t)c * 2 * R + r, difference = p[R] - p[0];
+        dw1[at] += p[0] + (float)mu[c] * difference;
+        sum += (float)w1[at] * difference;
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) dmu[c] += sum;
 }
 
 // ---- element by element ----
@@ -3191,8 +3255,8 @@ template <typename T> static void take(Arena *arena, T **p, int64_t count) {
 }
 
 typedef struct LowRankMix {                 // mixes whose amounts depend on the data, of n inputs
-    floatX *xx, *h;                         // (BT, C), (BT, 32 n): input and hidden layer
-    struct { floatX *dxx, *dh; } tmp;
+    floatX *w, *h;                          // (C, 64 n), (BT, 32 n): w1 times 1 - mu_x and mu_x; hidden layer
+    struct { float *z; floatX *dh, *dz; float *dw; } tmp;       // (BT, 64 n), (BT, 32 n), (BT, 64 n), (C, 64 n)
 } LowRankMix;
 
 typedef struct FinchC2 {
@@ -3381,35 +3445,40 @@ static void rope_backward(const Model *m, floatX *gradient) { rope_turn(m, gradi
 //     m   = tanh((x + dx * mu_x) @ w1);  m_i = m[:, 32 i : 32 i + 32] @ w2[i],  i = 0 .. n-1        w1 (C, 32 n), w2 (n, 32, C)
 //     x_i = x + dx * (mu_i + m_i)
 
-static void low_rank_mix_plan(const Dims &d, LowRankMix *a, int n, Arena *kept, Arena *again, Arena *scratch) {
-    const int64_t E = (int64_t)d.BT * d.C;
-    take(again, &a->xx, E);
-    take(kept, &a->h, (int64_t)d.BT * RANK * n);
-    take(scratch, &a->tmp.dxx, E);
-    take(scratch, &a->tmp.dh, (int64_t)d.BT * RANK * n);
+static void low_rank_mix_plan(const Dims &d, LowRankMix *a, int n, Arena *kept, Arena *scratch) {
+    const int R = RANK * n;
+    take(kept, &a->w, (int64_t)d.C * 2 * R);
+    take(kept, &a->h, (int64_t)d.BT * R);
+    take(scratch, &a->tmp.z, (int64_t)d.BT * 2 * R);
+    take(scratch, &a->tmp.dh, (int64_t)d.BT * R);
+    take(scratch, &a->tmp.dz, (int64_t)d.BT * 2 * R);
+    take(scratch, &a->tmp.dw, (int64_t)d.C * 2 * R);
 }
 
-// xx and h, for n mixes
+// h, for n mixes
 static void low_rank_mix_hidden(const Dims &d, const LowRankMix &a, Param mu_x, Param w1, int n, const floatX *x) {
-    mix_forward<1>({{mu_x.w}, {}, {a.xx}}, x, d.BT, d.T, d.C);
-    matmul(a.h, RANK * n, rows(a.xx, d.C), rows(w1.w, w1.ld), d.BT, RANK * n, d.C);
-    tanh_forward<<<pack_blocks((int64_t)d.BT * RANK * n), 256, 0, stream>>>(a.h, (int64_t)d.BT * RANK * n);
+    const int R = RANK * n;
+    mix_hidden_weights<<<pack_blocks((int64_t)d.C * R), 256, 0, stream>>>(a.w, w1.w, mu_x.w, d.C, R, (int)w1.ld);
+    matmul(a.tmp.z, 2 * R, rows(x, d.C), rows(a.w, 2 * R), d.BT, 2 * R, d.C);
+    mix_hidden_forward<<<pack_blocks((int64_t)d.BT * R), 256, 0, stream>>>(a.h, a.tmp.z, d.BT, d.T, R);
 }
 
 // From tmp.dh: w1's and mu_x's gradients; adds x's to dx.
-template <typename TX> static void low_rank_mix_hidden_backward(Model *m, const LowRankMix &a, Param mu_x, Param w1, int n,
+template <typename TX> static void low_rank_mix_hidden_backward(const Dims &d, const LowRankMix &a, Param mu_x, Param w1, int n,
         TX *dx, const floatX *x) {
-    const Dims &d = m->d;
-    matmul(w1.g, w1.ld, columns(a.xx, d.C), rows(a.tmp.dh, RANK * n), d.C, RANK * n, d.BT, 1);
-    matmul(a.tmp.dxx, d.C, rows(a.tmp.dh, RANK * n), columns(w1.w, w1.ld), d.BT, d.C, RANK * n);
-    mix_backward<1, TX, true>({{mu_x.w}, {}, {a.tmp.dxx}}, dx, nullptr, nullptr, {{mu_x.g}}, m->partial, x, d.BT, d.T, d.C);
+    const int R = RANK * n;
+    floatX *dz = a.tmp.dz;
+    mix_hidden_backward<<<pack_blocks((int64_t)d.BT * R), 256, 0, stream>>>(dz, a.tmp.dh, d.BT, d.T, R);
+    matmul(a.tmp.dw, 2 * R, columns(x, d.C), rows(dz, 2 * R), d.C, 2 * R, d.BT);
+    mix_hidden_weights_backward<<<(int)ceil_div(d.C, 8), 256, 0, stream>>>(w1.g, mu_x.g, a.tmp.dw, w1.w, mu_x.w, d.C, R, (int)w1.ld);
+    matmul(dx, d.C, rows(dz, 2 * R), columns(a.w, 2 * R), d.BT, d.C, 2 * R, 1);
 }
 
 // Mix `first` of n and those after it, where all read the same x
 template <int n> static void low_rank_mix_outputs(const Dims &d, const LowRankMix &a, Param w2, int of, int first, Mixes<n> mix,
         const floatX *x) {
     mix.low = {a.h + RANK * first, RANK * of, w2.w + (int64_t)RANK * d.C * first};
-    mix_forward<n>(mix, x, d.BT, d.T, d.C);
+    mix_forward_low_rank<n>(mix, x, d.BT, d.T, d.C);
 }
 
 template <int n, typename TX, bool accumulate>
@@ -3418,22 +3487,20 @@ static void low_rank_mix_outputs_backward(Model *m, const LowRankMix &a, Param w
     const Dims &d = m->d;
     const int64_t from = (int64_t)RANK * d.C * first;
     mix.low = {a.h + RANK * first, RANK * of, w2.w + from};
-    mix_backward<n, TX, accumulate>(mix, dx, a.tmp.dh + RANK * first, w2.g + from, dmu, m->partial, x, d.BT, d.T, d.C);
+    mix_backward_low_rank<n, TX, accumulate>(mix, dx, a.tmp.dh + RANK * first, w2.g + from, dmu, m->partial, x, d.BT, d.T, d.C);
 }
 
 // The whole of it, with time_maa_x, _w1 and _w2; again: h is there already.
 template <int n> static void low_rank_mix_forward(const Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix,
         const floatX *x, bool again = false) {
-    const Dims &d = m->d;
-    if (again) mix_forward<1>({{p.time_maa_x.w}, {}, {a.xx}}, x, d.BT, d.T, d.C);
-    else low_rank_mix_hidden(d, a, p.time_maa_x, p.time_maa_w1, n, x);
-    low_rank_mix_outputs<n>(d, a, p.time_maa_w2, n, 0, mix, x);
+    if (!again) low_rank_mix_hidden(m->d, a, p.time_maa_x, p.time_maa_w1, n, x);
+    low_rank_mix_outputs<n>(m->d, a, p.time_maa_w2, n, 0, mix, x);
 }
 
 template <int n> static void low_rank_mix_backward(Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix, Targets dmu,
                                                    floatX *dx, const floatX *x) {
     low_rank_mix_outputs_backward<n, floatX, false>(m, a, p.time_maa_w2, n, 0, mix, dmu, dx, x);
-    low_rank_mix_hidden_backward(m, a, p.time_maa_x, p.time_maa_w1, n, dx, x);
+    low_rank_mix_hidden_backward(m->d, a, p.time_maa_x, p.time_maa_w1, n, dx, x);
 }
 
 // ---- Finch-C2 time mix, x060c2 ----
@@ -3451,11 +3518,10 @@ static void finch_c2_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
     FinchC2 &a = layer->finch_c2;
     Arena *again = m->s.grad_cp == 2 ? scratch : kept;
     const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
-    low_rank_mix_plan(d, &a.mix, 5, kept, again, scratch);
+    low_rank_mix_plan(d, &a.mix, 5, kept, scratch);
     for (floatX **p : {&a.xr, &a.xk, &a.xw}) take(again, p, E);
     take(again, &a.xv, 2 * E);
-    for (floatX **p : {&a.r, &a.k, &a.w, &a.y}) take(kept, p, EA);
-    take(again, &a.yn, EA);
+    for (floatX **p : {&a.r, &a.k, &a.w, &a.y, &a.yn}) take(kept, p, EA);
     take(kept, &a.v, 2 * EA);
     for (floatX **p : {&a.hw, &a.hv2}) take(kept, p, (int64_t)d.BT * 64);
     take(kept, &a.states, d.B * d.H * ceil_div(d.T, CHUNK) * N * N);
@@ -3512,12 +3578,7 @@ static void finch_c2_forward(Model *m, Layer *layer, floatX *out, const floatX *
     linear_forward(out, a.yn, p.output, d.BT, d.C, d.A);
 }
 
-static void finch_c2_remake(Model *m, Layer *layer, const floatX *x) {
-    const Dims &d = m->d;
-    FinchC2 &a = layer->finch_c2;
-    finch_c2_mixes(m, layer, x, true);
-    layernorm_forward(a.yn, nullptr, a.y, nullptr, nullptr, layer->p.ln_x_weight, layer->p.ln_x_bias, d.BT, d.A);
-}
+static void finch_c2_remake(Model *m, Layer *layer, const floatX *x) { finch_c2_mixes(m, layer, x, true); }
 
 static void finch_c2_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
     const Dims &d = m->d;
@@ -3594,10 +3655,10 @@ static void gold_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
     Gold &a = layer->gold;
     Arena *again = m->s.grad_cp == 2 ? scratch : kept;
     const int64_t E = (int64_t)d.BT * d.C;                                          // A = C in this layer
-    low_rank_mix_plan(d, &a.mix_q, 1, kept, again, scratch);
-    low_rank_mix_plan(d, &a.mix_kv, 2, kept, again, scratch);
-    for (floatX **p : {&a.q0, &a.k2, &a.v2, &a.y}) take(kept, p, E);
-    for (floatX **p : {&a.xq, &a.q, &a.k1, &a.k, &a.v1, &a.v, &a.yn}) take(again, p, E);
+    low_rank_mix_plan(d, &a.mix_q, 1, kept, scratch);
+    low_rank_mix_plan(d, &a.mix_kv, 2, kept, scratch);
+    for (floatX **p : {&a.q0, &a.k2, &a.v2, &a.y, &a.yn}) take(kept, p, E);
+    for (floatX **p : {&a.xq, &a.q, &a.k1, &a.k, &a.v1, &a.v}) take(again, p, E);
     for (floatX **p : {&a.hk, &a.hv}) take(kept, p, (int64_t)d.BT * gold_rank(d));
     take(kept, &a.l, (int64_t)d.BT * d.H);
     auto &t = a.tmp;
@@ -3663,15 +3724,12 @@ static void gold_remake(Model *m, Layer *layer, const floatX *x) {
     const Dims &d = m->d;
     const Params &p = layer->p;
     Gold &a = layer->gold;
-    mix_forward<1>({{p.time_maa_x.w}, {}, {a.mix_q.xx}}, x, d.BT, d.T, d.C);
-    mix_forward<1>({{p.time_maa_v_cache.w}, {}, {a.mix_kv.xx}}, m->xo, d.BT, d.T, d.C);
     gold_mix_q(d, layer, x);
     gold_mix_kv(m, layer);
     layernorm_forward(a.q, nullptr, a.q0, nullptr, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
     layernorm_forward(a.k, nullptr, a.k2, nullptr, nullptr, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
     layernorm_forward(a.v, nullptr, a.v2, nullptr, nullptr, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
     for (floatX *rotated : {a.q, a.k}) rope_forward(m, rotated);
-    layernorm_forward(a.yn, nullptr, a.y, nullptr, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
 }
 
 static void gold_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
@@ -3693,13 +3751,13 @@ static void gold_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
                                                   m->dk0, m->k0);
     low_rank_mix_outputs_backward<1, float, true>(m, a.mix_kv, p.time_maa_kv_w2, 2, 1, {{p.time_maa_v.w}, {}, {t.dv2}}, {{p.time_maa_v.g}},
                                                   m->dxo, m->xo);
-    low_rank_mix_hidden_backward(m, a.mix_kv, p.time_maa_v_cache, p.time_maa_kv_w1, 2, m->dxo, m->xo);
+    low_rank_mix_hidden_backward(m->d, a.mix_kv, p.time_maa_v_cache, p.time_maa_kv_w1, 2, m->dxo, m->xo);
 
     layernorm_backward<false>(t.dq0, m->partial, t.dq, a.q0, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
     linear_backward(t.dxq, t.dq0, a.xq, p.query, d.BT, d.A, d.C);
     low_rank_mix_outputs_backward<1, floatX, false>(m, a.mix_q, p.time_maa_q_w2, 1, 0, {{p.time_maa_q.w}, {}, {t.dxq}},
             {{p.time_maa_q.g}}, dx, x);
-    low_rank_mix_hidden_backward(m, a.mix_q, p.time_maa_x, p.time_maa_q_w1, 1, dx, x);
+    low_rank_mix_hidden_backward(m->d, a.mix_q, p.time_maa_x, p.time_maa_q_w1, 1, dx, x);
 }
 
 // ---- channel mixes, x060 and x052 ----
@@ -3743,7 +3801,7 @@ static void cmix_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
     linear_backward(t.dk, t.dv, a.k, p.ffn_value, d.BT, d.C, d.F);
     relu_squared_backward<<<pack_blocks(EF), 256, 0, stream>>>(t.dk, a.k, EF);
     linear_backward(t.dxk, t.dk, a.xk, p.ffn_key, d.BT, d.F, d.C);
-    mix_backward<2, floatX, false>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, {}, {t.dxk, t.dxr}, eagle}, dx, nullptr, nullptr,
+    mix_backward<2>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, {}, {t.dxk, t.dxr}, eagle}, dx,
                                    {{p.ffn_time_maa_k.g, p.ffn_time_maa_r.g}}, m->partial, x, d.BT, d.T, d.C);
 }
 
@@ -3761,7 +3819,7 @@ static void finch_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {   
     auto &t = a.tmp;
     const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
     const bool w = layer->p.time_decay_w1.ld > 0, g = layer->p.gate.ld > 0;         // has these tensors
-    if (layer->tmix->mixes) low_rank_mix_plan(d, &a.mix, layer->tmix->mixes, kept, kept, scratch);
+    if (layer->tmix->mixes) low_rank_mix_plan(d, &a.mix, layer->tmix->mixes, kept, scratch);
     for (floatX **p : {&a.xr, &a.xk, &a.xv}) take(kept, p, E);
     for (floatX **p : {&a.r, &a.k, &a.v, &a.y, &a.yn}) take(kept, p, EA);
     take(kept, &a.states, d.B * d.H * ceil_div(d.T, CHUNK) * N * N);
@@ -3902,8 +3960,8 @@ static void eagle_backward(Model *m, Layer *layer, floatX *dx, const floatX *dou
     linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
     linear_backward(t.dxv, t.dv, a.xv, p.value, d.BT, d.A, d.C);
     linear_backward(t.dxg, t.dg, a.xg, p.gate, d.BT, d.A, d.C);
-    mix_backward<4, floatX, false>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, {},
-                                    {t.dxk, t.dxv, t.dxr, t.dxg}, layer->tmix->complement}, dx, nullptr, nullptr,
+    mix_backward<4>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, {},
+                                    {t.dxk, t.dxv, t.dxr, t.dxg}, layer->tmix->complement}, dx,
                                    {{p.time_maa_k.g, p.time_maa_v.g, p.time_maa_r.g, p.time_maa_g.g}}, m->partial, x,
                                    d.BT, d.T, d.C);
 }
@@ -3924,7 +3982,7 @@ static void attention_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) 
     for (floatX **p : {&t.dq, &t.dk, &t.dv, &t.dy}) take(scratch, p, EA);
     take(scratch, &t.delta, (int64_t)d.BT * d.H);
     if (!layer->tmix->mixes) return;
-    low_rank_mix_plan(d, &a.mix, layer->tmix->mixes, kept, kept, scratch);
+    low_rank_mix_plan(d, &a.mix, layer->tmix->mixes, kept, scratch);
     for (floatX **p : {&a.xq, &a.xk, &a.xv}) take(kept, p, E);
     for (floatX **p : {&a.q0, &a.k0, &a.v0, &a.yn}) take(kept, p, EA);
     for (floatX **p : {&t.dxq, &t.dxk, &t.dxv}) take(scratch, p, E);

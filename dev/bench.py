@@ -116,6 +116,18 @@ def token_shift_mix_backward(B, T, C):
     yield from backward_of(five_mixes, randn(B, T, C), randn(B * T, 160), randn(5, 32, C), randn(5, C))
 
 
+def mix_hidden(x, mu, w1):
+    return torch.tanh((x + shift(x) * mu) @ w1)
+
+
+def mix_hidden_forward(B, T, C):
+    yield from forward_of(mix_hidden, randn(B, T, C), randn(C), randn(C, 160))
+
+
+def mix_hidden_backward(B, T, C):
+    yield from backward_of(mix_hidden, randn(B, T, C), randn(C), randn(C, 160))
+
+
 def channel_mix(x, mu_k, mu_r, K, V, R):
     k = torch.relu((x + shift(x) * mu_k) @ K.t()) ** 2
     return torch.sigmoid((x + shift(x) * mu_r) @ R.t()) * (k @ V.t())
@@ -207,9 +219,9 @@ def wkv_backward(B, T, H):
     yield "flash-linear-attention", lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True)
 
 
-PEERS = [layernorm_forward, layernorm_backward, token_shift_mix_forward, token_shift_mix_backward, channel_mix_forward,
-         channel_mix_backward, gold_kv, classifier, adamw, matmul, attention_forward, attention_backward, wkv_forward,
-         wkv_backward]
+PEERS = [layernorm_forward, layernorm_backward, token_shift_mix_forward, token_shift_mix_backward, mix_hidden_forward,
+         mix_hidden_backward, channel_mix_forward, channel_mix_backward, gold_kv, classifier, adamw, matmul, attention_forward,
+         attention_backward, wkv_forward, wkv_backward]
 
 
 def median_ms(f):

@@ -20,6 +20,15 @@
 //              blocks own channels and walk the tokens. Both read x and the gradients, 13 units in all: one pass would write
 //              and read as many bytes in partial sums of dh (or of dw2, if blocks own tokens)
 //
+// The hidden layer itself comes from one more mix of the same tokens,
+//
+//     h = tanh((x + dx * mu_x) @ w1)
+//
+// Floor: x is read, 1 unit; backward x is read, and the gradient of x is added to what is there, 3 units.
+//
+// Hidden:    1 the mixed x in memory: read, write, read again: 3 units forward. Backward its gradient, too: 11 units
+//            2 in use: the shift is linear, so it comes after the product, where a token has 160 numbers: the floor's units
+//
 //     make -C dev token_shift_mix && dev/token_shift_mix [VERSION [B T C]]
 
 #define GOLDFINCH_NO_MAIN
@@ -158,7 +167,7 @@ static Mixes<MIXES> mixes_in_use(Array<floatX> *to) {
     return mix;
 }
 
-static void mix_forward_in_use(void) { mix_forward<MIXES>(mixes_in_use(out), x.p, BT, T, C); }
+static void mix_forward_in_use(void) { mix_forward_low_rank<MIXES>(mixes_in_use(out), x.p, BT, T, C); }
 
 static void forward_run(int version) {
     const int64_t E = (int64_t)BT * C;
@@ -214,7 +223,7 @@ static void product_gradients(void) {                                   // dh, d
 static Targets dmu_targets(void) { return {{dmu[0].p, dmu[1].p, dmu[2].p, dmu[3].p, dmu[4].p}}; }
 
 static void mix_backward_in_use(void) {
-    mix_backward<MIXES, floatX, false>(mixes_in_use(g), dx.p, dh.p, dw2.p, dmu_targets(), partial.p, x.p, BT, T, C);
+    mix_backward_low_rank<MIXES, floatX, false>(mixes_in_use(g), dx.p, dh.p, dw2.p, dmu_targets(), partial.p, x.p, BT, T, C);
 }
 
 static void backward_run(int version) {
@@ -225,6 +234,42 @@ static void backward_run(int version) {
         product_gradients();
     }
     if (version == 2) mix_backward_in_use();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The hidden layer
+
+static Array<floatX> w1, mu_x, xx, dxx, w, dz;
+static Array<float> dw1, dmu_x, dw, z;
+
+static Dims dims(void) {
+    Dims d = {};
+    d.B = B, d.T = T, d.C = C, d.BT = BT;
+    return d;
+}
+static LowRankMix layer(void) { return {w.p, h.p, {z.p, dh.p, dz.p, dw.p}}; }
+
+static void hidden_in_use(void) { low_rank_mix_hidden(dims(), layer(), {mu_x.p, nullptr, 0}, {w1.p, nullptr, HIDDEN}, MIXES, x.p); }
+static void hidden_run(int version) {
+    if (version == 1) {
+        mix_forward<1>({{mu_x.p}, {}, {xx.p}}, x.p, BT, T, C);
+        matmul(h.p, HIDDEN, rows(xx.p, C), rows(w1.p, HIDDEN), BT, HIDDEN, C);
+        tanh_forward<<<pack_blocks((int64_t)BT * HIDDEN), 256, 0, stream>>>(h.p, (int64_t)BT * HIDDEN);
+    }
+    if (version == 2) hidden_in_use();
+}
+
+static void hidden_backward_in_use(void) {
+    low_rank_mix_hidden_backward(dims(), layer(), {mu_x.p, dmu_x.p, 0}, {w1.p, dw1.p, HIDDEN}, MIXES, dx.p, x.p);
+}
+static void hidden_backward_run(int version) {
+    if (version == 1) {
+        matmul(dw1.p, HIDDEN, columns(xx.p, C), rows(dh.p, HIDDEN), C, HIDDEN, BT, 1);
+        matmul(dxx.p, C, rows(dh.p, HIDDEN), columns(w1.p, HIDDEN), BT, C, HIDDEN);
+        mix_backward<1>({{mu_x.p}, {}, {dxx.p}}, m.p, {{dmu_x.p}}, partial.p, x.p, BT, T, C);
+        add_forward<<<pack_blocks((int64_t)BT * C), 256, 0, stream>>>(dx.p, dx.p, m.p, (int64_t)BT * C);
+    }
+    if (version == 2) hidden_backward_in_use();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -299,12 +344,72 @@ static void backward_setup(const int *shape) {
     }
 }
 
+static double xx_at(int64_t row, int c) { return x[row * C + c] + dx_at(row, c) * mu_x[c]; }
+
+static void hidden_inputs(const int *shape) {
+    B = shape[0], T = shape[1], C = shape[2], BT = B * T;
+    x.random((int64_t)BT * C);
+    w1.random(HIDDEN * C, 1 / sqrt(C));
+    mu_x.random(C, 0.3, 0.5);
+    for (Array<floatX> *each : {&xx, &dxx, &m}) each->allocate((int64_t)BT * C);
+    w.allocate(2 * HIDDEN * C);
+    z.allocate((int64_t)2 * HIDDEN * BT);
+    dz.allocate((int64_t)2 * HIDDEN * BT);
+    dw.allocate(2 * HIDDEN * C);
+}
+
+static void hidden_setup(const int *shape) {
+    hidden_inputs(shape);
+    h.output("h", by_precision(1e-4, 2e-2), (int64_t)BT * HIDDEN);       // 1e-4: a sum of C products
+    for (int64_t row : sample(BT, 50))
+        for (int l = 0; l < HIDDEN; l++) {
+            double sum = 0;
+            for (int c = 0; c < C; c++) sum += xx_at(row, c) * w1[(int64_t)c * HIDDEN + l];
+            h.expect(row * HIDDEN + l, tanh(sum));
+        }
+}
+
+static void hidden_backward_setup(const int *shape) {
+    hidden_inputs(shape);
+    mix_forward<1>({{mu_x.p}, {}, {xx.p}}, x.p, BT, T, C);              // the forward passes left these
+    mix_hidden_weights<<<pack_blocks(HIDDEN * C), 256, 0, stream>>>(w.p, w1.p, mu_x.p, C, HIDDEN, HIDDEN);
+    partial.allocate((int64_t)row_blocks(BT, C) * C);
+    dh.random((int64_t)BT * HIDDEN);
+    dx.random((int64_t)BT * C);                                         // gradients are added to what is there
+    dx.output("dx", by_precision(1e-5, 1e-2));
+    auto dxx_at = [&](int64_t row, int c) {
+        double sum = 0;
+        for (int l = 0; l < HIDDEN; l++) sum += dh[row * HIDDEN + l] * w1[(int64_t)c * HIDDEN + l];
+        return sum;
+    };
+    for (int64_t row : sample(BT, 50))
+        for (int c = 0; c < C; c++)
+            dx.expect(row * C + c, dx[row * C + c] + dxx_at(row, c) * (1 - mu_x[c]) +
+                                   ((row + 1) % T ? dxx_at(row + 1, c) * mu_x[c] : 0));
+    dw1.random(HIDDEN * C);
+    dw1.output("dw1", by_precision(1e-4, 1e-2));
+    for (int64_t at : sample(HIDDEN * C, 300)) {
+        double sum = dw1[at];
+        for (int64_t row = 0; row < BT; row++) sum += xx_at(row, (int)(at / HIDDEN)) * dh[row * HIDDEN + at % HIDDEN];
+        dw1.expect(at, sum);
+    }
+    dmu_x.random(C);
+    dmu_x.output("mu_x", by_precision(1e-4, 1e-2));
+    for (int64_t c : sample(C, 20)) {
+        double sum = dmu_x[c];
+        for (int64_t row = 0; row < BT; row++) sum += dxx_at(row, (int)c) * dx_at(row, (int)c);
+        dmu_x.expect(c, sum);
+    }
+}
+
 static Cost cost(const int *shape, double units, double products) {
     const double n = (double)shape[0] * shape[1];
     return {sizeof(floatX) * n * (units * shape[2] + HIDDEN), 2. * HIDDEN * products * n * shape[2]};
 }
 static Cost forward_cost(const int *shape) { return cost(shape, 6, 1); }
 static Cost backward_cost(const int *shape) { return cost(shape, 7, 3); }
+static Cost hidden_cost(const int *shape) { return cost(shape, 1, 1); }
+static Cost hidden_backward_cost(const int *shape) { return cost(shape, 3, 2); }
 
 int main(int argc, char **argv) {
     const Shapes small = {{1, 1, 64}, {3, 37, 192}, {2, 150, 320}, {1, 290, 4096}}, large = {{32, 1024, 768}, {8, 2048, 2048}};
@@ -314,5 +419,9 @@ int main(int argc, char **argv) {
                        "in use: loads ahead"},
                       small, large, forward_setup, forward_run, forward_cost},
                      {"token_shift_mix_backward", dimensions, {"a thread an element", "in use"},
-                      small, large, backward_setup, backward_run, backward_cost}}, argc, argv);
+                      small, large, backward_setup, backward_run, backward_cost},
+                     {"mix_hidden_forward", dimensions, {"the mix in memory", "in use: the shift after the product"},
+                      small, large, hidden_setup, hidden_run, hidden_cost},
+                     {"mix_hidden_backward", dimensions, {"the mix in memory", "in use: the shift after the product"},
+                      small, large, hidden_backward_setup, hidden_backward_run, hidden_backward_cost}}, argc, argv);
 }

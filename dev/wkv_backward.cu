@@ -201,18 +201,19 @@ static void expect_head(int64_t head) {
         for (int j = 0; j < N; j++) v_dy += v[at + j] * dy[at + j];
         for (int i = 0; i < N; i++) {
             const double e = exp(w[at + i]), d = exp(-e), ri = r[at + i], ki = k[at + i], ui = u[h * N + i];
-            double dr_of = ui * ki * v_dy, dk_of = ui * ri * v_dy, dd = 0;
+            double dr_of = ui * ki * v_dy, dk_of = ui * ri * v_dy, dd = 0, s2 = 0, ds2 = 0;
             for (int j = 0; j < N; j++) {
-                const double s = S[(t * N + i) * N + j];
+                const double s = S[(t * N + i) * N + j], ds = dS[i * N + j];
                 dr_of += dy[at + j] * s;
-                dk_of += v[at + j] * dS[i * N + j];
-                dd += s * dS[i * N + j];
-                dv_of[j] += ki * (dS[i * N + j] + ri * ui * dy[at + j]);
-                dS[i * N + j] = d * dS[i * N + j] + ri * dy[at + j];
+                dk_of += v[at + j] * ds;
+                dd += s * ds;
+                s2 += s * s, ds2 += ds * ds;
+                dv_of[j] += ki * (ds + ri * ui * dy[at + j]);
+                dS[i * N + j] = d * ds + ri * dy[at + j];
             }
             dr.expect(at + i, dr_of);
             dk.expect(at + i, dk_of);
-            dw.expect(at + i, -e * d * dd);
+            dw.expect(at + i, -e * d * dd, e * d * sqrt(s2 * ds2 / N));     // a sum of N products of any sign: how large it may be
             du_of[i] += ri * ki * v_dy;
         }
         for (int j = 0; j < N; j++) dv.expect(at + j, dv_of[j]);
