@@ -3028,7 +3028,9 @@ static void check_shapes(void) {
         {"n_layer=2 tmix=x060 n_embd=192 parallel=1", 2, 17},
         {"n_layer=2 tmix=x060b dim_att=192", 1, 33},
         {"n_layer=2 tmix=x052 cmix=x052 n_embd=192 dim_att=64", 3, 19},
-        {"n_layer=6 tmix=x060 tmix2=gold inv_other_layer_ratio=6 rope.base=500 rope.rebase=3 rope.rescale=2", 2, 9},
+        // with the divisor's default, 8, GroupNorm scales the small numbers of a first token up so far that five such layers
+        // make any rounding 40 times as large, in fp32 as in bf16
+        {"n_layer=6 tmix=x060 tmix2=gold inv_other_layer_ratio=6 head_size_divisor=64 rope.base=500 rope.rebase=3 rope.rescale=2", 2, 9},
         {"n_layer=2 tmix=gptalpha dim_att=192 rope.base=10000", 1, 70},
         {"n_layer=4 tmix=x052 tmix2=llama cmix2=llama inv_other_layer_ratio=2 brope.rescale=3 ctx_len=48", 2, 31},
         {"n_layer=3 tmix=llama cmix=llama tmix2=gold cmix2=x052 brope.rescale=0.5", 1, 12},
