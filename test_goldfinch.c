@@ -3028,17 +3028,19 @@ static void check_shapes(void) {
         {"n_layer=2 tmix=x060 n_embd=192 parallel=1", 2, 17},
         {"n_layer=2 tmix=x060b dim_att=192", 1, 33},
         {"n_layer=2 tmix=x052 cmix=x052 n_embd=192 dim_att=64", 3, 19},
-        // with the divisor's default, 8, GroupNorm scales the small numbers of a first token up so far that five such layers
-        // make any rounding 40 times as large, in fp32 as in bf16
         {"n_layer=6 tmix=x060 tmix2=gold inv_other_layer_ratio=6 head_size_divisor=64 rope.base=500 rope.rebase=3 rope.rescale=2", 2, 9},
         {"n_layer=2 tmix=gptalpha dim_att=192 rope.base=10000", 1, 70},
         {"n_layer=4 tmix=x052 tmix2=llama cmix2=llama inv_other_layer_ratio=2 brope.rescale=3 ctx_len=48", 2, 31},
         {"n_layer=3 tmix=llama cmix=llama tmix2=gold cmix2=x052 brope.rescale=0.5", 1, 12},
         {"n_layer=2 tmix=llama cmix=llama n_embd=192 rope.base=10000", 3, 1},
         {"n_layer=3 tmix=llama tmix2=gold rope.base=100", 1, 140},
+        // with the divisor's default, 8, GroupNorm scales a first token's small numbers up so far that five such layers make any
+        // rounding 40 times as large as elsewhere: fp32 has digits to spare, bf16 has not and leaves this last one out
+        {"n_layer=6 tmix=x060 tmix2=gold inv_other_layer_ratio=6 rope.base=500 rope.rebase=3 rope.rescale=2", 2, 9},
     };
+    const size_t n_cases = sizeof(cases) / sizeof(*cases) - (gf_precision() == 16);
     Comparison *c = zeros(1, sizeof(Comparison));
-    for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
+    for (size_t i = 0; i < n_cases; i++) {
         int B = cases[i].B, T = cases[i].T;
         Model *k;
         Ref *m = small_model(cases[i].settings, cases[i].settings, B, T, &k);

@@ -1259,6 +1259,7 @@ __global__ void __launch_bounds__(1024) add_partials_kernel(Targets to, float *m
             const int i = begin + l * parts;
             x[l] = i < P ? partial[(int64_t)i * (rows + n) * C + at] : 0;
         }
+#pragma unroll
         for (int l = 0; l < LOADS; l++) sum += x[l];
     }
     sums[part][threadIdx.x % 32] = sum;
@@ -1653,7 +1654,6 @@ __global__ void token_shift_mix_backward(Mixes<n> mix, floatX *dx, float *partia
 // which answers in 0.8 us).
 // The last of the 64 rows is there for what the shift gives to the one before it; the next block begins with it. dh is given
 // as the gradient before the tanh that made h. Bytes a row: C (1 + n read + 1 written) in floatX; w2 comes from the L2 cache.
-// TX: floatX, or float where layers add up.
 static const int MIX_THREADS = 128, MIX_ROWS = MIX_THREADS / 2, MIX_SLICE = PRECISION_BF16 ? 32 : 16, LD_SLICE = MIX_SLICE + PAD;
 
 template <int n> struct LowRankMixSlice {
@@ -1716,6 +1716,7 @@ template <int n> __device__ inline void mix_backward_16(TileC (&shifted)[2], Til
     }
 }
 
+// TX: floatX, or float where layers add up
 template <int n, typename TX, bool accumulate> __global__ void __launch_bounds__(MIX_THREADS, 2)
 low_rank_mix_backward_dx(Mixes<n> mix, TX *dx, floatX *dh, const floatX *x, int BT, int T, int C) {
     LowRankMixBackward<n> &s = *dynamic_smem<LowRankMixBackward<n>>();
@@ -1846,7 +1847,7 @@ static int mix_splits(int C) { return 4 * 132 * MIX_CHANNELS / C; }
 
 static int64_t mix_partial_floats(int C) { return (int64_t)mix_splits(C) * (RANK + 1) * 5 * C; }
 
-template <int n>
+template <int n>                                            // no low ranks
 static void mix_backward(Mixes<n> mix, floatX *dx, Targets dmu, float *partial, const floatX *x, int BT, int T, int C) {
     const int blocks = row_blocks(BT, C), per = rows_per_block(BT, C), threads = row_threads(C);
     token_shift_mix_backward<n><<<blocks, threads, 0, stream>>>(mix, dx, partial, x, BT, T, C, per);
@@ -1866,20 +1867,23 @@ template <int n, typename TX, bool accumulate> static void mix_backward_low_rank
     add_partials(dmu, partial, split, n, C, dw2, RANK * n);
 }
 
-// The hidden layer of the low ranks, h = tanh((x + dx * mu) @ w1), w1 the first R = 32 n columns of (C, ld). The shift is
-// linear, so it may as well come after the product, where a token has R numbers, not C:
+// ---- the mixes' hidden layer ----
 //
-//     w = [ (1 - mu) w1 | mu w1 ]  (C, 2R)         z = x @ w  (BT, 2R, fp32): what a token gives to itself, and to the next
-//     h_t = tanh(z_t[:R] + z_{t-1}[R:])
+//     h = tanh((x + (shift(x) - x) * mu) @ w1)              w1: the first R = 32 n columns of (C, ld)
 //
-// and back, with dz_t = [ dh_t | dh_{t+1} ] (dh before the tanh; zero past the end of a sequence):
+// The shift is linear, so it may as well come after the product, where a token has R numbers, not C:
 //
-//     dx = dz @ w^T                                [ P | Q ] = x^T @ dz  (C, 2R)
+//     both = [ (1 - mu) w1 | mu w1 ]  (C, 2R)      z = x @ both  (BT, 2R, fp32): what a token gives to itself, and to the next
+//     h_t  = tanh(z_t[:R] + z_{t-1}[R:])
+//
+// and back, with dz_t = [ dh_t | dh_{t+1} ] (dh before the tanh; zero past the end of a sequence) and P, Q the halves of dboth:
+//
+//     x's gradient += dz @ both^T                  dboth = x^T @ dz
 //     dw1 = (1 - mu) P + mu Q                      dmu = sum over the columns of w1 (Q - P)
 //
-// So x + dx * mu and its gradient are never written: 1 unit of BT C floatX forward and 3 backward, where dx is added to.
-// The products are cuBLAS'; what is here reads and writes at most 2R numbers a token or a channel.
-__global__ void mix_hidden_weights(floatX *w, const floatX *w1, const floatX *mu, int C, int R, int ld) {      // w (C, 2R)
+// So x + dx * mu and its gradient are never written: of BT C floatX, 1 unit goes through memory forward and 3 backward. The
+// price: twice the flops, and z and dz (at C = 768, n = 5 the bytes of 1.7 units, and of 1.2). The products are cuBLAS'.
+__global__ void mix_hidden_weights(floatX *both, const floatX *w1, const floatX *mu, int C, int R, int ld) {
     const int at = (blockIdx.x * blockDim.x + threadIdx.x) * 8, c = at / R, r = at % R;
     if (c >= C) return;
     const Pack v = load(w1 + (int64_t)c * ld + r);
@@ -1888,8 +1892,8 @@ __global__ void mix_hidden_weights(floatX *w, const floatX *w1, const floatX *mu
         next.x[j] = (float)mu[c] * v.x[j];
         here.x[j] = v.x[j] - next.x[j];
     }
-    store(w + (int64_t)c * 2 * R + r, here);
-    store(w + (int64_t)c * 2 * R + R + r, next);
+    store(both + (int64_t)c * 2 * R + r, here);
+    store(both + (int64_t)c * 2 * R + R + r, next);
 }
 
 __global__ void mix_hidden_forward(floatX *h, const float *z, int BT, int T, int R) {
@@ -1908,17 +1912,17 @@ __global__ void mix_hidden_backward(floatX *dz, const floatX *dh, int BT, int T,
     store(dz + (row + 1) * R + at, (row + 1) % T ? load(dh + at + R) : zero_pack());
 }
 
-// dw1 and dmu, which are added to, from PQ = [ P | Q ]: a warp a channel
-__global__ void mix_hidden_weights_backward(float *dw1, float *dmu, const float *PQ, const floatX *w1, const floatX *mu, int C, int R,
-        int ld) {
+// dw1 and dmu, which are added to, from dboth: a warp a channel
+__global__ void mix_hidden_weights_backward(float *dw1, float *dmu, const float *dboth, const floatX *w1, const floatX *mu, int C,
+        int R, int ld) {
     const int c = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
     if (c >= C) return;
     float sum = 0;
     for (int r = lane; r < R; r += 32) {
         const int64_t at = (int64_t)c * ld + r;
-        const float *p = PQ + (int64_t)c * 2 * R + r, difference = p[R] - p[0];
-        dw1[at] += p[0] + (float)mu[c] * difference;
-        sum += (float)w1[at] * difference;
+        const float P = dboth[(int64_t)c * 2 * R + r], Q = dboth[(int64_t)c * 2 * R + R + r];
+        dw1[at] += P + (float)mu[c] * (Q - P);
+        sum += (float)w1[at] * (Q - P);
     }
     sum = warp_sum(sum);
     if (lane == 0) dmu[c] += sum;
@@ -3255,8 +3259,8 @@ template <typename T> static void take(Arena *arena, T **p, int64_t count) {
 }
 
 typedef struct LowRankMix {                 // mixes whose amounts depend on the data, of n inputs
-    floatX *w, *h;                          // (C, 64 n), (BT, 32 n): w1 times 1 - mu_x and mu_x; hidden layer
-    struct { float *z; floatX *dh, *dz; float *dw; } tmp;       // (BT, 64 n), (BT, 32 n), (BT, 64 n), (C, 64 n)
+    floatX *both, *h;                       // (C, 64 n), (BT, 32 n): w1 times 1 - mu_x and mu_x; hidden layer
+    struct { float *z; floatX *dh, *dz; float *dboth; } tmp;    // (BT, 64 n), (BT, 32 n), (BT, 64 n), (C, 64 n)
 } LowRankMix;
 
 typedef struct FinchC2 {
@@ -3442,36 +3446,36 @@ static void rope_backward(const Model *m, floatX *gradient) { rope_turn(m, gradi
 
 // ---- mixes by low-rank functions of the data, which most time mixers begin with ----
 //
-//     m   = tanh((x + dx * mu_x) @ w1);  m_i = m[:, 32 i : 32 i + 32] @ w2[i],  i = 0 .. n-1        w1 (C, 32 n), w2 (n, 32, C)
+//     h   = tanh((x + dx * mu_x) @ w1);  m_i = h[:, 32 i : 32 i + 32] @ w2[i],  i = 0 .. n-1        w1 (C, 32 n), w2 (n, 32, C)
 //     x_i = x + dx * (mu_i + m_i)
 
 static void low_rank_mix_plan(const Dims &d, LowRankMix *a, int n, Arena *kept, Arena *scratch) {
-    const int R = RANK * n;
-    take(kept, &a->w, (int64_t)d.C * 2 * R);
-    take(kept, &a->h, (int64_t)d.BT * R);
-    take(scratch, &a->tmp.z, (int64_t)d.BT * 2 * R);
-    take(scratch, &a->tmp.dh, (int64_t)d.BT * R);
-    take(scratch, &a->tmp.dz, (int64_t)d.BT * 2 * R);
-    take(scratch, &a->tmp.dw, (int64_t)d.C * 2 * R);
+    const int hidden = RANK * n;
+    take(kept, &a->both, (int64_t)d.C * 2 * hidden);
+    take(kept, &a->h, (int64_t)d.BT * hidden);
+    take(scratch, &a->tmp.z, (int64_t)d.BT * 2 * hidden);
+    take(scratch, &a->tmp.dh, (int64_t)d.BT * hidden);
+    take(scratch, &a->tmp.dz, (int64_t)d.BT * 2 * hidden);
+    take(scratch, &a->tmp.dboth, (int64_t)d.C * 2 * hidden);
 }
 
 // h, for n mixes
 static void low_rank_mix_hidden(const Dims &d, const LowRankMix &a, Param mu_x, Param w1, int n, const floatX *x) {
-    const int R = RANK * n;
-    mix_hidden_weights<<<pack_blocks((int64_t)d.C * R), 256, 0, stream>>>(a.w, w1.w, mu_x.w, d.C, R, (int)w1.ld);
-    matmul(a.tmp.z, 2 * R, rows(x, d.C), rows(a.w, 2 * R), d.BT, 2 * R, d.C);
-    mix_hidden_forward<<<pack_blocks((int64_t)d.BT * R), 256, 0, stream>>>(a.h, a.tmp.z, d.BT, d.T, R);
+    const int hidden = RANK * n, ld = (int)w1.ld;
+    mix_hidden_weights<<<pack_blocks((int64_t)d.C * hidden), 256, 0, stream>>>(a.both, w1.w, mu_x.w, d.C, hidden, ld);
+    matmul(a.tmp.z, 2 * hidden, rows(x, d.C), rows(a.both, 2 * hidden), d.BT, 2 * hidden, d.C);
+    mix_hidden_forward<<<pack_blocks((int64_t)d.BT * hidden), 256, 0, stream>>>(a.h, a.tmp.z, d.BT, d.T, hidden);
 }
 
 // From tmp.dh: w1's and mu_x's gradients; adds x's to dx.
 template <typename TX> static void low_rank_mix_hidden_backward(const Dims &d, const LowRankMix &a, Param mu_x, Param w1, int n,
         TX *dx, const floatX *x) {
-    const int R = RANK * n;
-    floatX *dz = a.tmp.dz;
-    mix_hidden_backward<<<pack_blocks((int64_t)d.BT * R), 256, 0, stream>>>(dz, a.tmp.dh, d.BT, d.T, R);
-    matmul(a.tmp.dw, 2 * R, columns(x, d.C), rows(dz, 2 * R), d.C, 2 * R, d.BT);
-    mix_hidden_weights_backward<<<(int)ceil_div(d.C, 8), 256, 0, stream>>>(w1.g, mu_x.g, a.tmp.dw, w1.w, mu_x.w, d.C, R, (int)w1.ld);
-    matmul(dx, d.C, rows(dz, 2 * R), columns(a.w, 2 * R), d.BT, d.C, 2 * R, 1);
+    const int hidden = RANK * n, ld = (int)w1.ld, blocks = (int)ceil_div(d.C, 8);
+    const auto &t = a.tmp;
+    mix_hidden_backward<<<pack_blocks((int64_t)d.BT * hidden), 256, 0, stream>>>(t.dz, t.dh, d.BT, d.T, hidden);
+    matmul(t.dboth, 2 * hidden, columns(x, d.C), rows(t.dz, 2 * hidden), d.C, 2 * hidden, d.BT);
+    mix_hidden_weights_backward<<<blocks, 256, 0, stream>>>(w1.g, mu_x.g, t.dboth, w1.w, mu_x.w, d.C, hidden, ld);
+    matmul(dx, d.C, rows(t.dz, 2 * hidden), columns(a.both, 2 * hidden), d.BT, d.C, 2 * hidden, 1);
 }
 
 // Mix `first` of n and those after it, where all read the same x
@@ -3751,13 +3755,13 @@ static void gold_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
                                                   m->dk0, m->k0);
     low_rank_mix_outputs_backward<1, float, true>(m, a.mix_kv, p.time_maa_kv_w2, 2, 1, {{p.time_maa_v.w}, {}, {t.dv2}}, {{p.time_maa_v.g}},
                                                   m->dxo, m->xo);
-    low_rank_mix_hidden_backward(m->d, a.mix_kv, p.time_maa_v_cache, p.time_maa_kv_w1, 2, m->dxo, m->xo);
+    low_rank_mix_hidden_backward(d, a.mix_kv, p.time_maa_v_cache, p.time_maa_kv_w1, 2, m->dxo, m->xo);
 
     layernorm_backward<false>(t.dq0, m->partial, t.dq, a.q0, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
     linear_backward(t.dxq, t.dq0, a.xq, p.query, d.BT, d.A, d.C);
     low_rank_mix_outputs_backward<1, floatX, false>(m, a.mix_q, p.time_maa_q_w2, 1, 0, {{p.time_maa_q.w}, {}, {t.dxq}},
             {{p.time_maa_q.g}}, dx, x);
-    low_rank_mix_hidden_backward(m->d, a.mix_q, p.time_maa_x, p.time_maa_q_w1, 1, dx, x);
+    low_rank_mix_hidden_backward(d, a.mix_q, p.time_maa_x, p.time_maa_q_w1, 1, dx, x);
 }
 
 // ---- channel mixes, x060 and x052 ----
@@ -3802,7 +3806,7 @@ static void cmix_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
     relu_squared_backward<<<pack_blocks(EF), 256, 0, stream>>>(t.dk, a.k, EF);
     linear_backward(t.dxk, t.dk, a.xk, p.ffn_key, d.BT, d.F, d.C);
     mix_backward<2>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, {}, {t.dxk, t.dxr}, eagle}, dx,
-                                   {{p.ffn_time_maa_k.g, p.ffn_time_maa_r.g}}, m->partial, x, d.BT, d.T, d.C);
+                    {{p.ffn_time_maa_k.g, p.ffn_time_maa_r.g}}, m->partial, x, d.BT, d.T, d.C);
 }
 
 // ---- Finch (RWKV-6) time mix, x060 ----
@@ -3960,10 +3964,9 @@ static void eagle_backward(Model *m, Layer *layer, floatX *dx, const floatX *dou
     linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
     linear_backward(t.dxv, t.dv, a.xv, p.value, d.BT, d.A, d.C);
     linear_backward(t.dxg, t.dg, a.xg, p.gate, d.BT, d.A, d.C);
-    mix_backward<4>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, {},
-                                    {t.dxk, t.dxv, t.dxr, t.dxg}, layer->tmix->complement}, dx,
-                                   {{p.time_maa_k.g, p.time_maa_v.g, p.time_maa_r.g, p.time_maa_g.g}}, m->partial, x,
-                                   d.BT, d.T, d.C);
+    mix_backward<4>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, {}, {t.dxk, t.dxv, t.dxr, t.dxg},
+                     layer->tmix->complement}, dx,
+                    {{p.time_maa_k.g, p.time_maa_v.g, p.time_maa_r.g, p.time_maa_g.g}}, m->partial, x, d.BT, d.T, d.C);
 }
 
 // ---- GPTAlpha time mix, gptalpha ----
@@ -4197,8 +4200,8 @@ static void add_tensors(Model *m, int layer, Params *params, int where, int mixe
 static bool has_cache(const Model *m) { return m->layers[m->d.L - 1].tmix->needs_cache; }
 
 // Hands out the activation block; without a base it only measures it. The pieces at the front stay for the whole pass,
-// then what each layer keeps (with grad_cp 1 only its input: the rest is one layer's, made again; with grad_cp 2 not what
-// norms and mixes gave a time mixer: `remake` makes it again, in scratch), then scratch.
+// then what each layer keeps (with grad_cp 1 only its input: the rest is one layer's, made again; with grad_cp 2 not ln1, what
+// the time mixer's mixes gave and GOLD's normed q, k and v: `remake` makes them again, in scratch), then scratch.
 static void model_layout(Model *m, char *base) {
     const Dims &d = m->d;
     const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;

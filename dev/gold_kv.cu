@@ -8,7 +8,8 @@
 // 4 rank) flops a token, which take a third of that time at D768.
 //
 //     1 each operation a kernel, a thread an element, products by cuBLAS: 25 units go through memory
-//     2 in use, for training: m is made inside the mixes (token_shift_mix.cu), the sums by the norms that read them
+//     2 in use, for training: m is made inside the mixes, its hidden layer without the mix of xo (both:
+//       token_shift_mix.cu), the sums by the norms that read them
 //
 // Inference makes them tile by tile in registers as its attention needs them, and never writes them out:
 // infer_goldfinch.cu, section 2.

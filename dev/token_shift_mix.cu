@@ -26,8 +26,9 @@
 //
 // Floor: x is read, 1 unit; backward x is read, and the gradient of x is added to what is there, 3 units.
 //
-// Hidden:    1 the mixed x in memory: read, write, read again: 3 units forward. Backward its gradient, too: 11 units
-//            2 in use: the shift is linear, so it comes after the product, where a token has 160 numbers: the floor's units
+// Hidden:    1 the mixed x in memory: read, write, read again: 3 units forward. Backward its gradient, too: 8 units
+//            2 in use: the shift is linear, so it comes after the product, where a token has 160 numbers: the floor's units. The
+//              price is twice the flops, and 320 numbers a token more: bytes of 1.7 units at C = 768, of 0.6 at 2048
 //
 //     make -C dev token_shift_mix && dev/token_shift_mix [VERSION [B T C]]
 
@@ -239,15 +240,15 @@ static void backward_run(int version) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The hidden layer
 
-static Array<floatX> w1, mu_x, xx, dxx, w, dz;
-static Array<float> dw1, dmu_x, dw, z;
+static Array<floatX> w1, mu_x, xx, dxx, both, dz;
+static Array<float> dw1, dmu_x, dboth, z;
 
 static Dims dims(void) {
     Dims d = {};
     d.B = B, d.T = T, d.C = C, d.BT = BT;
     return d;
 }
-static LowRankMix layer(void) { return {w.p, h.p, {z.p, dh.p, dz.p, dw.p}}; }
+static LowRankMix layer(void) { return {both.p, h.p, {z.p, dh.p, dz.p, dboth.p}}; }
 
 static void hidden_in_use(void) { low_rank_mix_hidden(dims(), layer(), {mu_x.p, nullptr, 0}, {w1.p, nullptr, HIDDEN}, MIXES, x.p); }
 static void hidden_run(int version) {
@@ -266,8 +267,8 @@ static void hidden_backward_run(int version) {
     if (version == 1) {
         matmul(dw1.p, HIDDEN, columns(xx.p, C), rows(dh.p, HIDDEN), C, HIDDEN, BT, 1);
         matmul(dxx.p, C, rows(dh.p, HIDDEN), columns(w1.p, HIDDEN), BT, C, HIDDEN);
-        mix_backward<1>({{mu_x.p}, {}, {dxx.p}}, m.p, {{dmu_x.p}}, partial.p, x.p, BT, T, C);
-        add_forward<<<pack_blocks((int64_t)BT * C), 256, 0, stream>>>(dx.p, dx.p, m.p, (int64_t)BT * C);
+        mix_backward<1>({{mu_x.p}, {}, {dxx.p}}, g[0].p, {{dmu_x.p}}, partial.p, x.p, BT, T, C);
+        add_forward<<<pack_blocks((int64_t)BT * C), 256, 0, stream>>>(dx.p, dx.p, g[0].p, (int64_t)BT * C);
     }
     if (version == 2) hidden_backward_in_use();
 }
@@ -351,11 +352,11 @@ static void hidden_inputs(const int *shape) {
     x.random((int64_t)BT * C);
     w1.random(HIDDEN * C, 1 / sqrt(C));
     mu_x.random(C, 0.3, 0.5);
-    for (Array<floatX> *each : {&xx, &dxx, &m}) each->allocate((int64_t)BT * C);
-    w.allocate(2 * HIDDEN * C);
+    for (Array<floatX> *each : {&xx, &dxx, &g[0]}) each->allocate((int64_t)BT * C);
+    both.allocate(2 * HIDDEN * C);
     z.allocate((int64_t)2 * HIDDEN * BT);
     dz.allocate((int64_t)2 * HIDDEN * BT);
-    dw.allocate(2 * HIDDEN * C);
+    dboth.allocate(2 * HIDDEN * C);
 }
 
 static void hidden_setup(const int *shape) {
@@ -372,7 +373,7 @@ static void hidden_setup(const int *shape) {
 static void hidden_backward_setup(const int *shape) {
     hidden_inputs(shape);
     mix_forward<1>({{mu_x.p}, {}, {xx.p}}, x.p, BT, T, C);              // the forward passes left these
-    mix_hidden_weights<<<pack_blocks(HIDDEN * C), 256, 0, stream>>>(w.p, w1.p, mu_x.p, C, HIDDEN, HIDDEN);
+    mix_hidden_weights<<<pack_blocks(HIDDEN * C), 256, 0, stream>>>(both.p, w1.p, mu_x.p, C, HIDDEN, HIDDEN);
     partial.allocate((int64_t)row_blocks(BT, C) * C);
     dh.random((int64_t)BT * HIDDEN);
     dx.random((int64_t)BT * C);                                         // gradients are added to what is there

@@ -213,7 +213,7 @@ static void expect_head(int64_t head) {
             }
             dr.expect(at + i, dr_of);
             dk.expect(at + i, dk_of);
-            dw.expect(at + i, -e * d * dd, e * d * sqrt(s2 * ds2 / N));     // a sum of N products of any sign: how large it may be
+            dw.expect(at + i, -e * d * dd, e * d * sqrt(s2 * ds2 / N));     // a sum of N products of any sign: its usual size
             du_of[i] += ri * ki * v_dy;
         }
         for (int j = 0; j < N; j++) dv.expect(at + j, dv_of[j]);
