@@ -143,9 +143,9 @@ const int n_settings = sizeof(settings_table) / sizeof(settings_table[0]);
 typedef struct Preset { const char *key, *value; } Preset;
 const Preset demo_preset[] = {
     {"model.n_layer", "6"}, {"model.n_embd", "128"}, {"model.ctx_len", "128"}, {"model.vocab_size", "320"},
-    {"train.micro_bsz", "8"}, {"train.lr_init", "4e-3"}, {"train.lr_final", "4e-4"}, {"train.warmup_steps", "20"},
-    {"train.my_exit_tokens", "393216"}, {"train.data_type", "utf-8"}, {"train.save_every", "192"},
-    {"train.val_every", "384"},
+    {"train.micro_bsz", "8"}, {"train.lr_init", "4e-3"}, {"train.lr_final", "4e-5"}, {"train.lr_decay_type", "linear"},
+    {"train.warmup_steps", "20"}, {"train.my_exit_tokens", "425984"}, {"train.data_type", "utf-8"}, {"train.save_every", "208"},
+    {"train.val_every", "416"},
 };
 const int n_demo_preset = sizeof(demo_preset) / sizeof(demo_preset[0]);
 const char *demo_sample_prompt = "static void ";
