@@ -113,6 +113,7 @@ else
   OPTIMIZE := -O3 -march=native
   ifneq ($(DEBUG),)
     OPTIMIZE := -Og -march=native
+    DEFINES += -DCUDA_ON_CPU_DEBUG
   endif
   ifneq ($(SANITIZE),)
     OPTIMIZE := -O1 -march=native -fno-omit-frame-pointer -fsanitize=$(SANITIZE) -fno-sanitize-recover=all
@@ -121,7 +122,7 @@ else
   ifneq ($(BLAS),)
     DEFINES += -DCUDA_ON_CPU_OPENBLAS
   endif
-  CUFLAGS := $(OPTIMIZE) -g -std=c++17 -fno-strict-aliasing -fopenmp $(WARN) -Wno-unknown-pragmas \
+  CUFLAGS := $(OPTIMIZE) -g -std=c++17 -fno-strict-aliasing -fopenmp $(WARN) -Wno-unknown-pragmas -Wno-attributes \
              -iquote . -Idev/cpu -DCUDA_ON_CPU $(DEFINES)
   CFLAGS := $(if $(DEBUG)$(SANITIZE),$(OPTIMIZE),-O2) -g -std=gnu11 $(WARN) $(DEFINES)
   LINK = $(CXX) $(OPTIMIZE) -fopenmp $^ -o $@ $(if $(BLAS),-l$(BLAS)) -lm

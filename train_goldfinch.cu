@@ -142,10 +142,10 @@ const int n_settings = sizeof(settings_table) / sizeof(settings_table[0]);
 // minipile where data/minipile.bin lies. Flags override both.
 typedef struct Preset { const char *key, *value; } Preset;
 const Preset demo_preset[] = {
-    {"model.n_layer", "6"}, {"model.n_embd", "128"}, {"model.ctx_len", "128"}, {"model.vocab_size", "320"},
-    {"train.micro_bsz", "8"}, {"train.lr_init", "4e-3"}, {"train.lr_final", "4e-5"}, {"train.lr_decay_type", "linear"},
-    {"train.warmup_steps", "20"}, {"train.my_exit_tokens", "425984"}, {"train.data_type", "utf-8"}, {"train.save_every", "208"},
-    {"train.val_every", "416"},
+    {"model.n_layer", "6"}, {"model.n_embd", "64"}, {"model.ctx_len", "128"}, {"model.vocab_size", "320"},
+    {"train.micro_bsz", "4"}, {"train.lr_init", "4e-3"}, {"train.lr_final", "4e-5"}, {"train.lr_decay_type", "linear"},
+    {"train.warmup_steps", "40"}, {"train.my_exit_tokens", "614400"}, {"train.data_type", "utf-8"}, {"train.save_every", "600"},
+    {"train.val_every", "1200"},
 };
 const int n_demo_preset = sizeof(demo_preset) / sizeof(demo_preset[0]);
 const char *demo_sample_prompt = "static void ";
@@ -830,7 +830,16 @@ __device__ inline Pack zero_pack(void) { return Pack{{0, 0, 0, 0, 0, 0, 0, 0}}; 
 #ifdef CUDA_ON_CPU
 template <typename T> __device__ inline T *dynamic_smem(void) { return cuda_on_cpu::dynamic_smem<T>(); }
 using cuda_on_cpu::Site;                    // where a call stands, for messages
-__device__ inline float warp_sum(float x, int width = 32, Site site = Site::here()) { return cuda_on_cpu::warp_sum(x, width, site); }
+template <int n> __device__ inline void shuffle_xor(float (&to)[n], const float (&from)[n], int bits, Site site = Site::here()) {
+    cuda_on_cpu::shuffle_xor(to, from, bits, site);
+}
+template <int n> __device__ inline void warp_sum(float (&x)[n], int width = 32, Site site = Site::here()) {
+    cuda_on_cpu::warp_sum(n, x, width, site);
+}
+__device__ inline float warp_sum(float x, int width = 32, Site site = Site::here()) {
+    cuda_on_cpu::warp_sum(1, &x, width, site);
+    return x;
+}
 __device__ inline float warp_max(float x, int width = 32, Site site = Site::here()) { return cuda_on_cpu::warp_max(x, width, site); }
 __device__ inline float exp2_fast(float x) { return exp2f(x); }
 __device__ inline void async_copy16(void *to, const void *from, bool valid) { cuda_on_cpu::async_copy16(to, from, valid); }
@@ -845,7 +854,16 @@ template <typename T> __device__ inline T *dynamic_smem(void) {
     return (T *)dynamic_smem_bytes;
 }
 
-// sum, maximum over aligned groups of `width` lanes, returned to all of them
+// n numbers at a time: no gain here, but on the CPU the lanes meet once instead of n times.
+// What the lane has in `from` whose number differs from this one's in `bits`
+template <int n> __device__ inline void shuffle_xor(float (&to)[n], const float (&from)[n], int bits) {
+    for (int i = 0; i < n; i++) to[i] = __shfl_xor_sync(0xffffffffu, from[i], bits);
+}
+// sums, sum, maximum over aligned groups of `width` lanes, returned to all of them
+template <int n> __device__ inline void warp_sum(float (&x)[n], int width = 32) {
+    for (int w = width / 2; w > 0; w /= 2)
+        for (int i = 0; i < n; i++) x[i] += __shfl_xor_sync(0xffffffffu, x[i], w);
+}
 __device__ inline float warp_sum(float x, int width = 32) {
     for (int w = width / 2; w > 0; w /= 2) x += __shfl_xor_sync(0xffffffffu, x, w);
     return x;
@@ -879,7 +897,7 @@ static void guard_gap(void *, size_t) {}
 template <typename V, typename S> __device__ inline V block_sum(V v, S *shared, int warps = blockDim.x / 32) {
     const int n = sizeof(V) / sizeof(float);
     V *sums = (V *)shared;
-    for (int i = 0; i < n; i++) ((float *)&v)[i] = warp_sum(((float *)&v)[i]);
+    warp_sum((float (&)[n])v);
     if (warps == 1) return v;
     __syncthreads();                        // the last call's values may still be read
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = v;
@@ -1058,7 +1076,7 @@ __device__ inline TileB join_b(const TileB &upper, const TileB &lower) { return 
 __device__ inline TileB as_b(const TileA &a, int n) { return {{a.x[2 * n], a.x[2 * n + 1], a.x[2 * n + 4], a.x[2 * n + 5]}}; }
 #ifdef CUDA_ON_CPU
 template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n], Site site = Site::here()) {
-    cuda_on_cpu::mma(n, c[0].x, a.x, b[0].x, site);
+    cuda_on_cpu::mma(1, n, c[0].x, 0, a.x, b[0].x, 0, site);
 }
 #else
 template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n]) {   // true fp32, by shuffles
@@ -1079,6 +1097,25 @@ template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const
     }
 }
 #endif
+#endif
+
+// Several of these in one call, as for sums:  c += a[0] b[0] + a[1] b[1] + ..,  and  c[j] += a[j] b
+#ifdef CUDA_ON_CPU
+template <int k, int n> __device__ inline void mma(TileC (&c)[n], const TileA (&a)[k], const TileB (&b)[k][n], Site site = Site::here()) {
+    cuda_on_cpu::mma(k, n, c[0].x, 0, a[0].x, b[0][0].x, 4 * n, site);
+}
+template <int m, int n> __device__ inline void mma(TileC (&c)[m][n], const TileA (&a)[m], const TileB (&b)[n], Site site = Site::here()) {
+    cuda_on_cpu::mma(m, n, c[0][0].x, 4 * n, a[0].x, b[0].x, 0, site);
+}
+#else
+template <int k, int n> __device__ inline void mma(TileC (&c)[n], const TileA (&a)[k], const TileB (&b)[k][n]) {
+#pragma unroll
+    for (int i = 0; i < k; i++) mma(c, a[i], b[i]);
+}
+template <int m, int n> __device__ inline void mma(TileC (&c)[m][n], const TileA (&a)[m], const TileB (&b)[n]) {
+#pragma unroll
+    for (int j = 0; j < m; j++) mma(c[j], a[j], b);
+}
 #endif
 
 // c[i] += a b[i] with a in twice the precision
@@ -1524,11 +1561,10 @@ template <int n> __device__ inline void mix_amounts(TileC (&c)[4], const LowRank
         const float2 mu = *(const float2 *)&s.mu[i][group + 8 * j + tile_col(0)];
         c[j] = {{mu.x, mu.y, mu.x, mu.y}};
     }
-    for (int k = 0; k < 2; k++) {
-        TileB b[4];
-        for (int j = 0; j < 4; j += 2) load_b_pair_t(&b[j], &s.w2[i][16 * k][group + 8 * j], LD);
-        mma(c, h[k], b);
-    }
+    TileB b[2][4];
+    for (int k = 0; k < 2; k++)
+        for (int j = 0; j < 4; j += 2) load_b_pair_t(&b[k][j], &s.w2[i][16 * k][group + 8 * j], LD);
+    mma(c, h, b);
 }
 
 template <int n> struct LowRankMixRows {
@@ -1697,11 +1733,9 @@ template <int n> __device__ inline void mix_backward_16(TileC (&shifted)[2], Til
             const Pair mu = load_pair(&s.mu[i][column + 8 * j]);
             amount[j] = {{first_of(mu), second_of(mu), first_of(mu), second_of(mu)}};
         }
-        for (int k = 0; k < 2; k++) {
-            TileB b[2];
-            load_b_pair_t(b, &s.w2[RANK * i + 16 * k][c], LD_SLICE);
-            mma(amount, h[i][k], b);
-        }
+        TileB w2[2][2];
+        for (int k = 0; k < 2; k++) load_b_pair_t(w2[k], &s.w2[RANK * i + 16 * k][c], LD_SLICE);
+        mma(amount, h[i], w2);
         for (int j = 0; j < 2; j++)
             for (int e = 0; e < 4; e += 2) {
                 const Pair g = load_pair(&s.g[i][row + 4 * e][column + 8 * j]);
@@ -1825,18 +1859,20 @@ low_rank_mix_backward_w2(Mixes<n> mix, float *partial, const floatX *x, int BT, 
                     dmu[i] += dm[e];
                 }
                 const TileB b[1] = {make_b(dm[0], dm[1], dm[2], dm[3])};
-                for (int k = 0; k < 2; k++) mma(dw2[i][k], load_a_t(&s.h[r][RANK * i + 16 * k], RANK * n + PAD), b);
+                const int ld = RANK * n + PAD;
+                const TileA h[2] = {load_a_t(&s.h[r][RANK * i], ld), load_a_t(&s.h[r][RANK * i + 16], ld)};
+                mma(dw2[i], h, b);
             }
         }
         __syncthreads();
         if (MIX_STAGES == 1) mix_copy_tile(tiles[0], mix, x, row0 + step, BT, first, C);
     }
     float *to = partial + (int64_t)blockIdx.y * (RANK + 1) * n * C + first + 8 * warp;
+    warp_sum(dmu, 4);
     for (int i = 0; i < n; i++) {
         for (int k = 0; k < 2; k++)
             for (int e = 0; e < 4; e += 2)
                 store_pair(to + (int64_t)(RANK * i + 16 * k + tile_row(e)) * C + tile_col(e), dw2[i][k][0].x[e], dw2[i][k][0].x[e + 1]);
-        dmu[i] = warp_sum(dmu[i], 4);
         if (lane % 4 == 0) to[(int64_t)(RANK * n + i) * C + lane / 4] = dmu[i];
     }
 }
@@ -2066,28 +2102,23 @@ struct WkvTileDecay { float2 D, D_minus_1; };
 
 __device__ inline WkvTileDecay wkv_decay_of_tile(const Share &e) {
     float sum[2], D[2];
-    for (int c = 0; c < 2; c++) {
-        sum[c] = warp_sum(e[0].x[2 * c] + e[0].x[2 * c + 1] + e[1].x[2 * c] + e[1].x[2 * c + 1], 4);
-        D[c] = fast_exp(-sum[c]);
-    }
+    for (int c = 0; c < 2; c++) sum[c] = e[0].x[2 * c] + e[0].x[2 * c + 1] + e[1].x[2 * c] + e[1].x[2 * c + 1];
+    warp_sum(sum, 4);
+    for (int c = 0; c < 2; c++) D[c] = fast_exp(-sum[c]);
     return {{D[0], D[1]}, {-one_minus(D[0], sum[0]), -one_minus(D[1], sum[1])}};
 }
 
-// Products of decays, for [half of the tile][channel]: of the two tokens beside the lane's two, of the four beyond these, of
+// Products of decays, at 2 half of the tile + channel: of the two tokens beside the lane's two, of the four beyond these, of
 // all eight.
-struct WkvProducts { float beside[2][2], beyond[2][2], half[2][2]; };
+struct WkvProducts { float beside[4], beyond[4], half[4]; };
 
 __device__ inline void wkv_products(WkvProducts &q, const Share &d) {
-#pragma unroll
-    for (int n = 0; n < 2; n++)
-#pragma unroll
-        for (int c = 0; c < 2; c++) {
-            const float pair = d[n].x[2 * c] * d[n].x[2 * c + 1];
-            q.beside[n][c] = __shfl_xor_sync(0xffffffffu, pair, 1);
-            const float four = pair * q.beside[n][c];
-            q.beyond[n][c] = __shfl_xor_sync(0xffffffffu, four, 2);
-            q.half[n][c] = four * q.beyond[n][c];
-        }
+    float two[4], four[4];
+    for (int m = 0; m < 4; m++) two[m] = d[m / 2].x[m % 2 * 2] * d[m / 2].x[m % 2 * 2 + 1];
+    shuffle_xor(q.beside, two, 1);
+    for (int m = 0; m < 4; m++) four[m] = two[m] * q.beside[m];
+    shuffle_xor(q.beyond, four, 2);
+    for (int m = 0; m < 4; m++) q.half[m] = four[m] * q.beyond[m];
 }
 
 // Decays from a token to the middle of its group of 2 L tokens: before the token if it has bit L, after it if not. L = 16:
@@ -2100,10 +2131,10 @@ __device__ inline void wkv_factors(Share &f, int L, const Share &d, const WkvPro
         for (int c = 0; c < 2; c++) {
             const bool later = L == 16 ? true : L == 8 ? n == 1 : L == 4 ? bit4 : L == 2 ? bit2 : false;
             float product = 1;                              // without the lane's own two
-            if (L != 2 && later == bit2) product *= q.beside[n][c];
-            if (L != 2 && L != 4 && later == bit4) product *= q.beyond[n][c];
-            if (L == 16 && n == 1) product *= q.half[0][c];
-            if (L == 0 && n == 0) product *= q.half[1][c];
+            if (L != 2 && later == bit2) product *= q.beside[2 * n + c];
+            if (L != 2 && L != 4 && later == bit4) product *= q.beyond[2 * n + c];
+            if (L == 16 && n == 1) product *= q.half[c];
+            if (L == 0 && n == 0) product *= q.half[2 + c];
             f[n].x[2 * c] = later ? product : product * d[n].x[2 * c + 1];
             f[n].x[2 * c + 1] = later ? product * d[n].x[2 * c] : product;
         }
@@ -2154,13 +2185,18 @@ __device__ inline void wkv_scores(TileC (&a)[2], WkvScratch &scratch, int l, con
 
 // The diagonal, one by one: sums over the lanes of a token.
 __device__ inline void wkv_scores_bonus(TileC (&a)[2], const Share &r, const Share &k, const float (&u)[2]) {
+    float sum[4], other[4];
     for (int m = 0; m < 4; m++) {
         const int n = m / 2, i = m % 2;
-        float sum = u[0] * r[n].x[i] * k[n].x[i] + u[1] * r[n].x[i + 2] * k[n].x[i + 2];
-        for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-        for (int j = i; j < 4; j += 2)
-            if (tile_row(j) == wkv_token(m)) a[n].x[j] = sum;
+        sum[m] = u[0] * r[n].x[i] * k[n].x[i] + u[1] * r[n].x[i + 2] * k[n].x[i + 2];
     }
+    for (int lanes = 4; lanes < 32; lanes *= 2) {
+        shuffle_xor(other, sum, lanes);
+        for (int m = 0; m < 4; m++) sum[m] += other[m];
+    }
+    for (int m = 0; m < 4; m++)
+        for (int j = m % 2; j < 4; j += 2)
+            if (tile_row(j) == wkv_token(m)) a[m / 2].x[j] = sum[m];
 }
 
 __device__ inline void wkv_store_scores(WkvPart &part, const TileC (&a)[2]) {
@@ -2448,7 +2484,8 @@ __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1) wkv_backw
             const WkvTileDecay whole = wkv_decay_of_tile(e);
             WkvProducts products;
             wkv_products(products, d);
-            past[0] = warp_sum(past[0] * whole.D.x, 4), past[1] = warp_sum(past[1] * whole.D.y, 4);
+            past[0] *= whole.D.x, past[1] *= whole.D.y;
+            warp_sum(past, 4);
             {                                                               // r~, k~: through S0 and dS
                 Share tilde, factor;
                 wkv_factors(factor, 16, d, products);

@@ -211,7 +211,7 @@ inline Fiber *fiber_without_thread() {
 }
 
 // The running thread waits: go on with one that may, else start the next.
-inline void wait_here() {
+__attribute__((always_inline)) inline void wait_here() {
     Fiber *from = block->self, *to;
     if (block->has_ready()) to = block->pop_ready();
     else if (block->started < block->n_threads) to = fiber_without_thread();
@@ -274,7 +274,7 @@ inline void run_block(uint3 index, uint64_t seed) {
 
 // True for the last thread to arrive: it does the work for all, then calls `release`. The others wait here until then,
 // and get false.
-template <int N> bool arrive(Rendezvous<N> &r, const char *name, Site site) {
+template <int N> __attribute__((always_inline)) inline bool arrive(Rendezvous<N> &r, const char *name, Site site) {
     Fiber *self = block->self;
     self->waits_at = name;
     self->site = site;

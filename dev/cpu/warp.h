@@ -43,42 +43,55 @@ inline unsigned vote(const char *name, Site site, unsigned mask, bool predicate)
     return mine.result;
 }
 
-// Sum or maximum over aligned groups of `width` lanes (2, 4, .., 32), for every lane of the group. One collective, but
-// the same additions in the same order as x += __shfl_xor_sync(~0u, x, offset) for offset = width/2, .., 2, 1.
+// Several numbers at once from the lane whose number differs in `bits`.
+template <int COUNT> void shuffle_xor(float (&to)[COUNT], const float (&from)[COUNT], int bits, Site site) {
+    struct Numbers {
+        float x[COUNT];
+    } mine;
+    memcpy(&mine, from, sizeof mine);
+    mine = shuffle("shuffle_xor", site, 0xFFFFFFFFu, mine, lane_number() ^ bits);
+    memcpy(to, &mine, sizeof mine);
+}
+
+// Sum or maximum of each of `count` numbers over aligned groups of `width` lanes (2, 4, .., 32), for every lane of the
+// group. One collective, but the same additions in the same order as x += __shfl_xor_sync(~0u, x, offset) for offset =
+// width/2, .., 2, 1.
 template <int OFFSET, typename Combine> void butterfly_step(float *x, Combine combine) {
     float old[32];
     memcpy(old, x, sizeof old);
     for (int i = 0; i < 32; i++) x[i] = combine(old[i], old[i ^ OFFSET]);
 }
 
-template <typename Combine> float butterfly(const char *name, Site site, float x, int width, Combine combine) {
+template <typename Combine> void butterfly(const char *name, Site site, int count, float *x, int width, Combine combine) {
     struct Lane {
-        float x;
-        int width;
-    } mine = {x, width};
+        float *x;
+        int count, width;
+    } mine = {x, count, width};
     collective(name, site, &mine, [combine](Lane *const *lanes, int n) {
-        float v[32] = {};
-        for (int i = 0; i < n; i++) v[i] = lanes[i]->x;
-        switch (lanes[0]->width) {
-        case 32: butterfly_step<16>(v, combine); [[fallthrough]];
-        case 16: butterfly_step<8>(v, combine); [[fallthrough]];
-        case 8: butterfly_step<4>(v, combine); [[fallthrough]];
-        case 4: butterfly_step<2>(v, combine); [[fallthrough]];
-        case 2: butterfly_step<1>(v, combine); [[fallthrough]];
-        case 1: break;
-        default: fail("a group of %d lanes: only powers of two up to 32", lanes[0]->width);
+        for (int j = 0; j < lanes[0]->count; j++) {
+            float v[32] = {};
+            for (int i = 0; i < n; i++) v[i] = lanes[i]->x[j];
+            switch (lanes[0]->width) {
+            case 32: butterfly_step<16>(v, combine); [[fallthrough]];
+            case 16: butterfly_step<8>(v, combine); [[fallthrough]];
+            case 8: butterfly_step<4>(v, combine); [[fallthrough]];
+            case 4: butterfly_step<2>(v, combine); [[fallthrough]];
+            case 2: butterfly_step<1>(v, combine); [[fallthrough]];
+            case 1: break;
+            default: fail("a group of %d lanes: only powers of two up to 32", lanes[0]->width);
+            }
+            for (int i = 0; i < n; i++) lanes[i]->x[j] = v[i];
         }
-        for (int i = 0; i < n; i++) lanes[i]->x = v[i];
     });
-    return mine.x;
 }
 
-inline float warp_sum(float x, int width, Site site = Site::here()) {
-    return butterfly("warp_sum", site, x, width, [](float a, float b) { return a + b; });
+inline void warp_sum(int count, float *x, int width, Site site) {
+    butterfly("warp_sum", site, count, x, width, [](float a, float b) { return a + b; });
 }
 
-inline float warp_max(float x, int width, Site site = Site::here()) {
-    return butterfly("warp_max", site, x, width, [](float a, float b) { return a > b ? a : b; });
+inline float warp_max(float x, int width, Site site) {
+    butterfly("warp_max", site, 1, &x, width, [](float a, float b) { return a > b ? a : b; });
+    return x;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -152,24 +165,27 @@ inline void mma_product(int n, float *const *c, const float *const *a, const flo
     }
 }
 
-inline void mma(int n, float *c, const float *a, const float *b, Site site = Site::here()) {
+// `products` of these, one after the other: c, a and b move on by next_c, 8 and next_b floats.
+inline void mma(int products, int n, float *c, int next_c, const float *a, const float *b, int next_b, Site site) {
     struct Lane {
-        int n;
+        int products, n, next_c, next_b;
         float *c;
         const float *a, *b;
-    } mine = {n, c, a, b};
+    } mine = {products, n, next_c, next_b, c, a, b};
     collective("mma", site, &mine, [](Lane *const *lanes, int count) {
         if (count < 32) fail("mma in a warp of %d lanes", count);
-        float *c[32];
-        const float *a[32], *b[32];
-        for (int i = 0; i < 32; i++) {
-            if (lanes[i]->n != lanes[0]->n)
-                fail("mma with n = %d in one lane, %d in another", lanes[i]->n, lanes[0]->n);
-            c[i] = lanes[i]->c;
-            a[i] = lanes[i]->a;
-            b[i] = lanes[i]->b;
+        const Lane &first = *lanes[0];
+        for (int p = 0; p < first.products; p++) {
+            float *c[32];
+            const float *a[32], *b[32];
+            for (int i = 0; i < 32; i++) {
+                if (lanes[i]->n != first.n) fail("mma with n = %d in one lane, %d in another", lanes[i]->n, first.n);
+                c[i] = lanes[i]->c + p * first.next_c;
+                a[i] = lanes[i]->a + p * 8;
+                b[i] = lanes[i]->b + p * first.next_b;
+            }
+            mma_product(first.n, c, a, b);
         }
-        mma_product(lanes[0]->n, c, a, b);
     });
 }
 
