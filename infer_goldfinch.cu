@@ -1,4 +1,4 @@
-// GoldFinch inference in plain CUDA C: a prompt is read in linear time, and a token of context costs 1 + C/R numbers.
+// GoldFinch inference in plain CUDA C: a prompt is read in linear time, and a token of context costs 1 + C/16 numbers.
 //
 //     make infer && ./infer_goldfinch MODEL.safetensors -p "text"
 //

@@ -258,7 +258,7 @@ void settings_help(void) {
         if (column + strlen(known.name) > 108) { column = 0; printf("\n"); }
         column += printf("  %s", known.name);
     }
-    printf("\n--print-config prints what they and the flags add up to, as a config. A few to start with:\n"
+    printf("\n--print-config prints what they and the flags add up to, as a config. To start with:\n"
            "  %s -c goldfinch -c L12D768ctx1024minipile --train.max_steps 10\n\n"
            "Without a data_file: trains on data/minipile if data/minipile.bin is there, else the demo, a\n"
            "small byte-level model of the project's own source text (its values: demo).\n", program_name);
@@ -3274,14 +3274,13 @@ __global__ void round_params(floatX *params, const float *master, const Piece *p
 //
 // x is what a layer gets, already normed (ln1 or ln2), out what it adds to the residual stream, both (BT, C). A backward
 // function takes dout, adds to the gradients of the layer's parameters and writes dx. Beside its parameters a layer has
-// what it keeps from forward to backward, and `tmp`, scratch that all layers share. Letters: BT = B T tokens, C = n_embd,
-// A = dim_att, F = dim_ffn, H heads of N = 64.
+// what it keeps from forward to backward, and `tmp`, scratch that all layers share. (In equations dx is shift(x) - x, in code
+// a gradient.) Letters: BT = B T tokens, C = n_embd, A = dim_att, F = dim_ffn, H heads of N = 64, V = vocab_size, R numbers
+// cached a token, L layers of which G0 is the first of the last ones.
 //
 // Inference goes on from what came before. There, row 0 stands for the token before the first (lead = 1, otherwise 0):
-// its normed input is all that a shift needs of it, and what the row gives after the shift is not used.
-
-// `first`: the position of row 0, 0 in training.
-
+// its normed input is all that a shift needs of it, and what the row gives after the shift is not used. `first` is the
+// position of row 0, 0 in training.
 typedef struct Dims { int B, T, BT, C, A, F, H, V, R, L, G0, lead; int64_t first; } Dims;
 
 // A block of memory handed out piece by piece; without a base it only counts. Under the sanitizers a guarded gap follows
@@ -5028,9 +5027,10 @@ uint8_t *demo_text(int64_t *size) {
     return text;
 }
 
-// Holds back a tenth of the text for validation: the middles of 40 equal stretches, so that most files have a part in it.
+// Holds back a tenth of the text for validation: the middles of equal stretches of 25,000 bytes, so that each part of the text
+// has its share.
 void text_split(const Dataset *text, Dataset *train, Dataset *valid) {
-    const int64_t n = text->n_tokens, pieces = 40;
+    const int64_t n = text->n_tokens, pieces = n / 25000 + 1;
     uint8_t *train_bytes = (uint8_t *)malloc((size_t)n + 1), *valid_bytes = (uint8_t *)malloc((size_t)n + 1);
     *train = *valid = *text;
     train->n_tokens = valid->n_tokens = 0;
