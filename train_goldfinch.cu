@@ -144,8 +144,8 @@ typedef struct Preset { const char *key, *value; } Preset;
 const Preset demo_preset[] = {
     {"model.n_layer", "6"}, {"model.n_embd", "64"}, {"model.ctx_len", "128"}, {"model.vocab_size", "320"},
     {"train.micro_bsz", "4"}, {"train.lr_init", "4e-3"}, {"train.lr_final", "4e-5"}, {"train.lr_decay_type", "linear"},
-    {"train.warmup_steps", "40"}, {"train.my_exit_tokens", "512000"}, {"train.data_type", "utf-8"}, {"train.save_every", "500"},
-    {"train.val_every", "1000"},
+    {"train.warmup_steps", "40"}, {"train.my_exit_tokens", "563200"}, {"train.data_type", "utf-8"}, {"train.save_every", "550"},
+    {"train.val_every", "1100"},
 };
 const int n_demo_preset = sizeof(demo_preset) / sizeof(demo_preset[0]);
 const char *demo_sample_prompt = "static void ";
