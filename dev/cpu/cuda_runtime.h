@@ -20,7 +20,8 @@
 #ifdef CUDA_ON_CPU_DEBUG
 #define __device__                                  // functions that a debugger can step over
 #else
-#define __device__ __attribute__((always_inline))   // as nvcc inlines them; g++ left out `load`: a tenth of a training step
+// As nvcc inlines them; g++ left out `load`: a tenth of a training step. -Wno-attributes: so may those without `inline` be.
+#define __device__ __attribute__((always_inline))
 #endif
 #define __global__
 #define __forceinline__ inline __attribute__((always_inline))
