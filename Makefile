@@ -95,18 +95,19 @@ endif
 
 DEFINES := -DPRECISION_BF16=$(if $(filter BF16,$(PRECISION)),1,0)
 WARN := -Wall -Wextra
+# inference and the lab include the trainer and use a part of it
+PARTLY_USED := -Wno-unused-function
 comma := ,
 empty :=
 space := $(empty) $(empty)
 
 ifeq ($(GPU),1)
   VARIANT := gpu-$(PRECISION)-sm$(subst $(space),-,$(strip $(GPU_ARCH)))
-  CUFLAGS := -O3 -std=c++17 -lineinfo -Xcompiler -fopenmp,-Wall,-Wextra \
+  CUFLAGS := -O3 -std=c++17 -lineinfo -Xcompiler -fopenmp,-Wall,-Wextra,$(PARTLY_USED) -diag-suppress 177 \
              $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a)$(comma)code=sm_$(a)) $(DEFINES)
   CFLAGS := -O2 -g -std=gnu11 $(WARN) $(DEFINES)
   LINK = $(NVCC) -Xcompiler -fopenmp $^ -o $@ -lcublas -lcublasLt -lm
   SUMMARY := GPU build, $(PRECISION), sm $(GPU_ARCH)
-  LAB_FLAGS := -diag-suppress 177 -Xcompiler -Wno-unused-function
 else
   VARIANT := cpu-$(PRECISION)$(addprefix -,$(subst $(comma),-,$(SANITIZE)) $(if $(DEBUG),debug) $(BLAS))
   VARIANT := $(subst $(space),,$(VARIANT))
@@ -122,11 +123,11 @@ else
   ifneq ($(BLAS),)
     DEFINES += -DCUDA_ON_CPU_OPENBLAS
   endif
-  CUFLAGS := $(OPTIMIZE) -g -std=c++17 -fno-strict-aliasing -fopenmp $(WARN) -Wno-unknown-pragmas -Wno-attributes \
-             -iquote . -Idev/cpu -DCUDA_ON_CPU $(DEFINES)
+  CUFLAGS := $(OPTIMIZE) -g -std=c++17 -fno-strict-aliasing -fopenmp $(WARN) $(PARTLY_USED) -Wno-unknown-pragmas \
+             -Wno-attributes -iquote . -Idev/cpu -DCUDA_ON_CPU $(DEFINES)
   CFLAGS := $(if $(DEBUG)$(SANITIZE),$(OPTIMIZE),-O2) -g -std=gnu11 $(WARN) $(DEFINES)
   LINK = $(CXX) $(OPTIMIZE) -fopenmp $^ -o $@ $(if $(BLAS),-l$(BLAS)) -lm
-  LAB_FLAGS := -Wno-unused-function -iquote dev $(if $(DEBUG)$(SANITIZE),,-O1)
+  LAB_FLAGS := -iquote dev $(if $(DEBUG)$(SANITIZE),,-O1)
   SUMMARY := CPU build, $(PRECISION)$(if $(SANITIZE), with -fsanitize=$(SANITIZE))
 endif
 DIR := build/$(VARIANT)
@@ -170,12 +171,13 @@ $(DIR)/kernels_for_test.o: infer_goldfinch.cu Makefile | $(DIR)
 	$(NVCC) $(CUFLAGS) -DGOLDFINCH_TEST -MMD -c $< -o $@
 else
 # g++ does not know `kernel<<<shape>>>(arguments);`. One sed expression makes a call of it (dev/cpu/launch.h), another
-# announces shared arrays (one in a line), a third turns to the rewritten files where one includes another. Lines stay.
+# announces shared arrays (one in a line), a third turns to the rewritten files where one includes another. Lines stay,
+# but for a line that begins with <<<: it joins the one above, and an empty line takes its place.
 NAME := [A-Za-z_][A-Za-z0-9_:]*
 KERNEL := ($(NAME)(<([^<>]|<[^<>]*>)*>)?)
 SHAPE := (([^>]|>{1,2}[^>])*)
 CALL := [\&](const auto \&...arguments) { \1(arguments...); }
-CU_TO_CPP := sed -E \
+CU_TO_CPP = sed -Ez 's/\n *(<<<[^\n]*)/\1\n/g' $< | sed -E \
   -e 's/$(KERNEL)<<<$(SHAPE)>>>/cuda_on_cpu::launch("\1", cuda_on_cpu::Shape(\4), $(CALL))/g' \
   -e 's/__shared__[^;()]*( |__align__\([^)]*\) [^;]* )($(NAME))(\[[^;]*)?;/& CUDA_ON_CPU_SHARED(\2)/' \
   -e 's/^(\#include "[^"]*)\.cu"/\1.cu.cpp"/'
@@ -184,7 +186,7 @@ vpath %.cu dev
 .SECONDARY: $(DEV:%=build/cpp/dev/%.cu.cpp)
 build/cpp/%.cu.cpp: %.cu Makefile
 	@mkdir -p $(@D)
-	@(echo '#line 1 "$<"'; $(CU_TO_CPP) $<) > $@
+	@(echo '#line 1 "$<"'; $(CU_TO_CPP)) > $@
 $(DIR)/%.o: build/cpp/%.cu.cpp | $(DIR) $(patsubst %,build/cpp/%.cpp,$(wildcard *.cu))
 	$(CXX) $(CUFLAGS) -MMD -c $< -o $@
 $(DIR)/kernels_for_test.o: build/cpp/infer_goldfinch.cu.cpp build/cpp/train_goldfinch.cu.cpp | $(DIR)

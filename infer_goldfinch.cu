@@ -39,11 +39,13 @@ __device__ inline void let_next_start(void) {
 }
 #endif
 
-[[maybe_unused]] static bool next_starts_late = false;      // launch_early is to start the next kernel when all before it are done
+// launch_early is to start the next kernel when all before it are done
+[[maybe_unused]] static bool next_starts_late = false;
 
 // The kernel may start while the one launched before it still runs (programmatic dependent launch): it asks for its
 // weights, and then waits in wait_for_previous until all before it is done. Every thread must do so, and must not touch
-// what a kernel that may still run writes until then; let_next_start says when the next early launch may begin (all blocks must).
+// what a kernel that may still run writes until then; let_next_start says when the next early launch may begin (all
+// blocks must).
 template <typename... P, typename... Args>
 static void launch_early(void (*kernel)(P...), dim3 grid, int threads, size_t smem, const Args &...args) {
 #ifdef CUDA_ON_CPU
@@ -54,7 +56,7 @@ static void launch_early(void (*kernel)(P...), dim3 grid, int threads, size_t sm
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = smem, config.stream = stream;
-    static int major = 0;                   // sm_90 and newer can
+    static int major = 0; // sm_90 and newer can
     if (major == 0) CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
     config.attrs = &early, config.numAttrs = major >= 9 && !next_starts_late ? 1 : 0;
     next_starts_late = false;
@@ -62,11 +64,11 @@ static void launch_early(void (*kernel)(P...), dim3 grid, int threads, size_t sm
 #endif
 }
 
-// `queue` launches the same work with the same arguments every time: what changes lies in device memory. At first it runs as
-// it stands (which loads the kernels) and is recorded as a CUDA graph; from then on the device gets the whole sequence in one
-// launch. The CPU has no graphs.
+// `queue` launches the same work with the same arguments every time: what changes lies in device memory. At first it
+// runs as it stands (which loads the kernels) and is recorded as a CUDA graph; from then on the device gets the whole
+// sequence in one launch. The CPU has no graphs.
 typedef struct Recording {
-    void *graph;                            // cudaGraphExec_t
+    void *graph; // cudaGraphExec_t
 } Recording;
 
 template <typename F> static void run_recorded(Recording *r, const F &queue) {
@@ -99,99 +101,124 @@ template <typename F> static void run_recorded(Recording *r, const F &queue) {
 // ---------------------------------------------------------------------------------------------------------------------
 // 1. Cache
 
-enum KvKind { KV_COMPRESSED, KV_INT8, KV_FULL };            // c in floatX; c in 8 bits; the keys and values themselves
+enum KvKind { KV_COMPRESSED, KV_INT8, KV_FULL }; // c in floatX; c in 8 bits; the keys and values themselves
 
 // What a GOLD layer needs of tokens to make its keys and values, or has of them already. A token's key and value depend
-// on its id, its c, and those of the token before. Whatever depends on an id alone stands in tables over the vocabulary.
-struct alignas(16) TilePair { TileB b[2]; };                // right operands of two steps of 16 of a product's inner index
-
-struct GoldSource {
-    const int *ids;                         // (T)
-    const floatX *c;                        // (T, R)
-    const int8_t *c8;                       // (T, R) and (T): c = c8 * scale, in its place with KV_INT8
-    const float *scales;
-    const floatX *id_k0, *id_xo;            // (V, C): W_b[:, :C] x0 and xo = rms_norm(x0)
-    const floatX *id_c;                     // (V, R32): id_k0 W_b[:, C:]
-    const float *id_squares;                // (V): |id_k0|^2
-    const floatX *id_h, *id_h_before;       // (V, 64): the mixes' hidden layer, from the token's id and the one before
-    const floatX *w_c;                      // (C, R32): W_b[:, C:]
-    const TilePair *c_gram;                 // W_b[:, C:]^T W_b[:, C:]
-    struct Side {                           // of keys; of values
-        const floatX *mu, *mix;             // (C): time_maa_k or _v; (32, C): time_maa_kv_w2[0 or 1]
-        const floatX *w1, *w2;              // (rank_pad, C): time_key_w1 or .. transposed; (C, rank_pad): _w2, less its mean
-        const floatX *gain, *bias;          // (C): ln_k or ln_v
-        const TilePair *tiles, *gram;       // the weights in tensor cores' order (section 2); w2^T w2
-        int stage;                          // pairs of tiles for 32 channels
-        floatX *ring;                       // (window, C): keys or values of the newest tokens
-    } k, v;
-    const TilePair *turned_tiles;           // what keys with a rope take in the end
-    int turned_stage, stage;                // pairs of these for 32 channels; most pairs of any stage
-    Rope rope;
-    int C, H, R, R32, rank_pad;             // R32: R up to a multiple of 32, zeros behind R. rank_pad: 64 or a multiple of 128
+// on its id, its c, and those of the token before. Whatever depends on an id alone stands in tables over the
+// vocabulary.
+// right operands of two steps of 16 of a product's inner index
+struct alignas(16) TilePair {
+    TileB b[2];
 };
 
-// What blocks that share a context have found, sums of p = exp2(score - top) v and of p, or what is put together in the end:
-struct SplitSums { float *out, *top, *sum; };               // per split: (M, C), (M, H), (M, H)
-struct PastSums { float *out, *u, *top, *sum, *mean; };     // per split: (M, C), (M H, rank), (M H) three times
+struct GoldSource {
+    const int *ids;   // (T)
+    const floatX *c;  // (T, R)
+    const int8_t *c8; // (T, R) and (T): c = c8 * scale, in its place with KV_INT8
+    const float *scales;
+    const floatX *id_k0, *id_xo;      // (V, C): W_b[:, :C] x0 and xo = rms_norm(x0)
+    const floatX *id_c;               // (V, R32): id_k0 W_b[:, C:]
+    const float *id_squares;          // (V): |id_k0|^2
+    const floatX *id_h, *id_h_before; // (V, 64): the mixes' hidden layer, from the token's id and the one before
+    const floatX *w_c;                // (C, R32): W_b[:, C:]
+    const TilePair *c_gram;           // W_b[:, C:]^T W_b[:, C:]
+    struct Side {                     // of keys; of values
+        const floatX *mu, *mix;       // (C): time_maa_k or _v; (32, C): time_maa_kv_w2[0 or 1]
+        // (rank_pad, C): time_key_w1 or .. transposed; (C, rank_pad): _w2, less its mean
+        const floatX *w1, *w2;
+        const floatX *gain, *bias;    // (C): ln_k or ln_v
+        const TilePair *tiles, *gram; // the weights in tensor cores' order (section 2); w2^T w2
+        int stage;                    // pairs of tiles for 32 channels
+        floatX *ring;                 // (window, C): keys or values of the newest tokens
+    } k, v;
+    const TilePair *turned_tiles; // what keys with a rope take in the end
+    int turned_stage, stage;      // pairs of these for 32 channels; most pairs of any stage
+    Rope rope;
+    // R32: R up to a multiple of 32, zeros behind R. rank_pad: 64 or a multiple of 128
+    int C, H, R, R32, rank_pad;
+};
 
-struct PastQuery {                                          // made of the queries by past_queries
-    TilePair *q, *u;                                        // q~ as right operand of k1; W2^T q~ as right operand of u
-    float *sum, *bias;                                      // (H M): sum of q~ over the head; q . bias
+// What blocks that share a context have found, sums of p = exp2(score - top) v and of p, or what is put together in the
+// end:
+// per split: (M, C), (M, H), (M, H)
+struct SplitSums {
+    float *out, *top, *sum;
+};
+// per split: (M, C), (M H, rank), (M H) three times
+struct PastSums {
+    float *out, *u, *top, *sum, *mean;
+};
+
+struct PastQuery {     // made of the queries by past_queries
+    TilePair *q, *u;   // q~ as right operand of k1; W2^T q~ as right operand of u
+    float *sum, *bias; // (H M): sum of q~ over the head; q . bias
 };
 
 // Where a step stands, in device memory: a recorded step must not have it in its arguments.
-struct Place { int64_t first, begin; };      // context position of the first query; of the first token in the window
-
-struct Row {                                // vectors of the token at hand
-    float *x, *x_mid;                       // (C): the residual stream before a layer, and after its time mixer
-    floatX *ln, *xs;                        // (C), (5, C): normed; mixed
-    float *hidden;                          // (288): hidden layers of the mixes; of Finch-C2's w and v2
-    float *r, *k, *v, *v2, *y, *q, *gate;   // (A) each; gate (C)
-    floatX *ffn;                            // (F)
-    float *c, *z, *kv2;                     // (R); (2, C): two tokens' K0 before its norm; (G, 2, C): keys, values likewise
-    floatX *kv1, *u;                        // (G, 2, C), (G, 2, rank_pad): mixed; hidden layer
+// context position of the first query; of the first token in the window
+struct Place {
+    int64_t first, begin;
 };
 
-struct KeptKv { floatX *keys, *values; };   // (capacity, A) of a gptalpha or llama layer, keys with their rope
+struct Row {                              // vectors of the token at hand
+    float *x, *x_mid;                     // (C): the residual stream before a layer, and after its time mixer
+    floatX *ln, *xs;                      // (C), (5, C): normed; mixed
+    float *hidden;                        // (288): hidden layers of the mixes; of Finch-C2's w and v2
+    float *r, *k, *v, *v2, *y, *q, *gate; // (A) each; gate (C)
+    floatX *ffn;                          // (F)
+    // (R); (2, C): two tokens' K0 before its norm; (G, 2, C): keys, values likewise
+    float *c, *z, *kv2;
+    floatX *kv1, *u; // (G, 2, C), (G, 2, rank_pad): mixed; hidden layer
+};
 
-struct Packed { floatX *mix_w1, *decay_w1, *value2_w1; };       // a layer's first low-rank matrices, transposed: rows of C
+// (capacity, A) of a gptalpha or llama layer, keys with their rope
+struct KeptKv {
+    floatX *keys, *values;
+};
+
+// a layer's first low-rank matrices, transposed: rows of C
+struct Packed {
+    floatX *mix_w1, *decay_w1, *value2_w1;
+};
 
 typedef struct Infer {
-    Model m;                                // the first member: a layer's forward function finds the rest through it
+    Model m; // the first member: a layer's forward function finds the rest through it
     KvKind kv;
-    int chunk, tail, G;                     // tokens of a pre-fill chunk; 2 G + 1; number of GOLD layers
-    int64_t capacity, position;             // most tokens of context; tokens so far
-    int64_t window, window_begin, window_end;               // tokens that the window can hold; those it holds
-    KeptKv *kept;                           // (n_layer); null in layers that keep none
-    SplitSums kept_sums;                    // what the shares of a context leave behind, in these layers' attention
+    int chunk, tail, G;                       // tokens of a pre-fill chunk; 2 G + 1; number of GOLD layers
+    int64_t capacity, position;               // most tokens of context; tokens so far
+    int64_t window, window_begin, window_end; // tokens that the window can hold; those it holds
+    KeptKv *kept;                             // (n_layer); null in layers that keep none
+    SplitSums kept_sums;                      // what the shares of a context leave behind, in these layers' attention
     Place *place;
-    bool last_only;                         // of the rows at hand only the last one's logits count
+    bool last_only; // of the rows at hand only the last one's logits count
     uint64_t model_hash;
-    GoldSource *sources, *device_sources;   // (G)
+    GoldSource *sources, *device_sources; // (G)
     Row row;
-    Packed *packed;                         // (L)
-    bool decodes;                           // all mixers can decode
-    int *token;                             // the token of a step that is not drawn on the device
-    Recording recordings[2];                // of such a step: with a context that fits the window, and with a longer one
-    int *ids;                               // the cache: (capacity), ..
+    Packed *packed; // (L)
+    bool decodes;   // all mixers can decode
+    int *token;     // the token of a step that is not drawn on the device
+    // of such a step: with a context that fits the window, and with a longer one
+    Recording recordings[2];
+    int *ids; // the cache: (capacity), ..
     floatX *c;
     int8_t *c8;
     float *scales;
-    floatX *tail_x[2];                      // (tail, C): residual stream before the GOLD layers of the last tokens; two, to shift
+    // (tail, C): residual stream before the GOLD layers of the last tokens; two, to shift
+    floatX *tail_x[2];
     int tail_rows, tail_now;
-    floatX *w_c, *id_k0, *id_xo, *id_c;     // shared by all GOLD layers
+    floatX *w_c, *id_k0, *id_xo, *id_c; // shared by all GOLD layers
     float *id_squares;
     TilePair *c_gram;
-    int queries, past_warps;                // of attention: queries at a time; warps of a block
-    int past_splits, window_splits;         // blocks that share a context: its older tokens, its window
+    int queries, past_warps;        // of attention: queries at a time; warps of a block
+    int past_splits, window_splits; // blocks that share a context: its older tokens, its window
     SplitSums sums;
     PastSums past_sums;
     PastQuery past_query;
-    float *logits;                          // (V), fp32
+    float *logits; // (V), fp32
 } Infer;
 
-static const int MOST_SPLITS = 256;         // blocks that share a context: one a multiprocessor
-static const int WINDOW = 4096;             // most tokens whose keys and values are kept
+static const int MOST_SPLITS = 256; // blocks that share a context: one a multiprocessor
+static const int WINDOW = 4096;     // most tokens whose keys and values are kept
 
 __global__ void append_tokens(int *to, const int *ids, int n) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -209,12 +236,14 @@ __global__ void append_int8(int8_t *to, float *scales, const floatX *from, int R
     float largest = 0;
     for (int i = threadIdx.x; i < R; i += 32) largest = fmaxf(largest, fabsf((float)c[i]));
     const float scale = warp_max(largest) / 127;
-    for (int i = threadIdx.x; i < R; i += 32) to[(int64_t)blockIdx.x * R + i] = (int8_t)(scale > 0 ? rintf((float)c[i] / scale) : 0);
+    for (int i = threadIdx.x; i < R; i += 32)
+        to[(int64_t)blockIdx.x * R + i] = (int8_t)(scale > 0 ? rintf((float)c[i] / scale) : 0);
     if (threadIdx.x == 0) scales[blockIdx.x] = scale;
 }
 
 // to (rows, columns) = from (its rows and columns fewer, the rest zero), or from transposed; from's rows are ld apart.
-__global__ void pack_matrix(floatX *to, int rows, int columns, const floatX *from, int64_t ld, int from_rows, int from_columns, bool t) {
+__global__ void pack_matrix(floatX *to, int rows, int columns, const floatX *from, int64_t ld, int from_rows,
+                            int from_columns, bool t) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (int64_t)rows * columns) return;
     const int row = (int)(i / columns), column = (int)(i % columns);
@@ -222,7 +251,8 @@ __global__ void pack_matrix(floatX *to, int rows, int columns, const floatX *fro
     else to[i] = t ? from[column * ld + row] : from[row * ld + column];
 }
 
-__global__ void scale_rows(floatX *to, const floatX *from, const floatX *mu, bool rest, int64_t n, int columns) {   // by mu or 1 - mu
+// by mu or 1 - mu
+__global__ void scale_rows(floatX *to, const floatX *from, const floatX *mu, bool rest, int64_t n, int columns) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
     const float factor = (float)mu[i / columns];
@@ -243,13 +273,15 @@ __global__ void pack_centered(floatX *to, const floatX *from, int rows, int colu
     __shared__ float2 shared[32];
     const int column = blockIdx.x;
     float sum = 0;
-    for (int i = threadIdx.x; i < columns && column < rows; i += blockDim.x) sum += (float)from[(int64_t)column * columns + i];
+    for (int i = threadIdx.x; i < columns && column < rows; i += blockDim.x)
+        sum += (float)from[(int64_t)column * columns + i];
     const float mean = block_sum(sum, shared) / columns;
     for (int i = threadIdx.x; i < columns; i += blockDim.x)
-        to[(int64_t)i * gridDim.x + column] = (floatX)(column < rows ? (float)from[(int64_t)column * columns + i] - mean : 0);
+        to[(int64_t)i * gridDim.x + column] =
+            (floatX)(column < rows ? (float)from[(int64_t)column * columns + i] - mean : 0);
 }
 
-__global__ void sum_squares(float *to, const floatX *from, int columns) {                   // of rows, a warp each
+__global__ void sum_squares(float *to, const floatX *from, int columns) { // of rows, a warp each
     float sum = 0;
     from += (int64_t)blockIdx.x * columns;
     for (int i = threadIdx.x; i < columns; i += 32) sum += (float)from[i] * (float)from[i];
@@ -264,15 +296,17 @@ __global__ void sum_squares(float *to, const floatX *from, int columns) {       
 //
 // ---- the window ----
 //
-// Making keys and values costs as much for one token as for a hundred (the weights must be read), so those of the newest
-// `window` tokens are kept, in a ring: token t's in row t % window. It holds nothing that (id, c) do not give: scratch of
-// a fixed size. With KV_FULL it is as long as the context, and the rest of this section has nothing to do.
+// Making keys and values costs as much for one token as for a hundred (the weights must be read), so those of the
+// newest `window` tokens are kept, in a ring: token t's in row t % window. It holds nothing that (id, c) do not give:
+// scratch of a fixed size. With KV_FULL it is as long as the context, and the rest of this section has nothing to do.
 
-static const int WINDOW_THREADS = 256, WINDOW_SPLITS = 8, WINDOW_GROUPS = WINDOW_THREADS / 8, WINDOW_WARPS = WINDOW_THREADS / 32;
+static const int WINDOW_THREADS = 256, WINDOW_SPLITS = 8, WINDOW_GROUPS = WINDOW_THREADS / 8,
+                 WINDOW_WARPS = WINDOW_THREADS / 32;
 
 struct QuerySource {
-    const floatX *q;                        // (M, C), normed; or null:
-    const float *q0;                        // (C), not normed yet, with ln_q's gain and bias (M = 1), and without its rope
+    const floatX *q; // (M, C), normed; or null:
+    // (C), not normed yet, with ln_q's gain and bias (M = 1), and without its rope
+    const float *q0;
     const floatX *gain, *bias;
     const Rope *rope;
     const Place *place;
@@ -280,15 +314,15 @@ struct QuerySource {
 
 struct WindowTask {
     QuerySource query;
-    const floatX *keys, *values;            // (window, C)
+    const floatX *keys, *values; // (window, C)
     SplitSums to;
     const Place *place;
     int64_t window;
-    int m0, M, C, H;                        // m0: number of the first query here
+    int m0, M, C, H; // m0: number of the first query here
 };
 
-// Mean and 1/deviation of C numbers over the block, of so many threads. pack(c) gives eight of them; own: the thread's, `threads`
-// packs apart
+// Mean and 1/deviation of C numbers over the block, of so many threads. pack(c) gives eight of them; own: the thread's,
+// `threads` packs apart
 template <int threads, typename F>
 __device__ inline float2 block_norm(const F &pack, int C, float2 *shared, Pack (&own)[MAX_C / 8 / threads]) {
     float total = 0, squares = 0;
@@ -305,9 +339,10 @@ __device__ inline float2 block_norm(const F &pack, int C, float2 *shared, Pack (
     return make_float2(mean, rsqrtf(block_sum(squares, shared, threads / 32) / C + 1e-5f));
 }
 
-// Eight channels of query m, from c on; the whole block (WINDOW_THREADS) must call it. gain, bias: of ln_q there, where the
-// query still needs it
-__device__ inline Pack query_pack(const QuerySource &s, int m, int c, int C, const Pack &gain, const Pack &bias, float2 *shared) {
+// Eight channels of query m, from c on; the whole block (WINDOW_THREADS) must call it. gain, bias: of ln_q there, where
+// the query still needs it
+__device__ inline Pack query_pack(const QuerySource &s, int m, int c, int C, const Pack &gain, const Pack &bias,
+                                  float2 *shared) {
     if (s.q) return load(s.q + (int64_t)m * C + c);
     Pack own[MAX_C / 8 / WINDOW_THREADS], q = load(s.q0 + c);
     const float2 norm = block_norm<WINDOW_THREADS>([&](int at) { return load(s.q0 + at); }, C, shared, own);
@@ -315,9 +350,10 @@ __device__ inline Pack query_pack(const QuerySource &s, int m, int c, int C, con
     return s.rope->used ? rope_pack(q, *s.rope, s.place->first, c, 1) : q;
 }
 
-// Grid: (H, splits, M). Eight lanes hold a token, each eight channels; such a group of lanes keeps its own running sums of
-// every (32 splits)th token, four tokens on their way at a time. Floor: bytes, 2 floatX a channel and token. A single query's first
-// keys and values are asked for early: no kernel that may still run writes the cache (see cache_decode).
+// Grid: (H, splits, M). Eight lanes hold a token, each eight channels; such a group of lanes keeps its own running sums
+// of every (32 splits)th token, four tokens on their way at a time. Floor: bytes, 2 floatX a channel and token. A
+// single query's first keys and values are asked for early: no kernel that may still run writes the cache (see
+// cache_decode).
 __global__ void __launch_bounds__(WINDOW_THREADS, 2) window_attention_kernel(WindowTask p) {
     __shared__ float2 shared[32];
     __shared__ float tops[WINDOW_WARPS];
@@ -327,13 +363,15 @@ __global__ void __launch_bounds__(WINDOW_THREADS, 2) window_attention_kernel(Win
     const int c = h * N + lane * 8, step = WINDOW_GROUPS * gridDim.y;
     RawPack<floatX> k[4], v[4];
     let_next_start();
-    const Pack gain = p.query.q ? zero_pack() : load(p.query.gain + c), bias = p.query.q ? zero_pack() : load(p.query.bias + c);
+    const Pack gain = p.query.q ? zero_pack() : load(p.query.gain + c),
+               bias = p.query.q ? zero_pack() : load(p.query.bias + c);
     if (p.query.q) wait_for_previous();
-    const int64_t begin = p.place->begin, end = p.place->first + p.m0 + m + 1;      // of what this query sees
+    const int64_t begin = p.place->begin, end = p.place->first + p.m0 + m + 1; // of what this query sees
     int64_t t0 = begin + split * WINDOW_GROUPS + group, rounds = (end - begin + 4 * step - 1) / (4 * step);
     auto request = [&] {
         for (int i = 0; i < 4; i++) {
-            const int64_t at = (int64_t)((unsigned)(t0 + i * step < end ? t0 + i * step : end - 1) % (unsigned)p.window) * p.C + c;
+            const int64_t at =
+                (int64_t)((unsigned)(t0 + i * step < end ? t0 + i * step : end - 1) % (unsigned)p.window) * p.C + c;
             k[i] = load_raw(p.keys + at);
             v[i] = load_raw(p.values + at);
         }
@@ -369,7 +407,7 @@ __global__ void __launch_bounds__(WINDOW_THREADS, 2) window_attention_kernel(Win
         t0 += 4 * step;
         if (rounds > 1) request();
     }
-    shrink_to(warp_max(top));                               // the warp's four groups, then the block's warps
+    shrink_to(warp_max(top)); // the warp's four groups, then the block's warps
     for (int apart = 8; apart < 32; apart *= 2) {
         sum += __shfl_xor_sync(0xffffffffu, sum, apart);
         for (int j = 0; j < 8; j++) out.x[j] += __shfl_xor_sync(0xffffffffu, out.x[j], apart);
@@ -404,35 +442,42 @@ __global__ void append_to_ring(floatX *ring, const floatX *from, int64_t at, int
 // ---- older tokens: keys and values from (id, c), made in registers and used at once ----
 //
 //     z  = id_k0[id] + W_c c,   K0 = z / (|z| / sqrt(C) + 1e-8)
-//     k1 = K0 + (shift(K0) - K0) * (time_maa_k + h_k mix_k),   h = tanh(id_h[id] + id_h_before[id before]);   v1 from id_xo
+//     k1 = K0 + (shift(K0) - K0) * (time_maa_k + h_k mix_k),
+//         h = tanh(id_h[id] + id_h_before[id before]);   v1 from id_xo
 //     k  = LayerNorm(k1 + W2 u),   u = tanh(w1 k1);             v likewise from v1
 //
-// What makes it affordable is that neither W2 u nor the norm is needed channel by channel. With W2's mean over channels taken
-// off (a LayerNorm does not see it), and for a query q with q~ = q * gain:
+// What makes it affordable is that neither W2 u nor the norm is needed channel by channel. With W2's mean over channels
+// taken off (a LayerNorm does not see it), and for a query q with q~ = q * gain:
 //
 //     mean(k)    = mean(k1)
 //     C var(k)   = |k1|^2 + 2 u . (W2^T k1) + u . (W2^T W2) u - C mean^2
-//     q . k      = (q~ . k1 + (W2^T q~) . u - mean sum(q~)) / deviation + q . bias             W2^T q~: once per query and head
-//     sum of p v = gain * (sum p' v1 + W2 sum p' u - sum p' mean) + bias sum p,  p' = p / deviation      W2: once, at the end
-//     |z|^2      = |id_k0|^2 + 2 (W_c^T id_k0) . c + c . (W_c^T W_c) c                          tables over the vocabulary
+//     q . k
+//         = (q~ . k1 + (W2^T q~) . u - mean sum(q~)) / deviation + q . bias
+//             W2^T q~: once per query and head
+//     sum of p v = gain * (sum p' v1 + W2 sum p' u - sum p' mean) + bias sum p,  p' = p / deviation
+//         W2: once, at the end
+//     |z|^2
+//         = |id_k0|^2 + 2 (W_c^T id_k0) . c + c . (W_c^T W_c) c                          tables over the vocabulary
 //
-// So a token's channels pass by once, 32 at a time (a sweep), and what stays is in registers: [u's input | W2^T k1]. A warp
-// has 16 tokens, the first of them only for the shift of the others. Weights come from L2 through shared memory, in the order
-// in which lanes need them, while those before are multiplied; a block's warps share them:
+// So a token's channels pass by once, 32 at a time (a sweep), and what stays is in registers: [u's input | W2^T k1]. A
+// warp has 16 tokens, the first of them only for the shift of the others. Weights come from L2 through shared memory,
+// in the order in which lanes need them, while those before are multiplied; a block's warps share them:
 //
-//     keys:    z (16 x 32) = c W_c^T;  mixes (16 x 32) = h mix;  U (16 x 2 rank) += k1 [w1 | W2]       and scores += k1 q~
+//     keys:
+//         z (16 x 32) = c W_c^T;  mixes (16 x 32) = h mix;  U (16 x 2 rank) += k1 [w1 | W2]       and scores += k1 q~
 //     values:                          mixes;                    U += v1 [w1 | W2]
 //     then softmax, and for each head once more v1, to add p' v1.
 //
-// Flops per token and layer: 2 C (R + 4 rank + 96), on 16 x 8 tiles of tensor cores. Shared memory binds: a tile's 256 bytes of
-// weights serve 16 tokens.
+// Flops per token and layer: 2 C (R + 4 rank + 96), on 16 x 8 tiles of tensor cores. Shared memory binds: a tile's 256
+// bytes of weights serve 16 tokens.
 
-// A lane owns 8 neighbouring channels of 32 (one 16-byte load), though a tile gives it two of each 8: so tiles are made of
-// channels in another order. Tile n, column j of 32 channels is channel 8 (j / 2) + 2 n + j % 2.
+// A lane owns 8 neighbouring channels of 32 (one 16-byte load), though a tile gives it two of each 8: so tiles are made
+// of channels in another order. Tile n, column j of 32 channels is channel 8 (j / 2) + 2 n + j % 2.
 __host__ __device__ inline int tile_channel(int i) { return i / 32 * 32 + i % 8 / 2 * 8 + i % 32 / 8 * 2 + i % 2; }
 
 // Right operands of a matrix B[k][n] = p[k ld_k + n ld_n], in lanes' order; the pair of tiles (n / 8, k / 32) goes to
-// position n / 8 % per * inner + n / 8 / per * outer + k / 32 * step. Channels in tiles' order where asked for. A warp a pair.
+// position n / 8 % per * inner + n / 8 / per * outer + k / 32 * step. Channels in tiles' order where asked for. A warp
+// a pair.
 struct PackTiles {
     const floatX *p;
     int64_t ld_k, ld_n;
@@ -447,7 +492,8 @@ __global__ void pack_tiles(TilePair *to, PackTiles s) {
     for (int half = 0; half < 2; half++) {
         float x[4];
         for (int i = 0; i < 4; i++) {
-            const int k = 32 * k32 + 16 * half + lane % 4 * 2 + i % 2 + i / 2 * 8, row = s.k_channels ? tile_channel(k) : k;
+            const int k = 32 * k32 + 16 * half + lane % 4 * 2 + i % 2 + i / 2 * 8,
+                      row = s.k_channels ? tile_channel(k) : k;
             x[i] = (float)s.p[row * s.ld_k + column * s.ld_n];
         }
         pair.b[half] = make_b(x[0], x[1], x[2], x[3]);
@@ -465,39 +511,46 @@ struct PastTask {
     PastQuery query;
     PastSums to;
     const Place *place;
-    int m0, M;                                              // number of the first query; queries
+    int m0, M; // number of the first query; queries
 };
 
-struct PastSmem {                           // where things lie in a block's shared memory
-    TilePair *stage;                        // two stages of weights for 32 channels each, past_stage pairs apart
-    floatX *patch;                          // (warps, 16, 64), in the stages' place
-    floatX *rows;                           // (warps, 2, 16, 64): 64 channels of tables' rows, and the next ones on their way
-    floatX *c, *h, *u;                      // (warps, 16, R), (warps, 16, 64), (warps, 16, rank), each row PAD longer; u may
-                                            // take c's place: room for more queries
-    float *p;                               // (H M, tokens): scores, then p'
-    float *top, *sum, *mean, *shrink;       // (H M)
-    float *v_mean, *v_rstd;                 // (tokens)
-    int *ids;                               // (tokens): -1 outside
-    int ld;                                 // of p
+struct PastSmem {    // where things lie in a block's shared memory
+    TilePair *stage; // two stages of weights for 32 channels each, past_stage pairs apart
+    floatX *patch;   // (warps, 16, 64), in the stages' place
+    // (warps, 2, 16, 64): 64 channels of tables' rows, and the next ones on their way
+    floatX *rows;
+    // (warps, 16, R), (warps, 16, 64), (warps, 16, rank), each row PAD longer; u may
+    floatX *c, *h, *u;
+    // take c's place: room for more queries
+    float *p;                         // (H M, tokens): scores, then p'
+    float *top, *sum, *mean, *shrink; // (H M)
+    float *v_mean, *v_rstd;           // (tokens)
+    int *ids;                         // (tokens): -1 outside
+    int ld;                           // of p
     size_t bytes;
 };
 
-__host__ __device__ inline int past_stage(const GoldSource &g) { return g.stage + 1; }     // with the queries' tiles
+__host__ __device__ inline int past_stage(const GoldSource &g) { return g.stage + 1; } // with the queries' tiles
 
 __host__ __device__ inline PastSmem past_smem(char *base, const GoldSource &g, int warps, int M) {
     PastSmem s;
     size_t at = 0;
-    auto place = [&](size_t bytes) { char *p = base + at; at += (bytes + 15) / 16 * 16; return p; };
+    auto place = [&](size_t bytes) {
+        char *p = base + at;
+        at += (bytes + 15) / 16 * 16;
+        return p;
+    };
     const int tokens = 16 * warps, pairs = M * g.H;
     s.stage = (TilePair *)place(2 * sizeof(TilePair) * 32 * past_stage(g));
     s.patch = (floatX *)s.stage;
     s.rows = (floatX *)place(sizeof(floatX) * tokens * 2 * 64);
     s.c = (floatX *)place(sizeof(floatX) * tokens * (g.R32 + PAD));
     s.h = (floatX *)place(sizeof(floatX) * tokens * (64 + PAD));
-    const bool c_has_gone = g.rank_pad <= 128 && !g.rope.used && g.R32 == g.rank_pad;      // one sweep reads c, rows are as long
+    // one sweep reads c, rows are as long
+    const bool c_has_gone = g.rank_pad <= 128 && !g.rope.used && g.R32 == g.rank_pad;
     s.u = c_has_gone ? s.c : (floatX *)place(sizeof(floatX) * tokens * (g.rank_pad + PAD));
     s.ld = tokens + 4;
-    s.p = (float *)place(4ul * s.ld * ((pairs + 23) / 16 * 16));            // tiles reach beyond the last pair
+    s.p = (float *)place(4ul * s.ld * ((pairs + 23) / 16 * 16)); // tiles reach beyond the last pair
     s.top = (float *)place(4ul * pairs);
     s.sum = (float *)place(4ul * pairs);
     s.mean = (float *)place(4ul * pairs);
@@ -509,10 +562,10 @@ __host__ __device__ inline PastSmem past_smem(char *base, const GoldSource &g, i
     return s;
 }
 
-struct PastRows {                           // of a lane's two rows, tile_row(0) and tile_row(2)
-    int id[2];                              // -1 outside
-    float scale[2];                         // of K0: 1 / (|z| / sqrt(C) + 1e-8)
-    float mean[2], rstd[2];                 // of keys, then of values
+struct PastRows {           // of a lane's two rows, tile_row(0) and tile_row(2)
+    int id[2];              // -1 outside
+    float scale[2];         // of K0: 1 / (|z| / sqrt(C) + 1e-8)
+    float mean[2], rstd[2]; // of keys, then of values
 };
 
 __device__ inline void stage_copy(TilePair *to, const TilePair *from, int pairs) {
@@ -523,11 +576,14 @@ __device__ inline void stage_copy(TilePair *to, const TilePair *from, int pairs)
 #if PRECISION_BF16 || defined(CUDA_ON_CPU)
 #define INLINE_PRODUCT inline
 #else
-#define INLINE_PRODUCT __noinline__         // fp32 products are long sequences of shuffles: copies would take minutes to compile
+// fp32 products are long sequences of shuffles: copies would take minutes to compile
+#define INLINE_PRODUCT __noinline__
 #endif
 
 // c[i] += a[0] b[i][0] + a[1] b[i][1], b in lanes' order, `apart` pairs from one i to the next
-template <int n> __device__ INLINE_PRODUCT void mma_pairs(TileC (&c)[n], const TileA &a0, const TileA &a1, const TilePair *b, int apart) {
+template <int n>
+__device__ INLINE_PRODUCT void mma_pairs(TileC (&c)[n], const TileA &a0, const TileA &a1, const TilePair *b,
+                                         int apart) {
     TileB left[n], right[n];
     for (int i = 0; i < n; i++) {
         const TilePair pair = b[i * apart * 32 + threadIdx.x % 32];
@@ -577,10 +633,9 @@ __device__ inline Pack cache_pack(const GoldSource &g, int64_t t, int at) {
     if (g.c && aligned) return load(g.c + t * g.R + at);
     __align__(8) int8_t whole[8] = {};
     if (g.c8 && aligned) *(int2 *)whole = *(const int2 *)(g.c8 + t * g.R + at);
-    for (int i = 0; i < 8 && at + i < g.R; i++) {
+    for (int i = 0; i < 8 && at + i < g.R; i++)
         if (g.c8) c.x[i] = (aligned ? whole[i] : g.c8[t * g.R + at + i]) * g.scales[t];
         else c.x[i] = (float)g.c[t * g.R + at + i];
-    }
     return c;
 }
 
@@ -589,11 +644,12 @@ __device__ inline void past_rows(PastRows &rows, const PastSmem &s, const GoldSo
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, ldc = g.R32 + PAD;
     floatX *c = s.c + warp * 16 * ldc, *h = s.h + warp * 16 * (64 + PAD);
     int *ids = s.ids + 16 * warp;
-    const int64_t first = t0 - 1;                                           // of row 0
+    const int64_t first = t0 - 1; // of row 0
     if (lane < 16) ids[lane] = first + lane >= 0 && first + lane < T ? g.ids[first + lane] : -1;
     __syncwarp();
 #pragma unroll 8
-    for (int i = lane; i < 2 * g.R32; i += 32) {                            // by packs: few loads, all on their way at once
+    // by packs: few loads, all on their way at once
+    for (int i = lane; i < 2 * g.R32; i += 32) {
         const int row = i / (g.R32 / 8), at = i % (g.R32 / 8) * 8;
         store(c + row * ldc + at, ids[row] >= 0 ? cache_pack(g, first + row, at) : zero_pack());
     }
@@ -627,10 +683,11 @@ __device__ inline void past_rows(PastRows &rows, const PastSmem &s, const GoldSo
 }
 
 // x (16 tokens x 32 channels, as 4 tiles) = x + (shift(x) - x) * (mu + m), along the rows; row 0 is not used
-__device__ inline void past_mix(TileC (&x)[4], const TileC (&m)[4], const Pack &own) {    // own: mu of the lane's channels
+// own: mu of the lane's channels
+__device__ inline void past_mix(TileC (&x)[4], const TileC (&m)[4], const Pack &own) {
     const int lane = threadIdx.x % 32;
     for (int n = 0; n < 4; n++) {
-        float up[4];                                                        // of the row above, rows 8 apart in a lane
+        float up[4]; // of the row above, rows 8 apart in a lane
         for (int i = 0; i < 4; i++) up[i] = __shfl_sync(0xffffffffu, x[n].x[i], (lane + 28) % 32);
         for (int i = 0; i < 4; i++) {
             const float before = lane < 4 && i >= 2 ? up[i - 2] : up[i];
@@ -639,9 +696,9 @@ __device__ inline void past_mix(TileC (&x)[4], const TileC (&m)[4], const Pack &
     }
 }
 
-// Rows of a table are far apart in memory, and a warp that waits for one makes its block wait. So they come in the background,
-// 64 channels at once (128 bytes), the next ones while these are multiplied. Odd rows have their halves swapped: a lane and
-// its neighbour a row below then read from different banks.
+// Rows of a table are far apart in memory, and a warp that waits for one makes its block wait. So they come in the
+// background, 64 channels at once (128 bytes), the next ones while these are multiplied. Odd rows have their halves
+// swapped: a lane and its neighbour a row below then read from different banks.
 __device__ inline int past_at(int row, int channel) { return row * 64 + (channel ^ row % 2 * 32); }
 
 // ids (16): of the rows; negative where there is none
@@ -662,51 +719,56 @@ __device__ inline void past_add(TileC (&x)[4], const floatX *rows, int channel, 
         for (int i = 0; i < 4; i++) x[n].x[i] = (x[n].x[i] + own[i / 2].x[2 * n + i % 2]) * scale[i / 2];
 }
 
-// Before each stage j of a sweep: its weights are there, and with every head the table's rows. Asks for what comes next: the
-// weights of the next stage (null: there is none), and after them, with every head, the rows of the next one. Returns the rows.
+// Before each stage j of a sweep: its weights are there, and with every head the table's rows. Asks for what comes
+// next: the weights of the next stage (null: there is none), and after them, with every head, the rows of the next one.
+// Returns the rows.
 __device__ inline const floatX *past_advance(const PastSmem &s, const GoldSource &g, const TilePair *weights, int pairs,
                                              const TilePair *queries, const floatX *table, int at, int j) {
     const int warp = threadIdx.x / 32, next = (at + 1) % 2 * 32 * past_stage(g);
     floatX *rows = s.rows + warp * 2 * 16 * 64;
     if (j % 2 == 0) async_wait<0>();
-    else async_wait<1>();                                                   // the next head's rows may come later
+    else async_wait<1>(); // the next head's rows may come later
     __syncthreads();
     if (weights) stage_copy(s.stage + next, weights, pairs);
     if (weights && queries) stage_copy(s.stage + next + pairs * 32, queries, 1);
     async_commit();
     if (j % 2 == 0) {
-        if (j + 2 < g.C / 32) past_request(rows + (j / 2 + 1) % 2 * 16 * 64, table, s.ids + 16 * warp, 32 * (j + 2), g.C);
+        if (j + 2 < g.C / 32)
+            past_request(rows + (j / 2 + 1) % 2 * 16 * 64, table, s.ids + 16 * warp, 32 * (j + 2), g.C);
         async_commit();
     }
     return rows + j / 2 % 2 * 16 * 64;
 }
 
-// All channels of the warp's tokens, for keys with scores: leaves u in shared memory and mean and 1/deviation in rows. The first
-// stage is on its way. Ranks above 32 `groups` take several passes.
+// All channels of the warp's tokens, for keys with scores: leaves u in shared memory and mean and 1/deviation in rows.
+// The first stage is on its way. Ranks above 32 `groups` take several passes.
 template <int groups, bool keys>
 __device__ inline void past_sweep(PastRows &rows, const PastSmem &s, const GoldSource &g, const PastTask &task) {
     const GoldSource::Side &side = keys ? g.k : g.v;
     const int warp = threadIdx.x / 32, ldc = g.R32 + PAD, ldh = 64 + PAD, ldu = g.rank_pad + PAD, stages = g.C / 32;
-    const floatX *c = s.c + warp * 16 * ldc, *h = s.h + warp * 16 * ldh + (keys ? 0 : 32), *table = keys ? g.id_k0 : g.id_xo;
+    const floatX *c = s.c + warp * 16 * ldc, *h = s.h + warp * 16 * ldh + (keys ? 0 : 32),
+                 *table = keys ? g.id_k0 : g.id_xo;
     floatX *u = s.u + warp * 16 * ldu;
     const TileA hidden[2] = {load_a(h, ldh), load_a(h + 16, ldh)};
     float scale[2];
     for (int i = 0; i < 2; i++) scale[i] = keys ? rows.scale[i] : rows.id[i] >= 0 ? 1 : 0;
-    float sum[2] = {0, 0}, squares[2] = {0, 0};                             // of k1; |k1|^2 + 2 u . (W2^T k1)
+    float sum[2] = {0, 0}, squares[2] = {0, 0}; // of k1; |k1|^2 + 2 u . (W2^T k1)
     for (int pass = 0; pass < g.rank_pad / (32 * groups); pass++) {
         TileC U[2][groups][4] = {}, score[1] = {};
         past_request(s.rows + warp * 2 * 16 * 64, table, s.ids + 16 * warp, 0, g.C);
         async_commit();
         for (int j = 0; j < stages; j++) {
             const int at = pass * stages + j;
-            const bool more = at + 1 < stages * g.rank_pad / (32 * groups), scores = keys && pass == 0 && j + 1 < stages;
-            const floatX *own = past_advance(s, g, more ? side.tiles + (int64_t)(at + 1) * side.stage * 32 : nullptr, side.stage,
-                                             scores ? task.query.q + (j + 1) * 32 : nullptr, table, at, j);
+            const bool more = at + 1 < stages * g.rank_pad / (32 * groups),
+                       scores = keys && pass == 0 && j + 1 < stages;
+            const floatX *own = past_advance(s, g, more ? side.tiles + (int64_t)(at + 1) * side.stage * 32 : nullptr,
+                                             side.stage, scores ? task.query.q + (j + 1) * 32 : nullptr, table, at, j);
             const TilePair *w = s.stage + at % 2 * 32 * past_stage(g);
             TileC x[4] = {}, m[4] = {};
             if (keys) {
-                for (int k = 0; k < g.R32; k += 32) mma_pairs(x, load_a(c + k, ldc), load_a(c + k + 16, ldc), w + k, g.R32 / 32);
-                w += 4 * g.R32;                                             // 4 R32 / 32 pairs of tiles
+                for (int k = 0; k < g.R32; k += 32)
+                    mma_pairs(x, load_a(c + k, ldc), load_a(c + k + 16, ldc), w + k, g.R32 / 32);
+                w += 4 * g.R32; // 4 R32 / 32 pairs of tiles
             }
             mma_pairs(m, hidden[0], hidden[1], w, 1);
             w += 4 * 32;
@@ -721,10 +783,11 @@ __device__ inline void past_sweep(PastRows &rows, const PastSmem &s, const GoldS
 #pragma unroll
             for (int half = 0; half < 2; half++)
 #pragma unroll
-                for (int i = 0; i < groups; i++) mma_pairs(U[half][i], left, right, w + (half * groups + i) * 4 * 32, 1);
+                for (int i = 0; i < groups; i++)
+                    mma_pairs(U[half][i], left, right, w + (half * groups + i) * 4 * 32, 1);
             if (!keys || pass > 0) continue;
             mma_pairs(score, left, right, w + (8 * groups + 1) * 32, 1);
-            if (j % 2 == 0) continue;                                       // a head has 64 channels
+            if (j % 2 == 0) continue; // a head has 64 channels
             for (int i = 0; i < 4; i++) {
                 const int query = tile_col(i), pair = j / 2 * task.M + query;
                 if (query < task.M) s.p[pair * s.ld + 16 * warp + tile_row(i)] = score[0].x[i];
@@ -759,12 +822,14 @@ __device__ inline void past_scores(const PastRows &rows, const PastSmem &s, cons
     for (int n = 0; n < pairs; n += 8) {
         TileC low_rank[1] = {};
         const TilePair *w = task.query.u + n / 8 * g.rank_pad;
-        for (int k = 0; k < g.rank_pad; k += 32) mma_pairs(low_rank, load_a(u + k, ldu), load_a(u + k + 16, ldu), w + k, 1);
+        for (int k = 0; k < g.rank_pad; k += 32)
+            mma_pairs(low_rank, load_a(u + k, ldu), load_a(u + k + 16, ldu), w + k, 1);
         for (int i = 0; i < 4; i++) {
             const int pair = n + tile_col(i), row = tile_row(i);
             if (pair >= pairs) continue;
             float *p = &s.p[pair * s.ld + 16 * warp + row];
-            const bool seen = row > 0 && rows.id[i / 2] >= 0 && t0 - 1 + row <= task.place->first + task.m0 + pair % task.M;
+            const bool seen =
+                row > 0 && rows.id[i / 2] >= 0 && t0 - 1 + row <= task.place->first + task.m0 + pair % task.M;
             const float centered = *p + low_rank[0].x[i] - rows.mean[i / 2] * task.query.sum[pair];
             *p = seen ? rows.rstd[i / 2] * centered + task.query.bias[pair] : -INFINITY;
         }
@@ -772,8 +837,8 @@ __device__ inline void past_scores(const PastRows &rows, const PastSmem &s, cons
 }
 
 // The scores of keys with a rope: those must be made channel by channel, in another sweep, from k1 and u.
-__device__ inline void past_turned_scores(const PastRows &rows, const PastSmem &s, const GoldSource &g, const PastTask &task,
-                                          int64_t t0) {
+__device__ inline void past_turned_scores(const PastRows &rows, const PastSmem &s, const GoldSource &g,
+                                          const PastTask &task, int64_t t0) {
     const int warp = threadIdx.x / 32, ldc = g.R32 + PAD, ldh = 64 + PAD, ldu = g.rank_pad + PAD, stages = g.C / 32;
     const floatX *c = s.c + warp * 16 * ldc, *h = s.h + warp * 16 * ldh, *u = s.u + warp * 16 * ldu;
     const TileA hidden[2] = {load_a(h, ldh), load_a(h + 16, ldh)};
@@ -786,13 +851,14 @@ __device__ inline void past_turned_scores(const PastRows &rows, const PastSmem &
                                          g.turned_stage, more ? task.query.q + (j + 1) * 32 : nullptr, g.id_k0, j, j);
         const TilePair *w = s.stage + j % 2 * 32 * past_stage(g);
         TileC x[4] = {}, m[4] = {}, y[4] = {};
-        for (int k = 0; k < g.R32; k += 32) mma_pairs(x, load_a(c + k, ldc), load_a(c + k + 16, ldc), w + k, g.R32 / 32);
+        for (int k = 0; k < g.R32; k += 32)
+            mma_pairs(x, load_a(c + k, ldc), load_a(c + k + 16, ldc), w + k, g.R32 / 32);
         w += 4 * g.R32;
         mma_pairs(m, hidden[0], hidden[1], w, 1);
         w += 4 * 32;
         for (int k = 0; k < g.rank_pad; k += 32)
             mma_pairs(y, load_a(u + k, ldu), load_a(u + k + 16, ldu), w + k, g.rank_pad / 32);
-        w += g.rank_pad / 8 * 32;                                           // 4 rank_pad / 32 pairs of tiles
+        w += g.rank_pad / 8 * 32; // 4 rank_pad / 32 pairs of tiles
         past_add(x, own, j % 2 * 32, rows.scale);
         past_mix(x, m, load(g.k.mu + 32 * j + threadIdx.x % 4 * 8));
         const int channel = 32 * j + threadIdx.x % 4 * 8;
@@ -811,7 +877,8 @@ __device__ inline void past_turned_scores(const PastRows &rows, const PastSmem &
         for (int i = 0; i < 4; i++) {
             const int query = tile_col(i), row = tile_row(i);
             const bool seen = row > 0 && rows.id[i / 2] >= 0 && t0 - 1 + row <= task.place->first + task.m0 + query;
-            if (query < task.M) s.p[(j / 2 * task.M + query) * s.ld + 16 * warp + row] = seen ? score[0].x[i] : -INFINITY;
+            if (query < task.M)
+                s.p[(j / 2 * task.M + query) * s.ld + 16 * warp + row] = seen ? score[0].x[i] : -INFINITY;
             score[0].x[i] = 0;
         }
     }
@@ -832,7 +899,7 @@ __device__ inline void past_softmax(const PastSmem &s, int pairs) {
         }
         sum = warp_sum(sum);
         mean = warp_sum(mean);
-        __syncwarp();                                                       // all have read s.top
+        __syncwarp(); // all have read s.top
         if (lane > 0) continue;
         const float shrink = top > -INFINITY ? exp2f(s.top[pair] - top) : 1;
         s.top[pair] = top;
@@ -843,10 +910,11 @@ __device__ inline void past_softmax(const PastSmem &s, int pairs) {
 }
 
 // out = out shrink + sum of p' v1 over the block's tokens: a warp a head, v1 made once more
-__device__ inline void past_values(const PastSmem &s, const GoldSource &g, const PastTask &task, float *out, bool first) {
+__device__ inline void past_values(const PastSmem &s, const GoldSource &g, const PastTask &task, float *out,
+                                   bool first) {
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, ldp = 64 + PAD;
     floatX *patch = s.patch + warp * 16 * ldp, *rows = s.rows + warp * 2 * 16 * 64;
-    int step = 0;                                                           // rows are asked for one step ahead
+    int step = 0; // rows are asked for one step ahead
     auto request = [&](int next) {
         const int head = warp + next / warps * warps;
         if (head < g.H) past_request(rows + next % 2 * 16 * 64, g.id_xo, s.ids + next % warps * 16, 64 * head, g.C);
@@ -854,8 +922,9 @@ __device__ inline void past_values(const PastSmem &s, const GoldSource &g, const
     };
     request(0);
     for (int head = warp; head < g.H; head += warps) {
-        TileC sums[4][1] = {};                                              // 64 channels x 8 queries
-        TileB mix[2][2][4];                                                 // of the head's two halves: two steps of 16, tiles
+        TileC sums[4][1] = {}; // 64 channels x 8 queries
+        // of the head's two halves: two steps of 16, tiles
+        TileB mix[2][2][4];
         RawPack<floatX> mu[2];
         for (int j = 0; j < 2; j++) {
             const TilePair *w = g.v.tiles + (int64_t)(2 * head + j) * g.v.stage * 32 + lane;
@@ -917,20 +986,22 @@ __device__ inline void past_low_rank(const PastSmem &s, const GoldSource &g, int
 }
 
 // Grid: splits of the tokens before the window. Each writes its sums over its tokens.
-template <int groups, bool rope> __global__ void __launch_bounds__(256, 1) past_attention_kernel(GoldSource g, PastTask task) {
+template <int groups, bool rope>
+__global__ void __launch_bounds__(256, 1) past_attention_kernel(GoldSource g, PastTask task) {
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32, pairs = task.M * g.H, step = 15 * warps;
     const PastSmem s = past_smem(dynamic_smem<char>(), g, warps, task.M);
     let_next_start();
     wait_for_previous();
     const int64_t T = task.place->begin, tiles = (T + step - 1) / step;
     const int64_t per = (tiles + gridDim.x - 1) / gridDim.x, begin = blockIdx.x * per;
-    float *out = task.to.out + (int64_t)blockIdx.x * task.M * g.C, *u_sum = task.to.u + (int64_t)blockIdx.x * pairs * g.rank_pad;
+    float *out = task.to.out + (int64_t)blockIdx.x * task.M * g.C,
+          *u_sum = task.to.u + (int64_t)blockIdx.x * pairs * g.rank_pad;
     for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
         s.top[i] = -INFINITY;
         s.sum[i] = s.mean[i] = 0;
     }
     for (int64_t tile = begin; tile < begin + per && tile < tiles; tile++) {
-        const int64_t t0 = tile * step + 15 * warp;                         // of this warp's row 1
+        const int64_t t0 = tile * step + 15 * warp; // of this warp's row 1
         PastRows rows;
         __syncthreads();
         stage_copy(s.stage, g.k.tiles, g.k.stage);
@@ -970,8 +1041,8 @@ template <int groups, bool rope> __global__ void __launch_bounds__(256, 1) past_
     }
 }
 
-// q~ = q * ln_k's gain (with rope: q), W2^T q~ and two sums, of all queries of a head: a block. q~ includes log2(e) / sqrt(N):
-// softmax goes by powers of 2.
+// q~ = q * ln_k's gain (with rope: q), W2^T q~ and two sums, of all queries of a head: a block. q~ includes log2(e) /
+// sqrt(N): softmax goes by powers of 2.
 __global__ void __launch_bounds__(WINDOW_THREADS) past_queries(PastQuery to, QuerySource q, GoldSource g, int M) {
     __shared__ float2 shared[32];
     __shared__ __align__(16) float qs[8][N];
@@ -989,7 +1060,7 @@ __global__ void __launch_bounds__(WINDOW_THREADS) past_queries(PastQuery to, Que
     }
     __syncthreads();
     for (int m = 0; m < M; m++) {
-        float2 sum = make_float2(0, 0);                                     // of q~, of q . bias
+        float2 sum = make_float2(0, 0); // of q~, of q . bias
         if (t < N) {
             const float scaled = qs[m][t] * SCALE_LOG2;
             qs[m][t] = (float)(floatX)(scaled * (g.rope.used ? 1 : (float)g.k.gain[h * N + t]));
@@ -1000,7 +1071,7 @@ __global__ void __launch_bounds__(WINDOW_THREADS) past_queries(PastQuery to, Que
         if (t == 0) to.bias[h * M + m] = sum.y;
     }
     __syncthreads();
-    if (t < 64) {                                                           // k1's channels 32 (2 h + t / 32) ..
+    if (t < 64) { // k1's channels 32 (2 h + t / 32) ..
         TilePair pair;
         for (int half = 0; half < 2; half++) {
             const int first = 32 * (t / 32) + 16 * half + lane % 4 * 2;
@@ -1014,11 +1085,13 @@ __global__ void __launch_bounds__(WINDOW_THREADS) past_queries(PastQuery to, Que
         for (int m = t / 32; m < M; m += WINDOW_THREADS / 32) {
             float sum = 0;
 #pragma unroll 16
-            for (int i = 0; i < N; i++) sum += qs[m][i] * (float)g.k.w2[(int64_t)(h * N + i) * g.rank_pad + column + lane];
+            for (int i = 0; i < N; i++)
+                sum += qs[m][i] * (float)g.k.w2[(int64_t)(h * N + i) * g.rank_pad + column + lane];
             low_rank[m][lane] = sum;
         }
         __syncthreads();
-        for (int i = t; i < 4 * M; i += WINDOW_THREADS) {                   // a query's column of a tile is in four lanes
+        // a query's column of a tile is in four lanes
+        for (int i = t; i < 4 * M; i += WINDOW_THREADS) {
             const int m = i / 4, n = h * M + m, k = i % 4 * 2;
             const float *x = low_rank[m];
             TilePair pair;
@@ -1032,10 +1105,11 @@ __global__ void __launch_bounds__(WINDOW_THREADS) past_queries(PastQuery to, Que
 
 // ---- both ----
 
-// y (M, C) from what the splits found; a block a head of a query. The older tokens' sums still lack W2 and the norm's gain.
+// y (M, C) from what the splits found; a block a head of a query. The older tokens' sums still lack W2 and the norm's
+// gain.
 template <typename T>
 __global__ void __launch_bounds__(256)
-combine_splits(T *y, SplitSums window, PastSums past, GoldSource g, int window_splits, int past_splits) {
+    combine_splits(T *y, SplitSums window, PastSums past, GoldSource g, int window_splits, int past_splits) {
     __shared__ float2 shared[32];
     __shared__ float weights[WINDOW_SPLITS + MOST_SPLITS];
     __shared__ __align__(16) float low_rank[MAX_C / 16];
@@ -1046,15 +1120,16 @@ combine_splits(T *y, SplitSums window, PastSums past, GoldSource g, int window_s
     let_next_start();
     wait_for_previous();
     for (int i = t; i < splits; i += 256)
-        weights[i] = i < window_splits ? window.top[(i * M + m) * g.H + h] : past.top[(i - window_splits) * pairs + pair];
+        weights[i] =
+            i < window_splits ? window.top[(i * M + m) * g.H + h] : past.top[(i - window_splits) * pairs + pair];
     __syncthreads();
     float top = -INFINITY;
     for (int i = 0; i < splits; i++) top = fmaxf(top, weights[i]);
     __syncthreads();
     float sum = 0;
-    float2 past_sum = make_float2(0, 0);                                    // of p, of p' mean
+    float2 past_sum = make_float2(0, 0); // of p, of p' mean
     for (int i = t; i < splits; i += 256) {
-        weights[i] = exp2f(weights[i] - top);                               // 0 for a split that saw nothing
+        weights[i] = exp2f(weights[i] - top); // 0 for a split that saw nothing
         const int at = (i - window_splits) * pairs + pair;
         if (i < window_splits) sum += weights[i] * window.sum[(i * M + m) * g.H + h];
         else past_sum = make_float2(past_sum.x + weights[i] * past.sum[at], past_sum.y + weights[i] * past.mean[at]);
@@ -1095,8 +1170,8 @@ combine_splits(T *y, SplitSums window, PastSums past, GoldSource g, int window_s
     y[(int64_t)m * g.C + channel] = (T)(out / (sum + past_sum.x));
 }
 
-// y (M, C) = causal attention of queries m0.. of M over all that is in the cache. task: what the caller knows of them. y null,
-// for a context that fits the window: the window's splits are left as they are.
+// y (M, C) = causal attention of queries m0.. of M over all that is in the cache. task: what the caller knows of them.
+// y null, for a context that fits the window: the window's splits are left as they are.
 template <typename T> static void gold_attention(Infer *f, const GoldSource &g, T *y, WindowTask task, int m0, int M) {
     task.keys = g.k.ring, task.values = g.v.ring, task.to = f->sums, task.place = f->place, task.window = f->window;
     task.C = g.C, task.H = g.H;
@@ -1107,23 +1182,25 @@ template <typename T> static void gold_attention(Infer *f, const GoldSource &g, 
         part.m0 = m, part.M = here;
         if (task.query.q) part.query.q += (int64_t)m * g.C;
         launch_early(window_attention_kernel, dim3(g.H, f->window_splits, here), WINDOW_THREADS, 0, part);
-        if (y == nullptr && splits == 0) continue;                          // the caller combines
+        if (y == nullptr && splits == 0) continue; // the caller combines
         if (splits > 0) {
             const PastTask past = {f->past_query, f->past_sums, f->place, m, here};
             const size_t smem = past_smem(nullptr, g, f->past_warps, here).bytes;
-            auto kernel = g.rank_pad == 64 ? g.rope.used ? past_attention_kernel<2, true> : past_attention_kernel<2, false> :
-                          g.rope.used ? past_attention_kernel<4, true> : past_attention_kernel<4, false>;
+            auto kernel = g.rank_pad == 64
+                              ? g.rope.used ? past_attention_kernel<2, true> : past_attention_kernel<2, false>
+                          : g.rope.used ? past_attention_kernel<4, true>
+                                        : past_attention_kernel<4, false>;
             allow_smem(kernel, smem);
             launch_early(past_queries, dim3(g.H), WINDOW_THREADS, 0, f->past_query, part.query, g, here);
             launch_early(kernel, dim3(splits), 32 * f->past_warps, smem, g, past);
         }
-        launch_early(combine_splits<T>, dim3(g.H, here), 256, 0, y + (int64_t)m * g.C, f->sums, f->past_sums, g, f->window_splits,
-                     splits);
+        launch_early(combine_splits<T>, dim3(g.H, here), 256, 0, y + (int64_t)m * g.C, f->sums, f->past_sums, g,
+                     f->window_splits, splits);
     }
 }
 
-// The time mixer of GOLD layers during inference: the trainer's queries and output, attention over the cache. Where only the
-// last token's logits count, a layer's last tokens are enough: two more with every layer that follows.
+// The time mixer of GOLD layers during inference: the trainer's queries and output, attention over the cache. Where
+// only the last token's logits count, a layer's last tokens are enough: two more with every layer that follows.
 static void gold_cached_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
     Infer *f = (Infer *)m;
     const Dims &d = m->d;
@@ -1137,15 +1214,17 @@ static void gold_cached_forward(Model *m, Layer *layer, floatX *out, const float
     gold_output(m, layer, out);
 }
 
-static const Mixer GOLD_FROM_CACHE = {"gold", GOLD, 0, true, false, false, gold_plan, gold_cached_forward, nullptr, nullptr};
+static const Mixer GOLD_FROM_CACHE = {"gold",  GOLD,   0, true, false, false, gold_plan, gold_cached_forward,
+                                      nullptr, nullptr};
 
 // ---- attention of layers that keep their own keys and values (gptalpha, llama) ----
 //
-// A warp takes 16 queries of a head and a share of the context, in tiles of 64 tokens: attention_forward_kernel, but that
-// the queries are the context's last tokens. combine_kept puts the shares together. Floor: bytes, each key and value once
-// per 16 queries.
+// A warp takes 16 queries of a head and a share of the context, in tiles of 64 tokens: attention_forward_kernel, but
+// that the queries are the context's last tokens. combine_kept puts the shares together. Floor: bytes, each key and
+// value once per 16 queries.
 
-static const int KEPT_QUERIES = 16, KEPT_TILE = 64, KEPT_WARPS = 1056;     // warps: eight for each of an H100's multiprocessors
+// warps: eight for each of an H100's multiprocessors
+static const int KEPT_QUERIES = 16, KEPT_TILE = 64, KEPT_WARPS = 1056;
 
 // A head's rows, then zeros
 __device__ inline void kept_load(floatX (*to)[LD], const floatX *from, int rows, int64_t valid, int A) {
@@ -1158,8 +1237,8 @@ __device__ inline void kept_load(floatX (*to)[LD], const floatX *from, int rows,
 
 // Grid: shares, heads, groups of queries
 struct KeptTask {
-    const floatX *q, *keys, *values;        // (M, A); (.., A) twice
-    int64_t first;                          // query m sees tokens 0 .. first + m
+    const floatX *q, *keys, *values; // (M, A); (.., A) twice
+    int64_t first;                   // query m sees tokens 0 .. first + m
     SplitSums to;
     int M, tiles_per_split, A;
 };
@@ -1178,7 +1257,7 @@ __global__ void __launch_bounds__(32) kept_attention_kernel(KeptTask task) {
     TileA queries[4];
     for (int i = 0; i < 4; i++) queries[i] = load_a(&q[0][16 * i], LD);
     TileC out[8] = {};
-    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};                 // of the two rows in this lane
+    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}; // of the two rows in this lane
     for (int64_t t0 = begin; t0 < end; t0 += KEPT_TILE) {
         kept_load(k, task.keys + t0 * A + h * N, KEPT_TILE, end - t0, A);
         kept_load(v, task.values + t0 * A + h * N, KEPT_TILE, end - t0, A);
@@ -1191,7 +1270,7 @@ __global__ void __launch_bounds__(32) kept_attention_kernel(KeptTask task) {
             for (int n = 0; n < 8; n++) right[n] = load_b(&k[8 * n][16 * i], LD);
             mma(p, queries[i], right);
         }
-        for (int i = 0; i < 4; i++) {                                       // scores, and the rows' maxima
+        for (int i = 0; i < 4; i++) { // scores, and the rows' maxima
             const int64_t position = task.first + m0 + tile_row(i);
             for (int n = 0; n < 8; n++) {
                 const bool seen = t0 + 8 * n + tile_col(i) <= position;
@@ -1202,7 +1281,7 @@ __global__ void __launch_bounds__(32) kept_attention_kernel(KeptTask task) {
             float high = top[i];
             for (int n = 0; n < 8; n++) high = fmaxf(high, fmaxf(p[n].x[2 * i], p[n].x[2 * i + 1]));
             high = warp_max(high, 4);
-            const bool any = high > -INFINITY;                              // a query may see nothing of this tile
+            const bool any = high > -INFINITY; // a query may see nothing of this tile
             const float shrink = any ? exp2f(top[i] - high) : 1;
             sum[i] *= shrink;
             top[i] = high;
@@ -1241,7 +1320,7 @@ __global__ void combine_kept(floatX *y, SplitSums sums, int splits, int M, int A
         for (int i = 0; i < splits; i++) top = fmaxf(top, sums.top[i * pairs + pair]);
         for (int i = 0; i < splits; i++) {
             const float weight = exp2f(sums.top[i * pairs + pair] - top);
-            if (weight == 0) continue;                                      // a split that this query does not see
+            if (weight == 0) continue; // a split that this query does not see
             sum += sums.sum[i * pairs + pair] * weight;
             out += sums.out[((int64_t)i * M + m) * A + c] * weight;
         }
@@ -1271,12 +1350,13 @@ static void attend_kept(Model *m, Layer *layer) {
 static void kept_allocate(Infer *f, int rows) {
     Model *m = &f->m;
     const Dims &d = m->d;
-    const int64_t sums = rows + KEPT_WARPS * KEPT_QUERIES / d.H;            // shares x queries: see attend_kept
+    const int64_t sums = rows + KEPT_WARPS * KEPT_QUERIES / d.H; // shares x queries: see attend_kept
     f->kept = (KeptKv *)calloc(d.L, sizeof(KeptKv));
     for (int l = 0; l < d.L; l++) {
         if (!m->layers[l].tmix->keeps_kv) continue;
         m->layers[l].attend = attend_kept;
-        for (floatX **p : {&f->kept[l].keys, &f->kept[l].values})           // not cleared: rows are written before they are read
+        // not cleared: rows are written before they are read
+        for (floatX **p : {&f->kept[l].keys, &f->kept[l].values})
             CUDA_CHECK(cudaMalloc((void **)p, (size_t)f->capacity * d.A * sizeof(floatX)));
         if (f->kept_sums.out) continue;
         device_alloc((void **)&f->kept_sums.out, sums * d.A * sizeof(float));
@@ -1288,37 +1368,46 @@ static void kept_allocate(Infer *f, int rows) {
 // ---------------------------------------------------------------------------------------------------------------------
 // 3. One token at a time
 //
-// With one row there are no tiles to multiply: every weight is read once and used once. Floor: bytes, those of all weights
-// but the embedding; at 3 TB/s 0.9 ms for the 1.3 billion of L24 D2048. So a step is a chain of kernels that each read a few
-// matrices as fast as memory gives them, seven a layer, recorded as one CUDA graph. Four things keep the memory busy:
+// With one row there are no tiles to multiply: every weight is read once and used once. Floor: bytes, those of all
+// weights but the embedding; at 3 TB/s 0.9 ms for the 1.3 billion of L24 D2048. So a step is a chain of kernels that
+// each read a few matrices as fast as memory gives them, seven a layer, recorded as one CUDA graph. Four things keep
+// the memory busy:
 //
-//   - a block a multiprocessor, and each of its 16 warps has 6 to 8 KB of its rows on their way to shared memory: 13 MB and more
-//     together, where memory that takes 1 us to answer needs 3 to be busy. The rest evens out which warps it serves first.
-//   - kernels are launched early: a block takes its place when the one before it there ends, asks for its first rows, and
+//   - a block a multiprocessor, and each of its 16 warps has 6 to 8 KB of its rows on their way to shared memory: 13 MB
+//   and more
+//     together, where memory that takes 1 us to answer needs 3 to be busy. The rest evens out which warps it serves
+//     first.
+//   - kernels are launched early: a block takes its place when the one before it there ends, asks for its first rows,
+//   and
 //     only then waits for what other blocks of the kernel before are still making
 //   - what goes on between two products (norm, shift, mix, gate) is done by every block of the next product for itself:
 //     C numbers, from L2, instead of a launch of its own
-//   - what a kernel needs besides comes in one trip to memory where it can: a trip costs about as much as 2 MB of weights.
+//   - what a kernel needs besides comes in one trip to memory where it can: a trip costs about as much as 2 MB of
+//   weights.
 //     The same holds for its code, which is cold at each launch: what can be short is.
 //
 // The residual stream is fp32 here; a product's inputs are rounded to floatX, as everywhere.
 
-static const int MV_THREADS = MAX_C / 8, MV_WARPS = MV_THREADS / 32;     // 512: a thread has a pack of a vector, or none
-static const int MV_PACKS = PRECISION_BF16 ? 4 : 2, MV_PART = MV_PACKS * 32 * 8;    // a part of a row: packs of a lane, elements
-static const int MV_SLOTS = 4, MV_FEW_SLOTS = 2;                // parts of a warp's rows in shared memory; where that is small
+// 512: a thread has a pack of a vector, or none
+static const int MV_THREADS = MAX_C / 8, MV_WARPS = MV_THREADS / 32;
+// a part of a row: packs of a lane, elements
+static const int MV_PACKS = PRECISION_BF16 ? 4 : 2, MV_PART = MV_PACKS * 32 * 8;
+// parts of a warp's rows in shared memory; where that is small
+static const int MV_SLOTS = 4, MV_FEW_SLOTS = 2;
 
 __device__ inline void async_pack(floatX *to, const floatX *from) {
     for (int i = 0; i < 8; i += 16 / (int)sizeof(floatX)) async_copy16(to + i, from + i, true);
 }
 
-// A warp's rows of weights, row, row + step, ..: each in parts of MV_PART elements. A lane reads only what it has copied, after
-// async_wait<MV_SLOTS - 1>. With MV_FEW_SLOTS, two empty groups follow each part, so that this waits for all but one of them.
+// A warp's rows of weights, row, row + step, ..: each in parts of MV_PART elements. A lane reads only what it has
+// copied, after async_wait<MV_SLOTS - 1>. With MV_FEW_SLOTS, two empty groups follow each part, so that this waits for
+// all but one of them.
 template <typename Job> struct WeightStream {
     const Job &job;
-    floatX *slots;                          // (n_slots, MV_PART), or as many as there are parts
+    floatX *slots; // (n_slots, MV_PART), or as many as there are parts
     int n_slots, row, step, k, slot;
-    const floatX *weights;                  // of the row
-    __device__ void request(void) {         // the next part, if there is one, is a group of its own
+    const floatX *weights;          // of the row
+    __device__ void request(void) { // the next part, if there is one, is a group of its own
         const int lane = threadIdx.x % 32 * 8;
         if (row < job.rows) {
             if (k == 0) weights = job.weights(row);
@@ -1340,20 +1429,22 @@ template <typename Job> struct WeightStream {
     }
 };
 
-// y[row] = weights(row) . x for rows 0..rows-1, x made by `before` in shared memory, y handed to `after`. A row may have a
-// second x. `early` asks for what `before` needs and no kernel that may still run writes, `beside` for what `after` needs.
-// Grid: (any number of blocks, problems). vectors: floatX that `early` and `before` use; used: slots that a warp fills.
-template <typename Job> __global__ void __launch_bounds__(MV_THREADS, 1) matvec_kernel(Job job, int vectors, int n_slots, int used) {
+// y[row] = weights(row) . x for rows 0..rows-1, x made by `before` in shared memory, y handed to `after`. A row may
+// have a second x. `early` asks for what `before` needs and no kernel that may still run writes, `beside` for what
+// `after` needs. Grid: (any number of blocks, problems). vectors: floatX that `early` and `before` use; used: slots
+// that a warp fills.
+template <typename Job>
+__global__ void __launch_bounds__(MV_THREADS, 1) matvec_kernel(Job job, int vectors, int n_slots, int used) {
     floatX *x = dynamic_smem<floatX>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32 * 8, step = gridDim.x * MV_WARPS;
-    int row = warp * gridDim.x + blockIdx.x, slot = 0;      // so that blocks differ by one row at most
+    int row = warp * gridDim.x + blockIdx.x, slot = 0; // so that blocks differ by one row at most
     WeightStream<Job> stream = {job, x + vectors + warp * used * MV_PART, n_slots, row, step, 0, 0, nullptr};
     let_next_start();
     job.early(x);
 #pragma unroll 1
     for (int i = 0; i < n_slots; i++) stream.request();
     wait_for_previous();
-    async_wait<MV_SLOTS - 1>();                             // what is early came with the first part
+    async_wait<MV_SLOTS - 1>(); // what is early came with the first part
     job.before(x);
     __syncthreads();
     for (; row < job.rows; row += step) {
@@ -1381,27 +1472,29 @@ template <typename Job> __global__ void __launch_bounds__(MV_THREADS, 1) matvec_
 }
 
 static bool matvec_fits(int64_t vectors, int n_slots) {
-    return (vectors + MV_WARPS * n_slots * MV_PART) * (int64_t)sizeof(floatX) + 1024 <= block_smem;    // 1024: what is static
+    // 1024: what is static
+    return (vectors + MV_WARPS * n_slots * MV_PART) * (int64_t)sizeof(floatX) + 1024 <= block_smem;
 }
 
 template <typename Job> static void matvec(const Job &job, int vectors, int problems = 1) {
     const int64_t blocks = ceil_div(job.rows, MV_WARPS), grid = blocks < multiprocessors ? blocks : multiprocessors;
     const int n_slots = matvec_fits(vectors, MV_SLOTS) ? MV_SLOTS : MV_FEW_SLOTS;
     const int64_t parts = ceil_div(blocks, grid) * ceil_div(job.K, MV_PART), used = parts < n_slots ? parts : n_slots;
-    const size_t smem = (vectors + MV_WARPS * used * MV_PART) * sizeof(floatX);         // little, so that more kernels have room
+    // little, so that more kernels have room
+    const size_t smem = (vectors + MV_WARPS * used * MV_PART) * sizeof(floatX);
     if (smem > 40 << 10) allow_smem(matvec_kernel<Job>, smem);
     launch_early(matvec_kernel<Job>, dim3((int)grid, problems), MV_THREADS, smem, job, vectors, n_slots, (int)used);
 }
 
-struct OneVector {                                          // what most jobs have in common
+struct OneVector { // what most jobs have in common
     __device__ int first(int) const { return 0; }
-    __device__ int second(int) const { return 0; }          // 0: there is none
+    __device__ int second(int) const { return 0; } // 0: there is none
     __device__ void early(floatX *) const {}
     __device__ float4 beside(int) const { return make_float4(0, 0, 0, 0); }
 };
 
 template <typename T> __device__ inline void copy_vector(floatX *to, const T *from, int n) {
-    const int most = 5, apart = MV_THREADS * 8;             // packs on their way at a time
+    const int most = 5, apart = MV_THREADS * 8; // packs on their way at a time
 #pragma unroll 1
     for (int begin = threadIdx.x * 8; begin < n; begin += most * apart) {
         Pack v[most];
@@ -1432,15 +1525,16 @@ __device__ inline void norm_packs(S *to, const F &pack, const floatX *gain, cons
 
 template <typename S, typename T>
 __device__ inline void norm_vector(S *to, const T *x, const floatX *gain, const floatX *bias, int C) {
-    norm_packs(to, [&](int c) { return load(x + c); }, gain, bias, C);
+    norm_packs(
+        to, [&](int c) { return load(x + c); }, gain, bias, C);
 }
 
-// n mixes of a normed vector with that of the token before: x_i = ln + (shift - ln) * mu_i, ln = LayerNorm(from). In shared
-// memory at x: (n, C) mu, which become the x_i; gain, bias, shift (C) each.
+// n mixes of a normed vector with that of the token before: x_i = ln + (shift - ln) * mu_i, ln = LayerNorm(from). In
+// shared memory at x: (n, C) mu, which become the x_i; gain, bias, shift (C) each.
 template <int n> struct NormShiftMix {
     const float *from;
     const floatX *gain, *bias, *shift, *mu[n];
-    floatX *ln;                                             // block 0 stores it
+    floatX *ln; // block 0 stores it
     static int vectors(int C) { return (n + 3) * C; }
     __device__ void early(floatX *x, int C) const {
         for (int i = 0; i < n; i++) early_vector(x + i * C, mu[i], C);
@@ -1449,9 +1543,9 @@ template <int n> struct NormShiftMix {
         early_vector(x + (n + 2) * C, shift, C);
     }
     __device__ void make(floatX *x, int C) const {
-        floatX *v = x + n * C;                              // takes the place of the gain
+        floatX *v = x + n * C; // takes the place of the gain
         norm_vector(v, from, v, v + C, C);
-        const int c = threadIdx.x * 8;                      // a thread's pack stays its own: no barrier
+        const int c = threadIdx.x * 8; // a thread's pack stays its own: no barrier
         if (c >= C) return;
         const Pack now = load(v + c), before = load(v + 2 * C + c);
         if (blockIdx.x == 0) store(ln + c, now);
@@ -1463,13 +1557,16 @@ template <int n> struct NormShiftMix {
     }
 };
 
-// A mixer's end: out = residual + gate * product; and what was normed at its start becomes what the next token's shift sees.
+// A mixer's end: out = residual + gate * product; and what was normed at its start becomes what the next token's shift
+// sees.
 struct MixerEnd {
-    const float *residual, *gate;                           // gate null: 1
+    const float *residual, *gate; // gate null: 1
     const floatX *ln;
     floatX *shift;
     float *out;
-    __device__ float4 beside(int row) const { return make_float4(residual[row], gate ? gate[row] : 1, (float)ln[row], 0); }
+    __device__ float4 beside(int row) const {
+        return make_float4(residual[row], gate ? gate[row] : 1, (float)ln[row], 0);
+    }
     __device__ void after(int row, float sum, float4 beside) const {
         out[row] = beside.x + beside.y * sum;
         shift[row] = (floatX)beside.z;
@@ -1492,9 +1589,9 @@ struct MixHidden : OneVector {
 
 // Finch-C2's products: v and v2 (which share their weights), r, k, and the hidden layers of w and v2
 struct FinchProducts : OneVector {
-    const floatX *xs;                                       // (5 or 4, C): x_r, x_k, x_v, x_w, x_v2
+    const floatX *xs; // (5 or 4, C): x_r, x_k, x_v, x_w, x_v2
     const floatX *value, *receptance, *key, *decay_w1, *value2_w1;
-    float *v, *v2, *r, *k, *hidden;                         // (A) each, (128)
+    float *v, *v2, *r, *k, *hidden; // (A) each, (128)
     bool use_v2;
     int A, rows, K;
     __device__ const floatX *weights(int row) const {
@@ -1522,7 +1619,7 @@ struct FinchProducts : OneVector {
     }
 };
 
-template <typename T> struct Product : OneVector {          // out = w x
+template <typename T> struct Product : OneVector { // out = w x
     const T *x;
     const floatX *w;
     float *out;
@@ -1532,7 +1629,7 @@ template <typename T> struct Product : OneVector {          // out = w x
     __device__ void after(int row, float2 sum, float4) const { out[row] = sum.x; }
 };
 
-struct NormProduct : OneVector {                            // w LayerNorm(x)
+struct NormProduct : OneVector { // w LayerNorm(x)
     const float *x;
     const floatX *gain, *bias, *w;
     int rows, K;
@@ -1544,47 +1641,51 @@ struct NormProduct : OneVector {                            // w LayerNorm(x)
     __device__ void before(floatX *v) const { norm_vector(v, x, v, v + K, K); }
 };
 
-struct TmixOut : NormProduct {                              // out = residual + w LayerNorm_x(x)
+struct TmixOut : NormProduct { // out = residual + w LayerNorm_x(x)
     MixerEnd end;
     __device__ float4 beside(int row) const { return end.beside(row); }
     __device__ void after(int row, float2 sum, float4 beside) const { end.after(row, sum.x, beside); }
 };
 
-struct GoldOut : TmixOut {                                  // the same, x still in the window's splits
+struct GoldOut : TmixOut { // the same, x still in the window's splits
     SplitSums window;
     int splits;
     __device__ void before(floatX *v) const {
-        norm_packs(v, [&](int c) {
-            const int h = c / N;
-            float top = -INFINITY, sum = 0;
-            Pack y = zero_pack();
-            for (int begin = 0; begin < splits; begin += 4) {           // four at once
-                float tops[4], sums[4];
-                Pack outs[4];
-                for (int i = 0; i < 4; i++) {
-                    const int at = begin + i < splits ? begin + i : begin;
-                    tops[i] = begin + i < splits ? window.top[at * (K / N) + h] : -INFINITY;
-                    sums[i] = window.sum[at * (K / N) + h];
-                    outs[i] = load(window.out + at * K + c);
+        norm_packs(
+            v,
+            [&](int c) {
+                const int h = c / N;
+                float top = -INFINITY, sum = 0;
+                Pack y = zero_pack();
+                for (int begin = 0; begin < splits; begin += 4) { // four at once
+                    float tops[4], sums[4];
+                    Pack outs[4];
+                    for (int i = 0; i < 4; i++) {
+                        const int at = begin + i < splits ? begin + i : begin;
+                        tops[i] = begin + i < splits ? window.top[at * (K / N) + h] : -INFINITY;
+                        sums[i] = window.sum[at * (K / N) + h];
+                        outs[i] = load(window.out + at * K + c);
+                    }
+                    // the first split sees a token: top is finite from there
+                    const float last = top;
+                    for (int i = 0; i < 4; i++) top = fmaxf(top, tops[i]);
+                    const float shrink = exp2f(last - top);
+                    sum *= shrink;
+                    for (int j = 0; j < 8; j++) y.x[j] *= shrink;
+                    for (int i = 0; i < 4; i++) {
+                        const float weight = exp2f(tops[i] - top); // 0 for a split that saw nothing
+                        sum += weight * sums[i];
+                        for (int j = 0; j < 8; j++) y.x[j] += weight * outs[i].x[j];
+                    }
                 }
-                const float last = top;                                 // the first split sees a token: top is finite from there
-                for (int i = 0; i < 4; i++) top = fmaxf(top, tops[i]);
-                const float shrink = exp2f(last - top);
-                sum *= shrink;
-                for (int j = 0; j < 8; j++) y.x[j] *= shrink;
-                for (int i = 0; i < 4; i++) {
-                    const float weight = exp2f(tops[i] - top);          // 0 for a split that saw nothing
-                    sum += weight * sums[i];
-                    for (int j = 0; j < 8; j++) y.x[j] += weight * outs[i].x[j];
-                }
-            }
-            for (int j = 0; j < 8; j++) y.x[j] /= sum;
-            return y;
-        }, v, v + K, K);
+                for (int j = 0; j < 8; j++) y.x[j] /= sum;
+                return y;
+            },
+            v, v + K, K);
     }
 };
 
-struct Head : NormProduct {                                 // logits = w LayerNorm_out(x)
+struct Head : NormProduct { // logits = w LayerNorm_out(x)
     float *logits;
     __device__ void after(int row, float2 sum, float4) const { logits[row] = sum.x; }
 };
@@ -1608,7 +1709,7 @@ struct CmixIn : OneVector {
     }
 };
 
-struct CmixOut : OneVector {                                // out = residual + gate * (value k)
+struct CmixOut : OneVector { // out = residual + gate * (value k)
     const floatX *k, *value;
     MixerEnd end;
     int rows, K;
@@ -1621,18 +1722,20 @@ struct CmixOut : OneVector {                                // out = residual + 
 // ---- the small kernels between ----
 
 // The token's place in the context, and x = x0 = LayerNorm_ln0(emb[token]). One block.
-__global__ void __launch_bounds__(MV_THREADS) decode_begin(float *x, Place *place, int *ids, const int *token, const floatX *emb,
-                                                           const floatX *gain, const floatX *bias, int64_t window, int C) {
+__global__ void __launch_bounds__(MV_THREADS)
+    decode_begin(float *x, Place *place, int *ids, const int *token, const floatX *emb, const floatX *gain,
+                 const floatX *bias, int64_t window, int C) {
     let_next_start();
-    norm_vector(x, emb + (int64_t)max(*token, 0) * C, gain, bias, C);       // negative: nothing could be drawn, the host will say
+    // negative: nothing could be drawn, the host will say
+    norm_vector(x, emb + (int64_t)max(*token, 0) * C, gain, bias, C);
     if (threadIdx.x > 0) return;
     const int64_t t = ++place->first;
     if (ids) ids[t] = *token;
     if (place->begin < t + 1 - window) place->begin = t + 1 - window;
 }
 
-// A pack of 8 columns of h (32) w (32, C): the block's four warps take 8 of the 32 rows each, on the same 256 columns; the
-// sums come to warp 0.
+// A pack of 8 columns of h (32) w (32, C): the block's four warps take 8 of the 32 rows each, on the same 256 columns;
+// the sums come to warp 0.
 struct MixSum {
     RawPack<floatX> raw[8];
     __device__ void request(const floatX *w, int c, int C) {
@@ -1658,9 +1761,9 @@ struct MixSum {
 
 // x_i = ln + dx * (mu_i + hidden_i w_i): grid (columns / 256, mixes), 128 threads
 struct Mixed {
-    const floatX *ln, *shift, *mu[5], *w;                   // w (mixes, 32, C)
-    const float *hidden;                                    // (mixes, 32)
-    floatX *xs;                                             // (mixes, C)
+    const floatX *ln, *shift, *mu[5], *w; // w (mixes, 32, C)
+    const float *hidden;                  // (mixes, 32)
+    floatX *xs;                           // (mixes, C)
 };
 
 __global__ void __launch_bounds__(128) decode_mixes(Mixed p, int C) {
@@ -1682,9 +1785,9 @@ __global__ void __launch_bounds__(128) decode_mixes(Mixed p, int C) {
 
 // One step of WKV. Grid (H, 4): 16 values j of a head, all its keys i; S^T in registers, a thread one j and eight i.
 struct WkvStep {
-    const float *r, *k, *v, *v2, *hidden;                   // (A); hidden layers of w and v2 (64) each
-    const floatX *decay_w2, *value2_w2, *time_decay, *u;    // (64, A) twice, (A), (A) or null
-    float *state, *y;                                       // (H, N values, N keys), (A)
+    const float *r, *k, *v, *v2, *hidden;                // (A); hidden layers of w and v2 (64) each
+    const floatX *decay_w2, *value2_w2, *time_decay, *u; // (64, A) twice, (A), (A) or null
+    float *state, *y;                                    // (H, N values, N keys), (A)
     bool use_v2, one_minus_w;
     int H;
 };
@@ -1697,7 +1800,8 @@ __global__ void __launch_bounds__(128) wkv_step(WkvStep p) {
     __shared__ float d_minus_1[N];
     __shared__ float u[N];
     __shared__ float v2[16];
-    const int t = threadIdx.x, h = blockIdx.x, A = p.H * N, head = h * N, j0 = head + 16 * blockIdx.y, j = t / 8, i0 = t % 8 * 8;
+    const int t = threadIdx.x, h = blockIdx.x, A = p.H * N, head = h * N, j0 = head + 16 * blockIdx.y, j = t / 8,
+              i0 = t % 8 * 8;
     float *at = p.state + ((int64_t)j0 + j) * N + i0;
     RawPack<floatX> w[4], w2 = {};
     let_next_start();
@@ -1705,7 +1809,7 @@ __global__ void __launch_bounds__(128) wkv_step(WkvStep p) {
     if (p.use_v2) w2 = load_raw(p.value2_w2 + (int64_t)(t / 2) * A + j0 + t % 2 * 8);
     Pack S = load(at);
     const float decay_bias = (float)p.time_decay[head + t % N], bonus = p.u ? (float)p.u[head + t % N] : 0;
-    wait_for_previous();                                    // and all that the kernel before has made at once
+    wait_for_previous(); // and all that the kernel before has made at once
     const float own_r = p.r[head + t % N], own_k = p.k[head + t % N], v = p.v[j0 + j];
     const float own_v2 = p.use_v2 ? p.v2[j0 + t % 16] : 0, h2 = p.use_v2 ? p.hidden[64 + t / 2] : 0;
     const float4 hidden = *(const float4 *)(p.hidden + 4 * j);
@@ -1744,23 +1848,24 @@ __global__ void __launch_bounds__(128) wkv_step(WkvStep p) {
 
 // ---- the new token's entry in the cache, and its keys and values for the window, all GOLD layers at once ----
 
-// z = id_k0[id] + w_c c, K0 before its norm, of this token and the one before. Block 0 writes c to the cache; what counts
-// is what can be read from there.
+// z = id_k0[id] + w_c c, K0 before its norm, of this token and the one before. Block 0 writes c to the cache; what
+// counts is what can be read from there.
 struct KeySums : OneVector {
     GoldSource g;
-    floatX *cache;                                          // writable: KV_COMPRESSED and KV_FULL
-    int8_t *cache8;                                         // KV_INT8
+    floatX *cache;  // writable: KV_COMPRESSED and KV_FULL
+    int8_t *cache8; // KV_INT8
     float *scales;
     const float *c;
-    float *z;                                               // (2, C): of this token, of the one before (zeros at first)
+    float *z; // (2, C): of this token, of the one before (zeros at first)
     const Place *place;
-    int rows, K;                                            // C, R32
+    int rows, K; // C, R32
     __device__ const floatX *weights(int row) const { return g.w_c + (int64_t)row * K; }
     __device__ int second(int) const { return K; }
     __device__ void before(floatX *x) const {
         const int64_t t = place->first;
         float largest = 0;
-        for (int i = threadIdx.x % 32; i < g.R; i += 32) largest = fmaxf(largest, fabsf((float)(floatX)c[i]));      // every warp
+        // every warp
+        for (int i = threadIdx.x % 32; i < g.R; i += 32) largest = fmaxf(largest, fabsf((float)(floatX)c[i]));
         const float scale = warp_max(largest) / 127;
         for (int i = threadIdx.x; i < K; i += MV_THREADS) {
             float now = i < g.R ? (float)(floatX)c[i] : 0, last = 0;
@@ -1778,7 +1883,7 @@ struct KeySums : OneVector {
         }
         if (cache8 && blockIdx.x == 0 && threadIdx.x == 0) scales[t] = scale;
     }
-    __device__ float4 beside(int row) const {               // at t = 0 there is no token before
+    __device__ float4 beside(int row) const { // at t = 0 there is no token before
         const int64_t t = place->first;
         const float now = (float)g.id_k0[(int64_t)g.ids[t] * rows + row];
         return make_float4(now, t > 0 ? (float)g.id_k0[(int64_t)g.ids[t - 1] * rows + row] : 0, 0, 0);
@@ -1791,7 +1896,7 @@ struct KeySums : OneVector {
 
 // k1 = K0 + (shift(K0) - K0) * (time_maa_k + m_k), and v1 likewise from xo. Grid (columns / 256, 2 G): layer, side
 __global__ void __launch_bounds__(128)
-decode_keys_values(floatX *kv1, const GoldSource *sources, const float *z, const Place *place, int C) {
+    decode_keys_values(floatX *kv1, const GoldSource *sources, const float *z, const Place *place, int C) {
     __shared__ __align__(16) float parts[4][256];
     __shared__ float2 shared[32];
     __shared__ float h[32];
@@ -1809,13 +1914,13 @@ decode_keys_values(floatX *kv1, const GoldSource *sources, const float *z, const
         if (t > 0) hidden += (float)g.id_h_before[id_before * 64 + 32 * side + lane];
         h[lane] = tanhf(hidden);
     }
-    float2 squares = make_float2(0, 0);                     // of z: this token's, the one's before
+    float2 squares = make_float2(0, 0); // of z: this token's, the one's before
     for (int i = threadIdx.x; i < C && side == 0; i += 128) {
         squares.x += z[i] * z[i];
         squares.y += z[C + i] * z[C + i];
     }
     squares = block_sum(squares, shared);
-    Pack m = mix.sum(h, parts);                             // block_sum had a barrier after h
+    Pack m = mix.sum(h, parts); // block_sum had a barrier after h
     if (threadIdx.x >= 32 || c >= C) return;
     Pack now, before = zero_pack();
     if (side) {
@@ -1834,7 +1939,7 @@ decode_keys_values(floatX *kv1, const GoldSource *sources, const float *z, const
     store(kv1 + (int64_t)blockIdx.y * C + c, m);
 }
 
-struct KvHidden : OneVector {                               // u = tanh(w1 x), x: k1 or v1 of a layer
+struct KvHidden : OneVector { // u = tanh(w1 x), x: k1 or v1 of a layer
     const GoldSource *sources;
     const floatX *kv1;
     floatX *u;
@@ -1849,7 +1954,7 @@ struct KvHidden : OneVector {                               // u = tanh(w1 x), x
 
 // kv2 = kv1 + w2 u. Grid (columns / 256, 2 G): layer, side; eight lanes take 64 numbers of a row, eight rows at a time
 __global__ void __launch_bounds__(256)
-decode_kv_low_rank(float *kv2, const GoldSource *sources, const floatX *kv1, const floatX *u, int rank, int C) {
+    decode_kv_low_rank(float *kv2, const GoldSource *sources, const floatX *kv1, const floatX *u, int rank, int C) {
     const GoldSource &g = sources[blockIdx.y / 2];
     const int lane = threadIdx.x % 8, first = blockIdx.x * 256 + threadIdx.x / 8;
     const floatX *w = (blockIdx.y % 2 ? g.v.w2 : g.k.w2) + 8 * lane;
@@ -1875,7 +1980,7 @@ decode_kv_low_rank(float *kv2, const GoldSource *sources, const floatX *kv1, con
 
 // Their norms, into the window. A block for each layer and side.
 __global__ void __launch_bounds__(MV_THREADS)
-decode_window_append(const GoldSource *sources, const float *kv2, const Place *place, int64_t window, int C) {
+    decode_window_append(const GoldSource *sources, const float *kv2, const Place *place, int64_t window, int C) {
     const GoldSource &g = sources[blockIdx.x / 2];
     const GoldSource::Side &s = blockIdx.x % 2 ? g.v : g.k;
     let_next_start();
@@ -1915,18 +2020,34 @@ static void finch_c2_decode(Infer *f, Layer *layer) {
     const bool v2 = f->m.s.use_v2;
     const int mixes = v2 ? 5 : 4;
     mix_hidden_decode(f, layer, mixes);
-    const Mixed mixed = {row.ln, layer->tmix_shift,
+    const Mixed mixed = {row.ln,
+                         layer->tmix_shift,
                          {p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w, p.time_maa_v2.w},
-                         p.time_maa_w2.w, row.hidden, row.xs};
+                         p.time_maa_w2.w,
+                         row.hidden,
+                         row.xs};
     launch_early(decode_mixes, dim3((int)ceil_div(d.C, 256), mixes), 128, 0, mixed, d.C);
     FinchProducts products = {};
     products.xs = row.xs, products.value = p.value.w, products.receptance = p.receptance.w, products.key = p.key.w;
     products.decay_w1 = packed.decay_w1, products.value2_w1 = packed.value2_w1, products.hidden = row.hidden + 160;
-    products.v = row.v, products.v2 = row.v2, products.r = row.r, products.k = row.k, products.use_v2 = v2, products.A = d.A;
+    products.v = row.v, products.v2 = row.v2, products.r = row.r, products.k = row.k, products.use_v2 = v2,
+    products.A = d.A;
     products.rows = 3 * d.A + (v2 ? 128 : 64), products.K = d.C;
     matvec(products, mixes * d.C);
-    const WkvStep step = {row.r, row.k, row.v, row.v2, row.hidden + 160, p.time_decay_w2.w, p.time_value2_w2.w, p.time_decay.w,
-                          v2 ? nullptr : p.time_faaaa.w, layer->wkv_state, row.y, v2, f->m.s.use_one_minus_w != 0, d.H};
+    const WkvStep step = {row.r,
+                          row.k,
+                          row.v,
+                          row.v2,
+                          row.hidden + 160,
+                          p.time_decay_w2.w,
+                          p.time_value2_w2.w,
+                          p.time_decay.w,
+                          v2 ? nullptr : p.time_faaaa.w,
+                          layer->wkv_state,
+                          row.y,
+                          v2,
+                          f->m.s.use_one_minus_w != 0,
+                          d.H};
     launch_early(wkv_step, dim3(d.H, 4), 128, 0, step);
     tmix_out_decode(f, layer, TmixOut());
 }
@@ -1940,17 +2061,20 @@ static void cache_decode(Infer *f) {
     entry.x = row.x, entry.w = f->m.top.w_kv_cache_a.w, entry.out = row.c, entry.rows = d.R, entry.K = d.C;
     matvec(entry, d.C);
     KeySums sums = {};
-    sums.g = g, sums.cache = f->c, sums.cache8 = f->c8, sums.scales = f->scales, sums.c = row.c, sums.z = row.z, sums.place = f->place;
+    sums.g = g, sums.cache = f->c, sums.cache8 = f->c8, sums.scales = f->scales, sums.c = row.c, sums.z = row.z,
+    sums.place = f->place;
     sums.rows = d.C, sums.K = g.R32;
     matvec(sums, 2 * g.R32);
     const dim3 sides((int)ceil_div(d.C, 256), 2 * f->G);
     launch_early(decode_keys_values, sides, 128, 0, row.kv1, f->device_sources, row.z, f->place, d.C);
     KvHidden hidden = {};
-    hidden.sources = f->device_sources, hidden.kv1 = row.kv1, hidden.u = row.u, hidden.rows = g.rank_pad, hidden.K = d.C;
+    hidden.sources = f->device_sources, hidden.kv1 = row.kv1, hidden.u = row.u, hidden.rows = g.rank_pad,
+    hidden.K = d.C;
     matvec(hidden, d.C, 2 * f->G);
     launch_early(decode_kv_low_rank, sides, 256, 0, row.kv2, f->device_sources, row.kv1, row.u, g.rank_pad, d.C);
-    launch_early(decode_window_append, dim3(2 * f->G), MV_THREADS, 0, f->device_sources, row.kv2, f->place, f->window, d.C);
-    next_starts_late = true;                                // so all that follows may read the cache early
+    launch_early(decode_window_append, dim3(2 * f->G), MV_THREADS, 0, f->device_sources, row.kv2, f->place, f->window,
+                 d.C);
+    next_starts_late = true; // so all that follows may read the cache early
 }
 
 static void gold_decode(Infer *f, Layer *layer) {
@@ -1974,12 +2098,12 @@ static void gold_decode(Infer *f, Layer *layer) {
     else tmix_out_decode(f, layer, TmixOut());
 }
 
-static void cmix_decode(Infer *f, Layer *layer) {                           // row.x = row.x_mid + ..
+static void cmix_decode(Infer *f, Layer *layer) { // row.x = row.x_mid + ..
     const Dims &d = f->m.d;
     const Params &p = layer->p;
     const Row &row = f->row;
     CmixIn in = {};
-    in.mix = {f->m.s.parallel ? row.x : row.x_mid, p.ln2_weight.w, p.ln2_bias.w, layer->cmix_shift,
+    in.mix = {f->m.s.parallel ? row.x : row.x_mid,      p.ln2_weight.w, p.ln2_bias.w, layer->cmix_shift,
               {p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, row.ln};
     in.key = p.ffn_key.w, in.receptance = p.ffn_receptance.w, in.k = row.ffn, in.gate = row.gate;
     in.F = d.F, in.rows = d.F + d.C, in.K = d.C;
@@ -1990,12 +2114,17 @@ static void cmix_decode(Infer *f, Layer *layer) {                           // r
     matvec(out, d.F);
 }
 
-// How the mixers decode: row.x_mid from row.x, row.x from row.x_mid. A model with another mixer decodes as it pre-fills.
-typedef struct Decoder { const char *name; void (*decode)(Infer *, Layer *); } Decoder;
+// How the mixers decode: row.x_mid from row.x, row.x from row.x_mid. A model with another mixer decodes as it
+// pre-fills.
+typedef struct Decoder {
+    const char *name;
+    void (*decode)(Infer *, Layer *);
+} Decoder;
 static const Decoder TIME_DECODERS[] = {{"x060c2", finch_c2_decode}, {"gold", gold_decode}};
 static const Decoder CHANNEL_DECODERS[] = {{"x060", cmix_decode}};
 
-template <size_t n> static const Decoder *find_decoder(const Decoder (&table)[n], const char *name) {   // NULL: there is none
+// null: there is none
+template <size_t n> static const Decoder *find_decoder(const Decoder (&table)[n], const char *name) {
     for (const Decoder &decoder : table)
         if (strcmp(decoder.name, name) == 0) return &decoder;
     return nullptr;
@@ -2007,8 +2136,8 @@ static void queue_step(Infer *f, const int *token) {
     const Dims &d = m->d;
     const Row &row = f->row;
     const Params &top = m->top, &first = m->layers[0].p;
-    decode_begin<<<1, MV_THREADS, 0, stream>>>(row.x, f->place, f->ids, token, top.emb.w, first.ln0_weight.w, first.ln0_bias.w,
-                                               f->window, d.C);
+    decode_begin<<<1, MV_THREADS, 0, stream>>>(row.x, f->place, f->ids, token, top.emb.w, first.ln0_weight.w,
+                                               first.ln0_bias.w, f->window, d.C);
     for (int l = 0; l < d.L; l++) {
         Layer *layer = &f->m.layers[l];
         if (f->G && l == d.G0) cache_decode(f);
@@ -2016,7 +2145,8 @@ static void queue_step(Infer *f, const int *token) {
         find_decoder(CHANNEL_DECODERS, layer->cmix->name)->decode(f, layer);
     }
     Head head = {};
-    head.x = row.x, head.gain = top.ln_out_weight.w, head.bias = top.ln_out_bias.w, head.w = top.head.w, head.logits = f->logits;
+    head.x = row.x, head.gain = top.ln_out_weight.w, head.bias = top.ln_out_bias.w, head.w = top.head.w,
+    head.logits = f->logits;
     head.rows = d.V, head.K = d.C;
     matvec(head, 2 * d.C);
 }
@@ -2053,21 +2183,24 @@ static void alloc_floats(floatX **p, int64_t n) { device_alloc((void **)p, n * s
 static floatX *packed(int rows, int columns, Param from, int from_rows, int from_columns, bool t) {
     floatX *to;
     alloc_floats(&to, (int64_t)rows * columns);
-    pack_matrix<<<blocks_of((int64_t)rows * columns), 256, 0, stream>>>(to, rows, columns, from.w, from.ld, from_rows, from_columns, t);
+    pack_matrix<<<blocks_of((int64_t)rows * columns), 256, 0, stream>>>(to, rows, columns, from.w, from.ld, from_rows,
+                                                                        from_columns, t);
     return to;
 }
 
-// At most so many blocks with so many warps (a block's shared memory may hold fewer, a short context need fewer); then as many
-// queries at a time as there is room for.
+// At most so many blocks with so many warps (a block's shared memory may hold fewer, a short context need fewer); then
+// as many queries at a time as there is room for.
 static void choose_attention_shape(Infer *f, int splits_wanted, int warps_wanted) {
     const GoldSource &g = f->sources[0];
     const size_t limit = block_smem;
     f->past_splits = splits_wanted < MOST_SPLITS ? splits_wanted : MOST_SPLITS;
     f->past_warps = warps_wanted;
     const int splits_of_window = WINDOW_SPLITS * g.H > splits_wanted ? WINDOW_SPLITS / 2 : WINDOW_SPLITS;
-    f->window_splits = f->window < splits_of_window * WINDOW_GROUPS ? (int)ceil_div(f->window, WINDOW_GROUPS) : splits_of_window;
+    f->window_splits =
+        f->window < splits_of_window * WINDOW_GROUPS ? (int)ceil_div(f->window, WINDOW_GROUPS) : splits_of_window;
     while (f->past_warps > 1 && (past_smem(nullptr, g, f->past_warps, 1).bytes > limit ||
-                                 f->past_warps / 2 * 15ll * f->past_splits >= f->capacity)) f->past_warps /= 2;
+                                 f->past_warps / 2 * 15ll * f->past_splits >= f->capacity))
+        f->past_warps /= 2;
     if (past_smem(nullptr, g, f->past_warps, 1).bytes > limit)
         die(2, "n_embd %d does not fit the %zu bytes of shared memory that a block has here", g.C, limit);
     f->queries = 1;
@@ -2096,7 +2229,8 @@ static void prepare_decode(Infer *f) {
         if (!find_decoder(CHANNEL_DECODERS, layer.cmix->name)) f->decodes = false;
         if (p.time_maa_q_w1.w) f->packed[l].mix_w1 = packed(32, d.C, p.time_maa_q_w1, d.C, 32, true);
         if (!p.time_maa_w1.w || !p.time_value2_w1.w) continue;
-        f->packed[l] = {packed(160, d.C, p.time_maa_w1, d.C, 160, true), packed(64, d.C, p.time_decay_w1, d.C, 64, true),
+        f->packed[l] = {packed(160, d.C, p.time_maa_w1, d.C, 160, true),
+                        packed(64, d.C, p.time_decay_w1, d.C, 64, true),
                         packed(64, d.C, p.time_value2_w1, d.C, 64, true)};
     }
     Row &row = f->row;
@@ -2115,8 +2249,8 @@ static void prepare_decode(Infer *f) {
     device_alloc((void **)&row.kv2, kv * d.C * sizeof(float));
 }
 
-static void pack_pairs(TilePair *to, const floatX *p, int64_t ld_k, int64_t ld_n, int K, int columns, int per, int inner,
-                       int outer, int step, bool k_channels, bool n_channels) {
+static void pack_pairs(TilePair *to, const floatX *p, int64_t ld_k, int64_t ld_n, int K, int columns, int per,
+                       int inner, int outer, int step, bool k_channels, bool n_channels) {
     const PackTiles how = {p, ld_k, ld_n, K, per, inner, outer, step, k_channels, n_channels};
     pack_tiles<<<columns / 8 * (K / 32), 32, 0, stream>>>(to, how);
 }
@@ -2130,10 +2264,12 @@ static TilePair *gram_of(const floatX *w, int rows_of_w, int n, floatX *scratch)
     return to;
 }
 
-// The weights of a side in the order in which past_sweep takes them: for each pass over the rank and each 32 channels, tiles of
-// W_c (keys only), of the mix, of w1 and of w2, and in a pair's place mu, eight channels a lane.
-static void prepare_side(GoldSource &g, GoldSource::Side &side, bool keys, Param w1, Param w2, int rank, floatX *scratch) {
-    const int C = g.C, groups = g.rank_pad == 64 ? 2 : 4, passes = g.rank_pad / (32 * groups), from_c = keys ? 4 * g.R32 / 32 : 0;
+// The weights of a side in the order in which past_sweep takes them: for each pass over the rank and each 32 channels,
+// tiles of W_c (keys only), of the mix, of w1 and of w2, and in a pair's place mu, eight channels a lane.
+static void prepare_side(GoldSource &g, GoldSource::Side &side, bool keys, Param w1, Param w2, int rank,
+                         floatX *scratch) {
+    const int C = g.C, groups = g.rank_pad == 64 ? 2 : 4, passes = g.rank_pad / (32 * groups),
+              from_c = keys ? 4 * g.R32 / 32 : 0;
     floatX *centered;
     TilePair *tiles;
     side.stage = from_c + 4 + 8 * groups + 1;
@@ -2150,9 +2286,10 @@ static void prepare_side(GoldSource &g, GoldSource::Side &side, bool keys, Param
         to += from_c * 32;
         pack_pairs(to, side.mix, C, 1, 32, C, 4, 1, side.stage, 0, false, true);
         to += 4 * 32;
-        const int of = 32 * groups, tiles_of = 4 * groups;                  // ranks of a pass
+        const int of = 32 * groups, tiles_of = 4 * groups; // ranks of a pass
         pack_pairs(to, side.w1 + (int64_t)pass * of * C, 1, C, C, of, tiles_of, 1, 0, side.stage, true, false);
-        pack_pairs(to + tiles_of * 32, side.w2 + pass * of, g.rank_pad, 1, C, of, tiles_of, 1, 0, side.stage, true, false);
+        pack_pairs(to + tiles_of * 32, side.w2 + pass * of, g.rank_pad, 1, C, of, tiles_of, 1, 0, side.stage, true,
+                   false);
         pack_mu<<<C / 32, 32, 0, stream>>>(to + 2 * tiles_of * 32, side.mu, side.stage);
     }
 }
@@ -2166,7 +2303,8 @@ static void prepare_turned(GoldSource &g) {
     g.turned_tiles = to;
     pack_pairs(to, g.w_c, 1, g.R32, g.R32, C, 4, g.R32 / 32, g.turned_stage, 1, false, true);
     pack_pairs(to + from_c * 32, g.k.mix, C, 1, 32, C, 4, 1, g.turned_stage, 0, false, true);
-    pack_pairs(to + (from_c + 4) * 32, g.k.w2, 1, g.rank_pad, g.rank_pad, C, 4, g.rank_pad / 32, g.turned_stage, 1, false, true);
+    pack_pairs(to + (from_c + 4) * 32, g.k.w2, 1, g.rank_pad, g.rank_pad, C, 4, g.rank_pad / 32, g.turned_stage, 1,
+               false, true);
 }
 
 // Tables over the vocabulary and weights in the layout that attention reads; once, after the weights are in place.
@@ -2197,14 +2335,16 @@ static void prepare_gold(Infer *f) {
         g.w_c = f->w_c, g.c_gram = f->c_gram;
         g.rope = m->rope, g.C = d.C, g.H = d.H, g.R = d.R, g.R32 = R32, g.rank_pad = rank_pad;
         g.k.mu = p.time_maa_k.w, g.k.mix = p.time_maa_kv_w2.w, g.k.gain = p.ln_k_weight.w, g.k.bias = p.ln_k_bias.w;
-        g.v.mu = p.time_maa_v.w, g.v.mix = p.time_maa_kv_w2.w + 32 * C, g.v.gain = p.ln_v_weight.w, g.v.bias = p.ln_v_bias.w;
+        g.v.mu = p.time_maa_v.w, g.v.mix = p.time_maa_kv_w2.w + 32 * C, g.v.gain = p.ln_v_weight.w,
+        g.v.bias = p.ln_v_bias.w;
         prepare_side(g, g.k, true, p.time_key_w1, p.time_key_w2, rank, scratch);
         prepare_side(g, g.v, false, p.time_value_w1, p.time_value_w2, rank, scratch);
         if (g.rope.used) prepare_turned(g);
         g.stage = g.k.stage > g.turned_stage ? g.k.stage : g.turned_stage;
         // (xo + dxo mu) @ w1 = xo_t @ (1 - mu) w1 + xo_{t-1} @ mu w1
         for (int before = 0; before < 2; before++)
-            scale_rows<<<blocks_of(C * 64), 256, 0, stream>>>(w1[before], p.time_maa_kv_w1.w, p.time_maa_v_cache.w, !before, C * 64, 64);
+            scale_rows<<<blocks_of(C * 64), 256, 0, stream>>>(w1[before], p.time_maa_kv_w1.w, p.time_maa_v_cache.w,
+                                                              !before, C * 64, 64);
         for (int64_t first = 0; first < V; first += m->T) {
             const int here = (int)(V - first < m->T ? V - first : m->T);
             set_batch(m, 1, here);
@@ -2220,14 +2360,15 @@ static void prepare_gold(Infer *f) {
     }
     matmul(f->id_c, R32, rows(f->id_k0, C), rows(f->w_c, R32), d.V, R32, d.C);
     sum_squares<<<d.V, 32, 0, stream>>>(f->id_squares, f->id_k0, d.C);
-    CUDA_CHECK(cudaMemcpyAsync(f->device_sources, f->sources, f->G * sizeof(GoldSource), cudaMemcpyHostToDevice, stream));
+    CUDA_CHECK(
+        cudaMemcpyAsync(f->device_sources, f->sources, f->G * sizeof(GoldSource), cudaMemcpyHostToDevice, stream));
     CUDA_CHECK(cudaStreamSynchronize(stream));
     for (floatX *w : {w1[0], w1[1], scratch}) cudaFree(w);
 }
 
 // ---- the model's shape, where a file written by others does not say it ----
 
-static int64_t shape_of(const SafeTensors *file, const char *name, int dimension) {     // 0 if there is no such tensor
+static int64_t shape_of(const SafeTensors *file, const char *name, int dimension) { // 0 if there is no such tensor
     const FileTensor *t = safetensors_find(file, name);
     return t && dimension < t->ndim ? t->shape[dimension] : 0;
 }
@@ -2238,8 +2379,8 @@ template <size_t n> static const char *mixer_from_tensors(const Mixer (&table)[n
         bool all = true;
         char full[96];
 #define ROW(field, name, s0, s1, s2, init, group, places) \
-        snprintf(full, sizeof full, "blocks.%d.%s", l, name); \
-        all = all && (!((places) & mixer.tensors) || safetensors_find(file, full));
+    snprintf(full, sizeof(full), "blocks.%d.%s", l, name); \
+    all = all && (!((places)&mixer.tensors) || safetensors_find(file, full));
         TENSORS(ROW)
         VARIANTS(ROW)
 #undef ROW
@@ -2255,25 +2396,26 @@ static void settings_from_tensors(Settings *s, const SafeTensors *file) {
     if (!s->n_embd) die(2, "%s: tensor emb.weight: expected, not found", file->path);
     int64_t L = 0, G0 = -1;
     for (;; L++) {
-        snprintf(name, sizeof name, "blocks.%d.ln1.weight", (int)L);
+        snprintf(name, sizeof(name), "blocks.%d.ln1.weight", (int)L);
         if (!shape_of(file, name, 0)) break;
         const char *tmix = mixer_from_tensors(TIME_MIXERS, file, (int)L);
         const char *cmix = mixer_from_tensors(CHANNEL_MIXERS, file, (int)L);
-        if (L == 0) snprintf(s->tmix, sizeof s->tmix, "%s", tmix), snprintf(s->cmix, sizeof s->cmix, "%s", cmix);
+        if (L == 0) snprintf(s->tmix, sizeof(s->tmix), "%s", tmix), snprintf(s->cmix, sizeof(s->cmix), "%s", cmix);
         if (G0 < 0 && (strcmp(tmix, s->tmix) != 0 || strcmp(cmix, s->cmix) != 0)) G0 = L;
-        snprintf(s->tmix2, sizeof s->tmix2, "%s", tmix), snprintf(s->cmix2, sizeof s->cmix2, "%s", cmix);
+        snprintf(s->tmix2, sizeof(s->tmix2), "%s", tmix), snprintf(s->cmix2, sizeof(s->cmix2), "%s", cmix);
     }
     s->n_layer = L;
     s->dim_ffn = shape_of(file, "blocks.0.ffn.key.weight", 0);
     s->dim_att = shape_of(file, "blocks.0.att.output.weight", 1);
     if (!s->dim_att) s->dim_att = shape_of(file, "blocks.0.att.wo.weight", 1);
     if (G0 < 0) s->tmix2[0] = s->cmix2[0] = '\0';
-    else s->inv_other_layer_ratio = (double)L / ((double)(L - G0) - 0.5);   // rounds to G0, whatever L is
+    else s->inv_other_layer_ratio = (double)L / ((double)(L - G0) - 0.5); // rounds to G0, whatever L is
     if (shape_of(file, "w_kv_cache_a.weight", 0))
         s->kv_cache_compression_ratio = (double)s->n_embd / (double)shape_of(file, "w_kv_cache_a.weight", 0);
     if (find_mixer(TIME_MIXERS, s->tmix)->keeps_kv) {
         s->rope.base = 10000;
-        fprintf(stderr, "%s says nothing of positions: taking rope.base 10000, as in the paper's %s\n", file->path, s->tmix);
+        fprintf(stderr, "%s says nothing of positions: taking rope.base 10000, as in the paper's %s\n", file->path,
+                s->tmix);
     }
 }
 
@@ -2290,8 +2432,8 @@ __global__ void read_cache_rows(floatX *to, int *ids, GoldSource g, int64_t firs
     if (threadIdx.x == 0) ids[blockIdx.x] = t >= 0 ? g.ids[t] : 0;
 }
 
-// Keys and values of tokens begin..end-1, which are in the cache, into the window: by the trainer's layers, in chunks, row 0
-// being the token before.
+// Keys and values of tokens begin..end-1, which are in the cache, into the window: by the trainer's layers, in chunks,
+// row 0 being the token before.
 static void fill_window(Infer *f, int64_t begin, int64_t end) {
     Model *m = &f->m;
     const Dims &d = m->d;
@@ -2306,16 +2448,18 @@ static void fill_window(Infer *f, int64_t begin, int64_t end) {
         linear_forward(m->k0_sum, m->x0, W, d.BT, d.A, d.C);
         linear_forward(m->k0_sum, m->cache, columns_from(W, d.C), d.BT, d.A, d.R, 1);
         rms_norm_forward<<<d.BT, row_threads(d.A), 0, stream>>>(m->k0, m->k0_sum, d.A);
-        for (floatX *row : {m->k0, m->xo})                                  // before the first token there is nothing
+        for (floatX *row : {m->k0, m->xo}) // before the first token there is nothing
             if (at == 0) CUDA_CHECK(cudaMemsetAsync(row, 0, d.C * sizeof(floatX), stream));
         for (int i = 0; i < f->G; i++) {
             Layer *layer = &m->layers[d.G0 + i];
             gold_keys_values(m, layer);
-            append_to_ring<<<n, row_threads(d.C), 0, stream>>>(f->sources[i].k.ring, layer->gold.k + d.C, at, f->window, d.C);
-            append_to_ring<<<n, row_threads(d.C), 0, stream>>>(f->sources[i].v.ring, layer->gold.v + d.C, at, f->window, d.C);
+            append_to_ring<<<n, row_threads(d.C), 0, stream>>>(f->sources[i].k.ring, layer->gold.k + d.C, at, f->window,
+                                                               d.C);
+            append_to_ring<<<n, row_threads(d.C), 0, stream>>>(f->sources[i].v.ring, layer->gold.v + d.C, at, f->window,
+                                                               d.C);
         }
     }
-    if (begin != f->window_end) f->window_begin = begin;                    // no longer joined to what was there
+    if (begin != f->window_end) f->window_begin = begin; // no longer joined to what was there
     if (f->window_begin < end - f->window) f->window_begin = end - f->window;
     f->window_end = end;
 }
@@ -2328,13 +2472,14 @@ static void extend_window(Infer *f) {
 
 __global__ void set_place(Place *place, Place now) { *place = now; }
 
-// Tells the device where the context stands; first: the position of the first query to come, less one for a recorded step.
+// Tells the device where the context stands; first: the position of the first query to come, less one for a recorded
+// step.
 static void move_place(Infer *f, int64_t first) {
     const Place now = {first, f->window_begin};
     set_place<<<1, 1, 0, stream>>>(f->place, now);
 }
 
-static void make_window(Infer *f) {                                         // from what is saved
+static void make_window(Infer *f) { // from what is saved
     f->window_begin = f->window_end = 0;
     extend_window(f);
     move_place(f, f->position - 1);
@@ -2342,17 +2487,18 @@ static void make_window(Infer *f) {                                         // f
 
 // ---- start ----
 
-// Everything but the weights' values: plan, memory, the cache for `capacity` tokens (0: as many as fit, a million at most).
-// chunk: tokens of a pre-fill chunk; window: most tokens whose keys and values are kept (KV_FULL: all).
+// Everything but the weights' values: plan, memory, the cache for `capacity` tokens (0: as many as fit, a million at
+// most). chunk: tokens of a pre-fill chunk; window: most tokens whose keys and values are kept (KV_FULL: all).
 static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity, int chunk, int64_t window) {
     Infer *f = (Infer *)calloc(1, sizeof(Infer));
     Model *m = &f->m;
     Settings s = *settings;
-    s.grad_cp = 1;                                                          // layers share what a layer keeps
+    s.grad_cp = 1; // layers share what a layer keeps
     s.micro_bsz = 1;
     f->kv = kv;
     f->chunk = chunk;
-    const int rows = chunk > 2 * s.n_layer + 1 ? chunk : (int)(2 * s.n_layer + 1);     // the GOLD layers' last tokens fit as well
+    // the GOLD layers' last tokens fit as well
+    const int rows = chunk > 2 * s.n_layer + 1 ? chunk : (int)(2 * s.n_layer + 1);
     model_plan(m, &s, 1, rows + 1);
     const Dims &d = m->d;
     f->G = has_cache(m) ? d.L - d.G0 : 0;
@@ -2361,13 +2507,16 @@ static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity
     size_t available, total;
     CUDA_CHECK(cudaMemGetInfo(&available, &total));
     const int64_t weights = m->n_block * (int64_t)(sizeof(floatX) + 4), per_token = cache_bytes_per_token(f);
-    const int64_t tables = f->G ? (int64_t)d.V * (2 * d.C + 128 * f->G) * sizeof(floatX) : 0, small = CUBLAS_WORKSPACE + (256 << 20);
+    const int64_t tables = f->G ? (int64_t)d.V * (2 * d.C + 128 * f->G) * sizeof(floatX) : 0,
+                  small = CUBLAS_WORKSPACE + (256 << 20);
     const int64_t ring = kv == KV_FULL ? 0 : window * 2 * f->G * d.C * (int64_t)sizeof(floatX);
     const int64_t need = weights + tables + ring + m->activation_bytes + small;
     if (need > (int64_t)available)
-        die(2, "%s has %.2f GiB free, and the model needs %.2f GiB", machine_name(), available / 1073741824.0, need / 1073741824.0);
+        die(2, "%s has %.2f GiB free, and the model needs %.2f GiB", machine_name(), available / 1073741824.0,
+            need / 1073741824.0);
     const int64_t fits = per_token ? ((int64_t)available - need) / per_token : INT64_MAX;
-    if (capacity > fits) die(2, "a context of %ld tokens does not fit this machine's memory: %ld tokens do", capacity, fits);
+    if (capacity > fits)
+        die(2, "a context of %ld tokens does not fit this machine's memory: %ld tokens do", capacity, fits);
     f->capacity = capacity ? capacity : fits < 1 << 20 ? fits : 1 << 20;
 
     model_allocate_weights(m);
@@ -2401,7 +2550,7 @@ static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity
 }
 
 // Our checkpoints carry their settings; a file by others tells most of them by its tensors.
-void settings_of_model(Settings *s, const SafeTensors *file) {
+static void settings_of_model(Settings *s, const SafeTensors *file) {
     if (safetensors_metadata(file, "model.n_layer")) {
         settings_default(s);
         settings_load(s, file);
@@ -2412,24 +2561,32 @@ void settings_of_model(Settings *s, const SafeTensors *file) {
 }
 
 // Tokens of a pre-fill chunk: enough that matrix products fill the machine.
-static int prefill_chunk(void) { return multiprocessors < 8 ? 256 : multiprocessors < 128 ? 32 * multiprocessors : 4096; }
+static int prefill_chunk(void) {
+    return multiprocessors < 8 ? 256 : multiprocessors < 128 ? 32 * multiprocessors : 4096;
+}
 
-const Settings *infer_settings(const Infer *f) { return &f->m.s; }
-int64_t infer_position(const Infer *f) { return f->position; }
-float *infer_logits(Infer *f) { return f->logits; }
+static const Settings *infer_settings(const Infer *f) { return &f->m.s; }
+static int64_t infer_position(const Infer *f) { return f->position; }
+static float *infer_logits(Infer *f) { return f->logits; }
 
 // ---- what is carried: one list for forgetting, saving and loading ----
 
-typedef struct Carried { char name[48]; const char *dtype; void *p; int64_t count, width; } Carried;    // width: bytes of an element
+// width: bytes of an element
+typedef struct Carried {
+    char name[48];
+    const char *dtype;
+    void *p;
+    int64_t count, width;
+} Carried;
 
-static int infer_carried(const Infer *f, Carried *list) {                   // list: 6 + 4 L; returns how many
+static int infer_carried(const Infer *f, Carried *list) { // list: 6 + 4 L; returns how many
     const char *type = PRECISION_BF16 ? "BF16" : "F32";
     const Dims &d = f->m.d;
     const int64_t T = f->position;
     int n = 0;
     auto add = [&](const char *name, int number, const char *dtype, const void *p, int64_t count, int64_t width) {
         if (!p) return;
-        snprintf(list[n].name, sizeof list[n].name, name, number);
+        snprintf(list[n].name, sizeof(list[n].name), name, number);
         list[n].dtype = dtype, list[n].p = (void *)p, list[n].count = count, list[n++].width = width;
     };
     for (int l = 0; l < d.L; l++) {
@@ -2451,7 +2608,7 @@ static int infer_carried(const Infer *f, Carried *list) {                   // l
 
 static Carried *carried_room(const Infer *f) { return (Carried *)calloc(16 + 5 * f->m.d.L, sizeof(Carried)); }
 
-void infer_reset(Infer *f) {                                                // forget the context
+void infer_reset(Infer *f) { // forget the context
     f->position = f->window_begin = f->window_end = 0;
     f->tail_rows = 0;
     move_place(f, -1);
@@ -2465,13 +2622,14 @@ void infer_reset(Infer *f) {                                                // f
 template <typename F> static void infer_rehearse(Infer *f, Recording (&recordings)[2], const F &queue) {
     for (int i = 0; i < 2; i++) {
         infer_reset(f);
-        f->window_begin = i;                                                // for the host: there are tokens before the window
+        // for the host: there are tokens before the window
+        f->window_begin = i;
         run_recorded(&recordings[i], queue);
     }
     infer_reset(f);
 }
 
-static void infer_prepare(Infer *f, int splits, int warps) {                // after the weights have their values
+static void infer_prepare(Infer *f, int splits, int warps) { // after the weights have their values
     prepare_decode(f);
     if (f->G) {
         prepare_gold(f);
@@ -2480,7 +2638,7 @@ static void infer_prepare(Infer *f, int splits, int warps) {                // a
     if (f->decodes) infer_rehearse(f, f->recordings, [=] { queue_step(f, f->token); });
 }
 
-Infer *infer_open(const char *path, KvKind kv, int64_t capacity) {
+static Infer *infer_open(const char *path, KvKind kv, int64_t capacity) {
     SafeTensors file;
     Settings s;
     safetensors_open(&file, path);
@@ -2490,7 +2648,7 @@ Infer *infer_open(const char *path, KvKind kv, int64_t capacity) {
     f->model_hash = hash_bytes(hash_start, file.data, (size_t)file.data_size);
     safetensors_close(&file);
     load_weights(&f->m, path, false);
-    if (PRECISION_BF16) {                                                   // inference needs the working copy alone
+    if (PRECISION_BF16) { // inference needs the working copy alone
         CUDA_CHECK(cudaFree(f->m.master));
         f->m.master = nullptr;
     }
@@ -2500,7 +2658,7 @@ Infer *infer_open(const char *path, KvKind kv, int64_t capacity) {
 
 // The context to a safetensors file, bound to its model by the hash of the weights. Whoever loads it makes the window
 // anew, to bits that may differ from those it has grown to here: so it is made anew here as well, and both go on alike.
-void infer_save_state(Infer *f, const char *path) {
+static void infer_save_state(Infer *f, const char *path) {
     make_window(f);
     Carried *list = carried_room(f);
     const int n = infer_carried(f, list);
@@ -2512,8 +2670,8 @@ void infer_save_state(Infer *f, const char *path) {
     fprintf(text, "{\"__metadata__\":{\"model_hash\":\"%016lx\",\"position\":\"%ld\"}", f->model_hash, f->position);
     for (int i = 0; i < n; i++) {
         const int64_t bytes = list[i].count * list[i].width;
-        fprintf(text, ",\"%s\":{\"dtype\":\"%s\",\"shape\":[%ld],\"data_offsets\":[%ld,%ld]}", list[i].name, list[i].dtype, list[i].count,
-                offset, offset + bytes);
+        fprintf(text, ",\"%s\":{\"dtype\":\"%s\",\"shape\":[%ld],\"data_offsets\":[%ld,%ld]}", list[i].name,
+                list[i].dtype, list[i].count, offset, offset + bytes);
         offset += bytes;
     }
     fprintf(text, "}");
@@ -2529,19 +2687,21 @@ void infer_save_state(Infer *f, const char *path) {
         fwrite(host, 1, bytes, out);
         free(host);
     }
-    if (fflush(out) != 0 || ferror(out) || fclose(out) != 0) die(1, "%s: could not be written: %s", path, strerror(errno));
+    if (fflush(out) != 0 || ferror(out) || fclose(out) != 0)
+        die(1, "%s: could not be written: %s", path, strerror(errno));
     free(header);
     free(list);
 }
 
-void infer_load_state(Infer *f, const char *path) {
+static void infer_load_state(Infer *f, const char *path) {
     SafeTensors file;
     safetensors_open(&file, path);
     char hash[17];
-    snprintf(hash, sizeof hash, "%016lx", f->model_hash);
+    snprintf(hash, sizeof(hash), "%016lx", f->model_hash);
     const char *found = safetensors_metadata(&file, "model_hash");
     if (!found || strcmp(found, hash) != 0)
-        die(2, "%s: metadata, field model_hash: expected %s, this model's, found %s", path, hash, found ? found : "nothing");
+        die(2, "%s: metadata, field model_hash: expected %s, this model's, found %s", path, hash,
+            found ? found : "nothing");
     infer_reset(f);
     f->position = safetensors_number(&file, "position");
     expect(path, "position", -1, 0, f->capacity, f->position);
@@ -2560,16 +2720,17 @@ void infer_load_state(Infer *f, const char *path) {
     make_window(f);
 }
 
-void infer_cache_bytes(const Infer *f, int64_t *total, double *per_token, double *transformer_per_token) {
+static void infer_cache_bytes(const Infer *f, int64_t *total, double *per_token, double *transformer_per_token) {
     const Dims &d = f->m.d;
     Carried *list = carried_room(f);
     const int n = infer_carried(f, list);
     *total = 0;
     for (int i = 0; i < n; i++) *total += strcmp(list[i].name, "logits") == 0 ? 0 : list[i].count * list[i].width;
     free(list);
-    if (f->kv == KV_FULL) *total += f->position * 2 * f->G * d.C * (int64_t)sizeof(floatX);    // a saved state does without these
+    // a saved state does without these
+    if (f->kv == KV_FULL) *total += f->position * 2 * f->G * d.C * (int64_t)sizeof(floatX);
     *per_token = (double)cache_bytes_per_token(f);
-    *transformer_per_token = 2.0 * d.A * d.L * 2;                           // keys and values of all layers in bf16
+    *transformer_per_token = 2.0 * d.A * d.L * 2; // keys and values of all layers in bf16
 }
 
 // ---- pre-fill and decode ----
@@ -2580,7 +2741,7 @@ static void stage_rows(Infer *f, const int *ids, int n) {
     const int slot = (int)(m->micro_steps++ % 4);
     CUDA_CHECK(cudaEventSynchronize(m->staged_done[slot]));
     int *staged = m->staged[slot];
-    staged[0] = ids[0];                                                     // any id will do
+    staged[0] = ids[0]; // any id will do
     memcpy(staged + 1, ids, n * sizeof(int));
     CUDA_CHECK(cudaMemcpyAsync(m->tokens, staged, (n + 1) * sizeof(int), cudaMemcpyHostToDevice, stream));
     CUDA_CHECK(cudaEventRecord(m->staged_done[slot], stream));
@@ -2657,9 +2818,9 @@ template <typename F> static void infer_step(Infer *f, Recording (&recordings)[2
     run_recorded(&recordings[f->window_begin > 0], queue);
 }
 
-// n tokens go on from the context; afterwards the logits of the last one are ready. What the GOLD layers' shifts carry is
-// exact before and after: short input goes through them as it stands, of longer input the last 2 G + 1 tokens do.
-void infer_feed(Infer *f, const int *ids, int64_t n) {
+// n tokens go on from the context; afterwards the logits of the last one are ready. What the GOLD layers' shifts carry
+// is exact before and after: short input goes through them as it stands, of longer input the last 2 G + 1 tokens do.
+static void infer_feed(Infer *f, const int *ids, int64_t n) {
     Model *m = &f->m;
     const Dims &d = m->d;
     if (f->position + n > f->capacity && cache_bytes_per_token(f) > 0)
@@ -2670,12 +2831,13 @@ void infer_feed(Infer *f, const int *ids, int64_t n) {
         return;
     }
     f->tail_rows = 0;
-    for (int64_t done = 0; done < n; done += f->chunk) infer_chunk(f, ids + done, (int)(n - done < f->chunk ? n - done : f->chunk), false);
+    for (int64_t done = 0; done < n; done += f->chunk)
+        infer_chunk(f, ids + done, (int)(n - done < f->chunk ? n - done : f->chunk), false);
     if (f->G) {
         extend_window(f);
         set_batch(m, 1, f->tail_rows + 1);
-        CUDA_CHECK(cudaMemcpyAsync(m->layers[d.G0].x + d.C, f->tail_x[f->tail_now], (size_t)f->tail_rows * d.C * sizeof(floatX),
-                                   cudaMemcpyDeviceToDevice, stream));
+        CUDA_CHECK(cudaMemcpyAsync(m->layers[d.G0].x + d.C, f->tail_x[f->tail_now],
+                                   (size_t)f->tail_rows * d.C * sizeof(floatX), cudaMemcpyDeviceToDevice, stream));
         move_place(f, f->position - f->tail_rows);
         m->d.first = f->position - f->tail_rows - 1;
         f->last_only = true;
@@ -2693,7 +2855,7 @@ static void score_context(Infer *f, const int *ids, int64_t n, int chunk, double
     Model *m = &f->m;
     const Dims &d = m->d;
     double totals[2] = {0, 0};
-    CUDA_CHECK(cudaMemsetAsync(m->totals, 0, sizeof totals, stream));
+    CUDA_CHECK(cudaMemsetAsync(m->totals, 0, sizeof(totals), stream));
     infer_reset(f);
     for (int64_t done = 0; done < n; done += chunk) {
         const int here = (int)(n - done < chunk ? n - done : chunk);
@@ -2706,17 +2868,19 @@ static void score_context(Infer *f, const int *ids, int64_t n, int chunk, double
             head_and_loss(m, m->xf + (int64_t)(1 + row) * d.C, targets, row, count, 0);
         }
         sum_losses<<<1, 256, 0, stream>>>(m->totals, m->losses, m->right, here);
-        CUDA_CHECK(cudaStreamSynchronize(stream));                          // ids + done may be the caller's pageable memory
+        // ids + done may be the caller's pageable memory
+        CUDA_CHECK(cudaStreamSynchronize(stream));
     }
-    CUDA_CHECK(cudaMemcpy(totals, m->totals, sizeof totals, cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaMemcpy(totals, m->totals, sizeof(totals), cudaMemcpyDeviceToHost));
     *loss_sum += totals[0];
     *correct += (int64_t)totals[1];
 }
 
-// n tokens; window 0: one context; otherwise a fresh one for every `window` predictions, as the trainer's validation, which
-// leaves out what is left at the end (but not all of it: a text shorter than a window is one context).
-// chunk: tokens at a time, at most the engine's own (0: that).
-void infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int chunk, double *loss_sum, int64_t *correct, int64_t *targets) {
+// n tokens; window 0: one context; otherwise a fresh one for every `window` predictions, as the trainer's validation,
+// which leaves out what is left at the end (but not all of it: a text shorter than a window is one context). chunk:
+// tokens at a time, at most the engine's own (0: that).
+static void infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int chunk, double *loss_sum,
+                        int64_t *correct, int64_t *targets) {
     *loss_sum = 0, *correct = *targets = 0;
     if (chunk <= 0 || chunk > f->chunk) chunk = f->chunk;
     const int64_t predictions = window && window < n - 1 ? window : n - 1;
@@ -2731,16 +2895,17 @@ void infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int chunk,
 #ifdef GOLDFINCH_TEST
 extern "C" {
 
-// An engine with the weights of a model; chunk: tokens of a pre-fill chunk; window: most tokens whose keys and values are kept;
-// small: two blocks of one warp share all older tokens, so that each has many tiles to walk.
+// An engine with the weights of a model; chunk: tokens of a pre-fill chunk; window: most tokens whose keys and values
+// are kept; small: two blocks of one warp share all older tokens, so that each has many tiles to walk.
 Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk, int64_t window, int small) {
     Infer *f = infer_create(&m->s, (KvKind)kv, capacity, chunk, window);
     for (int i = 0; i < m->n_tensors; i++) {
         const Tensor *t = &m->tensors[i];
-        CUDA_CHECK(cudaMemcpy(f->m.master + t->offset, m->master + t->offset, t->size * sizeof(float), cudaMemcpyDeviceToDevice));
+        CUDA_CHECK(cudaMemcpy(f->m.master + t->offset, m->master + t->offset, t->size * sizeof(float),
+                              cudaMemcpyDeviceToDevice));
     }
     model_params_changed(&f->m);
-    infer_prepare(f, small ? 2 : 64, small ? 1 : 8);                          // as on a small and on a large GPU
+    infer_prepare(f, small ? 2 : 64, small ? 1 : 8); // as on a small and on a large GPU
     return f;
 }
 
@@ -2767,8 +2932,10 @@ void gf_infer_free(Infer *f) {
     for (floatX *p : {row.ln, row.xs, row.ffn, row.kv1, row.u}) cudaFree(p);
     const PastSums &past = f->past_sums;
     for (TilePair *p : {f->c_gram, f->past_query.q, f->past_query.u}) cudaFree(p);
-    for (float *p : {f->sums.out, f->sums.top, f->sums.sum, past.out, past.u, past.top, past.sum, past.mean}) cudaFree(p);
-    for (float *p : {f->past_query.sum, f->past_query.bias, f->id_squares, row.x, row.x_mid, row.hidden, row.r, row.k}) cudaFree(p);
+    for (float *p : {f->sums.out, f->sums.top, f->sums.sum, past.out, past.u, past.top, past.sum, past.mean})
+        cudaFree(p);
+    for (float *p : {f->past_query.sum, f->past_query.bias, f->id_squares, row.x, row.x_mid, row.hidden, row.r, row.k})
+        cudaFree(p);
     for (float *p : {row.v, row.v2, row.y, row.q, row.gate, row.c, row.z, row.kv2}) cudaFree(p);
     for (float *p : {f->kept_sums.out, f->kept_sums.top, f->kept_sums.sum}) cudaFree(p);
     free(f->kept);
@@ -2798,18 +2965,18 @@ void gf_infer_feed(Infer *f, const int *ids, int64_t n, int all, float *logits) 
     if (all) cudaFree(to);
 }
 
-double gf_infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int chunk) {     // mean loss
+double gf_infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int chunk) { // mean loss
     double loss;
     int64_t correct, targets;
     infer_score(f, ids, n, window, chunk, &loss, &correct, &targets);
     return loss / targets;
 }
-
 }
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 5. Tokenizer (spec section 9): text to ids and back. Byte-level models need no vocabulary: an id is a byte + 1. Others
+// 5. Tokenizer (spec section 9): text to ids and back. Byte-level models need no vocabulary: an id is a byte + 1.
+// Others
 //    take RWKV World's, a text file of lines `ID LITERAL LENGTH`, LITERAL a Python string or bytes literal.
 
 // A trie's node: which bytes may follow, the node of the first of these (the others come after it, in order), and the
@@ -2820,116 +2987,144 @@ typedef struct TrieNode {
 } TrieNode;
 
 typedef struct Tokenizer {
-    LONG_PATH path;                                             // of the vocabulary; empty for bytes
-    int n_ids;                                                  // ids 0 .. n_ids - 1 have a text
-    uint8_t *texts;                                             // back to back
-    int *starts;                                                // (n_ids + 1): where in texts an id's begins
-    TrieNode *trie;                                             // NULL for bytes
+    LONG_PATH path; // of the vocabulary; empty for bytes
+    int n_ids;      // ids 0 .. n_ids - 1 have a text
+    uint8_t *texts; // back to back
+    int *starts;    // (n_ids + 1): where in texts an id's begins
+    TrieNode *trie; // null for bytes
 } Tokenizer;
 
-const char *end_of_text = "<|endoftext|>";                      // id 0
-const char *default_vocabulary = "data/rwkv_vocab_v20230424.txt";
+static const char *end_of_text = "<|endoftext|>"; // id 0
+static const char *default_vocabulary = "data/rwkv_vocab_v20230424.txt";
 
-int text_length(const Tokenizer *t, int id) { return t->starts[id + 1] - t->starts[id]; }
+static int text_length(const Tokenizer *t, int id) { return t->starts[id + 1] - t->starts[id]; }
 
 // ---------------------------------------- Python literals
 
-typedef struct Literal {                                        // where the parser stands
+typedef struct Literal { // where the parser stands
     const char *path;
     int64_t line;
-    const char *at, *end;                                       // end: of the line
+    const char *at, *end; // end: of the line
 } Literal;
 
-[[noreturn]] void literal_fail(const Literal *l, const char *expected) {
+[[noreturn]] static void literal_fail(const Literal *l, const char *expected) {
     const int left = (int)(l->end - l->at < 24 ? l->end - l->at : 24);
     die(2, "%s: line %ld: expected %s, found \"%.*s\"", l->path, l->line, expected, left, l->at);
 }
 
-int utf8_encode(uint32_t code, uint8_t *out) {                  // returns the number of bytes
-    if (code < 0x80) { out[0] = (uint8_t)code; return 1; }
+int utf8_encode(uint32_t code, uint8_t *out) { // returns the number of bytes
+    if (code < 0x80) {
+        out[0] = (uint8_t)code;
+        return 1;
+    }
     const int n = code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
-    for (int i = n - 1; i > 0; i--, code >>= 6) { out[i] = (uint8_t)(0x80 | (code & 0x3F)); }
+    for (int i = n - 1; i > 0; i--, code >>= 6) out[i] = (uint8_t)(0x80 | (code & 0x3F));
     out[0] = (uint8_t)((n == 2 ? 0xC0 : n == 3 ? 0xE0 : 0xF0) | code);
     return n;
 }
 
-uint32_t literal_digits(Literal *l, int least, int most, int base) {
+static uint32_t literal_digits(Literal *l, int least, int most, int base) {
     uint32_t value = 0;
     int n = 0;
     for (; n < most && l->at < l->end; n++, l->at++) {
-        const int c = tolower((unsigned char)*l->at), digit = isdigit(c) ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : 99;
-        if (digit >= base) { break; }
+        const int c = tolower((unsigned char)*l->at), digit = isdigit(c)             ? c - '0'
+                                                              : c >= 'a' && c <= 'f' ? c - 'a' + 10
+                                                                                     : 99;
+        if (digit >= base) break;
         value = value * (uint32_t)base + (uint32_t)digit;
     }
-    if (n < least) { literal_fail(l, base == 16 ? "the hexadecimal digits of an escape" : "digits"); }
+    if (n < least) literal_fail(l, base == 16 ? "the hexadecimal digits of an escape" : "digits");
     return value;
 }
 
 // What follows a backslash, in a string (a code point, as UTF-8) or in bytes (one byte). Returns its length.
-int literal_escape(Literal *l, bool bytes, uint8_t *out) {
-    if (l->at == l->end) { literal_fail(l, "an escape"); }
+static int literal_escape(Literal *l, bool bytes, uint8_t *out) {
+    if (l->at == l->end) literal_fail(l, "an escape");
     const char *single = "\\\\''\"\"a\ab\bf\fn\nr\rt\tv\v", c = *l->at;
     for (const char *s = single; *s; s += 2) {
-        if (*s == c) { out[0] = (uint8_t)s[1]; l->at++; return 1; }
+        if (*s == c) {
+            out[0] = (uint8_t)s[1];
+            l->at++;
+            return 1;
+        }
     }
     uint32_t code;
-    if (c >= '0' && c <= '7') { code = literal_digits(l, 1, 3, 8); }
-    else if (c == 'x') { l->at++; code = literal_digits(l, 2, 2, 16); }
-    else if (c == 'u' && !bytes) { l->at++; code = literal_digits(l, 4, 4, 16); }
-    else if (c == 'U' && !bytes) { l->at++; code = literal_digits(l, 8, 8, 16); }
-    else if (c == 'N' && !bytes) { literal_fail(l, "no escape by a character's name"); }
-    else { out[0] = '\\'; return 1; }                           // Python leaves unknown escapes as they stand
-    if (bytes) { out[0] = (uint8_t)code; return 1; }
-    if (code > 0x10FFFF || (code >= 0xD800 && code < 0xE000)) { literal_fail(l, "a code point that UTF-8 can hold"); }
+    if (c >= '0' && c <= '7') {
+        code = literal_digits(l, 1, 3, 8);
+    } else if (c == 'x') {
+        l->at++;
+        code = literal_digits(l, 2, 2, 16);
+    } else if (c == 'u' && !bytes) {
+        l->at++;
+        code = literal_digits(l, 4, 4, 16);
+    } else if (c == 'U' && !bytes) {
+        l->at++;
+        code = literal_digits(l, 8, 8, 16);
+    } else if (c == 'N' && !bytes) {
+        literal_fail(l, "no escape by a character's name");
+    } else {
+        out[0] = '\\';
+        return 1;
+    } // Python leaves unknown escapes as they stand
+    if (bytes) {
+        out[0] = (uint8_t)code;
+        return 1;
+    }
+    if (code > 0x10FFFF || (code >= 0xD800 && code < 0xE000)) literal_fail(l, "a code point that UTF-8 can hold");
     return utf8_encode(code, out);
 }
 
 // The literal at l->at; out has room for the line. Returns the number of its bytes.
-int literal_parse(Literal *l, uint8_t *out) {
+static int literal_parse(Literal *l, uint8_t *out) {
     const bool bytes = l->at < l->end && (*l->at == 'b' || *l->at == 'B');
-    if (bytes) { l->at++; }
+    if (bytes) l->at++;
     const char quote = l->at < l->end ? *l->at : '\0';
-    if (quote != '\'' && quote != '"') { literal_fail(l, "a Python string or bytes literal"); }
+    if (quote != '\'' && quote != '"') literal_fail(l, "a Python string or bytes literal");
     int n = 0;
-    for (l->at++; l->at < l->end && *l->at != quote; ) {
-        if (*l->at == '\\') { l->at++; n += literal_escape(l, bytes, out + n); continue; }
-        if (bytes && (uint8_t)*l->at >= 0x80) { literal_fail(l, "only ASCII in a bytes literal"); }
+    for (l->at++; l->at < l->end && *l->at != quote;) {
+        if (*l->at == '\\') {
+            l->at++;
+            n += literal_escape(l, bytes, out + n);
+            continue;
+        }
+        if (bytes && (uint8_t)*l->at >= 0x80) literal_fail(l, "only ASCII in a bytes literal");
         out[n++] = (uint8_t)*l->at++;
     }
-    if (l->at == l->end) { literal_fail(l, quote == '"' ? "a closing \"" : "a closing '"); }
+    if (l->at == l->end) literal_fail(l, quote == '"' ? "a closing \"" : "a closing '");
     l->at++;
     return n;
 }
 
 // ---------------------------------------- the vocabulary
 
-int64_t literal_number(Literal *l, const char *what) {
+static int64_t literal_number(Literal *l, const char *what) {
     char *end;
-    const int64_t value = strtol(l->at, &end, 10);              // stops at the newline at the latest: the file ends with one
-    if (!isdigit((unsigned char)*l->at) || end > l->end) { literal_fail(l, what); }
+    // stops at the newline at the latest: the file ends with one
+    const int64_t value = strtol(l->at, &end, 10);
+    if (!isdigit((unsigned char)*l->at) || end > l->end) literal_fail(l, what);
     l->at = end;
     return value;
 }
 
-void literal_space(Literal *l) {
-    if (l->at == l->end || *l->at != ' ') { literal_fail(l, "a space"); }
+static void literal_space(Literal *l) {
+    if (l->at == l->end || *l->at != ' ') literal_fail(l, "a space");
     l->at++;
 }
 
 // Lines hold the ids 1, 2, 3, .. in order.
-void vocabulary_read(Tokenizer *t, const char *path) {
+static void vocabulary_read(Tokenizer *t, const char *path) {
     int64_t size;
     char field[64];
     const char *file = (const char *)map_file(path, &size), *end = file + size;
-    if (end[-1] != '\n') { die(2, "%s: expected a newline at the end, found byte 0x%02x", path, (uint8_t)end[-1]); }
-    if (size > INT_MAX / 2) { die(2, "%s: size: expected less than 1 GB, found %ld bytes", path, size); }
+    if (end[-1] != '\n') die(2, "%s: expected a newline at the end, found byte 0x%02x", path, (uint8_t)end[-1]);
+    if (size > INT_MAX / 2) die(2, "%s: size: expected less than 1 GB, found %ld bytes", path, size);
     int n_lines = 0, at = 0;
-    for (const char *c = file; c < end; c++) { n_lines += *c == '\n'; }
-    t->texts = (uint8_t *)malloc((size_t)size + sizeof(PATH));  // a literal is at least as long as its bytes
+    for (const char *c = file; c < end; c++) n_lines += *c == '\n';
+    t->texts = (uint8_t *)malloc((size_t)size + sizeof(PATH)); // a literal is at least as long as its bytes
     t->starts = (int *)calloc((size_t)n_lines + 2, sizeof(int));
     at += sprintf((char *)t->texts, "%s", end_of_text);
     t->n_ids = 1;
-    Literal l = {path, 0, file, NULL};
+    Literal l = {path, 0, file, nullptr};
     for (const char *next = file; next < end; next = l.end + 1) {
         l.at = next;
         l.end = (const char *)memchr(next, '\n', (size_t)(end - next));
@@ -2939,12 +3134,12 @@ void vocabulary_read(Tokenizer *t, const char *path) {
         expect(path, field, -1, t->n_ids, t->n_ids, literal_number(&l, "an id"));
         literal_space(&l);
         const int length = literal_parse(&l, t->texts + at);
-        if (length == 0) { die(2, "%s: line %ld: expected a text, found an empty one", path, l.line); }
+        if (length == 0) die(2, "%s: line %ld: expected a text, found an empty one", path, l.line);
         literal_space(&l);
         snprintf(field, sizeof(field), "line %ld: length", l.line);
         expect(path, field, -1, length, length, literal_number(&l, "a length"));
-        if (l.at < l.end && *l.at == '\r') { l.at++; }
-        if (l.at != l.end) { literal_fail(&l, "the line's end"); }
+        if (l.at < l.end && *l.at == '\r') l.at++;
+        if (l.at != l.end) literal_fail(&l, "the line's end");
         at += length;
         t->n_ids++;
     }
@@ -2952,7 +3147,7 @@ void vocabulary_read(Tokenizer *t, const char *path) {
     munmap((void *)file, (size_t)size);
 }
 
-int compare_texts(const void *a, const void *b, void *tokenizer) {
+static int compare_texts(const void *a, const void *b, void *tokenizer) {
     const Tokenizer *t = (const Tokenizer *)tokenizer;
     const int x = *(const int *)a, y = *(const int *)b, nx = text_length(t, x), ny = text_length(t, y);
     const int order = memcmp(t->texts + t->starts[x], t->texts + t->starts[y], (size_t)(nx < ny ? nx : ny));
@@ -2961,29 +3156,35 @@ int compare_texts(const void *a, const void *b, void *tokenizer) {
 
 // In sorted order the tokens that begin alike lie side by side: a node is a range of them. Level by level, each range
 // falls into one range per byte that comes next.
-void trie_build(Tokenizer *t) {
-    typedef struct Range { int low, high, depth; } Range;
+static void trie_build(Tokenizer *t) {
+    typedef struct Range {
+        int low, high, depth;
+    } Range;
     const int n = t->n_ids - 1;
     int *order = (int *)malloc((size_t)n * sizeof(int)), n_nodes = 1;
-    for (int i = 0; i < n; i++) { order[i] = i + 1; }
+    for (int i = 0; i < n; i++) order[i] = i + 1;
     qsort_r(order, (size_t)n, sizeof(int), compare_texts, t);
     for (int i = 1; i < n; i++) {
         const int x = order[i - 1], y = order[i], length = text_length(t, x);
-        if (length != text_length(t, y) || memcmp(t->texts + t->starts[x], t->texts + t->starts[y], (size_t)length)) { continue; }
+        if (length != text_length(t, y) || memcmp(t->texts + t->starts[x], t->texts + t->starts[y], (size_t)length))
+            continue;
         die(2, "%s: line %d: expected a text of its own, found that of line %d", t->path, y, x);
     }
-    const size_t most = (size_t)t->starts[t->n_ids] + 1;        // one node per byte, and the root
+    const size_t most = (size_t)t->starts[t->n_ids] + 1; // one node per byte, and the root
     t->trie = (TrieNode *)calloc(most, sizeof(TrieNode));
     Range *ranges = (Range *)malloc(most * sizeof(Range));
     ranges[0] = {0, n, 0};
     for (int node = 0; node < n_nodes; node++) {
         Range r = ranges[node];
-        if (text_length(t, order[r.low]) == r.depth) { t->trie[node].id = order[r.low++]; }
+        if (text_length(t, order[r.low]) == r.depth) t->trie[node].id = order[r.low++];
         t->trie[node].first = n_nodes;
         for (int i = r.low; i < r.high; i++) {
             const uint8_t byte = t->texts[t->starts[order[i]] + r.depth];
             uint64_t *word = &t->trie[node].follow[byte / 64];
-            if (*word >> byte % 64 & 1) { ranges[n_nodes - 1].high++; continue; }
+            if (*word >> byte % 64 & 1) {
+                ranges[n_nodes - 1].high++;
+                continue;
+            }
             *word |= 1ull << byte % 64;
             ranges[n_nodes++] = {i, i + 1, r.depth + 1};
         }
@@ -2992,22 +3193,25 @@ void trie_build(Tokenizer *t) {
     free(ranges);
 }
 
-int trie_child(const TrieNode *node, uint8_t byte) {            // 0 (the root) if there is none
+int trie_child(const TrieNode *node, uint8_t byte) { // 0 (the root) if there is none
     const uint64_t word = node->follow[byte / 64], below = word & ((1ull << byte % 64) - 1);
-    if (!(word >> byte % 64 & 1)) { return 0; }
+    if (!(word >> byte % 64 & 1)) return 0;
     int child = node->first + __builtin_popcountll(below);
-    for (int i = 0; i < byte / 64; i++) { child += __builtin_popcountll(node->follow[i]); }
+    for (int i = 0; i < byte / 64; i++) child += __builtin_popcountll(node->follow[i]);
     return child;
 }
 
-// path NULL: bytes.
-void tokenizer_open(Tokenizer *t, const char *path) {
+// path null: bytes.
+static void tokenizer_open(Tokenizer *t, const char *path) {
     memset(t, 0, sizeof(*t));
     if (!path) {
         t->n_ids = 257;
         t->texts = (uint8_t *)malloc(256);
-        t->starts = (int *)calloc(258, sizeof(int));            // the text of id 0 is empty
-        for (int i = 0; i < 256; i++) { t->texts[i] = (uint8_t)i; t->starts[i + 2] = i + 1; }
+        t->starts = (int *)calloc(258, sizeof(int)); // the text of id 0 is empty
+        for (int i = 0; i < 256; i++) {
+            t->texts[i] = (uint8_t)i;
+            t->starts[i + 2] = i + 1;
+        }
         return;
     }
     snprintf(t->path, sizeof(t->path), "%s", path);
@@ -3015,11 +3219,11 @@ void tokenizer_open(Tokenizer *t, const char *path) {
     trie_build(t);
     for (int byte = 0; byte < 256; byte++) {
         const int child = trie_child(&t->trie[0], (uint8_t)byte);
-        if (!child || !t->trie[child].id) { die(2, "%s: expected a token for byte 0x%02x, found none", path, byte); }
+        if (!child || !t->trie[child].id) die(2, "%s: expected a token for byte 0x%02x, found none", path, byte);
     }
 }
 
-void tokenizer_close(Tokenizer *t) {
+static void tokenizer_close(Tokenizer *t) {
     free(t->texts);
     free(t->starts);
     free(t->trie);
@@ -3027,32 +3231,36 @@ void tokenizer_close(Tokenizer *t) {
 
 // ---------------------------------------- text to ids
 
-// Longest matches from the left; every byte is a token, so there always is one. ids has room for n; returns their number.
-int64_t encode_stretch(const Tokenizer *t, const uint8_t *text, int64_t n, int *ids) {
+// Longest matches from the left; every byte is a token, so there always is one. ids has room for n; returns their
+// number.
+static int64_t encode_stretch(const Tokenizer *t, const uint8_t *text, int64_t n, int *ids) {
     int64_t count = 0;
     for (int64_t at = 0, next = 0; at < n; at = next) {
         const TrieNode *node = t->trie;
-        for (int64_t i = at; i < n; ) {
+        for (int64_t i = at; i < n;) {
             const int child = trie_child(node, text[i++]);
-            if (!child) { break; }
+            if (!child) break;
             node = &t->trie[child];
-            if (node->id) { ids[count] = node->id; next = i; }
+            if (node->id) {
+                ids[count] = node->id;
+                next = i;
+            }
         }
         count++;
     }
     return count;
 }
 
-int64_t encode(const Tokenizer *t, const uint8_t *text, int64_t n, int *ids) {
+static int64_t encode(const Tokenizer *t, const uint8_t *text, int64_t n, int *ids) {
     int64_t count = 0;
     if (!t->trie) {
-        for (int64_t i = 0; i < n; i++) { ids[i] = text[i] + 1; }
+        for (int64_t i = 0; i < n; i++) ids[i] = text[i] + 1;
         return n;
     }
-    for (const uint8_t *at = text, *end = text + n; at < end; ) {
+    for (const uint8_t *at = text, *end = text + n; at < end;) {
         const uint8_t *mark = (const uint8_t *)memmem(at, (size_t)(end - at), end_of_text, strlen(end_of_text));
         count += encode_stretch(t, at, (mark ? mark : end) - at, ids + count);
-        if (mark) { ids[count++] = 0; }
+        if (mark) ids[count++] = 0;
         at = mark ? mark + strlen(end_of_text) : end;
     }
     return count;
@@ -3060,47 +3268,55 @@ int64_t encode(const Tokenizer *t, const uint8_t *text, int64_t n, int *ids) {
 
 // ---------------------------------------- ids to text
 
-// A stream of bytes, given out as valid UTF-8 only: bytes wait until their character is complete; U+FFFD takes the place
-// of those that can't become one.
-typedef struct Utf8 { uint8_t held[4]; int n, length; } Utf8;   // n bytes of a character of so many
+// A stream of bytes, given out as valid UTF-8 only: bytes wait until their character is complete; U+FFFD takes the
+// place of those that can't become one.
+// n bytes of a character of so many
+typedef struct Utf8 {
+    uint8_t held[4];
+    int n, length;
+} Utf8;
 
-const char *replacement = "\xEF\xBF\xBD";                       // U+FFFD
+static const char *replacement = "\xEF\xBF\xBD"; // U+FFFD
 
-int utf8_end(Utf8 *u, uint8_t *out) {                           // what was held will not be completed
-    if (u->n == 0) { return 0; }
+int utf8_end(Utf8 *u, uint8_t *out) { // what was held will not be completed
+    if (u->n == 0) return 0;
     u->n = 0;
     memcpy(out, replacement, 3);
     return 3;
 }
 
-int utf8_push(Utf8 *u, uint8_t byte, uint8_t *out) {            // out has room for 6 bytes; returns how many were written
+// out has room for 6 bytes; returns how many were written
+static int utf8_push(Utf8 *u, uint8_t byte, uint8_t *out) {
     int n = 0;
     if (u->n > 0) {
-        const uint8_t lead = u->held[0];                        // some leads narrow what may come second: no overlong
-        const bool second = u->n == 1;                          // forms, no surrogates, nothing above U+10FFFF
+        const uint8_t lead = u->held[0]; // some leads narrow what may come second: no overlong
+        const bool second = u->n == 1;   // forms, no surrogates, nothing above U+10FFFF
         const uint8_t low = second && lead == 0xE0 ? 0xA0 : second && lead == 0xF0 ? 0x90 : 0x80;
         const uint8_t high = second && lead == 0xED ? 0x9F : second && lead == 0xF4 ? 0x8F : 0xBF;
         if (byte >= low && byte <= high) {
             u->held[u->n++] = byte;
-            if (u->n < u->length) { return 0; }
+            if (u->n < u->length) return 0;
             u->n = 0;
             memcpy(out, u->held, (size_t)u->length);
             return u->length;
         }
         n = utf8_end(u, out);
     }
-    if (byte < 0x80) { out[n] = byte; return n + 1; }
+    if (byte < 0x80) {
+        out[n] = byte;
+        return n + 1;
+    }
     u->length = byte < 0xC2 || byte > 0xF4 ? 0 : byte < 0xE0 ? 2 : byte < 0xF0 ? 3 : 4;
-    u->n = 1;                                                   // held, or to be replaced at once
+    u->n = 1; // held, or to be replaced at once
     u->held[0] = byte;
     return u->length ? n : n + utf8_end(u, out + n);
 }
 
 #ifdef GOLDFINCH_TEST
-// The interface of test_goldfinch.c to the tokenizer; vocab NULL: bytes
+// The interface of test_goldfinch.c to the tokenizer; vocab null: bytes
 static const Tokenizer *tokenizer_for_test(const char *vocab) {
     static Tokenizer t;
-    if (t.n_ids && strcmp(t.path, vocab ? vocab : "") == 0) { return &t; }
+    if (t.n_ids && strcmp(t.path, vocab ? vocab : "") == 0) return &t;
     tokenizer_close(&t);
     tokenizer_open(&t, vocab);
     return &t;
@@ -3117,19 +3333,18 @@ int64_t gf_detokenize(const char *vocab, const int *ids, int64_t n, unsigned cha
     int64_t at = 0;
     for (int64_t i = 0; i < n; i++) {
         const int length = text_length(t, ids[i]);
-        if (at + length <= max) { memcpy(text + at, t->texts + t->starts[ids[i]], (size_t)length); }
+        if (at + length <= max) memcpy(text + at, t->texts + t->starts[ids[i]], (size_t)length);
         at += length;
     }
     return at;
 }
 
-int64_t gf_printable(const unsigned char *bytes, int64_t n, unsigned char *text) {      // text has room for 3 n
+int64_t gf_printable(const unsigned char *bytes, int64_t n, unsigned char *text) { // text has room for 3 n
     Utf8 u = {};
     int64_t at = 0;
-    for (int64_t i = 0; i < n; i++) { at += utf8_push(&u, bytes[i], text + at); }
+    for (int64_t i = 0; i < n; i++) at += utf8_push(&u, bytes[i], text + at);
     return at + utf8_end(&u, text + at);
 }
-
 }
 #endif
 
@@ -3140,30 +3355,42 @@ int64_t gf_printable(const unsigned char *bytes, int64_t n, unsigned char *text)
 // of 2^-39 of the likeliest token's): sums of these are the same in any order, so that results are the same bits in
 // every run. A token stays if what is likelier than it is lighter than top_p of all and fewer than top_k tokens; ids
 // break ties for top_k. So the filters are one number, the smallest key that stays (the cut), and it is found digit by
-// digit: per step, every block of threads weighs and counts its tokens by their key's next 8 bits, and the next step walks
-// down from the largest until too much is above. Seven small launches, three where no cut is to be found (greedy, or no filter).
+// digit: per step, every block of threads weighs and counts its tokens by their key's next 8 bits, and the next step
+// walks down from the largest until too much is above. Seven small launches, three where no cut is to be found (greedy,
+// or no filter).
 
-static const int SAMPLE_THREADS = 256, SAMPLE_BLOCKS = 256, SAMPLE_TILE = 1024;     // most blocks; tokens of one, if that suffices
-static const int SAMPLE_BINS = SAMPLE_THREADS, SAMPLE_STEPS = 4;                    // 4 digits of 8 bits
-static const int SAMPLE_DIGITS = 3, SAMPLE_BITS = 14;           // of masses: sums over a block's tokens, at most 2^16, fit 32 bits
+// most blocks; tokens of one, if that suffices
+static const int SAMPLE_THREADS = 256, SAMPLE_BLOCKS = 256, SAMPLE_TILE = 1024;
+static const int SAMPLE_BINS = SAMPLE_THREADS, SAMPLE_STEPS = 4; // 4 digits of 8 bits
+// of masses: sums over a block's tokens, at most 2^16, fit 32 bits
+static const int SAMPLE_DIGITS = 3, SAMPLE_BITS = 14;
 
-typedef struct Sampling {                                       // how to sample
+typedef struct Sampling { // how to sample
     double temperature, top_p, presence, frequency, decay;
-    int64_t top_k;                                              // 0: no limit
+    int64_t top_k; // 0: no limit
     uint64_t seed;
 } Sampling;
 
 typedef unsigned long long Mass;
 
-struct SampleBin { Mass mass, count; };                         // of tokens with one digit
-
-struct SampleCut {                                              // the cut's digits so far
-    unsigned base;                                              // the cut is base or above it by less than the digits left
-    float top;                                                  // the largest logit
-    Mass mass, count, target;                                   // of the tokens above that; the mass that ends top_p
+// of tokens with one digit
+struct SampleBin {
+    Mass mass, count;
 };
 
-struct SampleState { int64_t position; double uniform; int drawn; };    // uniform: of the draw; below 0: from the seed
+struct SampleCut { // the cut's digits so far
+    // the cut is base or above it by less than the digits left
+    unsigned base;
+    float top;                // the largest logit
+    Mass mass, count, target; // of the tokens above that; the mass that ends top_p
+};
+
+// uniform: of the draw; below 0: from the seed
+struct SampleState {
+    int64_t position;
+    double uniform;
+    int drawn;
+};
 
 enum { TOKEN_BANNED = 1, TOKEN_UNCOUNTED = 2 };
 
@@ -3173,26 +3400,26 @@ struct Sampler {
     double top_p;
     Mass top_k;
     uint64_t seed;
-    float *logits;                          // (V): with penalties, -infinity where banned
-    float *counts;                          // (V): how often a token was drawn, decayed; NaN (bits 0xff..) if never
-    uint8_t *kinds;                         // (V): TOKEN_..
-    float *tops;                            // (blocks)
-    bool searches;                          // there is a cut to be found
-    SampleBin *bins;                        // (SAMPLE_STEPS, SAMPLE_BINS)
-    SampleCut *cuts;                        // (SAMPLE_STEPS)
-    Mass *weights, *sums;                   // (V), (blocks): what is drawn from
+    float *logits;        // (V): with penalties, -infinity where banned
+    float *counts;        // (V): how often a token was drawn, decayed; NaN (bits 0xff..) if never
+    uint8_t *kinds;       // (V): TOKEN_..
+    float *tops;          // (blocks)
+    bool searches;        // there is a cut to be found
+    SampleBin *bins;      // (SAMPLE_STEPS, SAMPLE_BINS)
+    SampleCut *cuts;      // (SAMPLE_STEPS)
+    Mass *weights, *sums; // (V), (blocks): what is drawn from
     SampleState *state;
-    int *drawn;                             // on the host, where the device can write
+    int *drawn; // on the host, where the device can write
 };
 
-__device__ inline unsigned sample_key(float z) {                // orders as z does
-    const unsigned bits = __float_as_uint(z + 0.f);             // -0 becomes +0
+__device__ inline unsigned sample_key(float z) {    // orders as z does
+    const unsigned bits = __float_as_uint(z + 0.f); // -0 becomes +0
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-__device__ inline Mass sample_mass(float below_top) {           // e^below_top, at most 1
+__device__ inline Mass sample_mass(float below_top) { // e^below_top, at most 1
     const float e = expf(below_top);
-    return e > 0 ? (Mass)(e * 549755813888.f) : 0;              // 2^39; NaN: 0
+    return e > 0 ? (Mass)(e * 549755813888.f) : 0; // 2^39; NaN: 0
 }
 
 // logits with penalties and bans, and the largest of each block's. Before that, the last drawn token is counted.
@@ -3208,11 +3435,13 @@ __global__ void sample_adjust(Sampler s, const float *logits) {
         if (i == drawn) count = (count >= 0 ? count : 0) + (kind & TOKEN_UNCOUNTED ? 0 : 1);
         s.counts[i] = count;
         if (count >= 0) z -= s.presence + count * s.frequency;
-        z = kind & TOKEN_BANNED ? -INFINITY : z < INFINITY ? z : INFINITY;      // NaN: infinity, with which nothing is drawn
+        // NaN: infinity, with which nothing is drawn
+        z = kind & TOKEN_BANNED ? -INFINITY : z < INFINITY ? z : INFINITY;
         s.logits[i] = z;
         top = fmaxf(top, z);
     }
-    for (int i = blockIdx.x * SAMPLE_THREADS + threadIdx.x; s.searches && i < SAMPLE_STEPS * SAMPLE_BINS; i += gridDim.x * SAMPLE_THREADS)
+    for (int i = blockIdx.x * SAMPLE_THREADS + threadIdx.x; s.searches && i < SAMPLE_STEPS * SAMPLE_BINS;
+         i += gridDim.x * SAMPLE_THREADS)
         s.bins[i] = {0, 0};
     top = warp_max(top);
     if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
@@ -3252,13 +3481,13 @@ __device__ inline SampleCut sample_cut(const Sampler &s, int step) {
         if (blockIdx.x == 0 && threadIdx.x == 0) s.cuts[0] = cut;
         return cut;
     }
-    const unsigned digit = SAMPLE_BINS - 1 - threadIdx.x;       // from the likeliest down
+    const unsigned digit = SAMPLE_BINS - 1 - threadIdx.x; // from the likeliest down
     const SampleBin own = s.bins[(step - 1) * SAMPLE_BINS + digit];
     cut = s.cuts[step - 1];
     const Mass mass = cut.mass + sample_sum_up(own.mass, masses), count = cut.count + sample_sum_up(own.count, counts);
-    if (step == 1 && s.top_p < 1) {                             // all tokens have one of these first digits
+    if (step == 1 && s.top_p < 1) { // all tokens have one of these first digits
         cut.target = (Mass)ceil(s.top_p * (double)masses[SAMPLE_THREADS - 1]);
-        cut.target = cut.target > 1 ? cut.target : 1;           // the likeliest token always stays
+        cut.target = cut.target > 1 ? cut.target : 1; // the likeliest token always stays
     }
     const bool here = mass >= cut.target || count >= s.top_k || digit == 0;
     const bool before = mass - own.mass >= cut.target || count - own.count >= s.top_k;
@@ -3273,8 +3502,8 @@ __device__ inline SampleCut sample_cut(const Sampler &s, int step) {
     return chosen;
 }
 
-// Weighs and counts the block's tokens that may be the cut, by the next digit of their keys. Whole numbers: atomics in any
-// order give the same sums. Masses have 40 bits, added up in three digits.
+// Weighs and counts the block's tokens that may be the cut, by the next digit of their keys. Whole numbers: atomics in
+// any order give the same sums. Masses have 40 bits, added up in three digits.
 __global__ void sample_narrow(Sampler s, int step) {
     __shared__ unsigned masses[SAMPLE_DIGITS][SAMPLE_BINS];
     __shared__ unsigned counts[SAMPLE_BINS];
@@ -3283,10 +3512,10 @@ __global__ void sample_narrow(Sampler s, int step) {
     counts[t] = 0;
     for (int i = 0; i < SAMPLE_DIGITS; i++) masses[i][t] = 0;
     wait_for_previous();
-    const SampleCut cut = sample_cut(s, step);              // and a barrier
+    const SampleCut cut = sample_cut(s, step); // and a barrier
     for (int i = begin + t; i < end; i += SAMPLE_THREADS) {
         const float z = s.logits[i];
-        const unsigned digit = (sample_key(z) - cut.base) >> (24 - 8 * step);       // huge for a key below base
+        const unsigned digit = (sample_key(z) - cut.base) >> (24 - 8 * step); // huge for a key below base
         if (digit >= (unsigned)SAMPLE_BINS) continue;
         atomicAdd(&counts[digit], 1u);
         Mass mass = sample_mass(z - cut.top);
@@ -3317,10 +3546,12 @@ __global__ void sample_weigh(Sampler s) {
     const SampleCut cut = sample_cut(s, s.searches ? SAMPLE_STEPS : 0);
     const int t = threadIdx.x, begin = blockIdx.x * s.tokens_of_block;
     const int2 part = sample_part(s, blockIdx.x);
-    Mass room = s.top_k - cut.count;                            // for tokens whose key is the cut: those of the lowest ids
+    // for tokens whose key is the cut: those of the lowest ids
+    Mass room = s.top_k - cut.count;
     const bool greedy = s.top_k == 1;
     if (greedy || (s.searches && s.bins[(SAMPLE_STEPS - 1) * SAMPLE_BINS + cut.base % SAMPLE_BINS].count > room)) {
-        float2 ties = make_float2(0, 0);                        // in blocks before (greedy: or as many blocks), in this one
+        // in blocks before (greedy: or as many blocks), in this one
+        float2 ties = make_float2(0, 0);
         for (int b = t; greedy && b < (int)blockIdx.x; b += SAMPLE_THREADS) ties.x += sample_key(s.tops[b]) == cut.base;
         for (int i = t; !greedy && i < begin; i += SAMPLE_THREADS) ties.x += sample_key(s.logits[i]) == cut.base;
         for (int i = part.x; i < part.y; i++) ties.y += sample_key(s.logits[i]) == cut.base;
@@ -3343,18 +3574,18 @@ __global__ void sample_weigh(Sampler s) {
     if (t == SAMPLE_THREADS - 1) s.sums[blockIdx.x] = sum;
 }
 
-__device__ inline uint64_t sample_mix(uint64_t z) {             // splitmix64
+__device__ inline uint64_t sample_mix(uint64_t z) { // splitmix64
     z += 0x9E3779B97F4A7C15ull;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
     return z ^ (z >> 31);
 }
 
-// Walks up the weights in the order of the ids to a number drawn below their sum: first by blocks, then by threads' parts,
-// then by tokens. One block. A random number depends on the seed and the position in the context alone.
+// Walks up the weights in the order of the ids to a number drawn below their sum: first by blocks, then by threads'
+// parts, then by tokens. One block. A random number depends on the seed and the position in the context alone.
 __global__ void sample_draw(Sampler s) {
     __shared__ Mass sums[SAMPLE_THREADS];
-    __shared__ Mass rest;                                       // of the number, within the block that was hit
+    __shared__ Mass rest; // of the number, within the block that was hit
     __shared__ int block;
     const int t = threadIdx.x;
     SampleState *state = s.state;
@@ -3362,11 +3593,11 @@ __global__ void sample_draw(Sampler s) {
     wait_for_previous();
     const int64_t position = state->position;
     const uint64_t bits = sample_mix(sample_mix(s.seed) + (uint64_t)position) >> 11;
-    const double uniform = state->uniform >= 0 ? state->uniform : (double)bits / 9007199254740992.0;       // 2^53
+    const double uniform = state->uniform >= 0 ? state->uniform : (double)bits / 9007199254740992.0; // 2^53
     Mass own = t < s.blocks ? s.sums[t] : 0, up_to_here = sample_sum_up(own, sums);
     const Mass total = sums[SAMPLE_THREADS - 1];
     if (t == 0) state->position = position + 1;
-    if (total == 0) {                                           // nothing to draw from
+    if (total == 0) { // nothing to draw from
         if (t == 0) *s.drawn = state->drawn = -1;
         return;
     }
@@ -3392,10 +3623,10 @@ __global__ void sample_draw(Sampler s) {
 // " 12" and the like are never counted: repeating them is no fault.
 static bool text_uncounted(const uint8_t *text, int n) {
     const char *plain = " \t0123456789";
-    return n > 0 && memmem(plain, strlen(plain), text, (size_t)n) != NULL;
+    return n > 0 && memmem(plain, strlen(plain), text, (size_t)n) != nullptr;
 }
 
-void sampler_allocate(Sampler *s, int V, const Sampling *how, const uint8_t *kinds) {      // kinds (V)
+void sampler_allocate(Sampler *s, int V, const Sampling *how, const uint8_t *kinds) { // kinds (V)
     memset(s, 0, sizeof(*s));
     s->V = V;
     s->blocks = (int)(ceil_div(V, SAMPLE_TILE) < SAMPLE_BLOCKS ? ceil_div(V, SAMPLE_TILE) : SAMPLE_BLOCKS);
@@ -3422,26 +3653,31 @@ void sampler_allocate(Sampler *s, int V, const Sampling *how, const uint8_t *kin
 }
 
 // Token 0 stops, or is banned if ends_are_ignored; ids without a text are banned.
-void sampler_open(Sampler *s, int V, const Sampling *how, const Tokenizer *t, bool ends_are_ignored) {
+static void sampler_open(Sampler *s, int V, const Sampling *how, const Tokenizer *t, bool ends_are_ignored) {
     uint8_t *kinds = (uint8_t *)calloc((size_t)V, 1);
     for (int id = 0; id < V; id++) {
-        if (id >= t->n_ids || (id == 0 && ends_are_ignored)) { kinds[id] = TOKEN_BANNED; continue; }
-        if (text_uncounted(t->texts + t->starts[id], text_length(t, id))) { kinds[id] = TOKEN_UNCOUNTED; }
+        if (id >= t->n_ids || (id == 0 && ends_are_ignored)) {
+            kinds[id] = TOKEN_BANNED;
+            continue;
+        }
+        if (text_uncounted(t->texts + t->starts[id], text_length(t, id))) kinds[id] = TOKEN_UNCOUNTED;
     }
     sampler_allocate(s, V, how, kinds);
     free(kinds);
 }
 
-// Forgets what was drawn. position: of the next token in the context. uniform: the number to draw with, -1: from the seed.
-void sampler_begin(Sampler *s, int64_t position, double uniform) {
+// Forgets what was drawn. position: of the next token in the context. uniform: the number to draw with, -1: from the
+// seed.
+static void sampler_begin(Sampler *s, int64_t position, double uniform) {
     const SampleState state = {position, uniform, -1};
     CUDA_CHECK(cudaMemsetAsync(s->counts, 0xff, s->V * sizeof(float), stream));
     CUDA_CHECK(cudaMemcpyAsync(s->state, &state, sizeof(state), cudaMemcpyHostToDevice, stream));
     CUDA_CHECK(cudaStreamSynchronize(stream));
 }
 
-// Queues a draw from logits (V); its id comes to *s->drawn. The arguments are the same every time: fit for a CUDA graph.
-void sampler_queue(const Sampler *s, const float *logits) {
+// Queues a draw from logits (V); its id comes to *s->drawn. The arguments are the same every time: fit for a CUDA
+// graph.
+static void sampler_queue(const Sampler *s, const float *logits) {
     launch_early(sample_adjust, dim3(s->blocks), SAMPLE_THREADS, 0, *s, logits);
     for (int step = 0; s->searches && step < SAMPLE_STEPS; step++)
         launch_early(sample_narrow, dim3(s->blocks), SAMPLE_THREADS, 0, *s, step);
@@ -3450,15 +3686,15 @@ void sampler_queue(const Sampler *s, const float *logits) {
 }
 
 // Queues a step and the next draw: the token drawn last goes in.
-void step_and_draw(Infer *f, const Sampler *s) {
+static void step_and_draw(Infer *f, const Sampler *s) {
     queue_step(f, &s->state->drawn);
     sampler_queue(s, infer_logits(f));
 }
 
-int sampler_result(const Sampler *s) {
+static int sampler_result(const Sampler *s) {
     CUDA_CHECK(cudaStreamSynchronize(stream));
     CUDA_CHECK(cudaGetLastError());
-    if (*s->drawn < 0) { die(3, "the logits are not finite: there is nothing to draw from"); }
+    if (*s->drawn < 0) die(3, "the logits are not finite: there is nothing to draw from");
     return *s->drawn;
 }
 
@@ -3467,24 +3703,25 @@ int sampler_result(const Sampler *s) {
 extern "C" {
 
 // history: ids drawn before, oldest first. probabilities (V): of the next token, drawn with the number uniform.
-void gf_sample_probabilities(const float *logits, int V, const int *history, int n_history, const int *uncounted, int n_uncounted,
-                             const int *banned, int n_banned, double temperature, double top_p, int top_k, double presence,
-                             double frequency, double decay, float *probabilities, double uniform, int *drawn) {
+void gf_sample_probabilities(const float *logits, int V, const int *history, int n_history, const int *uncounted,
+                             int n_uncounted, const int *banned, int n_banned, double temperature, double top_p,
+                             int top_k, double presence, double frequency, double decay, float *probabilities,
+                             double uniform, int *drawn) {
     const Sampling how = {temperature, top_p, presence, frequency, decay, top_k, 0};
     Sampler s;
     uint8_t *kinds = (uint8_t *)calloc((size_t)V, 1);
     float *device_logits;
     double total = 0;
     machine_start();
-    for (int i = 0; i < n_uncounted; i++) { kinds[uncounted[i]] |= TOKEN_UNCOUNTED; }
-    for (int i = 0; i < n_banned; i++) { kinds[banned[i]] |= TOKEN_BANNED; }
+    for (int i = 0; i < n_uncounted; i++) kinds[uncounted[i]] |= TOKEN_UNCOUNTED;
+    for (int i = 0; i < n_banned; i++) kinds[banned[i]] |= TOKEN_BANNED;
     sampler_allocate(&s, V, &how, kinds);
     device_alloc((void **)&device_logits, V * sizeof(float));
     CUDA_CHECK(cudaMemcpy(device_logits, logits, V * sizeof(float), cudaMemcpyHostToDevice));
     sampler_begin(&s, 0, uniform);
-    for (int i = 0; i < n_history; i++) {                       // as if each of these had been drawn
+    for (int i = 0; i < n_history; i++) { // as if each of these had been drawn
         CUDA_CHECK(cudaMemcpy(&s.state->drawn, &history[i], sizeof(int), cudaMemcpyHostToDevice));
-        if (i + 1 < n_history) { sample_adjust<<<s.blocks, SAMPLE_THREADS, 0, stream>>>(s, device_logits); }
+        if (i + 1 < n_history) sample_adjust<<<s.blocks, SAMPLE_THREADS, 0, stream>>>(s, device_logits);
         CUDA_CHECK(cudaStreamSynchronize(stream));
     }
     sampler_queue(&s, device_logits);
@@ -3492,15 +3729,15 @@ void gf_sample_probabilities(const float *logits, int V, const int *history, int
     *drawn = *s.drawn;
     Mass *weights = (Mass *)malloc((size_t)V * sizeof(Mass));
     CUDA_CHECK(cudaMemcpy(weights, s.weights, V * sizeof(Mass), cudaMemcpyDeviceToHost));
-    for (int i = 0; i < V; i++) { total += (double)weights[i]; }
-    for (int i = 0; i < V; i++) { probabilities[i] = (float)((double)weights[i] / total); }
+    for (int i = 0; i < V; i++) total += (double)weights[i];
+    for (int i = 0; i < V; i++) probabilities[i] = (float)((double)weights[i] / total);
     for (void *p : {(void *)s.logits, (void *)s.counts, (void *)s.kinds, (void *)s.tops, (void *)s.bins, (void *)s.cuts,
-                    (void *)s.weights, (void *)s.sums, (void *)s.state, (void *)device_logits}) { cudaFree(p); }
+                    (void *)s.weights, (void *)s.sums, (void *)s.state, (void *)device_logits})
+        cudaFree(p);
     cudaFreeHost(s.drawn);
     free(kinds);
     free(weights);
 }
-
 }
 #endif
 
@@ -3512,9 +3749,9 @@ typedef bool SWITCH;
 
 // As SETTINGS in section 1 of the trainer. The values of sampling are those of the reference's demo.
 #define OPTIONS(X) \
-    X("-p", TEXT, prompt, NULL, 0, 0, "TEXT", "the prompt") \
-    X("-f", TEXT, prompt_file, NULL, 0, 0, "FILE", "the prompt from a file, - for stdin") \
-    X("-i", SWITCH, interactive, NULL, 0, 0, "", "then read lines from stdin; each goes on in the same context") \
+    X("-p", TEXT, prompt, nullptr, 0, 0, "TEXT", "the prompt") \
+    X("-f", TEXT, prompt_file, nullptr, 0, 0, "FILE", "the prompt from a file, - for stdin") \
+    X("-i", SWITCH, interactive, nullptr, 0, 0, "", "then read lines from stdin; each goes on in the same context") \
     X("-n", INT, n, "256", 0, 1e12, "N", "tokens to go on for, at most") \
     X("-t", REAL, temperature, "1", 0, 100, "X", "temperature (0: always the likeliest token)") \
     X("--top-p", REAL, top_p, "0.7", 0, 1, "X", "draw among the likeliest tokens that make up so much probability") \
@@ -3523,14 +3760,17 @@ typedef bool SWITCH;
     X("--frequency", REAL, frequency, "0.25", -100, 100, "X", "and once more for each time") \
     X("--penalty-decay", REAL, decay, "0.996", 0, 1, "X", "what is left of such a count after a token") \
     X("-s", INT, seed, "1", 0, 1e18, "N", "seed: the same one draws the same tokens") \
-    X("--ignore-eos", SWITCH, ignore_eos, NULL, 0, 0, "", "never draw token 0 (otherwise it ends the text)") \
-    X("--score", TEXT, score, NULL, 0, 0, "FILE", "loss, perplexity and accuracy of a text, in place of a continuation") \
-    X("--window", INT, window, "0", 0, 1e12, "N", "score: start afresh every N tokens, as the trainer's validation (0: one context)") \
-    X("--save-state", TEXT, save_state, NULL, 0, 0, "FILE", "write the state after the prompt") \
-    X("--load-state", TEXT, load_state, NULL, 0, 0, "FILE", "go on from such a state") \
+    X("--ignore-eos", SWITCH, ignore_eos, nullptr, 0, 0, "", "never draw token 0 (otherwise it ends the text)") \
+    X("--score", TEXT, score, nullptr, 0, 0, "FILE", \
+      "loss, perplexity and accuracy of a text, in place of a continuation") \
+    X("--window", INT, window, "0", 0, 1e12, "N", \
+      "score: start afresh every N tokens, as the trainer's validation (0: one context)") \
+    X("--save-state", TEXT, save_state, nullptr, 0, 0, "FILE", "write the state after the prompt") \
+    X("--load-state", TEXT, load_state, nullptr, 0, 0, "FILE", "go on from such a state") \
     X("--kv", TEXT, kv, "bf16", 0, 0, "KIND", "the cache: bf16, int8 (half of it), full (all keys and values)") \
-    X("--vocab", TEXT, vocab, NULL, 0, 0, "FILE", "RWKV World vocabulary; byte-level models need none") \
-    X("--cache-table", SWITCH, cache_table, NULL, 0, 0, "", "print how large caches are: MODEL's, or those of the paper's models")
+    X("--vocab", TEXT, vocab, nullptr, 0, 0, "FILE", "RWKV World vocabulary; byte-level models need none") \
+    X("--cache-table", SWITCH, cache_table, nullptr, 0, 0, "", \
+      "print how large caches are: MODEL's, or those of the paper's models")
 
 typedef struct Options {
 #define FIELD(flag, kind, name, ...) kind name;
@@ -3543,20 +3783,21 @@ typedef struct Option {
     const char *flag, *kind, *initial;
     double low, high;
     const char *value, *help;
-    size_t offset;                                              // of the field in Options
+    size_t offset; // of the field in Options
 } Option;
 
-const Option options_table[] = {
+static const Option options_table[] = {
 #define ROW(flag, kind, name, initial, low, high, value, help) \
     {flag, #kind, initial, low, high, value, help, offsetof(Options, name)},
     OPTIONS(ROW)
 #undef ROW
 };
-const int n_options = sizeof(options_table) / sizeof(options_table[0]);
+static const int n_options = sizeof(options_table) / sizeof(options_table[0]);
 
-void options_help(void) {
+static void options_help(void) {
     printf("usage: %s [MODEL.safetensors] [-p TEXT | -f FILE] [FLAG ...]\n\n"
-           "Goes on with a text. Without a MODEL: the newest checkpoint in out/.\n\n", program_name);
+           "Goes on with a text. Without a MODEL: the newest checkpoint in out/.\n\n",
+           program_name);
     for (int i = 0; i < n_options; i++) {
         const Option *row = &options_table[i];
         printf("  %-15s %-5s %s", row->flag, row->value, row->help);
@@ -3564,148 +3805,167 @@ void options_help(void) {
     }
 }
 
-void option_set(Options *o, const Option *row, const char *text) {
-    char *field = (char *)o + row->offset, *end = NULL;
-    if (strcmp(row->kind, "TEXT") == 0) { memcpy(field, &text, sizeof(text)); return; }
+static void option_set(Options *o, const Option *row, const char *text) {
+    char *field = (char *)o + row->offset, *end = nullptr;
+    if (strcmp(row->kind, "TEXT") == 0) {
+        memcpy(field, &text, sizeof(text));
+        return;
+    }
     const bool whole = strcmp(row->kind, "INT") == 0;
     const int64_t integer = whole ? strtoll(text, &end, 10) : 0;
     const double value = whole ? (double)integer : strtod(text, &end);
     if (end == text || *end || !(value >= row->low && value <= row->high)) {
-        die(2, "%s: expected a %snumber from %.10g to %.10g, found \"%s\"", row->flag, whole ? "whole " : "", row->low, row->high, text);
+        die(2, "%s: expected a %snumber from %.10g to %.10g, found \"%s\"", row->flag, whole ? "whole " : "", row->low,
+            row->high, text);
     }
     memcpy(field, whole ? (const void *)&integer : (const void *)&value, 8);
 }
 
-void options_parse(Options *o, int argc, char **argv) {         // argv without the program's name
+void options_parse(Options *o, int argc, char **argv) { // argv without the program's name
     memset(o, 0, sizeof(*o));
-    for (int i = 0; i < n_options; i++) {
-        if (options_table[i].initial) { option_set(o, &options_table[i], options_table[i].initial); }
-    }
+    for (int i = 0; i < n_options; i++)
+        if (options_table[i].initial) option_set(o, &options_table[i], options_table[i].initial);
     for (int i = 0; i < argc; i++) {
-        if (strcmp(argv[i], "-h") == 0 || strcmp(argv[i], "--help") == 0) { options_help(); exit(0); }
-        const Option *row = NULL;
-        for (int k = 0; k < n_options; k++) {
-            if (strcmp(argv[i], options_table[k].flag) == 0) { row = &options_table[k]; }
+        if (strcmp(argv[i], "-h") == 0 || strcmp(argv[i], "--help") == 0) {
+            options_help();
+            exit(0);
         }
-        if (!row && argv[i][0] == '-') { die(2, "unknown flag \"%s\" (-h lists them all)", argv[i]); }
-        if (!row && o->model) { die(2, "expected one MODEL, found \"%s\" and \"%s\"", o->model, argv[i]); }
-        if (!row) { o->model = argv[i]; continue; }
-        if (strcmp(row->kind, "SWITCH") == 0) { *((bool *)o + row->offset) = true; continue; }
-        if (++i == argc) { die(2, "%s: a value is missing", row->flag); }
+        const Option *row = nullptr;
+        for (int k = 0; k < n_options; k++)
+            if (strcmp(argv[i], options_table[k].flag) == 0) row = &options_table[k];
+        if (!row && argv[i][0] == '-') die(2, "unknown flag \"%s\" (-h lists them all)", argv[i]);
+        if (!row && o->model) die(2, "expected one MODEL, found \"%s\" and \"%s\"", o->model, argv[i]);
+        if (!row) {
+            o->model = argv[i];
+            continue;
+        }
+        if (strcmp(row->kind, "SWITCH") == 0) {
+            *((bool *)o + row->offset) = true;
+            continue;
+        }
+        if (++i == argc) die(2, "%s: a value is missing", row->flag);
         option_set(o, row, argv[i]);
     }
     const bool prompt = o->prompt || o->prompt_file;
-    if (o->prompt && o->prompt_file) { die(2, "-p and -f: expected one prompt, found two"); }
-    if (o->prompt_file && strcmp(o->prompt_file, "-") == 0 && o->interactive) { die(2, "-f - and -i: both read stdin"); }
-    if (o->score && (prompt || o->interactive || o->save_state || o->load_state)) {
+    if (o->prompt && o->prompt_file) die(2, "-p and -f: expected one prompt, found two");
+    if (o->prompt_file && strcmp(o->prompt_file, "-") == 0 && o->interactive) die(2, "-f - and -i: both read stdin");
+    if (o->score && (prompt || o->interactive || o->save_state || o->load_state))
         die(2, "--score: expected no prompt and no state beside it");
-    }
-    if (o->window && !o->score) { die(2, "--window: expected only with --score"); }
-    if (o->save_state && !prompt && !o->load_state) { die(2, "--save-state: expected a prompt to read before"); }
-    if (!prompt && !o->interactive && !o->load_state && !o->score && !o->cache_table) {
+    if (o->window && !o->score) die(2, "--window: expected only with --score");
+    if (o->save_state && !prompt && !o->load_state) die(2, "--save-state: expected a prompt to read before");
+    if (!prompt && !o->interactive && !o->load_state && !o->score && !o->cache_table)
         die(2, "a prompt is missing: -p TEXT, -f FILE or -i (-h lists all flags)");
-    }
 }
 
 // ---------------------------------------- what is read
 
 // The newest checkpoint in out/.
-void default_model(char *path) {
+static void default_model(char *path) {
     const int64_t step = checkpoint_newest("out");
-    if (step < 0) { die(2, "no MODEL is named and out/ holds no checkpoint; ./train_goldfinch makes one"); }
+    if (step < 0) die(2, "no MODEL is named and out/ holds no checkpoint; ./train_goldfinch makes one");
     checkpoint_path(path, "out", "model", step, "");
 }
 
 // The World vocabulary in the working directory or beside the program.
-const char *find_vocabulary(void) {
+static const char *find_vocabulary(void) {
     static LONG_PATH path;
-    if (access(default_vocabulary, R_OK) == 0) { return default_vocabulary; }
+    if (access(default_vocabulary, R_OK) == 0) return default_vocabulary;
     const ssize_t n = readlink("/proc/self/exe", path, sizeof(PATH) - 1);
-    char *slash = n > 0 ? (char *)memrchr(path, '/', (size_t)n) : NULL;
-    if (!slash) { slash = path; }
+    char *slash = n > 0 ? (char *)memrchr(path, '/', (size_t)n) : nullptr;
+    if (!slash) slash = path;
     snprintf(slash, sizeof(path) - (size_t)(slash - path), "%s%s", slash > path ? "/" : "", default_vocabulary);
-    if (access(path, R_OK) == 0) { return path; }
-    die(2, "%s: expected here or beside the program, found in neither place; --vocab FILE names it", default_vocabulary);
+    if (access(path, R_OK) == 0) return path;
+    die(2, "%s: expected here or beside the program, found in neither place; --vocab FILE names it",
+        default_vocabulary);
 }
 
 // A vocabulary of the model's size, which is a multiple of 8; World has 65530 ids.
-void model_tokenizer(Tokenizer *t, const char *model, const char *vocab, int64_t *vocab_size) {
+static void model_tokenizer(Tokenizer *t, const char *model, const char *vocab, int64_t *vocab_size) {
     SafeTensors f;
     safetensors_open(&f, model);
     const FileTensor *embedding = safetensors_find(&f, "emb.weight");
     const char *type = safetensors_metadata(&f, "train.data_type");
-    if (!embedding || embedding->ndim != 2) { die(2, "%s: tensor emb.weight: expected two dimensions, found no such tensor", model); }
+    if (!embedding || embedding->ndim != 2)
+        die(2, "%s: tensor emb.weight: expected two dimensions, found no such tensor", model);
     *vocab_size = embedding->shape[0];
     const bool bytes = *vocab_size <= 320 || (type && strcmp(type, "utf-8") == 0);
     safetensors_close(&f);
-    tokenizer_open(t, vocab ? vocab : bytes ? NULL : find_vocabulary());
+    tokenizer_open(t, vocab ? vocab : bytes ? nullptr : find_vocabulary());
     const int64_t needed = *vocab_size < 65530 ? *vocab_size - 7 : 65530;
     expect(t->trie ? t->path : model, t->trie ? "ids" : "vocab_size, for bytes", -1, t->trie ? needed : 257, INT64_MAX,
            t->trie ? t->n_ids : *vocab_size);
 }
 
 // All of a file, a pipe, or stdin ("-").
-uint8_t *read_text(const char *path, int64_t *size) {
+static uint8_t *read_text(const char *path, int64_t *size) {
     FILE *file = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
-    if (!file) { die(2, "%s: %s", path, strerror(errno)); }
+    if (!file) die(2, "%s: %s", path, strerror(errno));
     size_t room = 1 << 16, n = 0, got;
     uint8_t *text = (uint8_t *)malloc(room);
     while ((got = fread(text + n, 1, room - n, file)) > 0) {
         n += got;
-        if (n == room) { text = (uint8_t *)realloc(text, room *= 2); }
+        if (n == room) text = (uint8_t *)realloc(text, room *= 2);
     }
-    if (ferror(file)) { die(2, "%s: %s", path, strerror(errno)); }
-    if (file != stdin) { fclose(file); }
+    if (ferror(file)) die(2, "%s: %s", path, strerror(errno));
+    if (file != stdin) fclose(file);
     *size = (int64_t)n;
     return text;
 }
 
 // Tokens that the model has; ids has room for n.
-int64_t encode_for_model(const Tokenizer *t, const char *name, const uint8_t *text, int64_t n, int64_t vocab_size, int *ids) {
+static int64_t encode_for_model(const Tokenizer *t, const char *name, const uint8_t *text, int64_t n,
+                                int64_t vocab_size, int *ids) {
     const int64_t count = encode(t, text, n, ids);
-    for (int64_t i = 0; i < count; i++) { expect(name, "token", i, 0, vocab_size - 1, ids[i]); }
+    for (int64_t i = 0; i < count; i++) expect(name, "token", i, 0, vocab_size - 1, ids[i]);
     return count;
 }
 
 // ---------------------------------------- what is written
 
-typedef struct Printer { Utf8 utf8; uint8_t last; } Printer;      // last: byte that was written
+// last: byte that was written
+typedef struct Printer {
+    Utf8 utf8;
+    uint8_t last;
+} Printer;
 
 // To stdout at once. Whoever reads it may have had enough: no error.
-void output_bytes(Printer *out, const uint8_t *bytes, int n) {
-    for (int done = 0; done < n; ) {
+static void output_bytes(Printer *out, const uint8_t *bytes, int n) {
+    for (int done = 0; done < n;) {
         const ssize_t wrote = write(STDOUT_FILENO, bytes + done, (size_t)(n - done));
-        if (wrote < 0 && errno == EINTR) { continue; }
-        if (wrote < 0 && errno == EPIPE) { exit(0); }
-        if (wrote < 0) { die(1, "stdout: %s", strerror(errno)); }
+        if (wrote < 0 && errno == EINTR) continue;
+        if (wrote < 0 && errno == EPIPE) exit(0);
+        if (wrote < 0) die(1, "stdout: %s", strerror(errno));
         done += (int)wrote;
     }
-    if (n > 0) { out->last = bytes[n - 1]; }
+    if (n > 0) out->last = bytes[n - 1];
 }
 
-void output_token(Printer *out, const Tokenizer *t, int id) {
+static void output_token(Printer *out, const Tokenizer *t, int id) {
     static uint8_t text[1 << 16];
     const uint8_t *bytes = t->texts + t->starts[id];
     int n = 0;
     for (int i = 0; i < text_length(t, id); i++) {
         n += utf8_push(&out->utf8, bytes[i], text + n);
-        if (n > (int)sizeof(text) - 6) { output_bytes(out, text, n); n = 0; }
+        if (n > (int)sizeof(text) - 6) {
+            output_bytes(out, text, n);
+            n = 0;
+        }
     }
     output_bytes(out, text, n);
 }
 
-void output_end(Printer *out) {                                  // of a continuation: what is held, and a newline
+void output_end(Printer *out) { // of a continuation: what is held, and a newline
     uint8_t text[4];
     int n = utf8_end(&out->utf8, text);
-    if (n > 0 || (out->last && out->last != '\n')) { text[n++] = '\n'; }
+    if (n > 0 || (out->last && out->last != '\n')) text[n++] = '\n';
     output_bytes(out, text, n);
     out->last = '\0';
 }
 
-const char *bytes_text(char *text, double bytes) {              // "1.23 GB"; text has room for 32
+static const char *bytes_text(char *text, double bytes) { // "1.23 GB"; text has room for 32
     const char *units[] = {"B", "KB", "MB", "GB", "TB", "PB"};
     int unit = 0;
-    for (; unit < 5 && bytes >= 999.5; unit++) { bytes /= 1000; }
+    for (; unit < 5 && bytes >= 999.5; unit++) bytes /= 1000;
     snprintf(text, 32, "%.*f %s", unit == 0 || bytes >= 99.95 ? 0 : bytes >= 9.995 ? 1 : 2, bytes, units[unit]);
     return text;
 }
@@ -3718,13 +3978,13 @@ typedef struct Session {
     Tokenizer tokenizer;
     Sampler sampler;
     Printer out;
-    int64_t vocab_size, prompt_tokens, decoded;                 // decoded: tokens drawn but for the first ones
+    int64_t vocab_size, prompt_tokens, decoded; // decoded: tokens drawn but for the first ones
     double prompt_seconds, decode_seconds;
-    int pending;                                                // drawn, but not fed yet; -1: none
-    Recording recordings[2];                                    // of a step and the next draw
+    int pending;             // drawn, but not fed yet; -1: none
+    Recording recordings[2]; // of a step and the next draw
 } Session;
 
-void session_read(Session *s, const int *ids, int64_t n) {      // reads a prompt, n > 0
+void session_read(Session *s, const int *ids, int64_t n) { // reads a prompt, n > 0
     const double begin = seconds_now();
     infer_feed(s->m, ids, n);
     CUDA_CHECK(cudaStreamSynchronize(stream));
@@ -3733,22 +3993,26 @@ void session_read(Session *s, const int *ids, int64_t n) {      // reads a promp
 }
 
 // Draws and prints up to o->n tokens, each fed before the next is drawn.
-void session_write(Session *s) {
+static void session_write(Session *s) {
     double begin = 0;
     sampler_begin(&s->sampler, infer_position(s->m), -1);
     for (int64_t i = 0; i < s->o->n && !stop_requested; i++) {
-        if (s->pending >= 0 && s->m->decodes) {           // it is the one that was drawn last: the device has it
-            infer_step(s->m, s->recordings, [=] { step_and_draw(s->m, &s->sampler); });
+        if (s->pending >= 0 && s->m->decodes) { // it is the one that was drawn last: the device has it
+            infer_step(
+                s->m, s->recordings, [=] { step_and_draw(s->m, &s->sampler); });
         } else {
-            if (s->pending >= 0) { infer_feed(s->m, &s->pending, 1); }
+            if (s->pending >= 0) infer_feed(s->m, &s->pending, 1);
             sampler_queue(&s->sampler, infer_logits(s->m));
         }
         s->pending = -1;
         const int id = sampler_result(&s->sampler);
         const double now = seconds_now();
-        if (i > 0) { s->decode_seconds += now - begin; s->decoded++; }         // the first comes with the prompt
+        if (i > 0) {
+            s->decode_seconds += now - begin;
+            s->decoded++;
+        } // the first comes with the prompt
         begin = now;
-        if (id == 0) { break; }
+        if (id == 0) break;
         output_token(&s->out, &s->tokenizer, id);
         s->pending = id;
     }
@@ -3756,18 +4020,18 @@ void session_write(Session *s) {
 }
 
 // Each line goes on where the text ended, on a line of its own.
-void session_interact(Session *s) {
-    char *line = NULL;
+static void session_interact(Session *s) {
+    char *line = nullptr;
     size_t room = 0;
     ssize_t n;
     while (!stop_requested) {
-        if (isatty(STDIN_FILENO)) { fprintf(stderr, "> "); }
-        if ((n = getline(&line, &room, stdin)) <= 0) { break; }
-        if (line[n - 1] == '\n') { n--; }
-        if (n == 0) { continue; }
+        if (isatty(STDIN_FILENO)) fprintf(stderr, "> ");
+        if ((n = getline(&line, &room, stdin)) <= 0) break;
+        if (line[n - 1] == '\n') n--;
+        if (n == 0) continue;
         int *ids = (int *)malloc((size_t)(n + 2) * sizeof(int));
         int64_t count = 0;
-        if (s->pending >= 0) { ids[count++] = s->pending; }
+        if (s->pending >= 0) ids[count++] = s->pending;
         s->pending = -1;
         if (infer_position(s->m) + count > 0) {
             const uint8_t newline = '\n';
@@ -3781,60 +4045,71 @@ void session_interact(Session *s) {
     free(line);
 }
 
-void session_close(Session *s) {                                // the closing line
+void session_close(Session *s) { // the closing line
     int64_t cache;
     double per_token, transformer;
     char now[32], other[32];
     infer_cache_bytes(s->m, &cache, &per_token, &transformer);
     fprintf(stderr, "prompt %ld tokens, ", s->prompt_tokens);
-    if (s->prompt_seconds > 0) { fprintf(stderr, "%.0f tok/s | ", (double)s->prompt_tokens / s->prompt_seconds); }
-    if (s->decoded > 0) { fprintf(stderr, "decode %.1f tok/s | ", (double)s->decoded / s->decode_seconds); }
-    fprintf(stderr, "context %ld tokens | cache %s, %.0f bytes per token (a transformer: %s, %.0f)\n", infer_position(s->m),
-            bytes_text(now, (double)cache), per_token, bytes_text(other, transformer * (double)infer_position(s->m)), transformer);
+    if (s->prompt_seconds > 0) fprintf(stderr, "%.0f tok/s | ", (double)s->prompt_tokens / s->prompt_seconds);
+    if (s->decoded > 0) fprintf(stderr, "decode %.1f tok/s | ", (double)s->decoded / s->decode_seconds);
+    fprintf(stderr, "context %ld tokens | cache %s, %.0f bytes per token (a transformer: %s, %.0f)\n",
+            infer_position(s->m), bytes_text(now, (double)cache), per_token,
+            bytes_text(other, transformer * (double)infer_position(s->m)), transformer);
 }
 
 // Loss of a text under the model, all layers at every position.
-void session_score(Session *s, const int *ids, int64_t n, int64_t n_bytes) {
+static void session_score(Session *s, const int *ids, int64_t n, int64_t n_bytes) {
     const double begin = seconds_now();
     double loss;
     int64_t correct, targets;
     infer_score(s->m, ids, n, s->o->window, 0, &loss, &correct, &targets);
     const double seconds = seconds_now() - begin, mean = loss / (double)targets;
-    printf("%s: %ld tokens, %ld bytes | loss %.6f per token, %.6f per byte | perplexity %.4f | accuracy %.2f %% | %.0f tok/s\n",
-           s->o->score, n, n_bytes, mean, mean * (double)n / (double)n_bytes, exp(mean), 100 * (double)correct / (double)targets,
-           (double)targets / seconds);
+    printf("%s: %ld tokens, %ld bytes | loss %.6f per token, %.6f per byte | perplexity %.4f | accuracy %.2f %% | "
+           "%.0f tok/s\n",
+           s->o->score, n, n_bytes, mean, mean * (double)n / (double)n_bytes, exp(mean),
+           100 * (double)correct / (double)targets, (double)targets / seconds);
 }
 
 // ---------------------------------------- the paper's comparison: what a context costs to remember
 
 // A row: parameters, bytes per token, and all that is carried at 1 k .. 1 M tokens. Plans the model, allocates nothing.
-void cache_table_row(const char *label, const Settings *settings, KvKind kv) {
+static void cache_table_row(const char *label, const Settings *settings, KvKind kv) {
     Infer f = {};
     char text[32];
     f.kv = kv;
     model_plan(&f.m, settings, 1, 1);
     f.G = has_cache(&f.m) ? f.m.d.L - f.m.d.G0 : 0;
     printf("%-34s %8.3f G %9ld", label, (double)f.m.n_parameters * 1e-9, cache_bytes_per_token(&f));
-    for (int64_t T = 1024; T <= 1 << 20; T *= 4) { printf(" %9s", bytes_text(text, (double)carried_bytes(&f, T))); }
+    for (int64_t T = 1024; T <= 1 << 20; T *= 4) printf(" %9s", bytes_text(text, (double)carried_bytes(&f, T)));
     printf("\n");
     model_free_plan(&f.m);
 }
 
-void cache_table_head(const char *title) {
+static void cache_table_head(const char *title) {
     printf("%-34s %10s %9s", title, "parameters", "B/token");
-    for (const char *tokens : {"1 k", "4 k", "16 k", "64 k", "256 k", "1 M"}) { printf(" %9s", tokens); }
+    for (const char *tokens : {"1 k", "4 k", "16 k", "64 k", "256 k", "1 M"}) printf(" %9s", tokens);
     printf("\n");
 }
 
-void cache_table(void) {                                        // the families of the paper at its sizes
-    const struct { const char *config, *how; double compression; KvKind kv; } families[] = {
-        {"llama", "", 16, KV_COMPRESSED}, {"gptalpha", "", 16, KV_COMPRESSED},
-        {"goldfinch_ablation_gptalpha", "", 16, KV_COMPRESSED}, {"goldfinch", " --kv full", 16, KV_FULL},
+void cache_table(void) { // the families of the paper at its sizes
+    const struct {
+        const char *config, *how;
+        double compression;
+        KvKind kv;
+    } families[] = {
+        {"llama", "", 16, KV_COMPRESSED},
+        {"gptalpha", "", 16, KV_COMPRESSED},
+        {"goldfinch_ablation_gptalpha", "", 16, KV_COMPRESSED},
+        {"goldfinch", " --kv full", 16, KV_FULL},
         {"goldfinch", ", compression 1", 1, KV_COMPRESSED},
-        {"goldfinch", "", 16, KV_COMPRESSED}, {"goldfinch", " --kv int8", 16, KV_INT8},
+        {"goldfinch", "", 16, KV_COMPRESSED},
+        {"goldfinch", " --kv int8", 16, KV_INT8},
         {"goldfinch_ablation_gold_invratio_2", "", 16, KV_COMPRESSED},
         {"goldfinch_ablation_gold_invratio_6", "", 16, KV_COMPRESSED},
-        {"goldfinch_upgrade", "", 16, KV_COMPRESSED}, {"finchc2", "", 16, KV_COMPRESSED}, {"finch", "", 16, KV_COMPRESSED},
+        {"goldfinch_upgrade", "", 16, KV_COMPRESSED},
+        {"finchc2", "", 16, KV_COMPRESSED},
+        {"finch", "", 16, KV_COMPRESSED},
     };
     const int sizes[3][2] = {{12, 768}, {24, 2048}, {32, 4096}};
     for (const auto &size : sizes) {
@@ -3857,18 +4132,24 @@ void cache_table(void) {                                        // the families 
 #if !defined(GOLDFINCH_TEST) && !defined(GOLDFINCH_INFER_NO_MAIN)
 int main(int argc, char **argv) {
     program_name = "infer_goldfinch";
-    static Session session;                                     // zeros
+    static Session session; // zeros
     Session *s = &session;
     Options options, *o = &options;
     LONG_PATH model;
     options_parse(o, argc - 1, argv + 1);
     s->o = o;
     s->pending = -1;
-    const int kind = strcmp(o->kv, "bf16") == 0 ? KV_COMPRESSED : strcmp(o->kv, "int8") == 0 ? KV_INT8 :
-                     strcmp(o->kv, "full") == 0 ? KV_FULL : -1;
-    if (kind < 0) { die(2, "--kv: expected bf16, int8 or full, found \"%s\"", o->kv); }
-    if (o->cache_table && !o->model) { cache_table(); return 0; }
-    if (o->model) { snprintf(model, sizeof(model), "%s", o->model); } else { default_model(model); }
+    const int kind = strcmp(o->kv, "bf16") == 0   ? KV_COMPRESSED
+                     : strcmp(o->kv, "int8") == 0 ? KV_INT8
+                     : strcmp(o->kv, "full") == 0 ? KV_FULL
+                                                  : -1;
+    if (kind < 0) die(2, "--kv: expected bf16, int8 or full, found \"%s\"", o->kv);
+    if (o->cache_table && !o->model) {
+        cache_table();
+        return 0;
+    }
+    if (o->model) snprintf(model, sizeof(model), "%s", o->model);
+    else default_model(model);
     if (o->cache_table) {
         SafeTensors file;
         Settings settings;
@@ -3881,16 +4162,17 @@ int main(int argc, char **argv) {
     model_tokenizer(&s->tokenizer, model, o->vocab, &s->vocab_size);
 
     // The text first: its length says how much context is needed.
-    const char *name = o->score ? o->score : o->prompt_file ? o->prompt_file : o->prompt ? "-p" : NULL;
+    const char *name = o->score ? o->score : o->prompt_file ? o->prompt_file : o->prompt ? "-p" : nullptr;
     int64_t n = 0, n_bytes = 0, before = 0;
-    int *ids = NULL;
+    int *ids = nullptr;
     if (name) {
         const uint8_t *text = (const uint8_t *)o->prompt;
-        if (text) { n_bytes = (int64_t)strlen(o->prompt); } else { text = read_text(name, &n_bytes); }
-        if (n_bytes == 0) { die(2, "%s: expected a %s, found an empty one", name, o->score ? "text" : "prompt"); }
+        if (text) n_bytes = (int64_t)strlen(o->prompt);
+        else text = read_text(name, &n_bytes);
+        if (n_bytes == 0) die(2, "%s: expected a %s, found an empty one", name, o->score ? "text" : "prompt");
         ids = (int *)malloc((size_t)n_bytes * sizeof(int));
         n = encode_for_model(&s->tokenizer, name, text, n_bytes, s->vocab_size, ids);
-        if (!o->prompt) { free((void *)text); }
+        if (!o->prompt) free((void *)text);
     }
     if (o->load_state) {
         SafeTensors state;
@@ -3898,28 +4180,33 @@ int main(int argc, char **argv) {
         before = safetensors_number(&state, "position");
         safetensors_close(&state);
     }
-    const int64_t context = o->interactive ? 0 : o->score ? (o->window && o->window < n ? o->window + 1 : n) : before + n + o->n;
-    if (o->score) { expect(name, "tokens", -1, 2, INT64_MAX, n); }
-    s->m = infer_open(model, (KvKind)kind, context);            // 0: as much as the engine sees fit
-    if (o->score) { session_score(s, ids, n, n_bytes); return 0; }
+    const int64_t context = o->interactive ? 0
+                            : o->score     ? (o->window && o->window < n ? o->window + 1 : n)
+                                           : before + n + o->n;
+    if (o->score) expect(name, "tokens", -1, 2, INT64_MAX, n);
+    s->m = infer_open(model, (KvKind)kind, context); // 0: as much as the engine sees fit
+    if (o->score) {
+        session_score(s, ids, n, n_bytes);
+        return 0;
+    }
 
     struct sigaction action;
     memset(&action, 0, sizeof(action));
     action.sa_handler = SIG_IGN;
-    sigaction(SIGPIPE, &action, NULL);                          // write() says so
+    sigaction(SIGPIPE, &action, nullptr); // write() says so
     action.sa_handler = request_stop;
-    action.sa_flags = (int)SA_RESETHAND;                        // a second Ctrl-C ends the program at once
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
+    action.sa_flags = (int)SA_RESETHAND; // a second Ctrl-C ends the program at once
+    sigaction(SIGINT, &action, nullptr);
+    sigaction(SIGTERM, &action, nullptr);
     const Sampling how = {o->temperature, o->top_p, o->presence, o->frequency, o->decay, o->top_k, (uint64_t)o->seed};
     sampler_open(&s->sampler, (int)s->vocab_size, &how, &s->tokenizer, o->ignore_eos);
-    if (s->m->decodes) { infer_rehearse(s->m, s->recordings, [=] { step_and_draw(s->m, &s->sampler); }); }
-    if (o->load_state) { infer_load_state(s->m, o->load_state); }
-    if (n > 0) { session_read(s, ids, n); }
+    if (s->m->decodes) infer_rehearse(s->m, s->recordings, [=] { step_and_draw(s->m, &s->sampler); });
+    if (o->load_state) infer_load_state(s->m, o->load_state);
+    if (n > 0) session_read(s, ids, n);
     free(ids);
-    if (o->save_state) { infer_save_state(s->m, o->save_state); }
-    if (n > 0 || !o->interactive) { session_write(s); }
-    if (o->interactive) { session_interact(s); }
+    if (o->save_state) infer_save_state(s->m, o->save_state);
+    if (n > 0 || !o->interactive) session_write(s);
+    if (o->interactive) session_interact(s);
     session_close(s);
     return 0;
 }

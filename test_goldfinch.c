@@ -11,7 +11,7 @@ implementation), part 1, and the kernels, which it reaches through the extern "C
     make test_goldfinch [PRECISION=BF16|FP32] [GPU=0|1]
     ./test_goldfinch                # every check
     ./test_goldfinch FILE...        # just these golden tables; one whose config has steps= is a training run
-    ./test_goldfinch --trainer FILE...      # without inference: for tools under which a kernel takes a thousand times as long
+    ./test_goldfinch --trainer FILE...      # without inference: for tools that slow a kernel a thousandfold
 
 The last line is "N passed, N failed, N skipped"; the exit status is 1 if any check failed.
 
@@ -19,7 +19,7 @@ Letters: B batch, T time, C n_embd, A dim_att, F dim_ffn, V vocab_size, L n_laye
 R numbers per token in the compressed cache. rows = B * T. Activations are (rows, C), channel fastest.
 */
 
-#define _DEFAULT_SOURCE  // opendir, getline, strdup
+#define _DEFAULT_SOURCE // opendir, getline, strdup
 #include <dirent.h>
 #include <math.h>
 #include <stdarg.h>
@@ -34,49 +34,49 @@ R numbers per token in the compressed cache. rows = B * T. Activations are (rows
 // Part 1: the model
 // ====================================================================================================================
 
-enum { N = 64 };  // channels per head, in every GoldFinch
+enum { N = 64 }; // channels per head, in every GoldFinch
 
 // --------------------------------------------------------------------------------------------------------------------
 // Settings: under the names of the command line. type, group, name, default
 
-#define SETTINGS(X)                              \
-    X(INT,  model, n_layer, 6)                   \
-    X(INT,  model, n_embd, 128)                  \
-    X(INT,  model, ctx_len, 64)                  \
-    X(INT,  model, vocab_size, 320)              \
-    X(INT,  model, head_size, 64)                \
-    X(INT,  model, dim_att, 0)                   \
-    X(INT,  model, dim_ffn, 0)                   \
-    X(TEXT, model, tmix, "x060c2")               \
-    X(TEXT, model, tmix2, "")                    \
-    X(TEXT, model, cmix, "x060")                 \
-    X(TEXT, model, cmix2, "x060")                \
-    X(INT,  model, inv_other_layer_ratio, 3)     \
-    X(INT,  model, kv_cache_compression_ratio, 16) \
-    X(INT,  model, use_one_minus_w, 1)           \
-    X(INT,  model, use_v2, 1)                    \
-    X(INT,  model, parallel, 0)                  \
-    X(REAL, model, head_size_divisor, 8)         \
-    X(INT,  train, micro_bsz, 1)                 \
-    X(INT,  train, accumulate_grad_batches, 1)   \
-    X(INT,  train, grad_cp, 0)                   \
-    X(INT,  train, warmup_steps, 10)             \
-    X(INT,  train, my_exit_tokens, 1498226207)   \
-    X(INT,  train, layerwise_lr, 1)              \
-    X(TEXT, train, lr_decay_type, "cos")         \
-    X(REAL, train, lr_init, 6e-4)                \
-    X(REAL, train, lr_final, 2e-4)               \
-    X(REAL, train, lr_wait, 0)                   \
-    X(REAL, train, weight_decay, 0.001)          \
-    X(REAL, train, beta1, 0.9)                   \
-    X(REAL, train, beta2, 0.99)                  \
-    X(REAL, train, adam_eps, 1e-8)               \
+#define SETTINGS(X) \
+    X(INT, model, n_layer, 6) \
+    X(INT, model, n_embd, 128) \
+    X(INT, model, ctx_len, 64) \
+    X(INT, model, vocab_size, 320) \
+    X(INT, model, head_size, 64) \
+    X(INT, model, dim_att, 0) \
+    X(INT, model, dim_ffn, 0) \
+    X(TEXT, model, tmix, "x060c2") \
+    X(TEXT, model, tmix2, "") \
+    X(TEXT, model, cmix, "x060") \
+    X(TEXT, model, cmix2, "x060") \
+    X(INT, model, inv_other_layer_ratio, 3) \
+    X(INT, model, kv_cache_compression_ratio, 16) \
+    X(INT, model, use_one_minus_w, 1) \
+    X(INT, model, use_v2, 1) \
+    X(INT, model, parallel, 0) \
+    X(REAL, model, head_size_divisor, 8) \
+    X(INT, train, micro_bsz, 1) \
+    X(INT, train, accumulate_grad_batches, 1) \
+    X(INT, train, grad_cp, 0) \
+    X(INT, train, warmup_steps, 10) \
+    X(INT, train, my_exit_tokens, 1498226207) \
+    X(INT, train, layerwise_lr, 1) \
+    X(TEXT, train, lr_decay_type, "cos") \
+    X(REAL, train, lr_init, 6e-4) \
+    X(REAL, train, lr_final, 2e-4) \
+    X(REAL, train, lr_wait, 0) \
+    X(REAL, train, weight_decay, 0.001) \
+    X(REAL, train, beta1, 0.9) \
+    X(REAL, train, beta2, 0.99) \
+    X(REAL, train, adam_eps, 1e-8) \
     X(REAL, train, gradient_clip_val, 1.0)
 
-#define NESTED_SETTINGS(X)       \
-    X(REAL, model, rope.base, 0)     \
-    X(REAL, model, rope.rebase, 1)   \
-    X(REAL, model, rope.rescale, 1)  \
+#define NESTED_SETTINGS(X) \
+    X(REAL, model, rope.base, 0) \
+    X(REAL, model, rope.rebase, 1) \
+    X(REAL, model, rope.rescale, 1) \
     X(REAL, model, brope.rescale, 0)
 
 #define FIELD_INT(name) int64_t name;
@@ -86,44 +86,51 @@ typedef struct Settings {
 #define FIELD(type, group, name, value) FIELD_##type(name)
     SETTINGS(FIELD)
 #undef FIELD
-    struct { double base, rebase, rescale; } rope;   // base 0: none
-    struct { double rescale; } brope;                // 0: none
+    // base 0: none
+    struct {
+        double base, rebase, rescale;
+    } rope;
+    // 0: none
+    struct {
+        double rescale;
+    } brope;
 } Settings;
 
 // --------------------------------------------------------------------------------------------------------------------
 // Tensors: one table per part names each tensor, its shape, its optimizer group and how it starts
 
 typedef enum Group {
-    PLAIN,   // learning rate x 1, no weight decay
-    TWICE,   // learning rate x 2, no weight decay
-    DECAY,   // learning rate x 1, weight decay
+    PLAIN, // learning rate x 1, no weight decay
+    TWICE, // learning rate x 2, no weight decay
+    DECAY, // learning rate x 1, weight decay
 } Group;
 
-typedef enum Init {      // with p = l / (L-1), q = 1 - l / L for layer l, and d = i / C for channel i
+typedef enum Init { // with p = l / (L-1), q = 1 - l / L for layer l, and d = i / C for channel i
     ZERO,
     ONE,
-    MIX,                 // 1 - d^q
-    MIX_HALF,            // 1 - d^(q/2)
-    MIX_V,               // 1 - (d^q + 0.3 p)
-    EAGLE_MIX,           // d^q
-    EAGLE_MIX_HALF,      // d^(q/2)
-    EAGLE_MIX_V,         // d^q + 0.3 p
-    SMALL,               // uniform in +-0.01
-    EMBEDDING,           // uniform in +-1e-4
-    TIME_DECAY,          // -6 + 5 (i/(A-1))^(0.7 + 1.3 p)
-    TIME_FAAAA,          // p (1 - i/(A-1)) + 0.1 ((i+1) mod 3 - 1)
-    LN_X,                // ((1+l)/L)^0.7
-    ORTHOGONAL,          // gain 1
-    ORTHOGONAL_KEY,      // gain 0.1
-    ORTHOGONAL_HEAD,     // gain 0.5 sqrt(V/C) if V > C, else 0.5
+    MIX,             // 1 - d^q
+    MIX_HALF,        // 1 - d^(q/2)
+    MIX_V,           // 1 - (d^q + 0.3 p)
+    EAGLE_MIX,       // d^q
+    EAGLE_MIX_HALF,  // d^(q/2)
+    EAGLE_MIX_V,     // d^q + 0.3 p
+    SMALL,           // uniform in +-0.01
+    EMBEDDING,       // uniform in +-1e-4
+    TIME_DECAY,      // -6 + 5 (i/(A-1))^(0.7 + 1.3 p)
+    TIME_FAAAA,      // p (1 - i/(A-1)) + 0.1 ((i+1) mod 3 - 1)
+    LN_X,            // ((1+l)/L)^0.7
+    ORTHOGONAL,      // gain 1
+    ORTHOGONAL_KEY,  // gain 0.1
+    ORTHOGONAL_HEAD, // gain 0.5 sqrt(V/C) if V > C, else 0.5
 } Init;
 
 typedef struct Row {
-    const char *name, *shape;  // shape: numbers and letters; D = max(C/16, 64), X = C + R, W = 8C/3 in steps of 32
+    const char *name, *shape; // shape: numbers and letters; D = max(C/16, 64), X = C + R, W = 8C/3 in steps of 32
     Group group;
     Init init;
 } Row;
 
+// clang-format off
 #define NORM(name, width, gain) {name ".weight", width, PLAIN, gain}, {name ".bias", width, PLAIN, ZERO}
 
 static const Row model_tensors[] = {
@@ -291,31 +298,32 @@ static const Row cmix_llama_tensors[] = {
     {"ffn.w3.weight", "W C", DECAY, ORTHOGONAL},
     {0}
 };
+// clang-format on
 
 typedef struct Param {
-    char name[64];           // "blocks.0.att.key.weight"
+    char name[64]; // "blocks.0.att.key.weight"
     const Row *row;
-    int layer;               // -1: belongs to no block
+    int layer; // -1: belongs to no block
     int ndim;
     int64_t shape[3], size;
-    float *w, *g, *m, *v;    // weights, gradient, AdamW's two moments
+    float *w, *g, *m, *v; // weights, gradient, AdamW's two moments
 } Param;
 
-typedef struct Array {       // an activation kept for the backward pass
-    char name[64];           // "blocks.0.att.out"
+typedef struct Array { // an activation kept for the backward pass
+    char name[64];     // "blocks.0.att.out"
     int64_t size;
     float *data;
 } Array;
 
 typedef struct Ref {
     Settings s;
-    int L, C, A, H, F, V, R, G0;  // layers 0 .. G0-1 use tmix and cmix, G0 .. L-1 use tmix2 and cmix2
-    int B, T, rows;               // of the current batch
+    int L, C, A, H, F, V, R, G0; // layers 0 .. G0-1 use tmix and cmix, G0 .. L-1 use tmix2 and cmix2
+    int B, T, rows;              // of the current batch
     int n_params, n_kept, n_temporary;
     Param params[512];
     Array kept[1024];
-    float *temporary[64];         // gradients of activations, freed after each layer
-    float *dx0, *dK0;             // (rows, C), (rows, A): sums over all the GOLD layers
+    float *temporary[64]; // gradients of activations, freed after each layer
+    float *dx0, *dK0;     // (rows, C), (rows, A): sums over all the GOLD layers
 } Ref;
 
 static void fail(const char *format, ...) {
@@ -339,22 +347,20 @@ static void full_name(char full[64], int l, const char *name) {
     else snprintf(full, 64, "blocks.%d.%s", l, name);
 }
 
-static int llama_width(const Ref *m) {
-    return m->C * 4 * 2 / 3 / 32 * 32;
-}
+static int llama_width(const Ref *m) { return m->C * 4 * 2 / 3 / 32 * 32; }
 
 static int64_t dimension(const Ref *m, const char *text) {
     switch (*text) {
-        case 'A': return m->A;
-        case 'C': return m->C;
-        case 'D': return m->C / 16 > 64 ? m->C / 16 : 64;
-        case 'F': return m->F;
-        case 'H': return m->H;
-        case 'R': return m->R;
-        case 'V': return m->V;
-        case 'W': return llama_width(m);
-        case 'X': return m->C + m->R;
-        default: return atoi(text);
+    case 'A': return m->A;
+    case 'C': return m->C;
+    case 'D': return m->C / 16 > 64 ? m->C / 16 : 64;
+    case 'F': return m->F;
+    case 'H': return m->H;
+    case 'R': return m->R;
+    case 'V': return m->V;
+    case 'W': return llama_width(m);
+    case 'X': return m->C + m->R;
+    default: return atoi(text);
     }
 }
 
@@ -381,9 +387,8 @@ static void add_tensors(Ref *m, int layer, const Row *row) {
 static Param *param(Ref *m, int l, const char *name) {
     char full[64];
     full_name(full, l, name);
-    for (int i = 0; i < m->n_params; i++) {
+    for (int i = 0; i < m->n_params; i++)
         if (!strcmp(m->params[i].name, full)) return &m->params[i];
-    }
     return NULL;
 }
 
@@ -391,15 +396,12 @@ static Param *param(Ref *m, int l, const char *name) {
 static Array *kept(Ref *m, int l, const char *name) {
     char full[64];
     full_name(full, l, name);
-    for (int i = 0; i < m->n_kept; i++) {
+    for (int i = 0; i < m->n_kept; i++)
         if (!strcmp(m->kept[i].name, full)) return &m->kept[i];
-    }
     return NULL;
 }
 
-static float *saved(Ref *m, int l, const char *name) {
-    return kept(m, l, name)->data;
-}
+static float *saved(Ref *m, int l, const char *name) { return kept(m, l, name)->data; }
 
 // A new activation of n zeros under this name; the backward pass finds it by saved().
 static float *keep(Ref *m, int l, const char *name, int64_t n) {
@@ -414,9 +416,7 @@ static float *keep(Ref *m, int l, const char *name, int64_t n) {
     return a->data;
 }
 
-static float *temporary(Ref *m, int64_t n) {
-    return m->temporary[m->n_temporary++] = zeros(n, sizeof(float));
-}
+static float *temporary(Ref *m, int64_t n) { return m->temporary[m->n_temporary++] = zeros(n, sizeof(float)); }
 
 static void free_temporary(Ref *m) {
     while (m->n_temporary) free(m->temporary[--m->n_temporary]);
@@ -429,12 +429,11 @@ static void free_temporary(Ref *m) {
 // a_row is the distance from a[i][k] to a[i+1][k], a_col to a[i][k+1]; b alike, so any of them may be transposed.
 static void matmul(float *y, int y_row, const float *a, int a_row, int a_col, const float *b, int b_row, int b_col,
                    int I, int J, int K) {
-    double *panel = zeros(4 * (int64_t)K, sizeof(double));  // four columns of b side by side: (K, 4)
+    double *panel = zeros(4 * (int64_t)K, sizeof(double)); // four columns of b side by side: (K, 4)
     for (int j = 0; j < J; j += 4) {
         int width = J - j < 4 ? J - j : 4;
-        for (int k = 0; k < K; k++) {
+        for (int k = 0; k < K; k++)
             for (int c = 0; c < width; c++) panel[4 * k + c] = b[(int64_t)k * b_row + (int64_t)(j + c) * b_col];
-        }
         for (int i = 0; i < I; i++) {
             const float *ai = a + (int64_t)i * a_row;
             double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
@@ -472,8 +471,8 @@ static void low_rank(float *y, float *h, const float *x, const Param *W1, const 
     matmul(h, width, x, in, 1, W1->w, width, 1, rows, width, in);
     for (int64_t i = 0; i < (int64_t)rows * width; i++) h[i] = tanh(h[i]);
     for (int i = 0; i < n; i++) {
-        matmul(y + (int64_t)i * rows * out, out, h + i * rank, width, 1, W2->w + i * rank * out, out, 1,
-               rows, out, rank);
+        matmul(y + (int64_t)i * rows * out, out, h + i * rank, width, 1, W2->w + i * rank * out, out, 1, rows, out,
+               rank);
     }
 }
 
@@ -496,7 +495,9 @@ static void low_rank_backward(float *dx, const float *dy, const float *h, const 
 // --------------------------------------------------------------------------------------------------------------------
 // Norms
 
-typedef struct Moments { double mean, rstd; } Moments;
+typedef struct Moments {
+    double mean, rstd;
+} Moments;
 
 static Moments moments(const float *x, int D) {
     double mean = 0, variance = 0;
@@ -521,7 +522,7 @@ static void layer_norm_backward(float *dx, const float *dy, const float *x, cons
     double *dgain = zeros(D, sizeof(double)), *dbias = zeros(D, sizeof(double));
     for (int t = 0; t < rows; t++, x += D, dx += D, dy += D) {
         Moments s = moments(x, D);
-        double mean_dn = 0, mean_dn_n = 0;  // n is x normalized, before gain and bias
+        double mean_dn = 0, mean_dn_n = 0; // n is x normalized, before gain and bias
         for (int i = 0; i < D; i++) {
             double n = (x[i] - s.mean) * s.rstd, dn = (double)dy[i] * gain->w[i];
             mean_dn += dn / D;
@@ -560,7 +561,7 @@ static void rms_norm_backward(float *dx, const float *dy, const float *x, int D,
             dot += (double)dy[i] * x[i];
         }
         double rms = sqrt(square / D), scale = 1 / (rms + 1e-8);
-        if (rms == 0) continue;  // by decision: the norm has no derivative at 0
+        if (rms == 0) continue; // by decision: the norm has no derivative at 0
         for (int i = 0; i < D; i++) dx[i] += dy[i] * scale - x[i] * dot * scale * scale / (rms * D);
     }
 }
@@ -570,9 +571,8 @@ static void rms_norm_backward(float *dx, const float *dy, const float *x, int D,
 
 // d_t = x_{t-1} - x_t, with x_{-1} = 0 at the start of each sequence. x, d (B, T, C)
 static void shift_difference(float *d, const float *x, int B, int T, int C) {
-    for (int t = 0; t < B * T; t++) {
+    for (int t = 0; t < B * T; t++)
         for (int64_t i = (int64_t)t * C; i < (int64_t)(t + 1) * C; i++) d[i] += (t % T ? x[i - C] : 0) - x[i];
-    }
 }
 
 static void shift_difference_backward(float *dx, const float *dd, int B, int T, int C) {
@@ -610,16 +610,14 @@ static void mix_backward(float *dx, float *dd, float *dm, const float *dy, const
 //     S[i][j] = d_t[i] S[i][j] + k_t[i] v_t[j],      d_t = exp(-exp(w_t))
 // r, k, v, w, y (B, T, H, N); u (H, N), or NULL for zeros.
 
-static double decay(float w) {
-    return exp(-exp(w));
-}
+static double decay(float w) { return exp(-exp(w)); }
 
-static double decay_gradient(float w) {  // d decay / d w, without inf * 0
+static double decay_gradient(float w) { // d decay / d w, without inf * 0
     return w < 7 ? -exp(-exp(w)) * exp(w) : 0;
 }
 
-static void wkv(float *y, const float *r, const float *k, const float *v, const float *w, const float *u,
-                int B, int T, int H) {
+static void wkv(float *y, const float *r, const float *k, const float *v, const float *w, const float *u, int B, int T,
+                int H) {
     for (int bh = 0; bh < B * H; bh++) {
         double S[N][N] = {{0}};
         for (int t = 0; t < T; t++) {
@@ -640,7 +638,7 @@ static void wkv(float *y, const float *r, const float *k, const float *v, const 
 
 static void wkv_backward(float *dr, float *dk, float *dv, float *dw, float *du, const float *dy, const float *r,
                          const float *k, const float *v, const float *w, const float *u, int B, int T, int H) {
-    double(*S)[N][N] = zeros(T + 1, sizeof(*S));  // S[t]: the state that token t finds
+    double(*S)[N][N] = zeros(T + 1, sizeof(*S)); // S[t]: the state that token t finds
     for (int bh = 0; bh < B * H; bh++) {
         for (int t = 0; t < T; t++) {
             int64_t at = (((int64_t)(bh / H) * T + t) * H + bh % H) * N;
@@ -649,7 +647,7 @@ static void wkv_backward(float *dr, float *dk, float *dv, float *dw, float *du, 
                 for (int j = 0; j < N; j++) S[t + 1][i][j] = di * S[t][i][j] + ki * v[at + j];
             }
         }
-        double dS[N][N] = {{0}};  // gradient of the state after token t
+        double dS[N][N] = {{0}}; // gradient of the state after token t
         double du_sum[N] = {0};
         for (int t = T - 1; t >= 0; t--) {
             int64_t at = (((int64_t)(bh / H) * T + t) * H + bh % H) * N;
@@ -706,9 +704,8 @@ static void attention(float *y, const float *q, const float *k, const float *v, 
         for (int t = 0; t < T; t++) {
             double sum[N] = {0};
             attention_row(p, q + head + (int64_t)t * stride, k + head, t, stride);
-            for (int s = 0; s <= t; s++) {
+            for (int s = 0; s <= t; s++)
                 for (int j = 0; j < N; j++) sum[j] += p[s] * v[head + (int64_t)s * stride + j];
-            }
             for (int j = 0; j < N; j++) y[head + (int64_t)t * stride + j] += sum[j];
         }
     }
@@ -781,9 +778,9 @@ static void rope(const Ref *m, float *x, int direction) {
 // P finds a tensor of this block, KEEP a new activation of this block, SAVED one that forward kept.
 
 #define P(name) param(m, l, name)
-#define KEEP(name, width) keep(m, l, name, (int64_t)m->rows * (width))
+#define KEEP(name, width) keep(m, l, name, (int64_t)m->rows *(width))
 #define SAVED(name) saved(m, l, name)
-#define TEMPORARY(width) temporary(m, (int64_t)m->rows * (width))
+#define TEMPORARY(width) temporary(m, (int64_t)m->rows *(width))
 
 // x060c2, Finch-C2:
 //     d    = shift(x) - x
@@ -802,13 +799,12 @@ static const char *const finch_c2_mixes[5] = {
 static void tmix_finch_c2(Ref *m, int l, float *out, const float *x) {
     int rows = m->rows, C = m->C, A = m->A;
     float *d = KEEP("att.d", C), *xx = KEEP("att.xx", C), *h = KEEP("att.h", 160);
-    float *mi = KEEP("att.m", 5 * C), *xi = KEEP("att.x", 5 * C);  // (5, rows, C)
+    float *mi = KEEP("att.m", 5 * C), *xi = KEEP("att.x", 5 * C); // (5, rows, C)
     shift_difference(d, x, m->B, m->T, C);
     mix(xx, x, d, P("att.time_maa_x"), NULL, rows);
     low_rank(mi, h, xx, P("att.time_maa_w1"), P("att.time_maa_w2"), rows);
-    for (int i = 0; i < 5; i++) {
+    for (int i = 0; i < 5; i++)
         mix(xi + (int64_t)i * rows * C, x, d, P(finch_c2_mixes[i]), mi + (int64_t)i * rows * C, rows);
-    }
     float *xr = xi, *xk = xr + rows * C, *xv = xk + rows * C, *xw = xv + rows * C, *xv2 = xw + rows * C;
 
     float *r = KEEP("att.r", A), *k = KEEP("att.k", A), *v = KEEP("att.v", A), *w = KEEP("att.w", A);
@@ -939,7 +935,7 @@ static void tmix_gold_backward(Ref *m, int l, float *dx, const float *dout, cons
     rope(m, dq, -1);
     rope(m, dk, -1);
 
-    float *g_xo = TEMPORARY(C), *g_dxo = TEMPORARY(C), *g_d_K0 = TEMPORARY(C);  // gradients of xo, dxo, d_K0
+    float *g_xo = TEMPORARY(C), *g_dxo = TEMPORARY(C), *g_d_K0 = TEMPORARY(C); // gradients of xo, dxo, d_K0
     float *dm_k = TEMPORARY(2 * C), *dm_v = dm_k + rows * C;
     float *dv_sum = TEMPORARY(C), *dv_mix = TEMPORARY(C);
     layer_norm_backward(dv_sum, dv, SAVED("att.v_sum"), P("att.ln_v.weight"), P("att.ln_v.bias"), rows);
@@ -951,14 +947,14 @@ static void tmix_gold_backward(Ref *m, int l, float *dx, const float *dout, cons
     float *dk_sum = TEMPORARY(C), *dk_mix = TEMPORARY(C);
     layer_norm_backward(dk_sum, dk, SAVED("att.k_sum"), P("att.ln_k.weight"), P("att.ln_k.bias"), rows);
     memcpy(dk_mix, dk_sum, (size_t)rows * C * sizeof(float));
-    low_rank_backward(dk_mix, dk_sum, SAVED("att.h_k"), SAVED("att.k_mix"), P("att.time_key_w1"),
-                      P("att.time_key_w2"), rows);
+    low_rank_backward(dk_mix, dk_sum, SAVED("att.h_k"), SAVED("att.k_mix"), P("att.time_key_w1"), P("att.time_key_w2"),
+                      rows);
     mix_backward(m->dK0, g_d_K0, dm_k, dk_mix, SAVED("att.d_K0"), P("att.time_maa_k"), m_k, rows);
     shift_difference_backward(m->dK0, g_d_K0, B, T, C);
 
     float *dxxo = TEMPORARY(C);
-    low_rank_backward(dxxo, dm_k, SAVED("att.h_kv"), SAVED("att.xxo"), P("att.time_maa_kv_w1"),
-                      P("att.time_maa_kv_w2"), rows);
+    low_rank_backward(dxxo, dm_k, SAVED("att.h_kv"), SAVED("att.xxo"), P("att.time_maa_kv_w1"), P("att.time_maa_kv_w2"),
+                      rows);
     mix_backward(g_xo, g_dxo, NULL, dxxo, dxo, P("att.time_maa_v_cache"), NULL, rows);
     shift_difference_backward(g_xo, g_dxo, B, T, C);
     rms_norm_backward(m->dx0, g_xo, x0, C, rows);
@@ -967,8 +963,8 @@ static void tmix_gold_backward(Ref *m, int l, float *dx, const float *dout, cons
     layer_norm_backward(dq_linear, dq, SAVED("att.q_linear"), P("att.ln_q.weight"), P("att.ln_q.bias"), rows);
     linear_backward(dxq, dq_linear, SAVED("att.xq"), P("att.query.weight"), rows);
     mix_backward(dx, dd, dm_q, dxq, d, P("att.time_maa_q"), SAVED("att.m_q"), rows);
-    low_rank_backward(dxx, dm_q, SAVED("att.h_q"), SAVED("att.xx"), P("att.time_maa_q_w1"),
-                      P("att.time_maa_q_w2"), rows);
+    low_rank_backward(dxx, dm_q, SAVED("att.h_q"), SAVED("att.xx"), P("att.time_maa_q_w1"), P("att.time_maa_q_w2"),
+                      rows);
     mix_backward(dx, dd, NULL, dxx, d, P("att.time_maa_x"), NULL, rows);
     shift_difference_backward(dx, dd, B, T, C);
     (void)x;
@@ -1019,7 +1015,8 @@ static void cmix_backward(Ref *m, int l, float *dx, const float *dout, const flo
 //     m_i = (tanh((x + d time_maa_x) @ W1))_i @ W2[i]
 //     x_i = x + d (time_maa_i + m_i)
 // Keeps x_i as "att.x" (n, rows, C).
-static float *data_mixes(Ref *m, int l, const float *x, const char *const *names, int n, const Param *W1, const Param *W2) {
+static float *data_mixes(Ref *m, int l, const float *x, const char *const *names, int n, const Param *W1,
+                         const Param *W2) {
     int rows = m->rows, C = m->C;
     float *d = KEEP("att.d", C), *xx = KEEP("att.xx", C), *h = KEEP("att.h", 32 * n);
     float *mi = KEEP("att.m", n * C), *xi = KEEP("att.x", n * C);
@@ -1030,8 +1027,8 @@ static float *data_mixes(Ref *m, int l, const float *x, const char *const *names
     return xi;
 }
 
-static void data_mixes_backward(Ref *m, int l, float *dx, const float *dxi, const char *const *names, int n, const Param *W1,
-                                const Param *W2) {
+static void data_mixes_backward(Ref *m, int l, float *dx, const float *dxi, const char *const *names, int n,
+                                const Param *W1, const Param *W2) {
     int rows = m->rows, C = m->C;
     const float *d = SAVED("att.d"), *mi = SAVED("att.m");
     float *dmi = TEMPORARY(n * C), *dd = TEMPORARY(C), *dxx = TEMPORARY(C);
@@ -1053,7 +1050,7 @@ static float *data_decay(Ref *m, int l, const float *xw) {
     return w;
 }
 
-static void add_rows(Param *p, const float *dx, int rows) {  // the gradient of a vector that every row adds
+static void add_rows(Param *p, const float *dx, int rows) { // the gradient of a vector that every row adds
     for (int64_t i = 0; i < p->size; i++) {
         double sum = 0;
         for (int t = 0; t < rows; t++) sum += dx[t * p->size + i];
@@ -1061,9 +1058,7 @@ static void add_rows(Param *p, const float *dx, int rows) {  // the gradient of 
     }
 }
 
-static double silu(double x) {
-    return x / (1 + exp(-x));
-}
+static double silu(double x) { return x / (1 + exp(-x)); }
 
 static double silu_gradient(double x) {
     double s = 1 / (1 + exp(-x));
@@ -1079,8 +1074,8 @@ static void head_moments(const float *y, double scale, double eps, double *mean,
 }
 
 // out = GroupNorm(y / scale) silu(g): each head of N channels is normed by itself. y, g (rows, A)
-static void gated_group_norm(float *out, const float *y, const float *g, const Param *gain, const Param *bias, double scale,
-                             double eps, int rows) {
+static void gated_group_norm(float *out, const float *y, const float *g, const Param *gain, const Param *bias,
+                             double scale, double eps, int rows) {
     for (int64_t at = 0; at < rows * gain->size; at += N) {
         double mean, rstd;
         head_moments(y + at, scale, eps, &mean, &rstd);
@@ -1091,8 +1086,8 @@ static void gated_group_norm(float *out, const float *y, const float *g, const P
     }
 }
 
-static void gated_group_norm_backward(float *dy, float *dg, const float *dout, const float *y, const float *g, const Param *gain,
-                                      const Param *bias, double scale, double eps, int rows) {
+static void gated_group_norm_backward(float *dy, float *dg, const float *dout, const float *y, const float *g,
+                                      const Param *gain, const Param *bias, double scale, double eps, int rows) {
     double *dgain = zeros(gain->size, sizeof(double)), *dbias = zeros(gain->size, sizeof(double));
     for (int64_t at = 0; at < rows * gain->size; at += N) {
         double mean, rstd, n[N], dn[N], mean_dn = 0, mean_dn_n = 0;
@@ -1145,16 +1140,18 @@ static void tmix_finch(Ref *m, int l, float *out, const float *x) {
 static void tmix_finch_backward(Ref *m, int l, float *dx, const float *dout, const float *x) {
     int rows = m->rows, C = m->C, A = m->A;
     double divisor = m->s.head_size_divisor;
-    const float *xw = SAVED("att.x"), *xk = xw + rows * C, *xv = xk + rows * C, *xr = xv + rows * C, *xg = xr + rows * C;
-    float *dxw = TEMPORARY(5 * C), *dxk = dxw + rows * C, *dxv = dxk + rows * C, *dxr = dxv + rows * C, *dxg = dxr + rows * C;
+    const float *xw = SAVED("att.x"), *xk = xw + rows * C, *xv = xk + rows * C, *xr = xv + rows * C,
+                *xg = xr + rows * C;
+    float *dxw = TEMPORARY(5 * C), *dxk = dxw + rows * C, *dxv = dxk + rows * C, *dxr = dxv + rows * C,
+          *dxg = dxr + rows * C;
     float *dgated = TEMPORARY(A), *dy = TEMPORARY(A), *dg = TEMPORARY(A);
     float *dr = TEMPORARY(A), *dk = TEMPORARY(A), *dv = TEMPORARY(A), *dw = TEMPORARY(A);
     Param *u = P("att.time_faaaa");
     linear_backward(dgated, dout, SAVED("att.gated"), P("att.output.weight"), rows);
-    gated_group_norm_backward(dy, dg, dgated, SAVED("att.y"), SAVED("att.g"), P("att.ln_x.weight"), P("att.ln_x.bias"), 1,
-                              1e-5 * divisor * divisor, rows);
-    wkv_backward(dr, dk, dv, dw, u->g, dy, SAVED("att.r"), SAVED("att.k"), SAVED("att.v"), SAVED("att.w"), u->w,
-                 m->B, m->T, m->H);
+    gated_group_norm_backward(dy, dg, dgated, SAVED("att.y"), SAVED("att.g"), P("att.ln_x.weight"), P("att.ln_x.bias"),
+                              1, 1e-5 * divisor * divisor, rows);
+    wkv_backward(dr, dk, dv, dw, u->g, dy, SAVED("att.r"), SAVED("att.k"), SAVED("att.v"), SAVED("att.w"), u->w, m->B,
+                 m->T, m->H);
     add_rows(P("att.time_decay"), dw, rows);
     low_rank_backward(dxw, dw, SAVED("att.h_w"), xw, P("att.time_decay_w1"), P("att.time_decay_w2"), rows);
     linear_backward(dxr, dr, xr, P("att.receptance.weight"), rows);
@@ -1192,8 +1189,8 @@ static void tmix_finch_b_backward(Ref *m, int l, float *dx, const float *dout, c
     Param *u = P("att.time_faaaa");
     linear_backward(dnormed, dout, SAVED("att.normed"), P("att.output.weight"), rows);
     layer_norm_backward(dy, dnormed, SAVED("att.y"), P("att.ln_x.weight"), P("att.ln_x.bias"), rows);
-    wkv_backward(dr, dk, dv, dw, u->g, dy, SAVED("att.r"), SAVED("att.k"), SAVED("att.v"), SAVED("att.w"), u->w,
-                 m->B, m->T, m->H);
+    wkv_backward(dr, dk, dv, dw, u->g, dy, SAVED("att.r"), SAVED("att.k"), SAVED("att.v"), SAVED("att.w"), u->w, m->B,
+                 m->T, m->H);
     add_rows(P("att.time_decay"), dw, rows);
     low_rank_backward(dxw, dw, SAVED("att.h_w"), xw, P("att.time_decay_w1"), P("att.time_decay_w2"), rows);
     linear_backward(dxr, dr, xr, P("att.receptance.weight"), rows);
@@ -1234,7 +1231,8 @@ static void eagle_mix_backward(float *dx, const float *dy, const float *x, const
 static void tmix_eagle(Ref *m, int l, float *out, const float *x) {
     int rows = m->rows, C = m->C, A = m->A;
     float *xk = KEEP("att.xk", C), *xv = KEEP("att.xv", C), *xr = KEEP("att.xr", C), *xg = KEEP("att.xg", C);
-    float *r = KEEP("att.r", A), *k = KEEP("att.k", A), *v = KEEP("att.v", A), *g = KEEP("att.g", A), *w = KEEP("att.w", A);
+    float *r = KEEP("att.r", A), *k = KEEP("att.k", A), *v = KEEP("att.v", A), *g = KEEP("att.g", A),
+          *w = KEEP("att.w", A);
     float *y = KEEP("att.y", A), *gated = KEEP("att.gated", A);
     eagle_mix(xk, x, P("att.time_mix_k"), m->T, rows);
     eagle_mix(xv, x, P("att.time_mix_v"), m->T, rows);
@@ -1259,8 +1257,8 @@ static void tmix_eagle_backward(Ref *m, int l, float *dx, const float *dout, con
     linear_backward(dgated, dout, SAVED("att.gated"), P("att.output.weight"), rows);
     gated_group_norm_backward(dy, dg, dgated, SAVED("att.y"), SAVED("att.g"), P("att.ln_x.weight"), P("att.ln_x.bias"),
                               m->s.head_size_divisor, 1e-5, rows);
-    wkv_backward(dr, dk, dv, dw, u->g, dy, SAVED("att.r"), SAVED("att.k"), SAVED("att.v"), SAVED("att.w"), u->w,
-                 m->B, m->T, m->H);
+    wkv_backward(dr, dk, dv, dw, u->g, dy, SAVED("att.r"), SAVED("att.k"), SAVED("att.v"), SAVED("att.w"), u->w, m->B,
+                 m->T, m->H);
     add_rows(P("att.time_decay"), dw, rows);
     linear_backward(dxk, dk, SAVED("att.xk"), P("att.key.weight"), rows);
     linear_backward(dxv, dv, SAVED("att.xv"), P("att.value.weight"), rows);
@@ -1404,22 +1402,18 @@ typedef struct Mixer {
     void (*backward)(Ref *m, int l, float *dx, const float *dout, const float *x);
 } Mixer;
 
-static const Mixer time_mixers[] = {
-    {"x060c2", finch_c2_tensors, tmix_finch_c2, tmix_finch_c2_backward},
-    {"gold", gold_tensors, tmix_gold, tmix_gold_backward},
-    {"x060", finch_tensors, tmix_finch, tmix_finch_backward},
-    {"x060b", finch_b_tensors, tmix_finch_b, tmix_finch_b_backward},
-    {"x052", eagle_tensors, tmix_eagle, tmix_eagle_backward},
-    {"gptalpha", gptalpha_tensors, tmix_gptalpha, tmix_gptalpha_backward},
-    {"llama", llama_tensors, tmix_llama, tmix_llama_backward},
-    {0}
-};
-static const Mixer channel_mixers[] = {
-    {"x060", cmix_tensors, cmix, cmix_backward},
-    {"x052", cmix_eagle_tensors, cmix_eagle, cmix_eagle_backward},
-    {"llama", cmix_llama_tensors, cmix_llama, cmix_llama_backward},
-    {0}
-};
+static const Mixer time_mixers[] = {{"x060c2", finch_c2_tensors, tmix_finch_c2, tmix_finch_c2_backward},
+                                    {"gold", gold_tensors, tmix_gold, tmix_gold_backward},
+                                    {"x060", finch_tensors, tmix_finch, tmix_finch_backward},
+                                    {"x060b", finch_b_tensors, tmix_finch_b, tmix_finch_b_backward},
+                                    {"x052", eagle_tensors, tmix_eagle, tmix_eagle_backward},
+                                    {"gptalpha", gptalpha_tensors, tmix_gptalpha, tmix_gptalpha_backward},
+                                    {"llama", llama_tensors, tmix_llama, tmix_llama_backward},
+                                    {0}};
+static const Mixer channel_mixers[] = {{"x060", cmix_tensors, cmix, cmix_backward},
+                                       {"x052", cmix_eagle_tensors, cmix_eagle, cmix_eagle_backward},
+                                       {"llama", cmix_llama_tensors, cmix_llama, cmix_llama_backward},
+                                       {0}};
 
 static const Mixer *find_mixer(const Mixer *mixer, const char *name) {
     while (mixer->name && strcmp(mixer->name, name)) mixer++;
@@ -1467,9 +1461,7 @@ static const Mixer *channel_mixer(const Ref *m, int l) {
     return find_mixer(channel_mixers, l < m->G0 ? m->s.cmix : m->s.cmix2);
 }
 
-static int has_gold(const Ref *m) {
-    return m->G0 < m->L && !strcmp(m->s.tmix2, "gold");
-}
+static int has_gold(const Ref *m) { return m->G0 < m->L && !strcmp(m->s.tmix2, "gold"); }
 
 static void add(float *y, const float *x, int64_t n) {
     for (int64_t i = 0; i < n; i++) y[i] += x[i];
@@ -1511,7 +1503,7 @@ static void block_backward(Ref *m, int l, float *dx, const float *x) {
 
 typedef struct Loss {
     double cross_entropy;
-    double objective;  // what the gradient is the gradient of: cross_entropy + mean over positions of 1e-4 z_max² / 2
+    double objective; // what the gradient is the gradient of: cross_entropy + mean over positions of 1e-4 z_max² / 2
 } Loss;
 
 static Loss loss(const float *logits, const int *targets, int V, int rows) {
@@ -1582,9 +1574,8 @@ static void ref_backward(Ref *m, const int *tokens, const int *targets, double s
     layer_norm_backward(dembedded, dx, SAVED("embedded"), P("blocks.0.ln0.weight"), P("blocks.0.ln0.bias"), rows);
     Param *emb = P("emb.weight");
     double *sum = zeros(emb->size, sizeof(double));
-    for (int t = 0; t < rows; t++) {
+    for (int t = 0; t < rows; t++)
         for (int i = 0; i < C; i++) sum[(int64_t)tokens[t] * C + i] += dembedded[t * C + i];
-    }
     for (int64_t i = 0; i < emb->size; i++) emb->g[i] += sum[i];
     free(sum);
     free(dlogits);
@@ -1598,8 +1589,7 @@ static void ref_backward(Ref *m, const int *tokens, const int *targets, double s
 static Settings default_settings(void) {
     Settings s = {
 #define DEFAULT(type, group, name, value) .name = value,
-        SETTINGS(DEFAULT)
-        NESTED_SETTINGS(DEFAULT)
+        SETTINGS(DEFAULT) NESTED_SETTINGS(DEFAULT)
 #undef DEFAULT
     };
     return s;
@@ -1657,9 +1647,8 @@ static void ref_zero_grad(Ref *m) {
 static double ref_update(Ref *m, int step, double lr) {
     const Settings *s = &m->s;
     double square = 0;
-    for (int i = 0; i < m->n_params; i++) {
+    for (int i = 0; i < m->n_params; i++)
         for (int64_t j = 0; j < m->params[i].size; j++) square += (double)m->params[i].g[j] * m->params[i].g[j];
-    }
     double norm = sqrt(square), clip = fmin(1, s->gradient_clip_val / (norm + 1e-6));
     double correct1 = 1 - pow(s->beta1, step + 1), correct2 = 1 - pow(s->beta2, step + 1);
     for (int i = 0; i < m->n_params; i++) {
@@ -1696,43 +1685,45 @@ static double ref_learning_rate(const Settings *s, int64_t step) {
 
 // What train_goldfinch.cu offers when it is built with GOLDFINCH_TEST.
 typedef struct Model Model;
-int gf_precision(void);                            // 16: weights and activations in bf16, 32: in fp32
-const char *gf_device(void);                       // "CPU" or the GPU's name
-int gf_supported(const char *tmix, const char *tmix2, const char *cmix, const char *cmix2);  // "" for no second kind
-Model *gf_create(int argc, const char **argv, int B, int T);  // argv as on the command line, without the program's name
+int gf_precision(void);      // 16: weights and activations in bf16, 32: in fp32
+const char *gf_device(void); // "CPU" or the GPU's name
+int gf_supported(const char *tmix, const char *tmix2, const char *cmix, const char *cmix2); // "" for no second kind
+Model *gf_create(int argc, const char **argv, int B, int T); // argv as on the command line, without the program's name
 void gf_free(Model *m);
 int gf_num_tensors(Model *m);
 const char *gf_tensor_name(Model *m, int i);
-int gf_tensor_shape(Model *m, int i, int64_t shape[4]);       // returns the number of dimensions
-void gf_tensor_group(Model *m, int i, double *lr_scale, double *weight_decay);  // factors
+int gf_tensor_shape(Model *m, int i, int64_t shape[4]);                        // returns the number of dimensions
+void gf_tensor_group(Model *m, int i, double *lr_scale, double *weight_decay); // factors
 void gf_set_param(Model *m, int i, const float *values);
-void gf_get_param(Model *m, int i, float *values);            // fp32 master weights
+void gf_get_param(Model *m, int i, float *values); // fp32 master weights
 void gf_get_grad(Model *m, int i, float *values);
 void gf_init_weights(Model *m, uint64_t seed);
 void gf_zero_grad(Model *m);
 // One micro-batch; adds gradients / accumulate, returns the mean cross-entropy. targets[t] is tokens[t + 1].
 double gf_loss_backward(Model *m, const int *tokens, const int *targets, int B, int T, int accumulate);
-int gf_activation(Model *m, const char *name, float *out);    // 0, or -1 if there is none of that name
-double gf_update(Model *m, int step, double lr);              // returns the norm of the gradients before clipping
+int gf_activation(Model *m, const char *name, float *out); // 0, or -1 if there is none of that name
+double gf_update(Model *m, int step, double lr);           // returns the norm of the gradients before clipping
 double gf_learning_rate(int argc, const char **argv, int64_t step);
 // The kernels alone, arrays (B, T, H, 64), u (H, 64) or NULL; inputs are rounded to what this build stores.
-void gf_rope(int argc, const char **argv, int64_t first, int rows, int A, float *x);  // (rows, A) in place, from this position
+// (rows, A) in place, from this position
+void gf_rope(int argc, const char **argv, int64_t first, int rows, int A, float *x);
 void gf_wkv(int B, int T, int H, const float *r, const float *k, const float *v, const float *w, const float *u,
             int one_minus_w, float *y, const float *dy, float *dr, float *dk, float *dv, float *dw, float *du);
 void gf_sampler(int64_t n_tokens, int64_t ctx_len, int64_t *prime, int n, int64_t *offsets);
 int64_t gf_binidx(const char *prefix, int64_t *n_docs, int32_t *tokens, int64_t max);
-// inference (infer_goldfinch.cu) with the weights of a model; kv 0: c in the storage type, 1: in 8 bits, 2: keys and values;
-// chunk: tokens of a pre-fill chunk; window: newest tokens whose keys and values are kept; small: older ones in small tiles
+// inference (infer_goldfinch.cu) with the weights of a model; kv 0: c in the storage type, 1: in 8 bits, 2: keys and
+// values; chunk: tokens of a pre-fill chunk; window: newest tokens whose keys and values are kept; small: older ones in
+// small tiles
 typedef struct Infer Infer;
 Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk, int64_t window, int small);
 void gf_infer_free(Infer *f);
 void gf_infer_reset(Infer *f);
-void gf_infer_feed(Infer *f, const int *ids, int64_t n, int all, float *logits);  // logits (V) of the last, all: (n, V)
-double gf_infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int chunk);  // mean loss of a text's tokens
+void gf_infer_feed(Infer *f, const int *ids, int64_t n, int all, float *logits); // logits (V) of the last, all: (n, V)
+double gf_infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int chunk); // mean loss of a text's tokens
 // vocab: path of the World vocabulary, NULL for bytes. ids has room for n + 1, text for 3 n; both return a length
 int64_t gf_tokenize(const char *vocab, const unsigned char *text, int64_t n, int *ids);
 int64_t gf_detokenize(const char *vocab, const int *ids, int64_t n, unsigned char *text, int64_t max);
-int64_t gf_printable(const unsigned char *bytes, int64_t n, unsigned char *text);       // as valid UTF-8
+int64_t gf_printable(const unsigned char *bytes, int64_t n, unsigned char *text); // as valid UTF-8
 void gf_sample_probabilities(const float *logits, int V, const int *history, int n_history, const int *uncounted,
                              int n_uncounted, const int *banned, int n_banned, double temperature, double top_p,
                              int top_k, double presence, double frequency, double decay, float *probabilities,
@@ -1779,9 +1770,7 @@ static uint64_t fnv1a64(const void *bytes, size_t n, uint64_t hash) {
     return hash;
 }
 
-static uint64_t name_hash(const char *name) {
-    return fnv1a64(name, strlen(name), 0xCBF29CE484222325u);
-}
+static uint64_t name_hash(const char *name) { return fnv1a64(name, strlen(name), 0xCBF29CE484222325u); }
 
 // Number i of a name's sequence, in [-1, 1).
 static double uniform(uint64_t hash, int64_t i) {
@@ -1797,9 +1786,7 @@ static int ends_with(const char *name, const char *end) {
     return n >= k && !strcmp(name + n - k, end);
 }
 
-static int is_low_rank(const char *name) {
-    return ends_with(name, "_w1") || ends_with(name, "_w2");
-}
+static int is_low_rank(const char *name) { return ends_with(name, "_w1") || ends_with(name, "_w2"); }
 
 static void hash_weights(Ref *m) {
     for (int i = 0; i < m->n_params; i++) {
@@ -1832,7 +1819,7 @@ static void hash_tokens(const char *name, int B, int T, int V) {
             int id = floor((uniform(hash, (int64_t)b * (T + 1) + i) + 1) / 2 * V);
             s[i] = id < V ? id : V - 1;
         }
-        for (int i = 7; i <= T; i += 3) s[i] = s[i - 7];  // something to learn
+        for (int i = 7; i <= T; i += 3) s[i] = s[i - 7]; // something to learn
         memcpy(inputs + b * T, s, T * sizeof(int));
         memcpy(targets + b * T, s + 1, T * sizeof(int));
     }
@@ -1866,7 +1853,8 @@ static int settings_set(Settings *s, const char *key, const char *value) {
 #define READ_INT(field) s->field = atoll(value)
 #define READ_REAL(field) s->field = atof(value)
 #define READ_TEXT(field) snprintf(s->field, sizeof(s->field), "%s", value)
-#define READ(type, group, name, standard) if (!strcmp(key, #name)) return READ_##type(name), 1;
+#define READ(type, group, name, standard) \
+    if (!strcmp(key, #name)) return READ_##type(name), 1;
     SETTINGS(READ)
     NESTED_SETTINGS(READ)
     return 0;
@@ -1896,10 +1884,10 @@ static void arguments_of(Arguments *a, const Settings *s) {
 #define WRITE_INT(field) snprintf(a->text[a->n / 2], 64, "%lld", (long long)s->field)
 #define WRITE_REAL(field) snprintf(a->text[a->n / 2], 64, "%.17g", s->field)
 #define WRITE_TEXT(field) snprintf(a->text[a->n / 2], 64, "%s", s->field)
-#define WRITE(type, group, name, value)              \
-    WRITE_##type(name);                              \
-    a->list[a->n + 1] = a->text[a->n / 2];           \
-    a->list[a->n] = "--" #group "." #name;           \
+#define WRITE(type, group, name, value) \
+    WRITE_##type(name); \
+    a->list[a->n + 1] = a->text[a->n / 2]; \
+    a->list[a->n] = "--" #group "." #name; \
     a->n += 2;
     SETTINGS(WRITE)
     NESTED_SETTINGS(WRITE)
@@ -1919,18 +1907,16 @@ static Model *kernels_create(const Settings *s, int B, int T) {
 }
 
 static int kernels_index(Model *k, const char *name) {
-    for (int i = 0; i < gf_num_tensors(k); i++) {
+    for (int i = 0; i < gf_num_tensors(k); i++)
         if (!strcmp(gf_tensor_name(k, i), name)) return i;
-    }
     return -1;
 }
 
 // Says what differs between the two tables of tensors: names, shapes, optimizer groups.
 static int same_tensors(Ref *m, Model *k) {
     int good = 1;
-    for (int i = 0; i < gf_num_tensors(k); i++) {
+    for (int i = 0; i < gf_num_tensors(k); i++)
         if (!param(m, -1, gf_tensor_name(k, i))) note("%s: unknown tensor", gf_tensor_name(k, i)), good = 0;
-    }
     for (int i = 0; i < m->n_params; i++) {
         Param *p = &m->params[i];
         int at = kernels_index(k, p->name);
@@ -2016,7 +2002,7 @@ static Bits kernels_bits(Ref *m, Model *k, double loss, int rows) {
     b.data = zeros(b.size, sizeof(float));
     float *at = b.data;
     for (int i = 0; i < m->n_params; at += m->params[i++].size) gf_get_grad(k, kernels_index(k, m->params[i].name), at);
-    if (rows && gf_activation(k, "logits", at) < 0) fail("the kernels have no logits");  // rows 0: leave them out
+    if (rows && gf_activation(k, "logits", at) < 0) fail("the kernels have no logits"); // rows 0: leave them out
     return b;
 }
 
@@ -2026,11 +2012,10 @@ static int same_bits(Ref *m, Bits a, Bits b) {
     if (!same) {
         int64_t at = 0;
         int i = 0;
-        while (i < m->n_params && !memcmp(a.data + at, b.data + at, m->params[i].size * sizeof(float))) {
+        while (i < m->n_params && !memcmp(a.data + at, b.data + at, m->params[i].size * sizeof(float)))
             at += m->params[i++].size;
-        }
         note("losses %.9g %.9g; first that differs: %s", a.loss, b.loss,
-               i < m->n_params ? m->params[i].name : "no gradient");
+             i < m->n_params ? m->params[i].name : "no gradient");
     }
     free(a.data);
     free(b.data);
@@ -2045,10 +2030,11 @@ static uint64_t digest(const Bits *b) {
 // One comparison: a first number, errors in the order of computation, errors in any order; and how large they may be
 
 typedef struct Limits {
-    const char *first, *ordered, *others;  // what is compared
+    const char *first, *ordered, *others; // what is compared
     double first_limit, ordered_limit, others_limit;
-    double median_limit, above_tenth;  // if not 0, the others pass by their median, and if no larger part of them than this
-                                       // is above 1e-1; those above others_limit are listed
+    // if not 0, the others pass by their median, and if no larger part of them than this
+    double median_limit, above_tenth;
+    // is above 1e-1; those above others_limit are listed
 } Limits;
 
 static const Limits pass_fp32 = {"loss", "activation", "gradient", 1e-4, 1e-4, 1e-4, 0, 0};
@@ -2060,9 +2046,8 @@ static const Limits run_bf16 = {"learning rate", "step", "unjudged final paramet
 
 static const Limits *pass_limits(Ref *m, int kernels) {
     if (!kernels || gf_precision() == 32) return &pass_fp32;
-    for (int l = 0; l < m->L; l++) {
+    for (int l = 0; l < m->L; l++)
         if (param(m, l, "att.gate.weight")) return &pass_bf16_group_norm;
-    }
     return &pass_bf16;
 }
 
@@ -2083,9 +2068,7 @@ static void add_error(Error *list, int *n, const char *name, double value) {
     list[(*n)++].value = isnan(value) ? INFINITY : value;
 }
 
-static double relative(double got, double want) {
-    return fabs(got - want) / fabs(want);
-}
+static double relative(double got, double want) { return fabs(got - want) / fabs(want); }
 
 static int larger_first(const void *a, const void *b) {
     double x = ((const Error *)a)->value, y = ((const Error *)b)->value;
@@ -2128,10 +2111,8 @@ static void judge(Comparison *c, const char *format, ...) {
         note("allowed: median %.0e, and %.0f%% of the %ss above 1e-1; %d of %d are", limit->median_limit,
              100 * limit->above_tenth, limit->others, above_tenth, n);
     }
-    for (int i = 0; i < listed; i++) {
-        note("%s of %s: %.2e%s", limit->others, c->others[i].name, c->others[i].value,
-             by_median ? "" : ", too much");
-    }
+    for (int i = 0; i < listed; i++)
+        note("%s of %s: %.2e%s", limit->others, c->others[i].name, c->others[i].value, by_median ? "" : ", too much");
 }
 
 // Names of the activations in the order of computation; returns 0 after the last.
@@ -2198,18 +2179,21 @@ typedef struct Step {
 } Step;
 
 typedef struct TableRow {
-    char kind[8], name[64], shape[32];  // kind: act, grad, param
+    char kind[8], name[64], shape[32]; // kind: act, grad, param
     double norm, probe;
 } TableRow;
 
 typedef struct Table {
-    char name[64], unknown[64];  // unknown: a setting that this program does not know
+    char name[64], unknown[64]; // unknown: a setting that this program does not know
     Settings s;
-    int B, T, n_steps, n_rows, n_groups;  // n_steps > 0: a training run
+    int B, T, n_steps, n_rows, n_groups; // n_steps > 0: a training run
     double loss;
     TableRow rows[512];
     Step steps[MAX_STEPS];
-    struct { double lr_scale, weight_decay; char *names; } group[8];
+    struct {
+        double lr_scale, weight_decay;
+        char *names;
+    } group[8];
 } Table;
 
 static Table *table_read(const char *path) {
@@ -2238,15 +2222,15 @@ static Table *table_read(const char *path) {
             t->loss = atof(line + 5);
         } else if (!strncmp(line, "step ", 5) && steps_read < MAX_STEPS) {
             Step *s = &t->steps[steps_read++];
-            if (sscanf(line, "step %*d lr %lf loss %lf grad_norm %lf", &s->lr, &s->loss, &s->norm) != 3) {
+            if (sscanf(line, "step %*d lr %lf loss %lf grad_norm %lf", &s->lr, &s->loss, &s->norm) != 3)
                 fail("%s: cannot read the line %.60s", path, line);
-            }
         } else if (!strncmp(line, "group ", 6) && t->n_groups < 8) {
             char names[32];
             int g = t->n_groups++, at = 0;
             line[strcspn(line, "\n")] = 0;
             if (sscanf(line, "group %31s lr_scale=%lf weight_decay=%lf %n", names, &t->group[g].lr_scale,
-                       &t->group[g].weight_decay, &at) != 3) fail("%s: group %d is malformed", path, g);
+                       &t->group[g].weight_decay, &at) != 3)
+                fail("%s: group %d is malformed", path, g);
             t->group[g].names = strdup(line + at);
         } else if (t->n_rows < 512 && sscanf(line, "%7s %63s %31s %lf %lf", row->kind, row->name, row->shape,
                                              &row->norm, &row->probe) == 5) {
@@ -2269,9 +2253,8 @@ static void table_free(Table *t) {
 }
 
 static const TableRow *table_row(const Table *t, const char *kind, const char *name) {
-    for (int i = 0; i < t->n_rows; i++) {
+    for (int i = 0; i < t->n_rows; i++)
         if (!strcmp(t->rows[i].kind, kind) && !strcmp(t->rows[i].name, name)) return &t->rows[i];
-    }
     return NULL;
 }
 
@@ -2287,9 +2270,8 @@ static int table_complete(const Table *t, Ref *m, const char *kind) {
         const Param *p = &m->params[i];
         const TableRow *row = table_row(t, kind, p->name);
         int n = 0;
-        for (int j = 0; j < p->ndim; j++) {
+        for (int j = 0; j < p->ndim; j++)
             n += snprintf(text + n, 64 - n, "%s%lld", j ? "x" : "", (long long)p->shape[j]);
-        }
         if (row ? strcmp(row->shape, text) : !ends_with(p->name, "time_faaaa")) {
             note("%s: %s in the reference, %s in the table", p->name, text, row ? row->shape : "missing");
             good = 0;
@@ -2318,8 +2300,9 @@ static void compare_to_table(Comparison *c, const Table *t, Ref *m, Model *k, do
         add_error(c->ordered, &c->n_ordered, name, row_error(row, got, a->size));
         if (k) free(got);
     }
-    double largest = 0;  // with T = 1 more gradients vanish than zero_beside knows of
-    for (int i = 0; i < t->n_rows; i++) largest = fmax(largest, strcmp(t->rows[i].kind, "grad") == 0 ? t->rows[i].norm : 0);
+    double largest = 0; // with T = 1 more gradients vanish than zero_beside knows of
+    for (int i = 0; i < t->n_rows; i++)
+        largest = fmax(largest, strcmp(t->rows[i].kind, "grad") == 0 ? t->rows[i].norm : 0);
     for (int i = 0; i < m->n_params; i++) {
         Param *p = &m->params[i], *beside = zero_beside(m, p);
         const TableRow *row = table_row(t, "grad", p->name);
@@ -2343,7 +2326,7 @@ static double rows_error(const float *got, const float *want, int rows, int V) {
     return worst;
 }
 
-static int trainer_only;  // --trainer
+static int trainer_only; // --trainer
 
 // Inference against the logits of the kernels' last pass over the parallel model: tokens fed in chunks of 1, 7, 16 and
 // all at once, with the logits of every token and with those of each chunk's last (where the last layers see only a few
@@ -2357,9 +2340,10 @@ static void check_inference(const char *title, int B, int T, Ref *m, Model *k) {
     float *first = zeros((int64_t)T * V, sizeof(float));
     for (int kv = 0; kv < n_kinds; kv++) {
         double every = 0, last = 0;
-        for (int c = 0; c < (kv == 2 ? 4 : n_chunks); c++) {                // with full keys and values the window is all there is
+        // with full keys and values the window is all there is
+        for (int c = 0; c < (kv == 2 ? 4 : n_chunks); c++) {
             Infer *f = gf_infer_create(k, kv, T, chunks[c], windows[c], small[c]);
-            for (int b = 0; b < (chunks[c] == 1 ? 1 : B); b++) {            // token by token is slow on the CPU
+            for (int b = 0; b < (chunks[c] == 1 ? 1 : B); b++) { // token by token is slow on the CPU
                 const int *ids = inputs + b * T;
                 const float *row = want + (int64_t)b * T * V;
                 gf_infer_reset(f);
@@ -2380,8 +2364,9 @@ static void check_inference(const char *title, int B, int T, Ref *m, Model *k) {
             gf_infer_free(f);
         }
         double allowed = kv == 1 ? fmax(limit, 1e-2) : limit;
-        check(every <= allowed && last <= allowed, "%s: inference, %s: every token's logits %.1e, each chunk's last %.1e, allowed %.0e",
-              title, has_gold(m) ? kinds[kv] : "states and keys", every, last, allowed);
+        check(every <= allowed && last <= allowed,
+              "%s: inference, %s: every token's logits %.1e, each chunk's last %.1e, allowed %.0e", title,
+              has_gold(m) ? kinds[kv] : "states and keys", every, last, allowed);
     }
     if (has_gold(m)) {
         check(compressed <= limit, "%s: inference, full keys against the compressed cache: %.1e, allowed %.0e", title,
@@ -2391,8 +2376,10 @@ static void check_inference(const char *title, int B, int T, Ref *m, Model *k) {
     Infer *f = gf_infer_create(k, 0, T, T, T, 0);
     for (int i = 0; i < 3; i++) loss[i] = gf_infer_score(f, inputs, T, 0, i == 0 ? 1 : i == 1 ? 64 : 0);
     gf_infer_free(f);
-    double spread = fmax(relative(loss[0], loss[2]), relative(loss[1], loss[2])), allowed = gf_precision() == 16 ? 2e-3 : 1e-5;
-    check(spread <= allowed, "%s: scores in chunks of 1, 64 and all at once: %.1e apart, allowed %.0e", title, spread, allowed);
+    double spread = fmax(relative(loss[0], loss[2]), relative(loss[1], loss[2])),
+           allowed = gf_precision() == 16 ? 2e-3 : 1e-5;
+    check(spread <= allowed, "%s: scores in chunks of 1, 64 and all at once: %.1e apart, allowed %.0e", title, spread,
+          allowed);
     free(want), free(got), free(first);
 }
 
@@ -2430,7 +2417,8 @@ static void check_groups(const Table *t, Ref *m) {
         for (char *name = strtok(t->group[g].names, ","); name; name = strtok(NULL, ","), listed++) {
             Param *p = param(m, -1, name);
             if (p && t->group[g].lr_scale == (p->row->group == TWICE ? 2 : 1) &&
-                t->group[g].weight_decay == (p->row->group == DECAY ? t->s.weight_decay : 0)) continue;
+                t->group[g].weight_decay == (p->row->group == DECAY ? t->s.weight_decay : 0))
+                continue;
             note("%s: other group in the table", name);
             good = 0;
         }
@@ -2489,7 +2477,7 @@ static void compare_run(Comparison *c, const Table *t, Ref *m, Model *k, int to_
 static void check_training_table(const Table *t, Ref *m) {
     Comparison *c = zeros(1, sizeof(Comparison));
     Step reference[MAX_STEPS], kernels[MAX_STEPS];
-    Model *k = NULL;  // made before the reference trains: both start from the same weights
+    Model *k = NULL; // made before the reference trains: both start from the same weights
     if (!kernels_supported(&t->s)) skip("%s: these mixers are not built into the kernels", t->name);
     else k = kernels_like(m, t->B, t->T, t->name);
     check_groups(t, m);
@@ -2571,13 +2559,14 @@ static void check_tokenizer(const char *path) {
     check(cases > 0 && bad == 0, "%s: %d texts, %d with other ids", path, cases, bad);
     check_round_trips(vocab, "World tokenizer");
     // what is not valid UTF-8 prints as U+FFFD, each byte that cannot belong to a character and each broken beginning
-    static const char raw[] = "a\xC3\xA9\xFFz\xE2\x82\xAC\xED\xA0\x80\xF0\x9F\x98", valid[] = "a\xC3\xA9\xEF\xBF\xBDz\xE2\x82\xAC"
-        "\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD";
+    static const char raw[] = "a\xC3\xA9\xFFz\xE2\x82\xAC\xED\xA0\x80\xF0\x9F\x98",
+                      valid[] = "a\xC3\xA9\xEF\xBF\xBDz\xE2\x82\xAC"
+                                "\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD";
     int64_t n = gf_printable((const unsigned char *)raw, sizeof(raw) - 1, text);
     check(n == sizeof(valid) - 1 && memcmp(text, valid, n) == 0, "bytes that are not UTF-8 print as U+FFFD");
 }
 
-static int numbers(const char *text, int *out) {  // "5,9,31" or "-"; returns how many
+static int numbers(const char *text, int *out) { // "5,9,31" or "-"; returns how many
     int n = 0;
     char *end;
     for (; *text >= '0' && *text <= '9'; text = *end == ',' ? end + 1 : end) out[n++] = strtol(text, &end, 10);
@@ -2603,7 +2592,8 @@ static void check_sampling(const char *path) {
         double top_p = atof(field(line, "top_p=")), presence = atof(field(line, "presence="));
         double frequency = atof(field(line, "frequency=")), decay = atof(field(line, "decay="));
         int top_k = atoi(field(line, "top_k=")), n_history = numbers(field(line, "history="), history);
-        int n_uncounted = numbers(field(line, "uncounted="), uncounted), n_banned = numbers(field(line, "banned="), banned);
+        int n_uncounted = numbers(field(line, "uncounted="), uncounted),
+            n_banned = numbers(field(line, "banned="), banned);
         float *logits = zeros(V, sizeof(float)), *p = zeros(V, sizeof(float)), *want = zeros(V, sizeof(float));
         snprintf(hashed, sizeof(hashed), "logits:%s", name);
         for (int i = 0; i < V; i++) logits[i] = scale * uniform(name_hash(hashed), i);
@@ -2614,10 +2604,10 @@ static void check_sampling(const char *path) {
             want[id] = strtod(at + 1, &at);
             listed++;
         }
-        for (int round = 0; round < 3; round++) {  // the number drawn with: 0, 0.5, just below 1
+        for (int round = 0; round < 3; round++) { // the number drawn with: 0, 0.5, just below 1
             double number = round / 2.0 - (round == 2) * 1e-12, below = 0;
-            gf_sample_probabilities(logits, V, history, n_history, uncounted, n_uncounted, banned, n_banned, temperature, top_p,
-                                    top_k, presence, frequency, decay, p, number, &drawn);
+            gf_sample_probabilities(logits, V, history, n_history, uncounted, n_uncounted, banned, n_banned,
+                                    temperature, top_p, top_k, presence, frequency, decay, p, number, &drawn);
             for (int i = 0; i < drawn; i++) below += p[i];
             wrong += !(drawn >= 0 && p[drawn] > 0 && below <= number + 1e-5 && number <= below + p[drawn] + 1e-5);
         }
@@ -2626,13 +2616,13 @@ static void check_sampling(const char *path) {
             wrong += (p[i] > 0) != (want[i] > 0) && fmax(p[i], want[i]) > 1e-9;
             sum += p[i];
         }
-        gf_sample_probabilities(logits, V, history, n_history, uncounted, n_uncounted, banned, n_banned, 0, top_p, top_k,
-                                presence, frequency, decay, p, 0.9, &drawn);
+        gf_sample_probabilities(logits, V, history, n_history, uncounted, n_uncounted, banned, n_banned, 0, top_p,
+                                top_k, presence, frequency, decay, p, 0.9, &drawn);
         int likeliest = 0;
         for (int i = 1; i < V; i++) likeliest = want[i] > want[likeliest] ? i : likeliest;
         check(worst <= 1e-5 && wrong == 0 && fabs(sum - 1) < 1e-5 && drawn == likeliest,
-              "sampling %s: %d tokens may be drawn, probabilities off by up to %.1e, allowed 1e-05; %d drawn wrong", name, listed,
-              worst, wrong);
+              "sampling %s: %d tokens may be drawn, probabilities off by up to %.1e, allowed 1e-05; %d drawn wrong",
+              name, listed, worst, wrong);
         free(logits), free(p), free(want);
     }
     free(line);
@@ -2724,9 +2714,8 @@ static void check_learning_rates(void) {
             snprintf(s.lr_decay_type, sizeof(s.lr_decay_type), "%s", types[i]);
             Arguments a;
             arguments_of(&a, &s);
-            for (int step = 0; step < 40; step++) {  // ten of them after the end
+            for (int step = 0; step < 40; step++) // ten of them after the end
                 worst = fmax(worst, relative(gf_learning_rate(a.n, a.list, step), ref_learning_rate(&s, step)));
-            }
         }
         check(worst <= 1e-6, "learning rate %s, with warmup and lr_wait: %.1e", types[i], worst);
     }
@@ -2736,8 +2725,9 @@ static void check_learning_rates(void) {
 // The reference alone: its gradients against finite differences of its loss
 
 // For each tensor the derivative along d = gradient / |gradient| + random direction / |random direction|.
-// The weights are float, so the differences carry noise of about 1e-7 / (2 step) beside the gradient's norm. A large divisor
-// (eps 0.1 instead of 6.4e-4) keeps the group norms, whose curvature is 1/eps where y is small, straight over a step.
+// The weights are float, so the differences carry noise of about 1e-7 / (2 step) beside the gradient's norm. A large
+// divisor (eps 0.1 instead of 6.4e-4) keeps the group norms, whose curvature is 1/eps where y is small, straight over a
+// step.
 static void check_finite_differences(void) {
     static const char *const variants[] = {
         "tmix2=gold",
@@ -2778,8 +2768,8 @@ static void check_finite_differences(void) {
             free(w);
             free(d);
         }
-        check(worst <= 2e-3, "C reference's gradients against finite differences (%s): up to %.1e (%s)", variants[variant], worst,
-              where);
+        check(worst <= 2e-3, "C reference's gradients against finite differences (%s): up to %.1e (%s)",
+              variants[variant], worst, where);
         ref_free(m);
     }
 }
@@ -2787,7 +2777,7 @@ static void check_finite_differences(void) {
 // --------------------------------------------------------------------------------------------------------------------
 // WKV at extreme decays and odd lengths, against the recurrence in double, channel by channel
 
-static float to_storage(double x) {  // what this build stores: fp32, or bf16 rounded to nearest even
+static float to_storage(double x) { // what this build stores: fp32, or bf16 rounded to nearest even
     float f = x;
     uint32_t bits;
     if (gf_precision() == 32) return f;
@@ -2823,9 +2813,20 @@ static double channel_error(const float *got, const float *want, int rows, int c
 }
 
 static void check_wkv(void) {
-    static const struct { const char *name; double offset, scale; } decays[] = {
-        {"random in [-10, 4]", -3, 7}, {"-10", -10, 0}, {"-6", -6, 0}, {"-1", -1, 0}, {"2", 2, 0}, {"4", 4, 0},
-        {"random in [-15, 20]", 2.5, 17.5}, {"-15", -15, 0}, {"20", 20, 0}, {"from -10 to 4 over the channels", 0, 0},
+    static const struct {
+        const char *name;
+        double offset, scale;
+    } decays[] = {
+        {"random in [-10, 4]", -3, 7},
+        {"-10", -10, 0},
+        {"-6", -6, 0},
+        {"-1", -1, 0},
+        {"2", 2, 0},
+        {"4", 4, 0},
+        {"random in [-15, 20]", 2.5, 17.5},
+        {"-15", -15, 0},
+        {"20", 20, 0},
+        {"from -10 to 4 over the channels", 0, 0},
     };
     static const int lengths[] = {1, 15, 16, 17, 63, 64, 65, 100, 129};
     static const char *const names[6] = {"y", "dr", "dk", "dv", "dw", "du"};
@@ -2844,7 +2845,7 @@ static void check_wkv(void) {
             for (int x = 0; x < 6; x++) {
                 got[x] = zeros(n, sizeof(float));
                 want[x] = zeros(n, sizeof(float));
-                for (int c = 0; c < n; c++) got[x][c] = NAN;  // all of it must be written
+                for (int c = 0; c < n; c++) got[x][c] = NAN; // all of it must be written
             }
             for (int c = 0; c < n; c++) kw[c] = one_minus_w ? k[c] * -expm1(-exp(w[c])) : k[c];
             wkv(want[0], r, kw, v, w, u, 1, T, H);
@@ -2875,7 +2876,9 @@ static void check_wkv(void) {
 
 static void check_rope(void) {
     static const char *const settings[] = {
-        "rope.base=10000", "rope.base=500 rope.rebase=4 rope.rescale=3", "brope.rescale=1.5 ctx_len=5000",
+        "rope.base=10000",
+        "rope.base=500 rope.rebase=4 rope.rescale=3",
+        "brope.rescale=1.5 ctx_len=5000",
     };
     const int rows = 7, A = 2 * N;
     const double limit = gf_precision() == 16 ? 4e-3 : 1e-6;
@@ -2905,27 +2908,27 @@ static void check_rope(void) {
 // The value of entry i where the initializer is a formula.
 static double initial_value(const Ref *m, const Param *p, int64_t i) {
     double L = m->L, l = p->layer, depth = m->L > 1 ? l / (L - 1) : 0, q = 1 - l / L;
-    double d = (double)i / p->size;  // of a vector over C channels
+    double d = (double)i / p->size; // of a vector over C channels
     double n = (double)i / (p->size - 1);
     switch (p->row->init) {
-        case ONE: return 1;
-        case MIX: return 1 - pow(d, q);
-        case MIX_HALF: return 1 - pow(d, q / 2);
-        case MIX_V: return 1 - (pow(d, q) + 0.3 * depth);
-        case EAGLE_MIX: return pow(d, q);
-        case EAGLE_MIX_HALF: return pow(d, q / 2);
-        case EAGLE_MIX_V: return pow(d, q) + 0.3 * depth;
-        case TIME_DECAY: return -6 + 5 * pow(n, 0.7 + 1.3 * depth);
-        case TIME_FAAAA: return depth * (1 - n) + 0.1 * ((i + 1) % 3 - 1.0);
-        case LN_X: return pow((1 + l) / L, 0.7);
-        default: return 0;
+    case ONE: return 1;
+    case MIX: return 1 - pow(d, q);
+    case MIX_HALF: return 1 - pow(d, q / 2);
+    case MIX_V: return 1 - (pow(d, q) + 0.3 * depth);
+    case EAGLE_MIX: return pow(d, q);
+    case EAGLE_MIX_HALF: return pow(d, q / 2);
+    case EAGLE_MIX_V: return pow(d, q) + 0.3 * depth;
+    case TIME_DECAY: return -6 + 5 * pow(n, 0.7 + 1.3 * depth);
+    case TIME_FAAAA: return depth * (1 - n) + 0.1 * ((i + 1) % 3 - 1.0);
+    case LN_X: return pow((1 + l) / L, 0.7);
+    default: return 0;
     }
 }
 
 // Largest entry of |W Wᵀ / gain² - 1| over the shorter side's vectors, which are orthogonal. W (out, in)
 static double orthogonal_error(const float *W, int out, int in, double gain) {
     int n = out < in ? out : in, length = out < in ? in : out;
-    int step = out < in ? in : 1, inner = out < in ? 1 : in;  // from one vector to the next, and along a vector
+    int step = out < in ? in : 1, inner = out < in ? 1 : in; // from one vector to the next, and along a vector
     double worst = 0;
     for (int a = 0; a < n; a++) {
         for (int b = 0; b <= a; b++) {
@@ -2945,18 +2948,17 @@ static int initial_values_good(const Ref *m, const Param *p, const float *w) {
         largest = fmax(largest, fabs(w[i]));
     }
     switch (p->row->init) {
-        case SMALL: limit = 0.01; break;
-        case EMBEDDING: limit = 1e-4; break;
-        case ORTHOGONAL: break;
-        case ORTHOGONAL_KEY: gain = 0.1; break;
-        case ORTHOGONAL_HEAD: gain = m->V > m->C ? 0.5 * sqrt((double)m->V / m->C) : 0.5; break;
-        default:
-            for (int64_t i = 0; i < p->size; i++) {
-                if (!(fabs(w[i] - initial_value(m, p, i)) <= 2e-6)) return 0;
-            }
-            return 1;
+    case SMALL: limit = 0.01; break;
+    case EMBEDDING: limit = 1e-4; break;
+    case ORTHOGONAL: break;
+    case ORTHOGONAL_KEY: gain = 0.1; break;
+    case ORTHOGONAL_HEAD: gain = m->V > m->C ? 0.5 * sqrt((double)m->V / m->C) : 0.5; break;
+    default:
+        for (int64_t i = 0; i < p->size; i++)
+            if (!(fabs(w[i] - initial_value(m, p, i)) <= 2e-6)) return 0;
+        return 1;
     }
-    if (!limit) {  // orthogonal and random: the mean of n entries of variance `square` within 5 sigma, none dominant
+    if (!limit) { // orthogonal and random: the mean of n entries of variance `square` within 5 sigma, none dominant
         double error = orthogonal_error(w, p->shape[0], p->shape[1], gain);
         return error <= 1e-4 && fabs(mean) <= 5 * sqrt(square / n) && largest <= 0.7 * gain;
     }
@@ -2967,10 +2969,8 @@ static int initial_values_good(const Ref *m, const Param *p, const float *w) {
 
 static void check_initial_values(void) {
     static const char *const settings[] = {
-        "n_layer=3 n_embd=128 tmix2=gold",
-        "n_layer=1 n_embd=192 dim_att=128 vocab_size=64",
-        "n_layer=3 tmix=x060 tmix2=gptalpha",
-        "n_layer=4 tmix=x052 cmix=x052 tmix2=x060b inv_other_layer_ratio=2",
+        "n_layer=3 n_embd=128 tmix2=gold",    "n_layer=1 n_embd=192 dim_att=128 vocab_size=64",
+        "n_layer=3 tmix=x060 tmix2=gptalpha", "n_layer=4 tmix=x052 cmix=x052 tmix2=x060b inv_other_layer_ratio=2",
         "n_layer=2 tmix=llama cmix=llama",
     };
     for (size_t i = 0; i < sizeof(settings) / sizeof(*settings); i++) {
@@ -2978,7 +2978,7 @@ static void check_initial_values(void) {
         Ref *m = ref_create(&s);
         Model *k = kernels_create(&s, 1, 16);
         int good = same_tensors(m, k), again_same = 1, other_same = 0, random = 0;
-        for (int seed = 1; seed >= 0 && good; seed--) {  // seed 1, seed 0, and seed 0 again
+        for (int seed = 1; seed >= 0 && good; seed--) { // seed 1, seed 0, and seed 0 again
             gf_init_weights(k, seed);
             for (int j = 0; j < m->n_params; j++) {
                 Param *p = &m->params[j];
@@ -3015,7 +3015,10 @@ static void check_initial_values(void) {
 // The kernels on shapes that the tables do not have
 
 static void check_shapes(void) {
-    static const struct { const char *settings; int B, T; } cases[] = {
+    static const struct {
+        const char *settings;
+        int B, T;
+    } cases[] = {
         {"n_layer=3 tmix2=gold", 1, 1},
         {"n_layer=3 tmix2=gold", 5, 1},
         {"n_layer=3 tmix2=gold", 3, 17},
@@ -3028,14 +3031,17 @@ static void check_shapes(void) {
         {"n_layer=2 tmix=x060 n_embd=192 parallel=1", 2, 17},
         {"n_layer=2 tmix=x060b dim_att=192", 1, 33},
         {"n_layer=2 tmix=x052 cmix=x052 n_embd=192 dim_att=64", 3, 19},
-        {"n_layer=6 tmix=x060 tmix2=gold inv_other_layer_ratio=6 head_size_divisor=64 rope.base=500 rope.rebase=3 rope.rescale=2", 2, 9},
+        {"n_layer=6 tmix=x060 tmix2=gold inv_other_layer_ratio=6 head_size_divisor=64 rope.base=500 rope.rebase=3 "
+         "rope.rescale=2",
+         2, 9},
         {"n_layer=2 tmix=gptalpha dim_att=192 rope.base=10000", 1, 70},
         {"n_layer=4 tmix=x052 tmix2=llama cmix2=llama inv_other_layer_ratio=2 brope.rescale=3 ctx_len=48", 2, 31},
         {"n_layer=3 tmix=llama cmix=llama tmix2=gold cmix2=x052 brope.rescale=0.5", 1, 12},
         {"n_layer=2 tmix=llama cmix=llama n_embd=192 rope.base=10000", 3, 1},
         {"n_layer=3 tmix=llama tmix2=gold rope.base=100", 1, 140},
-        // with the divisor's default, 8, GroupNorm scales a first token's small numbers up so far that five such layers make any
-        // rounding 40 times as large as elsewhere: fp32 has digits to spare, bf16 has not and leaves this last one out
+        // with the divisor's default, 8, GroupNorm scales a first token's small numbers up so far that five such layers
+        // make any rounding 40 times as large as elsewhere: fp32 has digits to spare, bf16 has not and leaves this last
+        // one out
         {"n_layer=6 tmix=x060 tmix2=gold inv_other_layer_ratio=6 rope.base=500 rope.rebase=3 rope.rescale=2", 2, 9},
     };
     const size_t n_cases = sizeof(cases) / sizeof(*cases) - (gf_precision() == 16);
@@ -3050,7 +3056,7 @@ static void check_shapes(void) {
             gf_zero_grad(k);
             compare_to_reference(c, m, k, gf_loss_backward(k, inputs, targets, B, T, 1), want, 0);
             judge(c, "%s, %d x %d tokens", cases[i].settings, B, T);
-            if (T > 64) check_inference(cases[i].settings, B, T, m, k);     // more than one tile of a cache
+            if (T > 64) check_inference(cases[i].settings, B, T, m, k); // more than one tile of a cache
         }
         free_both(m, k);
     }
@@ -3080,14 +3086,15 @@ static void check_bits(const char *settings) {
     note("%s", settings);
     Bits first = kernels_pass(m, k, B, T, 1);
     check(same_bits(m, first, kernels_pass(m, k, B, T, 1)), "determinism: two passes, the same bits");
-    Model *other = kernels_like(m, B + 1, 64, "determinism");  // has room for more than the batch
+    Model *other = kernels_like(m, B + 1, 64, "determinism"); // has room for more than the batch
     check(same_bits(m, kernels_pass(m, k, B, T, 1), kernels_pass(m, other, B, T, 1)),
           "determinism: two models, one with room for more tokens, the same bits");
     gf_free(other);
     for (int cp = 1; cp <= 2; cp++) {
         m->s.grad_cp = cp;
         other = kernels_like(m, B, T, "grad_cp");
-        check(same_bits(m, kernels_pass(m, k, B, T, 0), kernels_pass(m, other, B, T, 0)), "grad_cp %d: the bits of grad_cp 0", cp);
+        check(same_bits(m, kernels_pass(m, k, B, T, 0), kernels_pass(m, other, B, T, 0)),
+              "grad_cp %d: the bits of grad_cp 0", cp);
         gf_free(other);
     }
 
@@ -3106,7 +3113,7 @@ static void check_bits(const char *settings) {
     gf_loss_backward(k, inputs, targets, B, T, 1);
     float *later = kernels_activation(k, "logits", B * half);
     check(!memcmp(after, later, seen * sizeof(float)) && !memcmp(after + half, later + half, seen * sizeof(float)) &&
-          memcmp(after + seen, later + seen, m->V * sizeof(float)),
+              memcmp(after + seen, later + seen, m->V * sizeof(float)),
           "no token sees a later one: other tokens from the 21st on, the same logits before");
     free(before), free(after), free(later);
     free_both(m, k);
@@ -3121,7 +3128,7 @@ static void check_accumulation(void) {
     Comparison *c = zeros(1, sizeof(Comparison));
     gf_zero_grad(k);
     gf_loss_backward(k, inputs, targets, B, T, 1);
-    compare_to_reference(c, m, k, want, want, 0);  // for its limits, and the batch of 4 as the reference below
+    compare_to_reference(c, m, k, want, want, 0); // for its limits, and the batch of 4 as the reference below
     c->n_ordered = c->n_others = 0;
     for (int i = 0; i < m->n_params; i++) gf_get_grad(k, kernels_index(k, m->params[i].name), m->params[i].g);
     gf_zero_grad(k);
@@ -3176,7 +3183,7 @@ static void check_tie(void) {
     int B = 2, T = 8;
     Model *k;
     Ref *m = small_model("n_layer=3 tmix2=gold", "ties", B, T, &k);
-    for (int t = 0; t < B * T; t++) inputs[t] = targets[t] = 10 + t;  // neither 5 nor 9
+    for (int t = 0; t < B * T; t++) inputs[t] = targets[t] = 10 + t; // neither 5 nor 9
     targets_follow(B, T);
     Param *head = param(m, -1, "head.weight");
     Param *gain = param(m, -1, "ln_out.weight"), *bias = param(m, -1, "ln_out.bias");
@@ -3197,9 +3204,7 @@ static void check_tie(void) {
 
 // --------------------------------------------------------------------------------------------------------------------
 
-static int by_name(const void *a, const void *b) {
-    return strcmp(*(char *const *)a, *(char *const *)b);
-}
+static int by_name(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
 
 // All of golden_folder/*.txt in the order of their names.
 static void check_all_tables(void) {
@@ -3229,9 +3234,8 @@ int main(int argc, char **argv) {
         // dev/golden lies below the working directory or beside the program
         const char *slash = strrchr(argv[0], '/');
         snprintf(golden_folder, sizeof(golden_folder), "dev/golden");
-        if (access(golden_folder, R_OK) && slash) {
+        if (access(golden_folder, R_OK) && slash)
             snprintf(golden_folder, sizeof(golden_folder), "%.*s/dev/golden", (int)(slash - argv[0]), argv[0]);
-        }
         char sample[1100];
         snprintf(sample, sizeof(sample), "%s/data/sample", golden_folder);
         check_binidx(sample);

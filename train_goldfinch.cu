@@ -22,7 +22,7 @@
 #include <unistd.h>
 #include <initializer_list>
 
-const char *program_name = "train_goldfinch";
+static const char *program_name = "train_goldfinch";
 
 // Exit codes: 1 the system failed us (disk, device), 2 a setting or a file that can't be used, 3 numbers that are not
 // finite.
@@ -38,12 +38,12 @@ const char *program_name = "train_goldfinch";
 }
 
 // The check of every number read from a file: dies unless low <= found <= high. index: of a list's entry, or -1.
-void expect(const char *file, const char *field, int64_t index, int64_t low, int64_t high, int64_t found) {
-    if (low <= found && found <= high) { return; }
+static void expect(const char *file, const char *field, int64_t index, int64_t low, int64_t high, int64_t found) {
+    if (low <= found && found <= high) return;
     char entry[32] = "", most[32] = "";
-    if (index >= 0) { snprintf(entry, sizeof(entry), "[%ld]", index); }
-    if (high == INT64_MAX) { snprintf(most, sizeof(most), " or more"); }
-    else if (high > low) { snprintf(most, sizeof(most), " to %ld", high); }
+    if (index >= 0) snprintf(entry, sizeof(entry), "[%ld]", index);
+    if (high == INT64_MAX) snprintf(most, sizeof(most), " or more");
+    else if (high > low) snprintf(most, sizeof(most), " to %ld", high);
     die(2, "%s: %s%s: expected %ld%s, found %ld", file, field, entry, low, most, found);
 }
 
@@ -51,6 +51,7 @@ void expect(const char *file, const char *field, int64_t index, int64_t low, int
 // a WORD (a name) and a PATH. The defaults are the paper's L12 D768 model. The settings of the part "start" say how a
 // run is started and stopped, not what it computes: a checkpoint carries all others, and --train.resume 1 takes those
 // from there. NESTED rows are those whose name has a dot.
+// clang-format off
 #define SETTINGS(X, NESTED) \
     X(model, INT,  n_layer, "12", 1, 4096, 1, "layers") \
     X(model, INT,  n_embd, "768", 64, 65536, 64, "channels C") \
@@ -69,7 +70,7 @@ void expect(const char *file, const char *field, int64_t index, int64_t low, int
     X(model, INT,  use_v2, "1", 0, 1, 1, "Finch-C2: second value instead of the bonus u") \
     X(model, INT,  parallel, "0", 0, 1, 1, "time and channel mixer read the same input") \
     X(model, REAL, head_size_divisor, "8", 1e-3, 1e3, 0, "of the group norms of Finch and Eagle") \
-    NESTED(model, REAL, rope.base, "0", 0, 1e30, 0, "of the rotary positions of attention layers (0: none), usually 10000") \
+    NESTED(model, REAL, rope.base, "0", 0, 1e30, 0, "of attention layers' rotary positions, usually 10000 (0: none)") \
     NESTED(model, REAL, rope.rebase, "1", 1e-9, 1e30, 0, "a factor on base") \
     NESTED(model, REAL, rope.rescale, "1", 1e-9, 1e9, 0, "angles are divided by it") \
     NESTED(model, REAL, brope.rescale, "0", 0, 1e9, 0, "binary rotary positions: angles are divided by it (0: none)") \
@@ -89,7 +90,7 @@ void expect(const char *file, const char *field, int64_t index, int64_t low, int
     X(optimizer, REAL, weight_decay_final, "-1", -1, 1e3, 0, "weight decay at my_exit_tokens (0 or less: no change)") \
     X(optimizer, REAL, gradient_clip_val, "1", 1e-9, 1e9, 0, "largest norm of the gradient") \
     X(optimizer, INT,  layerwise_lr, "1", 0, 1, 1, "groups have their own factors on the learning rate") \
-    X(optimizer, INT,  grad_cp, "0", 0, 2, 1, "recompute in the backward pass: 0 nothing, 2 what is cheap in time mixers, 1 whole layers") \
+    X(optimizer, INT,  grad_cp, "0", 0, 2, 1, "recompute in backward: 0 nothing, 2 what is cheap, 1 whole layers") \
     X(optimizer, INT,  train_stage, "3", 1, 3, 1, "1: initialize, save, stop; 2: train, own rate factors; 3: train") \
     X(optimizer, INT,  seed_everything, "1", 0, 1e15, 1, "of the initial weights and the samples") \
     X(data, PATH, data_file, "", 0, 0, 0, "binidx: PREFIX of PREFIX.bin and .idx; utf-8: a text") \
@@ -100,18 +101,19 @@ void expect(const char *file, const char *field, int64_t index, int64_t low, int
     X(data, INT,  sample_every, "0", -1, 1e15, 1, "steps between samples, utf-8 only (0: one at the end; -1: none)") \
     X(start, INT,  max_steps, "0", 0, 1e15, 1, "stop after so many steps; the schedule stays (0: at my_exit_tokens)") \
     X(start, INT,  save_every, "1000", 0, 1e15, 1, "steps between checkpoints (0: only at the end)") \
-    X(start, INT,  profile_step, "0", 0, 1e15, 1, "step that a profiler records (ncu --profile-from-start off; 0: none)") \
-    X(start, PATH, out, "", 0, 0, 0, "folder for checkpoints and log.csv (empty: proj_dir/proj_name-proj_suffix, or out)") \
+    X(start, INT,  profile_step, "0", 0, 1e15, 1, "step that a profiler records (ncu --profile-from-start off)") \
+    X(start, PATH, out, "", 0, 0, 0, "folder of the run (empty: proj_dir/proj_name-proj_suffix, or out)") \
     X(start, PATH, proj_dir, "", 0, 0, 0, "folder of runs (empty: out); with one of these three set and no out,") \
     X(start, PATH, proj_name, "", 0, 0, 0, "a run's name (empty: as L12-D768-x060c2_gold)") \
     X(start, PATH, proj_suffix, "", 0, 0, 0, "and what follows it (empty: 0), the run's folder is named by them") \
     X(start, INT,  resume, "0", 0, 1, 1, "go on from the newest checkpoint in out, with its settings") \
     X(start, PATH, load_model, "", 0, 0, 0, "safetensors file to take the first weights from") \
     X(start, INT,  load_partial, "0", 0, 1, 1, "load_model may lack or have other tensors: take those that fit")
+// clang-format on
 
 typedef int64_t INT;
 typedef double REAL;
-typedef char WORD[16], PATH[1024], LONG_PATH[1024 + 272];        // LONG_PATH: a PATH and a file name of ours
+typedef char WORD[16], PATH[1024], LONG_PATH[1024 + 272]; // LONG_PATH: a PATH and a file name of ours
 
 typedef struct Settings {
 #define FIELD(part, kind, name, ...) kind name;
@@ -119,520 +121,142 @@ typedef struct Settings {
     SETTINGS(FIELD, NO_FIELD)
 #undef FIELD
 #undef NO_FIELD
-    struct { REAL base, rebase, rescale; } rope;
-    struct { REAL rescale; } brope;
+    struct {
+        REAL base, rebase, rescale;
+    } rope;
+    struct {
+        REAL rescale;
+    } brope;
 } Settings;
 
 typedef struct Setting {
     const char *part, *kind, *name, *initial;
     double low, high, multiple;
     const char *help;
-    size_t offset, size;                                        // of the field in Settings, in bytes
+    size_t offset, size; // of the field in Settings, in bytes
 } Setting;
 
-const Setting settings_table[] = {
+static const Setting settings_table[] = {
 #define ROW(part, kind, name, initial, low, high, multiple, help) \
     {#part, #kind, #name, initial, low, high, multiple, help, offsetof(Settings, name), sizeof(kind)},
     SETTINGS(ROW, ROW)
 #undef ROW
 };
-const int n_settings = sizeof(settings_table) / sizeof(settings_table[0]);
+static const int n_settings = sizeof(settings_table) / sizeof(settings_table[0]);
 
-// What is in force where no data_file is given: the demo, a byte-level model of the project's own source text, or
-// minipile where data/minipile.bin lies. Flags override both.
-typedef struct Preset { const char *key, *value; } Preset;
-const Preset demo_preset[] = {
-    {"model.n_layer", "6"}, {"model.n_embd", "64"}, {"model.ctx_len", "128"}, {"model.vocab_size", "320"},
-    {"train.micro_bsz", "4"}, {"train.lr_init", "4e-3"}, {"train.lr_final", "4e-5"}, {"train.lr_decay_type", "linear"},
-    {"train.warmup_steps", "40"}, {"train.my_exit_tokens", "563200"}, {"train.data_type", "utf-8"}, {"train.save_every", "550"},
-    {"train.val_every", "1100"},
-};
-const int n_demo_preset = sizeof(demo_preset) / sizeof(demo_preset[0]);
-const char *demo_sample_prompt = "static void ";
-const int demo_sample_bytes = 300;
-const double demo_sample_temperature = 0.7;
+static bool setting_in_checkpoint(const Setting *row) { return strcmp(row->part, "start") != 0; }
 
-bool setting_in_checkpoint(const Setting *row) { return strcmp(row->part, "start") != 0; }
-
-void setting_key(const Setting *row, char *key) {               // "model.n_layer"; key has room for a PATH
+static void setting_key(const Setting *row, char *key) { // "model.n_layer"; key has room for a PATH
     snprintf(key, sizeof(PATH), "%s.%s", strcmp(row->part, "model") == 0 ? "model" : "train", row->name);
 }
 
-const Setting *setting_find(const char *key) {                  // NULL if there is no such key
+const Setting *setting_find(const char *key) { // null if there is no such key
     PATH name;
     for (int i = 0; i < n_settings; i++) {
         setting_key(&settings_table[i], name);
-        if (strcmp(key, name) == 0) { return &settings_table[i]; }
+        if (strcmp(key, name) == 0) return &settings_table[i];
     }
-    return NULL;
+    return nullptr;
 }
 
-// Writes text's value into the field; returns what was expected if it is no such value, else NULL.
-const char *setting_set(Settings *s, const Setting *row, const char *text) {
+// Writes text's value into the field; returns what was expected if it is no such value, else null.
+static const char *setting_set(Settings *s, const Setting *row, const char *text) {
     static char expected[96];
-    char *field = (char *)s + row->offset, *end = NULL;
+    char *field = (char *)s + row->offset, *end = nullptr;
     const bool whole = strcmp(row->kind, "INT") == 0;
     if (!whole && strcmp(row->kind, "REAL") != 0) {
         snprintf(expected, sizeof(expected), "at most %d letters", (int)row->size - 1);
-        if (strlen(text) >= row->size) { return expected; }
+        if (strlen(text) >= row->size) return expected;
         memset(field, 0, row->size);
         memcpy(field, text, strlen(text));
-        return NULL;
+        return nullptr;
     }
     int n = snprintf(expected, sizeof(expected), "a %snumber from %.10g to %.10g", whole ? "whole " : "", row->low,
                      row->high);
-    if (row->multiple > 1) { snprintf(expected + n, sizeof(expected) - n, ", a multiple of %.0f", row->multiple); }
+    if (row->multiple > 1) snprintf(expected + n, sizeof(expected) - n, ", a multiple of %.0f", row->multiple);
     const int64_t integer = whole ? strtoll(text, &end, 10) : 0;
     const double value = whole ? (double)integer : strtod(text, &end);
-    const bool in_range = value >= row->low && value <= row->high;                // not so if it is nan
-    if (end == text || *end || !in_range || (whole && integer % (int64_t)row->multiple != 0)) { return expected; }
+    const bool in_range = value >= row->low && value <= row->high; // not so if it is nan
+    if (end == text || *end || !in_range || (whole && integer % (int64_t)row->multiple != 0)) return expected;
     memcpy(field, whole ? (const void *)&integer : (const void *)&value, row->size);
-    return NULL;
+    return nullptr;
 }
 
 // The field as text, in the shortest form that setting_set reads back to the same value. text has room for a PATH.
-void setting_get(const Settings *s, const Setting *row, char *text) {
+static void setting_get(const Settings *s, const Setting *row, char *text) {
     const void *field = (const char *)s + row->offset;
     if (strcmp(row->kind, "INT") == 0) {
         snprintf(text, sizeof(PATH), "%ld", *(const int64_t *)field);
     } else if (strcmp(row->kind, "REAL") == 0) {
         for (int digits = 6; digits <= 17; digits++) {
             snprintf(text, sizeof(PATH), "%.*g", digits, *(const double *)field);
-            if (strtod(text, NULL) == *(const double *)field) { break; }
+            if (strtod(text, nullptr) == *(const double *)field) break;
         }
     } else {
         snprintf(text, sizeof(PATH), "%s", (const char *)field);
     }
 }
 
-void settings_default(Settings *s) {
+// Section 11 reads these from configs and the command line, and prints them.
+static void settings_preset(Settings *s);                             // what holds without a data_file
+static void settings_parse(Settings *s, int argc, const char **argv); // argv without the program's name
+static void settings_print_config(const Settings *s);                 // in a form that -c reads back
+static bool print_config = false;                                     // --print-config: print all settings and stop
+
+static void settings_default(Settings *s) {
     memset(s, 0, sizeof(*s));
-    for (int i = 0; i < n_settings; i++) { setting_set(s, &settings_table[i], settings_table[i].initial); }
-}
-
-void settings_preset(Settings *s) {
-    if (access("data/minipile.bin", R_OK) == 0) {
-        setting_set(s, setting_find("train.data_file"), "data/minipile");
-        if (access("data/minipile_validation.bin", R_OK) == 0) {
-            setting_set(s, setting_find("train.validation_data_file"), "data/minipile_validation");
-        }
-        return;
-    }
-    for (int i = 0; i < n_demo_preset; i++) { setting_set(s, setting_find(demo_preset[i].key), demo_preset[i].value); }
-}
-
-// Built-in configs: models, then trainings, under the names of the reference's files.
-const struct { const char *name, *yaml; } built_in_configs[] = {
-    {"goldfinch", "model:\n  tmix: x060c2\n  tmix2: gold\n  inv_other_layer_ratio: 3\n"},
-    {"goldfinch_ablation_gold_invratio_2", "model:\n  tmix: x060c2\n  tmix2: gold\n  inv_other_layer_ratio: 2\n"},
-    {"goldfinch_ablation_gold_invratio_6", "model:\n  tmix: x060c2\n  tmix2: gold\n  inv_other_layer_ratio: 6\n"},
-    {"goldfinch_ablation_gptalpha", "model:\n  tmix: x060c2\n  tmix2: gptalpha\n  inv_other_layer_ratio: 3\n"},
-    {"goldfinch_ablation_rope10k", "model:\n  tmix: x060c2\n  tmix2: gold\n  inv_other_layer_ratio: 3\n  rope:\n    base: 10000\n"},
-    {"goldfinch_upgrade", "model:\n  tmix: x060\n  tmix2: gold\n  inv_other_layer_ratio: 6\n"
-                          "train:\n  load_partial: 1\n  lr_final: 1e-5\n"},
-    {"finch", "model:\n  tmix: x060\n"},
-    {"finchc2", "model:\n  tmix: x060c2\n"},
-    {"finchc2_ablation_no_one_minus_w", "model:\n  tmix: x060c2\n  use_one_minus_w: 0\n"},
-    {"finchc2_ablation_no_v2", "model:\n  tmix: x060c2\n  use_v2: 0\n"},
-    {"gptalpha", "model:\n  tmix: gptalpha\n  rope:\n    base: 10000\n"},
-    {"llama", "model:\n  tmix: llama\n  cmix: llama\n  rope:\n    base: 10000\n"},
-#define MINIPILE(layers, width, context, first, last, micro, accumulate) \
-    "model:\n  n_layer: " #layers "\n  n_embd: " #width "\n  ctx_len: " #context "\n  vocab_size: 65536\n" \
-    "train:\n  data_type: binidx\n  data_file: data/minipile\n  validation_data_file: data/minipile_validation\n" \
-    "  val_check_interval: 100\n  my_exit_tokens: 1498226207\n  lr_init: " #first "\n  lr_final: " #last "\n" \
-    "  warmup_steps: 10\n  beta1: 0.9\n  beta2: 0.99\n  adam_eps: 1e-8\n  weight_decay: 0.001\n" \
-    "  micro_bsz: " #micro "\n  accumulate_grad_batches: " #accumulate "\n  grad_cp: 1\n  proj_dir: out\n"
-    {"L6D768minipile", MINIPILE(6, 768, 512, 6e-4, 2e-4, 64, 1)},
-    {"L12D768ctx1024minipile", MINIPILE(12, 768, 1024, 6e-4, 2e-4, 32, 1)},
-    {"L24D2048ctx2048minipile", MINIPILE(24, 2048, 2048, 3e-4, 1e-4, 8, 4)},
-    {"L24D2048ctx4096minipile", MINIPILE(24, 2048, 4096, 3e-4, 1e-4, 4, 8)},
-#undef MINIPILE
-};
-
-void settings_help(void) {
-    printf("usage: %s [-c CONFIG] .. [--model.KEY VALUE | --train.KEY VALUE] .. [--print-config]\n\n"
-           "A config is a file (YAML or JSON, in the layout of the reference) or a built-in one, later ones win:\n",
-           program_name);
-    int column = 0;
-    for (const auto &known : built_in_configs) {
-        if (column + strlen(known.name) > 108) { column = 0; printf("\n"); }
-        column += printf("  %s", known.name);
-    }
-    printf("\n--print-config prints what they and the flags add up to, as a config. To start with:\n"
-           "  %s -c goldfinch -c L12D768ctx1024minipile --train.max_steps 10\n\n"
-           "Without a data_file: trains on data/minipile if data/minipile.bin is there, else the demo, a\n"
-           "small byte-level model of the project's own source text (its values: demo).\n", program_name);
-    for (int i = 0; i < n_settings; i++) {
-        const Setting *row = &settings_table[i];
-        if (i == 0 || strcmp(row->part, row[-1].part) != 0) { printf("\n%s\n", row->part); }
-        PATH key, value;
-        setting_key(row, key);
-        int n = snprintf(value, sizeof(value), "%s", row->initial[0] ? row->initial : "\"\"");
-        for (int j = 0; j < n_demo_preset; j++) {
-            if (strcmp(demo_preset[j].key, key) != 0) { continue; }
-            snprintf(value + n, sizeof(value) - n, " (demo %s)", demo_preset[j].value);
-        }
-        printf("  --%-33s %-18s %s\n", key, value, row->help);
-    }
-}
-
-// ---------------------------------------- JSON, for config files and the headers of safetensors
-
-typedef struct Json { char *at, *start; const char *path, *part; } Json;       // the text ends with '\0'; part: of the file
-
-[[noreturn]] void json_fail(const Json *j, const char *expected) {
-    char found[8] = "the end";
-    if (*j->at) { snprintf(found, sizeof(found), "'%c'", isprint((unsigned char)*j->at) ? *j->at : '?'); }
-    die(2, "%s: %sbyte %ld: expected %s, found %s", j->path, j->part, (j->at - j->start), expected, found);
-}
-
-char json_peek(Json *j) {
-    while (*j->at == ' ' || *j->at == '\n' || *j->at == '\t' || *j->at == '\r') { j->at++; }
-    return *j->at;
-}
-
-void json_expect(Json *j, char c) {
-    char expected[4] = {'\'', c, '\'', '\0'};
-    if (json_peek(j) != c) { json_fail(j, expected); }
-    j->at++;
-}
-
-// After an item: true if a comma announces another one, false if the list or object is closed.
-bool json_more(Json *j, char close) {
-    if (json_peek(j) == ',') { j->at++; return true; }
-    json_expect(j, close);
-    return false;
-}
-
-int64_t json_integer(Json *j) {
-    if (!isdigit((unsigned char)json_peek(j))) { json_fail(j, "a number"); }
-    char *end;
-    errno = 0;
-    int64_t value = strtoll(j->at, &end, 10);
-    if (errno || strchr(".eE", *end)) { json_fail(j, "a whole number below 2^63"); }
-    j->at = end;
-    return value;
-}
-
-char *json_string(Json *j) {                                    // unescaped in place
-    json_expect(j, '"');
-    char *text = j->at, *out = text;
-    while (*j->at != '"') {
-        unsigned char c = (unsigned char)*j->at;
-        if (c < ' ') { json_fail(j, "the end of a text"); }
-        j->at++;
-        if (c != '\\') { *out++ = (char)c; continue; }
-        const char *escapes = "\"\"\\\\//b\bf\fn\nr\rt\t", *e = escapes;
-        while (*e && *e != *j->at) { e += 2; }
-        if (*e && *j->at) { *out++ = e[1]; j->at++; continue; }
-        unsigned code;
-        if (sscanf(j->at, "u%4x", &code) != 1 || strspn(j->at + 1, "0123456789abcdefABCDEF") < 4 || code == 0) {
-            json_fail(j, "an escape");
-        }
-        if (code >= 0x800) { *out++ = (char)(0xE0 | code >> 12); *out++ = (char)(0x80 | (code >> 6 & 0x3F)); }
-        else if (code >= 0x80) { *out++ = (char)(0xC0 | code >> 6); }
-        *out++ = (char)(code < 0x80 ? code : 0x80 | (code & 0x3F));
-        j->at += 5;
-    }
-    j->at++;
-    *out = '\0';
-    return text;
-}
-
-// ---------------------------------------- config files, in the reference's layout
-
-// Keys of the reference that have no meaning here; they are accepted and reported.
-const char *unused_keys[] = {
-    "train.wandb", "train.strategy", "train.epoch_begin", "train.epoch_save", "train.devices", "train.num_nodes",
-    "train.ds_bucket_mb", "train.accelerator", "train.precision", "train.magic_prime", "train.log_every_n_steps",
-    "train.check_val_every_n_epoch",
-};
-
-typedef struct Config {                                         // a file that is being read
-    Settings *s;
-    const char *path;
-    int line;
-    bool read_before, tmix, tmix2, rope, brope;                 // the command line was read before; it says something of these
-    bool seen[sizeof(settings_table) / sizeof(settings_table[0])];
-} Config;
-
-[[noreturn]] void config_fail(const Config *c, const char *key, const char *expected, const char *found) {
-    die(2, "%s: line %d: %s%sexpected %s, found %s%s%s", c->path, c->line, key, *key ? ": " : "", expected,
-        *found ? "\"" : "", *found ? found : "nothing", *found ? "\"" : "");
-}
-
-// A value of the file; key with its path, "model.rope.base". An empty value stands for null: the default.
-void config_set(Config *c, const char *key, const char *value) {
-    const size_t n = strlen(key), type = strlen(".__type__");
-    if (!*value && strcmp(key, "model.rope") == 0) { c->s->rope.base = 0; return; }
-    if (!*value && strcmp(key, "model.brope") == 0) { c->s->brope.rescale = 0; return; }
-    c->rope = c->rope || strncmp(key, "model.rope.", 11) == 0;
-    c->brope = c->brope || strncmp(key, "model.brope.", 12) == 0;
-    if (n > type && strcmp(key + n - type, ".__type__") == 0) {             // names one of the reference's classes
-        for (const char *section : {"model", "train", "model.rope", "model.brope"}) {
-            if (strlen(section) == n - type && strncmp(key, section, n - type) == 0) { return; }
-        }
-    }
-    if (strcmp(key, "train.val_check_interval") == 0) { key = "train.val_every"; }
-    bool unused = strncmp(key, "runtime.", 8) == 0;
-    for (const char *name : unused_keys) { unused = unused || strcmp(name, key) == 0; }
-    if (unused) {
-        if (!c->read_before) { fprintf(stderr, "%s: line %d: %s is not used here\n", c->path, c->line, key); }
-        return;
-    }
-    const Setting *row = setting_find(key);
-    if (!row) { config_fail(c, "", "a setting (-h lists them all)", key); }
-    if (c->seen[row - settings_table]) { config_fail(c, key, "once", "twice"); }
-    c->seen[row - settings_table] = true;
-    c->tmix = c->tmix || strcmp(key, "model.tmix") == 0;
-    c->tmix2 = c->tmix2 || strcmp(key, "model.tmix2") == 0;
-    const bool text = strcmp(row->kind, "WORD") == 0 || strcmp(row->kind, "PATH") == 0;
-    if (!*value && !text) { return; }
-    const char *expected = setting_set(c->s, row, value);
-    if (expected) { config_fail(c, key, expected, value); }
-}
-
-// A YAML scalar that begins at text, unquoted in place; what follows it may be a comment.
-char *yaml_scalar(Config *c, const char *key, char *text) {
-    char *in = text, *out = text;
-    const char quote = *in == '"' || *in == '\'' ? *in : 0;
-    if (quote) {
-        for (in++;; in++) {
-            if (!*in) { config_fail(c, key, "a closing quote", ""); }
-            if (*in == quote && quote == '\'' && in[1] == '\'') { in++; }
-            else if (*in == quote) { break; }
-            else if (*in == '\\' && quote == '"') {
-                in++;
-                if (!strchr("\"\\/", *in) || !*in) { config_fail(c, key, "the escape \\\" or \\\\", "another one"); }
-            }
-            *out++ = *in;
-        }
-        in++;
-        while (*in == ' ') { in++; }
-        if (*in && *in != '#') { config_fail(c, key, "the end of the line", in); }
-        *out = '\0';
-        return text;
-    }
-    if (*in && strchr("|>&*!%@`[]{},-?", *in) && !(*in == '-' && (isdigit((unsigned char)in[1]) || in[1] == '.'))) {
-        if (strcmp(in, "{}") != 0) { config_fail(c, key, "a plain or quoted value", in); }
-        *in = '\0';
-    }
-    for (; *in && !(*in == '#' && (in == text || in[-1] == ' ')); in++) { *out++ = *in; }
-    while (out > text && out[-1] == ' ') { out--; }
-    *out = '\0';
-    if (strcmp(text, "null") == 0 || strcmp(text, "~") == 0) { *text = '\0'; }
-    if (strcmp(text, "true") == 0) { strcpy(text, "1"); }
-    if (strcmp(text, "false") == 0) { strcpy(text, "0"); }
-    return text;
-}
-
-// The YAML that these configs need: nested maps by indentation, scalars, comments.
-void config_yaml(Config *c, char *text) {
-    struct { int indent; size_t length; } level[8] = {};                    // open maps: where they stand, how long their path is
-    int depth = 0;
-    bool opened = true;                                                     // the last line opened a map, or may have
-    PATH path = "";
-    for (char *line = text, *next; line; line = next) {
-        next = strchr(line, '\n');
-        if (next) { *next++ = '\0'; }
-        c->line++;
-        int indent = 0, end = (int)strlen(line);
-        while (end > 0 && strchr(" \r\t", line[end - 1])) { line[--end] = '\0'; }
-        while (line[indent] == ' ') { indent++; }
-        char *key = line + indent;
-        if (!*key || *key == '#' || strcmp(line, "---") == 0) { continue; }
-        if (strchr(line, '\t')) { config_fail(c, "", "spaces", "a tab"); }
-        if (indent > level[depth].indent) {
-            if (!opened) { config_fail(c, "", "the indentation of the line above", key); }
-            if (depth == 7) { config_fail(c, "", "at most 7 levels", key); }
-            level[++depth] = {indent, strlen(path)};
-        }
-        while (indent < level[depth].indent) { depth--; }
-        if (indent != level[depth].indent || (depth == 0 && indent != 0)) { config_fail(c, "", "the indentation of a map above", key); }
-        char *colon = key;
-        while (isalnum((unsigned char)*colon) || *colon == '_') { colon++; }
-        if (colon == key || *colon != ':' || (colon[1] && colon[1] != ' ')) { config_fail(c, "", "\"key: value\"", key); }
-        *colon++ = '\0';
-        while (*colon == ' ') { colon++; }
-        path[level[depth].length] = '\0';
-        size_t n = strlen(path);
-        const int room = (int)(sizeof(path) - n);
-        if (snprintf(path + n, room, "%s%s", n ? "." : "", key) >= room) { config_fail(c, "", "a shorter key", key); }
-        opened = !*colon || *colon == '#';
-        if (!opened) { config_set(c, path, yaml_scalar(c, path, colon)); }
-    }
-}
-
-void config_json(Config *c, Json *j, PATH path) {                           // a map; path: where it stands
-    const size_t n = strlen(path);
-    json_expect(j, '{');
-    if (json_peek(j) == '}') { j->at++; return; }
-    do {
-        const char *key = json_string(j);
-        json_expect(j, ':');
-        if (snprintf(path + n, sizeof(PATH) - n, "%s%s", n ? "." : "", key) >= (int)(sizeof(PATH) - n)) { json_fail(j, "a shorter key"); }
-        c->line = 1;
-        for (const char *at = j->start; at < j->at; at++) { c->line += *at == '\n'; }
-        const char kind = json_peek(j);
-        if (kind == '{') { config_json(c, j, path); continue; }
-        PATH value = "";
-        if (kind == '"') {
-            snprintf(value, sizeof(value), "%s", json_string(j));
-        } else {
-            const size_t length = strspn(j->at, "+-.0123456789eEaflnrstu");
-            if (length == 0 || length >= sizeof(value)) { json_fail(j, "a value"); }
-            memcpy(value, j->at, length);
-            j->at += length;
-            if (strcmp(value, "null") == 0) { value[0] = '\0'; }
-            else if (strcmp(value, "true") == 0) { strcpy(value, "1"); }
-            else if (strcmp(value, "false") == 0) { strcpy(value, "0"); }
-        }
-        config_set(c, path, value);
-    } while (path[n] = '\0', json_more(j, '}'));
-    path[n] = '\0';
-}
-
-// A built-in config, or a file in YAML or JSON, on top of what s holds.
-void config_read(Settings *s, const char *name, bool read_before) {
-    Config config = {s, name, 0, read_before, false, false, false, false, {}}, *c = &config;
-    char *text = NULL;
-    for (const auto &known : built_in_configs) {
-        if (strcmp(known.name, name) == 0) { text = strdup(known.yaml); }
-    }
-    if (!text) {
-        FILE *file = fopen(name, "rb");
-        if (!file) { die(2, "-c %s: no built-in config, and no file: %s", name, strerror(errno)); }
-        size_t room = 1 << 20, n;
-        text = (char *)malloc(room + 1);
-        n = fread(text, 1, room, file);
-        text[n] = '\0';
-        const bool whole = !ferror(file) && feof(file);
-        fclose(file);
-        if (!whole) { die(2, "%s: expected a file of less than 1 MiB", name); }
-        if (strlen(text) != n) { die(2, "%s: expected text, found a zero byte", name); }
-    }
-    if (text[strspn(text, " \t\r\n")] == '{') {
-        Json json = {text, text, name, ""};
-        PATH path = "";
-        config_json(c, &json, path);
-        if (json_peek(&json) != '\0') { json_fail(&json, "the end"); }
-    } else {
-        config_yaml(c, text);
-    }
-    if (c->tmix && !c->tmix2) { memset(s->tmix2, 0, sizeof(s->tmix2)); }     // the reference's default: one mixer everywhere
-    auto seen = [&](const char *key) { return c->seen[setting_find(key) - settings_table]; };
-    if (c->rope && s->rope.base == 0 && !seen("model.rope.base")) { s->rope.base = 10000; }     // a section's defaults
-    if (c->brope && s->brope.rescale == 0 && !seen("model.brope.rescale")) { s->brope.rescale = 1; }
-    free(text);
-}
-
-// All settings in a form that -c reads back.
-void settings_print_config(const Settings *s) {
-    PATH section = "", group = "";
-    for (int i = 0; i < n_settings; i++) {
-        const Setting *row = &settings_table[i];
-        PATH key, value;
-        setting_key(row, key);
-        setting_get(s, row, value);
-        char *name = strchr(key, '.') + 1, *dot = strchr(name, '.');
-        name[-1] = '\0';
-        if (strcmp(key, section) != 0) { printf("%s:\n", key); }
-        snprintf(section, sizeof(section), "%s", key);
-        if (dot) {
-            *dot = '\0';
-            if (strcmp(name, group) != 0) { printf("  %s:\n", name); }
-            snprintf(group, sizeof(group), "%s", name);
-            name = dot + 1;
-        }
-        const bool text = strcmp(row->kind, "WORD") == 0 || strcmp(row->kind, "PATH") == 0;
-        printf("  %s%s: ", dot ? "  " : "", name);
-        if (text) { putchar('"'); }
-        for (const char *t = value; *t; t++) { printf(text && (*t == '"' || *t == '\\') ? "\\%c" : "%c", *t); }
-        printf(text ? "\"\n" : "\n");
-    }
-}
-
-bool print_config = false;                                      // --print-config: print all settings and stop
-
-// A command line without the program's name, on top of what s holds: first its configs in their order, then its flags.
-void settings_parse(Settings *s, int argc, const char **argv) {
-    static bool read_before = false;
-    for (int pass = 0; pass < 2; pass++) {
-        for (int i = 0; i < argc; i += 2) {
-            if (strcmp(argv[i], "-h") == 0 || strcmp(argv[i], "--help") == 0) {
-                settings_help();
-                exit(0);
-            }
-            if (strcmp(argv[i], "--print-config") == 0) { print_config = true; i--; continue; }
-            const bool config = strcmp(argv[i], "-c") == 0;
-            const Setting *row = strncmp(argv[i], "--", 2) == 0 ? setting_find(argv[i] + 2) : NULL;
-            if (!row && !config) { die(2, "unknown setting \"%s\" (-h lists them all)", argv[i]); }
-            if (i + 1 == argc) { die(2, "%s: a value is missing", argv[i]); }
-            if (config && pass == 0) { config_read(s, argv[i + 1], read_before); }
-            if (config || pass == 0) { continue; }
-            const char *expected = setting_set(s, row, argv[i + 1]);
-            if (expected) { die(2, "%s: expected %s, found \"%s\"", argv[i], expected, argv[i + 1]); }
-        }
-    }
-    read_before = true;
+    for (int i = 0; i < n_settings; i++) setting_set(s, &settings_table[i], settings_table[i].initial);
 }
 
 // Derives what is 0 by default and turns away what can't work together, before anything is allocated.
-void settings_check(Settings *s) {
+static void settings_check(Settings *s) {
     const char *type = s->lr_decay_type;
-    if (s->dim_att == 0) { s->dim_att = s->n_embd; }
-    if (s->dim_ffn == 0) { s->dim_ffn = (int64_t)(s->n_embd * 3.5) / 32 * 32; }
+    if (s->dim_att == 0) s->dim_att = s->n_embd;
+    if (s->dim_ffn == 0) s->dim_ffn = (int64_t)(s->n_embd * 3.5) / 32 * 32;
     if (s->kv_cache_compression_ratio > (double)s->n_embd) {
         die(2, "--model.kv_cache_compression_ratio: expected at most n_embd %ld, found %g", s->n_embd,
             s->kv_cache_compression_ratio);
     }
     if (s->rope.base > 0 && s->rope.base * s->rope.rebase < 1) {
-        die(2, "--model.rope.base: expected 0, or with rebase as a factor at least 1, found %g", s->rope.base * s->rope.rebase);
+        die(2, "--model.rope.base: expected 0, or with rebase as a factor at least 1, found %g",
+            s->rope.base * s->rope.rebase);
     }
-    if (s->rope.base > 0 && s->brope.rescale > 0) {
+    if (s->rope.base > 0 && s->brope.rescale > 0)
         die(2, "--model.rope.base: expected 0 where brope.rescale is set, found %g", s->rope.base);
-    }
-    if (strcmp(type, "cos") && strcmp(type, "linear") && strcmp(type, "exp") && strcmp(type, "oneminussqrt")) {
+    if (strcmp(type, "cos") && strcmp(type, "linear") && strcmp(type, "exp") && strcmp(type, "oneminussqrt"))
         die(2, "--train.lr_decay_type: expected cos, linear, exp or oneminussqrt, found \"%s\"", type);
-    }
-    if (strcmp(type, "exp") == 0 && (s->lr_init == 0 || s->lr_final == 0)) {
+    if (strcmp(type, "exp") == 0 && (s->lr_init == 0 || s->lr_final == 0))
         die(2, "--train.lr_decay_type exp: expected rates above 0, found %g, %g", s->lr_init, s->lr_final);
-    }
-    if (s->weight_decay_final > 0 && s->weight_decay == 0) {
+    if (s->weight_decay_final > 0 && s->weight_decay == 0)
         die(2, "--train.weight_decay: expected more than 0 where weight_decay_final is, found 0");
-    }
-    if (strcmp(s->data_type, "binidx") && strcmp(s->data_type, "utf-8")) {
+    if (strcmp(s->data_type, "binidx") && strcmp(s->data_type, "utf-8"))
         die(2, "--train.data_type: expected binidx or utf-8, found \"%s\"", s->data_type);
-    }
-    if (strcmp(s->data_type, "utf-8") == 0 && s->vocab_size < 257) {
+    if (strcmp(s->data_type, "utf-8") == 0 && s->vocab_size < 257)
         die(2, "--model.vocab_size: expected 264 or more for utf-8 (an id is a byte + 1), found %ld", s->vocab_size);
-    }
 }
 
 // Where the run's files go: out, or as the reference names it once a config or a flag says anything of proj_*.
-void settings_folder(Settings *s) {
-    if (s->out[0]) { return; }
+static void settings_folder(Settings *s) {
+    if (s->out[0]) return;
     PATH name;
     snprintf(name, sizeof(name), "L%ld-D%ld-%s%s%s", s->n_layer, s->n_embd, s->tmix, s->tmix2[0] ? "_" : "", s->tmix2);
     const char *dir = s->proj_dir[0] ? s->proj_dir : "out", *suffix = s->proj_suffix[0] ? s->proj_suffix : "0";
     int n = snprintf(s->out, sizeof(s->out), "%s", dir);
-    if (!s->proj_dir[0] && !s->proj_name[0] && !s->proj_suffix[0]) { return; }
+    if (!s->proj_dir[0] && !s->proj_name[0] && !s->proj_suffix[0]) return;
     n += snprintf(s->out + n, sizeof(s->out) - n, "/%s-%s", s->proj_name[0] ? s->proj_name : name, suffix);
-    if (n >= (int)sizeof(s->out)) { die(2, "--train.proj_name: expected a shorter one"); }
+    if (n >= (int)sizeof(s->out)) die(2, "--train.proj_name: expected a shorter one");
 }
 
-void settings_print(const Settings *s) {
+static void settings_print(const Settings *s) {
     int column = 0;
     for (int i = 0; i < n_settings; i++) {
         const Setting *row = &settings_table[i];
         const bool new_part = i == 0 || strcmp(row->part, row[-1].part) != 0;
         PATH value;
         setting_get(s, row, value);
-        if (new_part || column + strlen(row->name) + strlen(value) > 114) {
+        if (new_part || column + strlen(row->name) + strlen(value) > 114)
             column = printf("%s%-10s", i ? "\n" : "", new_part ? row->part : "");
-        } else {
-            column += printf(" |");
-        }
+        else column += printf(" |");
         column += printf(" %s %s", row->name, value[0] ? value : "\"\"");
     }
     printf("\n");
@@ -668,19 +292,20 @@ static void cublas_check(cublasStatus_t status, const char *file, int line) {
     if (status != CUBLAS_STATUS_SUCCESS) die(1, "cuBLAS error %d at %s:%d", (int)status, file, line);
 }
 
-static cudaStream_t stream;                 // everything runs on one stream, in order
+static cudaStream_t stream; // everything runs on one stream, in order
 static cublasHandle_t cublas;
 static const size_t CUBLAS_WORKSPACE = 32 << 20;
 static int multiprocessors;
-[[maybe_unused]] static int block_smem;      // bytes of shared memory that a block can have
+[[maybe_unused]] static int block_smem; // bytes of shared memory that a block can have
 
-static void machine_start(void) {           // once, before the first allocation
+static void machine_start(void) { // once, before the first allocation
     static bool started = false;
     if (started) return;
     started = true;
     int devices = 0;
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0)
-        die(2, "this build is for an NVIDIA GPU and finds none; `make train GPU=0` builds the same kernels for the CPU");
+        die(2,
+            "this build is for an NVIDIA GPU and finds none; `make train GPU=0` builds the same kernels for the CPU");
     cudaDeviceProp device;
     CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
     if (device.major < 8)
@@ -690,10 +315,10 @@ static void machine_start(void) {           // once, before the first allocation
     CUDA_CHECK(cudaStreamCreate(&stream));
     CUBLAS_CHECK(cublasCreate(&cublas));
     CUBLAS_CHECK(cublasSetStream(cublas, stream));
-    void *workspace;                        // fixed, so that products give the same bits in every run
+    void *workspace; // fixed, so that products give the same bits in every run
     CUDA_CHECK(cudaMalloc(&workspace, CUBLAS_WORKSPACE));
     CUBLAS_CHECK(cublasSetWorkspace(cublas, workspace, CUBLAS_WORKSPACE));
-    CUBLAS_CHECK(cublasSetMathMode(cublas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));   // and no TF32
+    CUBLAS_CHECK(cublasSetMathMode(cublas, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)); // and no TF32
 }
 
 // What a profiler sees when it is told to wait for a start (dev/profile.py).
@@ -712,7 +337,7 @@ struct NamedRange {
         char name[64];
         va_list arguments;
         va_start(arguments, format);
-        vsnprintf(name, sizeof name, format, arguments);
+        vsnprintf(name, sizeof(name), format, arguments);
         va_end(arguments);
         nvtxRangePushA(name);
     }
@@ -724,16 +349,19 @@ static const char *machine_name(void) {
     cudaDeviceProp device;
     machine_start();
     CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
-    snprintf(name, sizeof name, "%s", device.name);
+    snprintf(name, sizeof(name), "%s", device.name);
     return name;
 }
 
 // Dense peak of the device in this build's precision, flop/s (vendors' data sheets); 0 where unknown.
 static double machine_peak_flops(void) {
-    static const struct { const char *name; double bf16, fp32; } known[] = {
-        {"H100 PCIe", 756e12, 51e12}, {"H100", 989e12, 67e12}, {"H200", 989e12, 67e12}, {"GH200", 989e12, 67e12},
-        {"B200", 2250e12, 80e12}, {"A100", 312e12, 19.5e12}, {"A800", 312e12, 19.5e12}, {"L40", 181e12, 90e12},
-        {"A40", 150e12, 37e12}, {"4090", 165e12, 83e12}, {"3090", 71e12, 36e12}, {"L4", 121e12, 30e12},
+    static const struct {
+        const char *name;
+        double bf16, fp32;
+    } known[] = {
+        {"H100 PCIe", 756e12, 51e12}, {"H100", 989e12, 67e12},   {"H200", 989e12, 67e12},   {"GH200", 989e12, 67e12},
+        {"B200", 2250e12, 80e12},     {"A100", 312e12, 19.5e12}, {"A800", 312e12, 19.5e12}, {"L40", 181e12, 90e12},
+        {"A40", 150e12, 37e12},       {"4090", 165e12, 83e12},   {"3090", 71e12, 36e12},    {"L4", 121e12, 30e12},
     };
     for (const auto &k : known)
         if (strstr(machine_name(), k.name)) return PRECISION_BF16 ? k.bf16 : k.fp32;
@@ -744,33 +372,47 @@ static double machine_peak_flops(void) {
 
 // A matrix in memory, row-major: element (i, j) at p[i * ld + j], or at p[j * ld + i] if t (it is used transposed).
 // A batch repeats it every `stride` elements.
-template <typename T> struct Matrix { const T *p; int64_t ld; bool t; int64_t stride; };
-template <typename T> static Matrix<T> rows(const T *p, int64_t ld, int64_t stride = 0) { return {p, ld, false, stride}; }
-template <typename T> static Matrix<T> columns(const T *p, int64_t ld, int64_t stride = 0) { return {p, ld, true, stride}; }
+template <typename T> struct Matrix {
+    const T *p;
+    int64_t ld;
+    bool t;
+    int64_t stride;
+};
+template <typename T> static Matrix<T> rows(const T *p, int64_t ld, int64_t stride = 0) {
+    return {p, ld, false, stride};
+}
+template <typename T> static Matrix<T> columns(const T *p, int64_t ld, int64_t stride = 0) {
+    return {p, ld, true, stride};
+}
 
 template <typename T> static cudaDataType_t data_type(const T *) { return sizeof(T) == 2 ? CUDA_R_16BF : CUDA_R_32F; }
 
-// c (M,N) = alpha a (M,K) b (K,N) + beta c. Products and sums in fp32. cuBLAS counts columns first: to it this is cᵀ = bᵀ aᵀ.
+// c (M,N) = alpha a (M,K) b (K,N) + beta c. Products and sums in fp32. cuBLAS counts columns first: to it, this is
+// cᵀ = bᵀ aᵀ.
 template <typename TC, typename T>
-static void matmul(TC *c, int64_t ldc, Matrix<T> a, Matrix<T> b, int M, int N, int K, float beta = 0,
-                   int batch = 1, int64_t stride_c = 0, float alpha = 1) {
-    CUBLAS_CHECK(cublasGemmStridedBatchedEx(cublas, b.t ? CUBLAS_OP_T : CUBLAS_OP_N, a.t ? CUBLAS_OP_T : CUBLAS_OP_N, N, M, K,
-        &alpha, b.p, data_type(b.p), (int)b.ld, b.stride, a.p, data_type(a.p), (int)a.ld, a.stride,
-        &beta, c, data_type(c), (int)ldc, stride_c, batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+static void matmul(TC *c, int64_t ldc, Matrix<T> a, Matrix<T> b, int M, int N, int K, float beta = 0, int batch = 1,
+                   int64_t stride_c = 0, float alpha = 1) {
+    CUBLAS_CHECK(cublasGemmStridedBatchedEx(cublas, b.t ? CUBLAS_OP_T : CUBLAS_OP_N, a.t ? CUBLAS_OP_T : CUBLAS_OP_N, N,
+                                            M, K, &alpha, b.p, data_type(b.p), (int)b.ld, b.stride, a.p, data_type(a.p),
+                                            (int)a.ld, a.stride, &beta, c, data_type(c), (int)ldc, stride_c, batch,
+                                            CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
 // ---- loads, stores, sums ----
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <typename Kernel> static void allow_smem(Kernel kernel, size_t bytes) {     // more than 48 KB a block must be asked for
+// more than 48 KB a block must be asked for
+template <typename Kernel> static void allow_smem(Kernel kernel, size_t bytes) {
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
 }
 
 // Eight neighbouring elements: the unit in which kernels load and store, 16 bytes in bf16 (p is 16-byte aligned).
-struct Pack { float x[8]; };
+struct Pack {
+    float x[8];
+};
 
-template <typename T> struct RawPack { uint4 q[sizeof(T) / 2]; };   // as loaded: eight T, not converted yet
+template <typename T> struct RawPack { uint4 q[sizeof(T) / 2]; }; // as loaded: eight T, not converted yet
 
 template <typename T> __device__ inline RawPack<T> load_raw(const T *p) {
     RawPack<T> raw;
@@ -822,15 +464,17 @@ __device__ inline void store(float *p, const Pack &v) {
 }
 #endif
 
-__device__ inline float fast_exp(float x) { return PRECISION_BF16 ? __expf(x) : expf(x); }      // 2 ulp and 1e-7 |x| beside it
+// 2 ulp and 1e-7 |x| beside it
+__device__ inline float fast_exp(float x) { return PRECISION_BF16 ? __expf(x) : expf(x); }
 
 __device__ inline Pack zero_pack(void) { return Pack{{0, 0, 0, 0, 0, 0, 0, 0}}; }
 
 // Wrappers with a twin for the CPU (dev/cpu/): the only places that know which machine they run on.
 #ifdef CUDA_ON_CPU
 template <typename T> __device__ inline T *dynamic_smem(void) { return cuda_on_cpu::dynamic_smem<T>(); }
-using cuda_on_cpu::Site;                    // where a call stands, for messages
-template <int n> __device__ inline void shuffle_xor(float (&to)[n], const float (&from)[n], int bits, Site site = Site::here()) {
+using cuda_on_cpu::Site; // where a call stands, for messages
+template <int n>
+__device__ inline void shuffle_xor(float (&to)[n], const float (&from)[n], int bits, Site site = Site::here()) {
     cuda_on_cpu::shuffle_xor(to, from, bits, site);
 }
 template <int n> __device__ inline void warp_sum(float (&x)[n], int width = 32, Site site = Site::here()) {
@@ -840,12 +484,16 @@ __device__ inline float warp_sum(float x, int width = 32, Site site = Site::here
     cuda_on_cpu::warp_sum(1, &x, width, site);
     return x;
 }
-__device__ inline float warp_max(float x, int width = 32, Site site = Site::here()) { return cuda_on_cpu::warp_max(x, width, site); }
+__device__ inline float warp_max(float x, int width = 32, Site site = Site::here()) {
+    return cuda_on_cpu::warp_max(x, width, site);
+}
 __device__ inline float exp2_fast(float x) { return exp2f(x); }
-__device__ inline void async_copy16(void *to, const void *from, bool valid) { cuda_on_cpu::async_copy16(to, from, valid); }
+__device__ inline void async_copy16(void *to, const void *from, bool valid) {
+    cuda_on_cpu::async_copy16(to, from, valid);
+}
 __device__ inline void async_commit(void) { cuda_on_cpu::async_commit(); }
 template <int N> __device__ inline void async_wait(void) { cuda_on_cpu::async_wait<N>(); }
-static const int64_t GUARD_BYTES = cuda_on_cpu::guard_bytes;               // 0 but under the sanitizers
+static const int64_t GUARD_BYTES = cuda_on_cpu::guard_bytes; // 0 but under the sanitizers
 static void guard_gap(void *p, size_t bytes) { cuda_on_cpu::guard_gap(p, bytes); }
 #else
 // the block's shared memory whose size is given at launch
@@ -882,24 +530,27 @@ __device__ inline float exp2_fast(float x) {
 
 // 16 bytes from global to shared memory in the background; zeros if not valid. They land at the wait of their group.
 __device__ inline void async_copy16(void *to, const void *from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from),
-                 "r"(valid ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
+                 "l"(from), "r"(valid ? 16 : 0)
+                 : "memory");
 }
 __device__ inline void async_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> __device__ inline void async_wait(void) { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+template <int N> __device__ inline void async_wait(void) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
 
-static const int64_t GUARD_BYTES = 0;       // between tensors, where the CPU's sanitizers watch
+static const int64_t GUARD_BYTES = 0; // between tensors, where the CPU's sanitizers watch
 static void guard_gap(void *, size_t) {}
 #endif
 
-// Sum over the block, whole warps, to all threads, in fixed order: of a float, float2 or float4. shared: 32 of them, or of a
-// larger type.
+// Sum over the block, whole warps, to all threads, in fixed order: of a float, float2 or float4. shared: 32 of them, or
+// of a larger type.
 template <typename V, typename S> __device__ inline V block_sum(V v, S *shared, int warps = blockDim.x / 32) {
     const int n = sizeof(V) / sizeof(float);
     V *sums = (V *)shared;
-    warp_sum((float (&)[n])v);
+    warp_sum((float(&)[n])v);
     if (warps == 1) return v;
-    __syncthreads();                        // the last call's values may still be read
+    __syncthreads(); // the last call's values may still be read
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = v;
     __syncthreads();
     v = sums[0];
@@ -917,18 +568,30 @@ template <typename V, typename S> __device__ inline V block_sum(V v, S *shared, 
 //
 //     lane = 4 g + t:   x[0], x[1] at row g, columns 2t, 2t+1        x[2], x[3] at row g + 8, the same columns
 //
-// The lanes' shares are those of the PTX instruction mma.m16n8k16; FP32 builds and the CPU keep the same shares as floats.
-static const int N = 64;                    // head size, and channels that a tile's rows in shared memory have
-static const int PAD = 16 / sizeof(floatX), LD = N + PAD;       // 16 bytes longer, so that rows fall into different banks
-struct TileC { float x[4]; };
+// The lanes' shares are those of the PTX instruction mma.m16n8k16; FP32 builds and the CPU keep the same shares as
+// floats.
+static const int N = 64; // head size, and channels that a tile's rows in shared memory have
+// 16 bytes longer, so that rows fall into different banks
+static const int PAD = 16 / sizeof(floatX), LD = N + PAD;
+struct TileC {
+    float x[4];
+};
 __device__ inline int tile_row(int i) { return threadIdx.x % 32 / 4 + 8 * (i / 2); }
 __device__ inline int tile_col(int i) { return 2 * (threadIdx.x % 4) + i % 2; }
-__device__ inline int tile_k(int i) { return 2 * (threadIdx.x % 4) + i % 2 + i / 2 * 8; }      // row of element i of a B, see to_floats
+// row of element i of a B, see to_floats
+__device__ inline int tile_k(int i) { return 2 * (threadIdx.x % 4) + i % 2 + i / 2 * 8; }
 
 #if PRECISION_BF16 && !defined(CUDA_ON_CPU)
-struct TileA { unsigned x[4]; };
-struct TileB { unsigned x[2]; };
-struct TileA2 { TileA high, low; };         // an operand of twice the precision, for two products instead of one
+struct TileA {
+    unsigned x[4];
+};
+struct TileB {
+    unsigned x[2];
+};
+// an operand of twice the precision, for two products instead of one
+struct TileA2 {
+    TileA high, low;
+};
 
 __device__ inline unsigned bf16_pair(float low, float high) {
     __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -937,90 +600,119 @@ __device__ inline unsigned bf16_pair(float low, float high) {
 __device__ inline unsigned smem_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
 
 // p in shared memory, rows 16-byte aligned (ld a multiple of 8).
-__device__ inline TileA load_a(const floatX *p, int ld) {                       // A[m][k] = p[m * ld + k]
+__device__ inline TileA load_a(const floatX *p, int ld) { // A[m][k] = p[m * ld + k]
     const int l = threadIdx.x % 32;
     TileA a;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(a.x[0]), "=r"(a.x[1]), "=r"(a.x[2]), "=r"(a.x[3]) : "r"(smem_address(p + l % 16 * ld + l / 16 * 8)) : "memory");
+                 : "=r"(a.x[0]), "=r"(a.x[1]), "=r"(a.x[2]), "=r"(a.x[3])
+                 : "r"(smem_address(p + l % 16 * ld + l / 16 * 8))
+                 : "memory");
     return a;
 }
-__device__ inline TileA load_a_t(const floatX *p, int ld) {                     // A[m][k] = p[k * ld + m]
+__device__ inline TileA load_a_t(const floatX *p, int ld) { // A[m][k] = p[k * ld + m]
     const int l = threadIdx.x % 32;
     TileA a;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(a.x[0]), "=r"(a.x[1]), "=r"(a.x[2]), "=r"(a.x[3])
-                 : "r"(smem_address(p + (l % 8 + l / 16 * 8) * ld + l / 8 % 2 * 8)) : "memory");
+                 : "r"(smem_address(p + (l % 8 + l / 16 * 8) * ld + l / 8 % 2 * 8))
+                 : "memory");
     return a;
 }
-__device__ inline TileB load_b(const floatX *p, int ld) {                       // B[k][n] = p[n * ld + k]
+__device__ inline TileB load_b(const floatX *p, int ld) { // B[k][n] = p[n * ld + k]
     const int l = threadIdx.x % 16;
     TileB b;
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
-                 : "=r"(b.x[0]), "=r"(b.x[1]) : "r"(smem_address(p + l % 8 * ld + l / 8 * 8)) : "memory");
+                 : "=r"(b.x[0]), "=r"(b.x[1])
+                 : "r"(smem_address(p + l % 8 * ld + l / 8 * 8))
+                 : "memory");
     return b;
 }
-__device__ inline TileB load_b_t(const floatX *p, int ld) {                     // B[k][n] = p[k * ld + n]
+__device__ inline TileB load_b_t(const floatX *p, int ld) { // B[k][n] = p[k * ld + n]
     const int l = threadIdx.x % 16;
     TileB b;
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-                 : "=r"(b.x[0]), "=r"(b.x[1]) : "r"(smem_address(p + l * ld)) : "memory");
+                 : "=r"(b.x[0]), "=r"(b.x[1])
+                 : "r"(smem_address(p + l * ld))
+                 : "memory");
     return b;
 }
 // Two of them side by side, B[k][n] with n up to 16, by one instruction instead of two.
-__device__ inline void load_b_pair(TileB *b, const floatX *p, int ld) {         // B[k][n] = p[n * ld + k]
+__device__ inline void load_b_pair(TileB *b, const floatX *p, int ld) { // B[k][n] = p[n * ld + k]
     const int l = threadIdx.x % 32;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(b[0].x[0]), "=r"(b[0].x[1]), "=r"(b[1].x[0]), "=r"(b[1].x[1])
-                 : "r"(smem_address(p + (l % 8 + l / 16 * 8) * ld + l / 8 % 2 * 8)) : "memory");
+                 : "r"(smem_address(p + (l % 8 + l / 16 * 8) * ld + l / 8 % 2 * 8))
+                 : "memory");
 }
-__device__ inline void load_b_pair_t(TileB *b, const floatX *p, int ld) {       // B[k][n] = p[k * ld + n]
+__device__ inline void load_b_pair_t(TileB *b, const floatX *p, int ld) { // B[k][n] = p[k * ld + n]
     const int l = threadIdx.x % 32;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(b[0].x[0]), "=r"(b[0].x[1]), "=r"(b[1].x[0]), "=r"(b[1].x[1])
-                 : "r"(smem_address(p + l % 16 * ld + l / 16 * 8)) : "memory");
+                 : "r"(smem_address(p + l % 16 * ld + l / 16 * 8))
+                 : "memory");
 }
-__device__ inline TileA load_a_global(const floatX *p, int ld, int rows) {      // as load_a, from global memory; the last of so many
-    const int l = threadIdx.x % 32, k = l % 4 * 2;                              // rows stands for those after it; ld even
-    const floatX *upper = p + (int64_t)min(l / 4, rows - 1) * ld + k, *lower = p + (int64_t)min(l / 4 + 8, rows - 1) * ld + k;
-    return {{*(const unsigned *)upper, *(const unsigned *)lower, *(const unsigned *)(upper + 8), *(const unsigned *)(lower + 8)}};
+// as load_a, from global memory; the last of so many
+__device__ inline TileA load_a_global(const floatX *p, int ld, int rows) {
+    // rows stands for those after it; ld even
+    const int l = threadIdx.x % 32, k = l % 4 * 2;
+    const floatX *upper = p + (int64_t)min(l / 4, rows - 1) * ld + k,
+                 *lower = p + (int64_t)min(l / 4 + 8, rows - 1) * ld + k;
+    return {{*(const unsigned *)upper, *(const unsigned *)lower, *(const unsigned *)(upper + 8),
+             *(const unsigned *)(lower + 8)}};
 }
-__device__ inline void to_floats(float (&x)[4], const TileB &b) {               // B[tile_k(i)][lane / 4]
-    const float2 upper = __bfloat1622float2(*(const __nv_bfloat162 *)&b.x[0]), lower = __bfloat1622float2(*(const __nv_bfloat162 *)&b.x[1]);
+__device__ inline void to_floats(float (&x)[4], const TileB &b) { // B[tile_k(i)][lane / 4]
+    const float2 upper = __bfloat1622float2(*(const __nv_bfloat162 *)&b.x[0]),
+                 lower = __bfloat1622float2(*(const __nv_bfloat162 *)&b.x[1]);
     x[0] = upper.x, x[1] = upper.y, x[2] = lower.x, x[3] = lower.y;
 }
 // Two results side by side, (16x8 | 16x8), as the left operand of the next product.
 __device__ inline TileA to_a(const TileC &left, const TileC &right) {
-    return {{bf16_pair(left.x[0], left.x[1]), bf16_pair(left.x[2], left.x[3]),
-             bf16_pair(right.x[0], right.x[1]), bf16_pair(right.x[2], right.x[3])}};
+    return {{bf16_pair(left.x[0], left.x[1]), bf16_pair(left.x[2], left.x[3]), bf16_pair(right.x[0], right.x[1]),
+             bf16_pair(right.x[2], right.x[3])}};
 }
-// Two results side by side as left operand in twice the precision: the bf16 nearest, and the bf16 nearest to what that leaves
+// Two results side by side as left operand in twice the precision: the bf16 nearest, and the bf16 nearest to what that
+// leaves
 __device__ inline unsigned bf16_rest(unsigned high, float low_half, float high_half) {
     const float2 h = __bfloat1622float2(*(const __nv_bfloat162 *)&high);
     return bf16_pair(low_half - h.x, high_half - h.y);
 }
 __device__ inline TileA2 to_a2(const TileC &left, const TileC &right) {
     const TileA a = to_a(left, right);
-    return {a, {{bf16_rest(a.x[0], left.x[0], left.x[1]), bf16_rest(a.x[1], left.x[2], left.x[3]),
-                 bf16_rest(a.x[2], right.x[0], right.x[1]), bf16_rest(a.x[3], right.x[2], right.x[3])}}};
+    return {a,
+            {{bf16_rest(a.x[0], left.x[0], left.x[1]), bf16_rest(a.x[1], left.x[2], left.x[3]),
+              bf16_rest(a.x[2], right.x[0], right.x[1]), bf16_rest(a.x[3], right.x[2], right.x[3])}}};
 }
-__device__ inline TileB make_b(float x0, float x1, float x2, float x3) { return {{bf16_pair(x0, x1), bf16_pair(x2, x3)}}; }
-__device__ inline TileB join_b(const TileB &upper, const TileB &lower) { return {{upper.x[0], lower.x[1]}}; }  // rows 0..7 | 8..15
-__device__ inline TileB as_b(const TileA &a, int n) { return {{a.x[n], a.x[n + 2]}}; }     // B[k][column] = A[8 n + column][k]
-template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n]) {   // c[i] += a b[i]
+__device__ inline TileB make_b(float x0, float x1, float x2, float x3) {
+    return {{bf16_pair(x0, x1), bf16_pair(x2, x3)}};
+}
+// rows 0..7 | 8..15
+__device__ inline TileB join_b(const TileB &upper, const TileB &lower) { return {{upper.x[0], lower.x[1]}}; }
+// B[k][column] = A[8 n + column][k]
+__device__ inline TileB as_b(const TileA &a, int n) { return {{a.x[n], a.x[n + 2]}}; }
+template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n]) { // c[i] += a b[i]
 #pragma unroll
     for (int i = 0; i < n; i++)
         asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(c[i].x[0]), "+f"(c[i].x[1]), "+f"(c[i].x[2]), "+f"(c[i].x[3])
-                     : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b[i].x[0]), "r"(b[i].x[1]));
+            : "+f"(c[i].x[0]), "+f"(c[i].x[1]), "+f"(c[i].x[2]), "+f"(c[i].x[3])
+            : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b[i].x[0]), "r"(b[i].x[1]));
 }
 #else
-struct TileA { float x[8]; };
-struct TileB { float x[4]; };
-struct TileA2 { TileA high; };              // a float holds it all
+struct TileA {
+    float x[8];
+};
+struct TileB {
+    float x[4];
+};
+// a float holds it all
+struct TileA2 {
+    TileA high;
+};
 
-__device__ inline int a_row(int i) { return threadIdx.x % 32 / 4 + i / 2 % 2 * 8; }     // A's element i of this lane: row,
-__device__ inline int a_col(int i) { return threadIdx.x % 4 * 2 + i % 2 + i / 4 * 8; }  // column;
-__device__ inline int b_col(void) { return threadIdx.x % 32 / 4; }                      // B's column; its row is tile_k(i)
+// A's element i of this lane: row,
+__device__ inline int a_row(int i) { return threadIdx.x % 32 / 4 + i / 2 % 2 * 8; }
+__device__ inline int a_col(int i) { return threadIdx.x % 4 * 2 + i % 2 + i / 4 * 8; } // column;
+// B's column; its row is tile_k(i)
+__device__ inline int b_col(void) { return threadIdx.x % 32 / 4; }
 
 __device__ inline TileA load_a(const floatX *p, int ld) {
     TileA a;
@@ -1072,25 +764,33 @@ __device__ inline TileA2 to_a2(const TileC &left, const TileC &right) {
 __device__ inline TileB make_b(float x0, float x1, float x2, float x3) {
     return {{(float)(floatX)x0, (float)(floatX)x1, (float)(floatX)x2, (float)(floatX)x3}};
 }
-__device__ inline TileB join_b(const TileB &upper, const TileB &lower) { return {{upper.x[0], upper.x[1], lower.x[2], lower.x[3]}}; }
-__device__ inline TileB as_b(const TileA &a, int n) { return {{a.x[2 * n], a.x[2 * n + 1], a.x[2 * n + 4], a.x[2 * n + 5]}}; }
+__device__ inline TileB join_b(const TileB &upper, const TileB &lower) {
+    return {{upper.x[0], upper.x[1], lower.x[2], lower.x[3]}};
+}
+__device__ inline TileB as_b(const TileA &a, int n) {
+    return {{a.x[2 * n], a.x[2 * n + 1], a.x[2 * n + 4], a.x[2 * n + 5]}};
+}
 #ifdef CUDA_ON_CPU
-template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n], Site site = Site::here()) {
+template <int n>
+__device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n], Site site = Site::here()) {
     cuda_on_cpu::mma(1, n, c[0].x, 0, a.x, b[0].x, 0, site);
 }
 #else
-template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n]) {   // true fp32, by shuffles
+// true fp32, by shuffles
+template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n]) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int k = 0; k < 16; k++) {
-        const int holder = k % 8 / 2;                                           // which of four lanes has column k of A, row k of B
+        // which of four lanes has column k of A, row k of B
+        const int holder = k % 8 / 2;
         const float upper = __shfl_sync(0xffffffffu, a.x[k % 2 + k / 8 * 4], lane / 4 * 4 + holder);
         const float lower = __shfl_sync(0xffffffffu, a.x[k % 2 + k / 8 * 4 + 2], lane / 4 * 4 + holder);
 #pragma unroll
         for (int i = 0; i < n; i++)
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                const float right = __shfl_sync(0xffffffffu, b[i].x[k % 2 + k / 8 * 2], (lane % 4 * 2 + e) * 4 + holder);
+                const float right =
+                    __shfl_sync(0xffffffffu, b[i].x[k % 2 + k / 8 * 2], (lane % 4 * 2 + e) * 4 + holder);
                 c[i].x[e] = fmaf(upper, right, c[i].x[e]);
                 c[i].x[2 + e] = fmaf(lower, right, c[i].x[2 + e]);
             }
@@ -1101,10 +801,12 @@ template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const
 
 // Several of these in one call, as for sums:  c += a[0] b[0] + a[1] b[1] + ..,  and  c[j] += a[j] b
 #ifdef CUDA_ON_CPU
-template <int k, int n> __device__ inline void mma(TileC (&c)[n], const TileA (&a)[k], const TileB (&b)[k][n], Site site = Site::here()) {
+template <int k, int n>
+__device__ inline void mma(TileC (&c)[n], const TileA (&a)[k], const TileB (&b)[k][n], Site site = Site::here()) {
     cuda_on_cpu::mma(k, n, c[0].x, 0, a[0].x, b[0][0].x, 4 * n, site);
 }
-template <int m, int n> __device__ inline void mma(TileC (&c)[m][n], const TileA (&a)[m], const TileB (&b)[n], Site site = Site::here()) {
+template <int m, int n>
+__device__ inline void mma(TileC (&c)[m][n], const TileA (&a)[m], const TileB (&b)[n], Site site = Site::here()) {
     cuda_on_cpu::mma(m, n, c[0][0].x, 4 * n, a[0].x, b[0].x, 0, site);
 }
 #else
@@ -1141,153 +843,178 @@ __device__ inline void mma_transposed(TileC (&c)[2], const TileA2 &a, const Tile
 
 // Initial values (spec section 7). For layer l: p = l/(L-1), q = 1 - l/L; d = i/C over channels.
 enum InitKind { CONSTANT, CURVE, POWER, UNIFORM, ORTHOGONAL, HEAD_ORTHOGONAL, TIME_DECAY, TIME_FAAAA, LN_X_GAIN };
-typedef struct Init { InitKind kind; double a, b; } Init;
+typedef struct Init {
+    InitKind kind;
+    double a, b;
+} Init;
 static Init constant(double value) { return {CONSTANT, value, 0}; }
-static Init curve(double a, double b) { return {CURVE, a, b}; }                 // 1 - (d^(a q) + b p)
-static Init power(double a, double b) { return {POWER, a, b}; }                 // d^(a q) + b p
+static Init curve(double a, double b) { return {CURVE, a, b}; } // 1 - (d^(a q) + b p)
+static Init power(double a, double b) { return {POWER, a, b}; } // d^(a q) + b p
 static Init uniform(double range) { return {UNIFORM, range, 0}; }
 static Init orthogonal(double gain) { return {ORTHOGONAL, gain, 0}; }
+static Init rule(InitKind kind) { return {kind, 0, 0}; }
 
-// Optimizer groups (spec section 8): only matrices decay; lr factors in train_stage 1 and 2 are {1, 1}, {1, 2}, {2, 3}, {1, 1}.
+// Optimizer groups (spec section 8): only matrices decay; lr factors in train_stage 1 and 2 are {1, 1}, {1, 2}, {2, 3},
+// {1, 1}.
 enum Group { VECTOR, SHIFT, DECAY, MATRIX };
 static const double GROUP_LR[4][2] = {{1, 1}, {1, 2}, {2, 3}, {1, 1}};
 
 // Which layers have a tensor: once at the top; once with TokenCat; in block 0; in every block; or in blocks of a mixer.
+// clang-format off
 enum Where {
     TOP = 1, KV = 2, FIRST = 4, BLOCK = 8,
     FINCH_C2 = 16, GOLD = 32, FINCH = 64, FINCH_B = 128, EAGLE = 256, GPTALPHA = 512, LLAMA = 1024,     // time mixers
-    CMIX = 2048, CMIX_EAGLE = 4096, CMIX_LLAMA = 8192,                                                  // channel mixers
+    // channel mixers
+    CMIX = 2048, CMIX_EAGLE = 4096, CMIX_LLAMA = 8192,
     FINCHES = FINCH_C2 | FINCH | FINCH_B, RWKV = FINCHES | EAGLE, NOT_LLAMA = RWKV | GOLD | GPTALPHA,
     MIXED = FINCH_C2 | FINCH | GPTALPHA, SHIFTED = MIXED | FINCH_B
 };
+// clang-format on
 
 // The table: field, name in a checkpoint, shape, initial values, group, where. Letters as in the spec, beside
 // R: numbers per token in the cache; mixes: how many inputs a time mixer mixes; rank: of GOLD's key and value;
 // FL: width of Llama's channel mixer.
-//  field            name                       shape                  initial values                 group   where
+// clang-format off
+//    field             name in a checkpoint     shape             initial values         group   where
 #define TENSORS(X) \
-X(emb,              "emb.weight",              V, C, 1,               uniform(1e-4),                  MATRIX, TOP) \
-X(head,             "head.weight",             V, C, 1,               (Init{HEAD_ORTHOGONAL, 0, 0}),  MATRIX, TOP) \
-X(ln_out_weight,    "ln_out.weight",           C, 0, 0,               constant(1),                    VECTOR, TOP) \
-X(ln_out_bias,      "ln_out.bias",             C, 0, 0,               constant(0),                    VECTOR, TOP) \
-X(w_kv_cache_a,     "w_kv_cache_a.weight",     R, C, 1,               orthogonal(1),                  MATRIX, KV) \
-X(w_kv_cache_b,     "w_kv_cache_b.weight",     A, C + R, 1,           orthogonal(1),                  MATRIX, KV) \
-X(ln0_weight,       "ln0.weight",              C, 0, 0,               constant(1),                    VECTOR, FIRST) \
-X(ln0_bias,         "ln0.bias",                C, 0, 0,               constant(0),                    VECTOR, FIRST) \
-X(ln1_weight,       "ln1.weight",              C, 0, 0,               constant(1),                    VECTOR, BLOCK) \
-X(ln1_bias,         "ln1.bias",                C, 0, 0,               constant(0),                    VECTOR, BLOCK) \
-X(ln2_weight,       "ln2.weight",              C, 0, 0,               constant(1),                    VECTOR, BLOCK) \
-X(ln2_bias,         "ln2.bias",                C, 0, 0,               constant(0),                    VECTOR, BLOCK) \
-X(time_maa_x,       "att.time_maa_x",          1, 1, C,               curve(1, 0),                    SHIFT,  SHIFTED | GOLD) \
-X(time_maa_r,       "att.time_maa_r",          1, 1, C,               curve(0.5, 0),                  SHIFT,  SHIFTED) \
-X(time_maa_q,       "att.time_maa_q",          1, 1, C,               curve(0.5, 0),                  SHIFT,  GOLD) \
-X(time_maa_v_cache, "att.time_maa_v_cache",    1, 1, C,               curve(1, 0),                    SHIFT,  GOLD) \
-X(time_maa_k,       "att.time_maa_k",          1, 1, C,               curve(1, 0),                    SHIFT,  SHIFTED | GOLD) \
-X(time_maa_v,       "att.time_maa_v",          1, 1, C,               curve(1, 0.3),                  SHIFT,  SHIFTED | GOLD) \
-X(time_maa_w,       "att.time_maa_w",          1, 1, C,               curve(1, 0),                    SHIFT,  FINCHES) \
-X(time_maa_g,       "att.time_maa_g",          1, 1, C,               curve(0.5, 0),                  SHIFT,  FINCH) \
-X(time_maa_v2,      "att.time_maa_v2",         1, 1, C,               curve(1, 0.3),                  SHIFT,  FINCH_C2) \
-X(time_maa_w1,      "att.time_maa_w1",         C, 32 * mixes, 1,      constant(0),                    VECTOR, MIXED) \
-X(time_maa_w2,      "att.time_maa_w2",         mixes, 32, C,          uniform(0.01),                  VECTOR, MIXED) \
-X(time_maa_q_w1,    "att.time_maa_q_w1",       C, 32, 1,              constant(0),                    VECTOR, GOLD) \
-X(time_maa_q_w2,    "att.time_maa_q_w2",       32, C, 1,              uniform(0.01),                  VECTOR, GOLD) \
-X(time_maa_kv_w1,   "att.time_maa_kv_w1",      C, 64, 1,              constant(0),                    VECTOR, GOLD) \
-X(time_maa_kv_w2,   "att.time_maa_kv_w2",      2, 32, C,              uniform(0.01),                  VECTOR, GOLD) \
-X(time_decay,       "att.time_decay",          1, 1, A,               (Init{TIME_DECAY, 0, 0}),       DECAY,  FINCHES) \
-X(time_decay_w1,    "att.time_decay_w1",       C, 64, 1,              constant(0),                    VECTOR, FINCHES) \
-X(time_decay_w2,    "att.time_decay_w2",       64, A, 1,              uniform(0.01),                  VECTOR, FINCHES) \
-X(time_value2_w1,   "att.time_value2_w1",      C, 64, 1,              constant(0),                    VECTOR, FINCH_C2) \
-X(time_value2_w2,   "att.time_value2_w2",      64, A, 1,              uniform(0.01),                  VECTOR, FINCH_C2) \
-X(time_faaaa,       "att.time_faaaa",          H, 64, 1,              (Init{TIME_FAAAA, 0, 0}),       SHIFT,  RWKV) \
-X(time_key_w1,      "att.time_key_w1",         C, rank, 1,            constant(0),                    VECTOR, GOLD) \
-X(time_key_w2,      "att.time_key_w2",         rank, C, 1,            uniform(0.01),                  VECTOR, GOLD) \
-X(time_value_w1,    "att.time_value_w1",       C, rank, 1,            constant(0),                    VECTOR, GOLD) \
-X(time_value_w2,    "att.time_value_w2",       rank, C, 1,            uniform(0.01),                  VECTOR, GOLD) \
-X(receptance,       "att.receptance.weight",   A, C, 1,               orthogonal(1),                  MATRIX, RWKV) \
-X(key,              "att.key.weight",          A, C, 1,               orthogonal(0.1),                MATRIX, RWKV | GPTALPHA) \
-X(value,            "att.value.weight",        A, C, 1,               orthogonal(1),                  MATRIX, RWKV | GPTALPHA) \
-X(query,            "att.query.weight",        A, C, 1,               orthogonal(1),                  MATRIX, GOLD | GPTALPHA) \
-X(gate,             "att.gate.weight",         A, C, 1,               orthogonal(0.1),                MATRIX, FINCH | EAGLE) \
-X(output,           "att.output.weight",       C, A, 1,               constant(0),                    MATRIX, NOT_LLAMA) \
-X(ln_q_weight,      "att.ln_q.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD) \
-X(ln_q_bias,        "att.ln_q.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD) \
-X(ln_k_weight,      "att.ln_k.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD | GPTALPHA) \
-X(ln_k_bias,        "att.ln_k.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD | GPTALPHA) \
-X(ln_v_weight,      "att.ln_v.weight",         A, 0, 0,               constant(1),                    VECTOR, GOLD | GPTALPHA) \
-X(ln_v_bias,        "att.ln_v.bias",           A, 0, 0,               constant(0),                    VECTOR, GOLD | GPTALPHA) \
-X(ln_x_weight,      "att.ln_x.weight",         A, 0, 0,               (Init{LN_X_GAIN, 0, 0}),        VECTOR, NOT_LLAMA) \
-X(ln_x_bias,        "att.ln_x.bias",           A, 0, 0,               constant(0),                    VECTOR, NOT_LLAMA) \
-X(ffn_time_maa_k,   "ffn.time_maa_k",          1, 1, C,               curve(1, 0),                    SHIFT,  CMIX) \
-X(ffn_time_maa_r,   "ffn.time_maa_r",          1, 1, C,               curve(1, 0),                    SHIFT,  CMIX) \
-X(ffn_key,          "ffn.key.weight",          F, C, 1,               orthogonal(1),                  MATRIX, CMIX | CMIX_EAGLE) \
-X(ffn_receptance,   "ffn.receptance.weight",   C, C, 1,               constant(0),                    MATRIX, CMIX | CMIX_EAGLE) \
-X(ffn_value,        "ffn.value.weight",        C, F, 1,               constant(0),                    MATRIX, CMIX | CMIX_EAGLE) \
-X(ffn_w1,           "ffn.w1.weight",           FL, C, 1,              orthogonal(1),                  MATRIX, CMIX_LLAMA) \
-X(ffn_w2,           "ffn.w2.weight",           C, FL, 1,              orthogonal(1),                  MATRIX, CMIX_LLAMA) \
-X(ffn_w3,           "ffn.w3.weight",           FL, C, 1,              orthogonal(1),                  MATRIX, CMIX_LLAMA)
+    X(emb,              "emb.weight",            V, C, 1,          uniform(1e-4),         MATRIX, TOP) \
+    X(head,             "head.weight",           V, C, 1,          rule(HEAD_ORTHOGONAL), MATRIX, TOP) \
+    X(ln_out_weight,    "ln_out.weight",         C, 0, 0,          constant(1),           VECTOR, TOP) \
+    X(ln_out_bias,      "ln_out.bias",           C, 0, 0,          constant(0),           VECTOR, TOP) \
+    X(w_kv_cache_a,     "w_kv_cache_a.weight",   R, C, 1,          orthogonal(1),         MATRIX, KV) \
+    X(w_kv_cache_b,     "w_kv_cache_b.weight",   A, C + R, 1,      orthogonal(1),         MATRIX, KV) \
+    X(ln0_weight,       "ln0.weight",            C, 0, 0,          constant(1),           VECTOR, FIRST) \
+    X(ln0_bias,         "ln0.bias",              C, 0, 0,          constant(0),           VECTOR, FIRST) \
+    X(ln1_weight,       "ln1.weight",            C, 0, 0,          constant(1),           VECTOR, BLOCK) \
+    X(ln1_bias,         "ln1.bias",              C, 0, 0,          constant(0),           VECTOR, BLOCK) \
+    X(ln2_weight,       "ln2.weight",            C, 0, 0,          constant(1),           VECTOR, BLOCK) \
+    X(ln2_bias,         "ln2.bias",              C, 0, 0,          constant(0),           VECTOR, BLOCK) \
+    X(time_maa_x,       "att.time_maa_x",        1, 1, C,          curve(1, 0),           SHIFT,  SHIFTED | GOLD) \
+    X(time_maa_r,       "att.time_maa_r",        1, 1, C,          curve(0.5, 0),         SHIFT,  SHIFTED) \
+    X(time_maa_q,       "att.time_maa_q",        1, 1, C,          curve(0.5, 0),         SHIFT,  GOLD) \
+    X(time_maa_v_cache, "att.time_maa_v_cache",  1, 1, C,          curve(1, 0),           SHIFT,  GOLD) \
+    X(time_maa_k,       "att.time_maa_k",        1, 1, C,          curve(1, 0),           SHIFT,  SHIFTED | GOLD) \
+    X(time_maa_v,       "att.time_maa_v",        1, 1, C,          curve(1, 0.3),         SHIFT,  SHIFTED | GOLD) \
+    X(time_maa_w,       "att.time_maa_w",        1, 1, C,          curve(1, 0),           SHIFT,  FINCHES) \
+    X(time_maa_g,       "att.time_maa_g",        1, 1, C,          curve(0.5, 0),         SHIFT,  FINCH) \
+    X(time_maa_v2,      "att.time_maa_v2",       1, 1, C,          curve(1, 0.3),         SHIFT,  FINCH_C2) \
+    X(time_maa_w1,      "att.time_maa_w1",       C, 32 * mixes, 1, constant(0),           VECTOR, MIXED) \
+    X(time_maa_w2,      "att.time_maa_w2",       mixes, 32, C,     uniform(0.01),         VECTOR, MIXED) \
+    X(time_maa_q_w1,    "att.time_maa_q_w1",     C, 32, 1,         constant(0),           VECTOR, GOLD) \
+    X(time_maa_q_w2,    "att.time_maa_q_w2",     32, C, 1,         uniform(0.01),         VECTOR, GOLD) \
+    X(time_maa_kv_w1,   "att.time_maa_kv_w1",    C, 64, 1,         constant(0),           VECTOR, GOLD) \
+    X(time_maa_kv_w2,   "att.time_maa_kv_w2",    2, 32, C,         uniform(0.01),         VECTOR, GOLD) \
+    X(time_decay,       "att.time_decay",        1, 1, A,          rule(TIME_DECAY),      DECAY,  FINCHES) \
+    X(time_decay_w1,    "att.time_decay_w1",     C, 64, 1,         constant(0),           VECTOR, FINCHES) \
+    X(time_decay_w2,    "att.time_decay_w2",     64, A, 1,         uniform(0.01),         VECTOR, FINCHES) \
+    X(time_value2_w1,   "att.time_value2_w1",    C, 64, 1,         constant(0),           VECTOR, FINCH_C2) \
+    X(time_value2_w2,   "att.time_value2_w2",    64, A, 1,         uniform(0.01),         VECTOR, FINCH_C2) \
+    X(time_faaaa,       "att.time_faaaa",        H, 64, 1,         rule(TIME_FAAAA),      SHIFT,  RWKV) \
+    X(time_key_w1,      "att.time_key_w1",       C, rank, 1,       constant(0),           VECTOR, GOLD) \
+    X(time_key_w2,      "att.time_key_w2",       rank, C, 1,       uniform(0.01),         VECTOR, GOLD) \
+    X(time_value_w1,    "att.time_value_w1",     C, rank, 1,       constant(0),           VECTOR, GOLD) \
+    X(time_value_w2,    "att.time_value_w2",     rank, C, 1,       uniform(0.01),         VECTOR, GOLD) \
+    X(receptance,       "att.receptance.weight", A, C, 1,          orthogonal(1),         MATRIX, RWKV) \
+    X(key,              "att.key.weight",        A, C, 1,          orthogonal(0.1),       MATRIX, RWKV | GPTALPHA) \
+    X(value,            "att.value.weight",      A, C, 1,          orthogonal(1),         MATRIX, RWKV | GPTALPHA) \
+    X(query,            "att.query.weight",      A, C, 1,          orthogonal(1),         MATRIX, GOLD | GPTALPHA) \
+    X(gate,             "att.gate.weight",       A, C, 1,          orthogonal(0.1),       MATRIX, FINCH | EAGLE) \
+    X(output,           "att.output.weight",     C, A, 1,          constant(0),           MATRIX, NOT_LLAMA) \
+    X(ln_q_weight,      "att.ln_q.weight",       A, 0, 0,          constant(1),           VECTOR, GOLD) \
+    X(ln_q_bias,        "att.ln_q.bias",         A, 0, 0,          constant(0),           VECTOR, GOLD) \
+    X(ln_k_weight,      "att.ln_k.weight",       A, 0, 0,          constant(1),           VECTOR, GOLD | GPTALPHA) \
+    X(ln_k_bias,        "att.ln_k.bias",         A, 0, 0,          constant(0),           VECTOR, GOLD | GPTALPHA) \
+    X(ln_v_weight,      "att.ln_v.weight",       A, 0, 0,          constant(1),           VECTOR, GOLD | GPTALPHA) \
+    X(ln_v_bias,        "att.ln_v.bias",         A, 0, 0,          constant(0),           VECTOR, GOLD | GPTALPHA) \
+    X(ln_x_weight,      "att.ln_x.weight",       A, 0, 0,          rule(LN_X_GAIN),       VECTOR, NOT_LLAMA) \
+    X(ln_x_bias,        "att.ln_x.bias",         A, 0, 0,          constant(0),           VECTOR, NOT_LLAMA) \
+    X(ffn_time_maa_k,   "ffn.time_maa_k",        1, 1, C,          curve(1, 0),           SHIFT,  CMIX) \
+    X(ffn_time_maa_r,   "ffn.time_maa_r",        1, 1, C,          curve(1, 0),           SHIFT,  CMIX) \
+    X(ffn_key,          "ffn.key.weight",        F, C, 1,          orthogonal(1),         MATRIX, CMIX | CMIX_EAGLE) \
+    X(ffn_receptance,   "ffn.receptance.weight", C, C, 1,          constant(0),           MATRIX, CMIX | CMIX_EAGLE) \
+    X(ffn_value,        "ffn.value.weight",      C, F, 1,          constant(0),           MATRIX, CMIX | CMIX_EAGLE) \
+    X(ffn_w1,           "ffn.w1.weight",         FL, C, 1,         orthogonal(1),         MATRIX, CMIX_LLAMA) \
+    X(ffn_w2,           "ffn.w2.weight",         C, FL, 1,         orthogonal(1),         MATRIX, CMIX_LLAMA) \
+    X(ffn_w3,           "ffn.w3.weight",         FL, C, 1,         orthogonal(1),         MATRIX, CMIX_LLAMA)
+// clang-format on
 
 // Fields that have another name, shape or beginning in some models.
+// clang-format off
 #define VARIANTS(X) \
-X(time_maa_w1,      "att.time_maa_rkvw_w1",    C, 32 * mixes, 1,      constant(0),                    VECTOR, FINCH_B) \
-X(time_maa_w2,      "att.time_maa_rkvw_w2",    mixes, 32, C,          uniform(0.01),                  VECTOR, FINCH_B) \
-X(time_maa_r,       "att.time_mix_r",          1, 1, C,               power(0.5, 0),                  SHIFT,  EAGLE) \
-X(time_maa_k,       "att.time_mix_k",          1, 1, C,               power(1, 0),                    SHIFT,  EAGLE) \
-X(time_maa_v,       "att.time_mix_v",          1, 1, C,               power(1, 0.3),                  SHIFT,  EAGLE) \
-X(time_maa_g,       "att.time_mix_g",          1, 1, C,               power(0.5, 0),                  SHIFT,  EAGLE) \
-X(time_decay,       "att.time_decay",          H, 64, 1,              (Init{TIME_DECAY, 0, 0}),       DECAY,  EAGLE) \
-X(ln_q_weight,      "att.ln_r.weight",         A, 0, 0,               constant(1),                    VECTOR, GPTALPHA) \
-X(ln_q_bias,        "att.ln_r.bias",           A, 0, 0,               constant(0),                    VECTOR, GPTALPHA) \
-X(query,            "att.wq.weight",           A, C, 1,               orthogonal(1),                  MATRIX, LLAMA) \
-X(key,              "att.wk.weight",           A, C, 1,               orthogonal(1),                  MATRIX, LLAMA) \
-X(value,            "att.wv.weight",           A, C, 1,               orthogonal(1),                  MATRIX, LLAMA) \
-X(output,           "att.wo.weight",           C, A, 1,               orthogonal(1),                  MATRIX, LLAMA) \
-X(ffn_time_maa_k,   "ffn.time_mix_k",          1, 1, C,               power(1, 0),                    SHIFT,  CMIX_EAGLE) \
-X(ffn_time_maa_r,   "ffn.time_mix_r",          1, 1, C,               power(1, 0),                    SHIFT,  CMIX_EAGLE)
+    X(time_maa_w1,    "att.time_maa_rkvw_w1", C, 32 * mixes, 1, constant(0),      VECTOR, FINCH_B) \
+    X(time_maa_w2,    "att.time_maa_rkvw_w2", mixes, 32, C,     uniform(0.01),    VECTOR, FINCH_B) \
+    X(time_maa_r,     "att.time_mix_r",       1, 1, C,          power(0.5, 0),    SHIFT,  EAGLE) \
+    X(time_maa_k,     "att.time_mix_k",       1, 1, C,          power(1, 0),      SHIFT,  EAGLE) \
+    X(time_maa_v,     "att.time_mix_v",       1, 1, C,          power(1, 0.3),    SHIFT,  EAGLE) \
+    X(time_maa_g,     "att.time_mix_g",       1, 1, C,          power(0.5, 0),    SHIFT,  EAGLE) \
+    X(time_decay,     "att.time_decay",       H, 64, 1,         rule(TIME_DECAY), DECAY,  EAGLE) \
+    X(ln_q_weight,    "att.ln_r.weight",      A, 0, 0,          constant(1),      VECTOR, GPTALPHA) \
+    X(ln_q_bias,      "att.ln_r.bias",        A, 0, 0,          constant(0),      VECTOR, GPTALPHA) \
+    X(query,          "att.wq.weight",        A, C, 1,          orthogonal(1),    MATRIX, LLAMA) \
+    X(key,            "att.wk.weight",        A, C, 1,          orthogonal(1),    MATRIX, LLAMA) \
+    X(value,          "att.wv.weight",        A, C, 1,          orthogonal(1),    MATRIX, LLAMA) \
+    X(output,         "att.wo.weight",        C, A, 1,          orthogonal(1),    MATRIX, LLAMA) \
+    X(ffn_time_maa_k, "ffn.time_mix_k",       1, 1, C,          power(1, 0),      SHIFT,  CMIX_EAGLE) \
+    X(ffn_time_maa_r, "ffn.time_mix_r",       1, 1, C,          power(1, 0),      SHIFT,  CMIX_EAGLE)
+// clang-format on
 
 // One tensor of this model. offset: in elements, the same in the blocks of weights, gradients, masters and moments.
 typedef struct Tensor {
     char name[64];
-    int ndim, layer;                        // layer: -1 at the top
+    int ndim, layer; // layer: -1 at the top
     int64_t shape[3], size, offset;
     Init init;
-    double lr_scale;                        // factor on the learning rate
-    int decay;                              // 1: weight decay applies
+    double lr_scale; // factor on the learning rate
+    int decay;       // 1: weight decay applies
 } Tensor;
 
-typedef struct Param { floatX *w; float *g; int64_t ld; } Param;    // weights, gradients, length of a row
+// weights, gradients, length of a row
+typedef struct Param {
+    floatX *w;
+    float *g;
+    int64_t ld;
+} Param;
 
 // All tensors of one layer (or of the top) by field; those that it does not have are null.
 #define FIELD(field, ...) Param field;
-typedef struct Params { TENSORS(FIELD) } Params;
+typedef struct Params {
+    TENSORS(FIELD)
+} Params;
 #undef FIELD
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 4. Kernels, forward beside backward, in the order a token meets them
 //
-// Most kernels walk rows: a row is one token's channels, a thread owns a Pack of 8 of them, a block one row at a time (so
-// that the norm's sums are sums over the block, and the previous token of a shift is what the thread held a moment ago).
-// Gradients of vectors are sums over all tokens: each block sums its rows and leaves a partial row, add_partials adds
-// these in a fixed order. No atomics anywhere: the same bits in every run.
+// Most kernels walk rows: a row is one token's channels, a thread owns a Pack of 8 of them, a block one row at a time
+// (so that the norm's sums are sums over the block, and the previous token of a shift is what the thread held a moment
+// ago). Gradients of vectors are sums over all tokens: each block sums its rows and leaves a partial row, add_partials
+// adds these in a fixed order. No atomics anywhere: the same bits in every run.
 
-static const int MAX_C = 4096;              // a row's threads must fit a block
+static const int MAX_C = 4096; // a row's threads must fit a block
 
 static int row_threads(int C) { return (int)ceil_div(C / 8, 32) * 32; }
-// Blocks that share the rows: as many as an H100 (132 multiprocessors) holds of 512 to 768 threads in all; the same number on
-// every device, as it says how sums are split.
+// Blocks that share the rows: as many as an H100 (132 multiprocessors) holds of 512 to 768 threads in all; the same
+// number on every device, as it says how sums are split.
 static int most_row_blocks(int C) { return 132 * (C < 4608 ? 4608 / C : 1); }
-static int rows_per_block(int rows, int C) { return rows > 8 * most_row_blocks(C) ? (int)ceil_div(rows, most_row_blocks(C)) : 8; }
+static int rows_per_block(int rows, int C) {
+    return rows > 8 * most_row_blocks(C) ? (int)ceil_div(rows, most_row_blocks(C)) : 8;
+}
 static int row_blocks(int rows, int C) { return (int)ceil_div(rows, rows_per_block(rows, C)); }
 
-struct Targets { float *g[6]; };            // gradients of up to six vectors of C numbers
+// gradients of up to six vectors of C numbers
+struct Targets {
+    float *g[6];
+};
 
-// Sums over the P parts of partial (P, rows + n, C), always in the same order: of the first `rows` rows to matrix (rows, C),
-// which adds them up, of the others to g[0..n-1]. Blocks of 32 columns x 32 parts, or x 8 or x 2 where there are few.
-__global__ void __launch_bounds__(1024) add_partials_kernel(Targets to, float *matrix, const float *partial, int P, int rows,
-        int n, int C) {
+// Sums over the P parts of partial (P, rows + n, C), always in the same order: of the first `rows` rows to matrix
+// (rows, C), which adds them up, of the others to g[0..n-1]. Blocks of 32 columns x 32 parts, or x 8 or x 2 where there
+// are few.
+__global__ void __launch_bounds__(1024)
+    add_partials_kernel(Targets to, float *matrix, const float *partial, int P, int rows, int n, int C) {
     __shared__ float sums[32][32];
     const int64_t at = (int64_t)blockIdx.x * 32 + threadIdx.x % 32;
     const int part = threadIdx.x / 32, parts = blockDim.x / 32;
-    const int LOADS = 16;                                                   // on their way at a time
+    const int LOADS = 16; // on their way at a time
     float sum = 0;
     for (int begin = part; begin < P; begin += LOADS * parts) {
         float x[LOADS];
@@ -1310,7 +1037,8 @@ __global__ void __launch_bounds__(1024) add_partials_kernel(Targets to, float *m
 }
 
 static void add_partials(Targets to, const float *partial, int P, int n, int C, float *matrix = nullptr, int rows = 0) {
-    add_partials_kernel<<<(rows + n) * C / 32, P > 256 ? 1024 : P > 32 ? 256 : 64, 0, stream>>>(to, matrix, partial, P, rows, n, C);
+    const int threads = P > 256 ? 1024 : P > 32 ? 256 : 64;
+    add_partials_kernel<<<(rows + n) * C / 32, threads, 0, stream>>>(to, matrix, partial, P, rows, n, C);
 }
 
 // ---- layer norm ----
@@ -1319,8 +1047,8 @@ static void add_partials(Targets to, const float *partial, int P, int n, int C, 
 //
 // x may be a sum, residual stream + branch, which is then stored in `sum`; or row index[i] of a table (the embedding).
 // Bytes a row: C (2 read + 2 written), each in floatX, with a sum; half of it without.
-__global__ void layernorm_forward_kernel(floatX *out, floatX *sum, const floatX *x, const int *index, const floatX *branch,
-                                         const floatX *gain, const floatX *bias, int C) {
+__global__ void layernorm_forward_kernel(floatX *out, floatX *sum, const floatX *x, const int *index,
+                                         const floatX *branch, const floatX *gain, const floatX *bias, int C) {
     __shared__ float2 shared[32];
     const int c = threadIdx.x * 8;
     const bool mine = c < C;
@@ -1328,7 +1056,7 @@ __global__ void layernorm_forward_kernel(floatX *out, floatX *sum, const floatX 
     Pack v = mine ? load(x + from * C + c) : zero_pack();
     if (branch && mine) {
         const Pack b = load(branch + row * C + c);
-        for (int i = 0; i < 8; i++) v.x[i] = (float)(floatX)(v.x[i] + b.x[i]);  // what the backward pass will read
+        for (int i = 0; i < 8; i++) v.x[i] = (float)(floatX)(v.x[i] + b.x[i]); // what the backward pass will read
         store(sum + row * C + c, v);
     }
     float total = 0;
@@ -1350,20 +1078,23 @@ static void layernorm_forward(floatX *out, floatX *sum, const floatX *x, const i
 
 // dx = (dn - mean(dn) - n mean(dn n)) / sqrt(var + eps),  n = (x - mean) / sqrt(var + eps),  dn = dout * gain;
 // added to what dx holds if `accumulate`. partial (blocks, 2, C): sums of dout * n and of dout.
-// What is summed over a row, (x - mean)^2, dn and dn (x - mean), asks for no more than its mean. So that one sum over the
-// block does for a row, it takes along the x of the next row, which gives that one's mean. Loads are a row ahead of their use.
-// Bytes a row: C (2 read + 1 written) in floatX, one more read if `accumulate`. 768: threads that a multiprocessor's
-// registers are to suffice for.
+// What is summed over a row, (x - mean)^2, dn and dn (x - mean), asks for no more than its mean. So that one sum over
+// the block does for a row, it takes along the x of the next row, which gives that one's mean. Loads are a row ahead of
+// their use. Bytes a row: C (2 read + 1 written) in floatX, one more read if `accumulate`. 768: threads that a
+// multiprocessor's registers are to suffice for.
 template <bool accumulate>
-__global__ void __launch_bounds__(PRECISION_BF16 ? 768 : MAX_C / 8) layernorm_backward_kernel(floatX *dx, float *partial,
-        const floatX *dout, const floatX *x, const int *index, const floatX *gain, int rows, int rows_per_block, int C) {
+__global__ void __launch_bounds__(PRECISION_BF16 ? 768 : MAX_C / 8)
+    layernorm_backward_kernel(floatX *dx, float *partial, const floatX *dout, const floatX *x, const int *index,
+                              const floatX *gain, int rows, int rows_per_block, int C) {
     __shared__ float4 shared[32];
     const int c = threadIdx.x * 8, begin = blockIdx.x * rows_per_block, end = min(rows, begin + rows_per_block);
     const bool mine = c < C;
     const float per_channel = 1.f / C;
     const Pack g = mine ? load(gain + c) : zero_pack();
     Pack dgain = zero_pack(), dbias = zero_pack();
-    auto fetch = [&](const floatX *from, int64_t row) { return mine ? load_raw(from + row * C + c) : RawPack<floatX>{}; };
+    auto fetch = [&](const floatX *from, int64_t row) {
+        return mine ? load_raw(from + row * C + c) : RawPack<floatX>{};
+    };
     auto fetch_x = [&](int row) { return row < end ? fetch(x, index ? index[row] : row) : RawPack<floatX>{}; };
     RawPack<floatX> next_x = fetch_x(begin + 1), next_d = fetch(dout, begin), next_dx = {};
     if (accumulate) next_dx = fetch(dx, begin);
@@ -1408,7 +1139,8 @@ template <bool accumulate>
 static void layernorm_backward(floatX *dx, float *partial, const floatX *dout, const floatX *x, const int *index,
                                Param gain, Param bias, int rows, int C) {
     const int blocks = row_blocks(rows, C), per = rows_per_block(rows, C), threads = row_threads(C);
-    layernorm_backward_kernel<accumulate><<<blocks, threads, 0, stream>>>(dx, partial, dout, x, index, gain.w, rows, per, C);
+    layernorm_backward_kernel<accumulate>
+        <<<blocks, threads, 0, stream>>>(dx, partial, dout, x, index, gain.w, rows, per, C);
     add_partials({{gain.g, bias.g}}, partial, blocks, 2, C);
 }
 
@@ -1449,14 +1181,16 @@ __global__ void rms_norm_backward(floatX *dx, const float *dout, const float *ad
 // ---- embedding ----
 //
 // Forward is layernorm_forward over rows emb[token]. Backward: demb[id] += the rows of dx whose token is id. The host
-// sorts the tokens by id as it hands them over; a block sums 64 channels of one id's rows, 16 rows at a time (some ids are
-// in every twentieth place), always in the same order.
+// sorts the tokens by id as it hands them over; a block sums 64 channels of one id's rows, 16 rows at a time (some ids
+// are in every twentieth place), always in the same order.
 // ids (distinct), starts (distinct + 1), order (B T): order[starts[i]..starts[i+1]) are the positions of ids[i].
 static const int EMBEDDING_ROWS = 16, EMBEDDING_CHANNELS = 64;
 
-__global__ void embedding_backward(float *demb, const floatX *dx, const int *ids, const int *starts, const int *order, int C) {
+__global__ void embedding_backward(float *demb, const floatX *dx, const int *ids, const int *starts, const int *order,
+                                   int C) {
     __shared__ __align__(16) float sums[EMBEDDING_ROWS][EMBEDDING_CHANNELS];
-    const int row = threadIdx.x / 8, c = blockIdx.y * EMBEDDING_CHANNELS + threadIdx.x % 8 * 8, end = starts[blockIdx.x + 1];
+    const int row = threadIdx.x / 8, c = blockIdx.y * EMBEDDING_CHANNELS + threadIdx.x % 8 * 8,
+              end = starts[blockIdx.x + 1];
     Pack sum = zero_pack();
 #pragma unroll 4
     for (int j = starts[blockIdx.x] + row; j < end; j += EMBEDDING_ROWS) {
@@ -1478,13 +1212,18 @@ __global__ void embedding_backward(float *demb, const floatX *dx, const int *ids
 //     m_i   = h_i @ w2_i                     low rank: h_i (BT, 32) @ w2_i (32, C); or no m
 //
 // Bytes a row: C (1 + n) floatX, and with low ranks 32 n more: m is made on the fly by tensor cores, never written.
-static const int RANK = 32;                 // of a mix
+static const int RANK = 32; // of a mix
 
 template <int n> struct Mixes {
     const floatX *mu[n];
-    struct { const floatX *h; int ld; const floatX *w2; } low;      // h_i at columns 32 i of h (BT, ld); w2 (n, 32, C); or nulls
-    floatX *x[n];                           // the outputs; in the backward pass their gradients
-    bool complement = false;                // Eagle: the parameters are 1 - mu
+    // h_i at columns 32 i of h (BT, ld); w2 (n, 32, C); or nulls
+    struct {
+        const floatX *h;
+        int ld;
+        const floatX *w2;
+    } low;
+    floatX *x[n];            // the outputs; in the backward pass their gradients
+    bool complement = false; // Eagle: the parameters are 1 - mu
 };
 
 // Without low ranks a thread walks down a few rows of its 8 channels.
@@ -1494,7 +1233,8 @@ template <int n> __device__ inline Pack load_mu(const Mixes<n> &mix, int i, int 
     return mu;
 }
 
-template <int n> __global__ void token_shift_mix_forward(Mixes<n> mix, const floatX *x, int BT, int T, int C, int rows_per_block) {
+template <int n>
+__global__ void token_shift_mix_forward(Mixes<n> mix, const floatX *x, int BT, int T, int C, int rows_per_block) {
     const int c = threadIdx.x * 8;
     if (c >= C) return;
     Pack mu[n];
@@ -1518,7 +1258,7 @@ template <int n> __global__ void token_shift_mix_forward(Mixes<n> mix, const flo
 // `from`: the tile's columns in row 0.
 template <int rows, int columns, int threads>
 __device__ inline void async_tile(floatX *to, const floatX *from, int row0, int limit, int ld) {
-    const int step = 16 / sizeof(floatX), per_row = columns / step, at_once = threads / per_row;    // at_once: rows
+    const int step = 16 / sizeof(floatX), per_row = columns / step, at_once = threads / per_row; // at_once: rows
     const int first = threadIdx.x / per_row, column = threadIdx.x % per_row * step;
     if (threads % per_row && first >= at_once) return;
 #pragma unroll
@@ -1530,19 +1270,22 @@ __device__ inline void async_tile(floatX *to, const floatX *from, int row0, int 
     }
 }
 
-// With low ranks a block owns 64 channels, keeps their part of w2 in shared memory and walks down the rows, 64 at a time (32 in
-// FP32); a warp takes 16 of them and 32 channels, c_i = mu_i + m_i being a result of mma. w2's columns are permuted so that a lane gets
-// 8 neighbouring channels of a row, 16 bytes: column 8 j + 2 l + e of 32 is channel 8 l + 2 j + e. x and h of the next rows
-// come by asynchronous copies meanwhile (bf16): 30 KB a block at n = 5, two blocks a multiprocessor.
-static const int MIX_STAGES = PRECISION_BF16 ? 2 : 1;                       // tiles of rows in shared memory
-static const int MIX_CHANNELS = 64, MIX_FORWARD_ROWS = PRECISION_BF16 ? 64 : 32, MIX_FORWARD_THREADS = 4 * MIX_FORWARD_ROWS;
+// With low ranks a block owns 64 channels, keeps their part of w2 in shared memory and walks down the rows, 64 at a
+// time (32 in FP32); a warp takes 16 of them and 32 channels, c_i = mu_i + m_i being a result of mma. w2's columns are
+// permuted so that a lane gets 8 neighbouring channels of a row, 16 bytes: column 8 j + 2 l + e of 32 is channel 8 l +
+// 2 j + e. x and h of the next rows come by asynchronous copies meanwhile (bf16): 30 KB a block at n = 5, two blocks a
+// multiprocessor.
+static const int MIX_STAGES = PRECISION_BF16 ? 2 : 1; // tiles of rows in shared memory
+static const int MIX_CHANNELS = 64, MIX_FORWARD_ROWS = PRECISION_BF16 ? 64 : 32,
+                 MIX_FORWARD_THREADS = 4 * MIX_FORWARD_ROWS;
 
 template <int n> struct LowRankMixSmem {
     alignas(16) floatX w2[n][RANK][LD];
-    alignas(16) float mu[n][MIX_CHANNELS];  // permuted like w2
+    alignas(16) float mu[n][MIX_CHANNELS]; // permuted like w2
 };
 
-__device__ inline int mix_column(int c) { return c / 32 * 32 + c % 2 + c % 32 / 8 * 2 + c % 8 / 2 * 8; }    // of channel c of 64
+// of channel c of 64
+__device__ inline int mix_column(int c) { return c / 32 * 32 + c % 2 + c % 32 / 8 * 2 + c % 8 / 2 * 8; }
 
 template <int n> __device__ inline void mix_load_w2(LowRankMixSmem<n> &s, const Mixes<n> &mix, int first, int C) {
     for (int i = threadIdx.x; i < n * RANK * MIX_CHANNELS / 8; i += blockDim.x) {
@@ -1552,11 +1295,13 @@ template <int n> __device__ inline void mix_load_w2(LowRankMixSmem<n> &s, const 
     }
 #pragma unroll
     for (int i = 0; i < n; i++)
-        for (int c = threadIdx.x; c < MIX_CHANNELS; c += blockDim.x) s.mu[i][mix_column(c)] = (float)mix.mu[i][first + c];
+        for (int c = threadIdx.x; c < MIX_CHANNELS; c += blockDim.x)
+            s.mu[i][mix_column(c)] = (float)mix.mu[i][first + c];
 }
 
 // c (16 tokens x 32 permuted channels from `group` on) = mu_i + h_i w2_i
-template <int n> __device__ inline void mix_amounts(TileC (&c)[4], const LowRankMixSmem<n> &s, int i, int group, const TileA (&h)[2]) {
+template <int n>
+__device__ inline void mix_amounts(TileC (&c)[4], const LowRankMixSmem<n> &s, int i, int group, const TileA (&h)[2]) {
     for (int j = 0; j < 4; j++) {
         const float2 mu = *(const float2 *)&s.mu[i][group + 8 * j + tile_col(0)];
         c[j] = {{mu.x, mu.y, mu.x, mu.y}};
@@ -1568,7 +1313,7 @@ template <int n> __device__ inline void mix_amounts(TileC (&c)[4], const LowRank
 }
 
 template <int n> struct LowRankMixRows {
-    alignas(16) floatX x[1 + MIX_FORWARD_ROWS][LD], h[MIX_FORWARD_ROWS][RANK * n + PAD];    // x from the row before on
+    alignas(16) floatX x[1 + MIX_FORWARD_ROWS][LD], h[MIX_FORWARD_ROWS][RANK * n + PAD]; // x from the row before on
 };
 
 template <int n> struct LowRankMixForward {
@@ -1576,27 +1321,32 @@ template <int n> struct LowRankMixForward {
     LowRankMixRows<n> rows[MIX_STAGES];
 };
 
-template <int n> __device__ inline void mix_copy_rows(LowRankMixRows<n> &s, const Mixes<n> &mix, const floatX *x, int row0,
-        int BT, int first, int C) {
+template <int n>
+__device__ inline void mix_copy_rows(LowRankMixRows<n> &s, const Mixes<n> &mix, const floatX *x, int row0, int BT,
+                                     int first, int C) {
     async_tile<1 + MIX_FORWARD_ROWS, MIX_CHANNELS, MIX_FORWARD_THREADS>(&s.x[0][0], x + first, row0 - 1, BT, C);
     async_tile<MIX_FORWARD_ROWS, RANK * n, MIX_FORWARD_THREADS>(&s.h[0][0], mix.low.h, row0, BT, mix.low.ld);
     async_commit();
 }
 
-template <int n> __global__ void __launch_bounds__(MIX_FORWARD_THREADS, 2)
-low_rank_mix_forward_kernel(Mixes<n> mix, const floatX *x, int BT, int T, int C) {
+template <int n>
+__global__ void __launch_bounds__(MIX_FORWARD_THREADS, 2)
+    low_rank_mix_forward_kernel(Mixes<n> mix, const floatX *x, int BT, int T, int C) {
     LowRankMixForward<n> &s = *dynamic_smem<LowRankMixForward<n>>();
     const int first = blockIdx.x * MIX_CHANNELS, warp = threadIdx.x / 32, step = gridDim.y * MIX_FORWARD_ROWS;
-    const int strip = warp % (MIX_FORWARD_ROWS / 16) * 16, group = warp / (MIX_FORWARD_ROWS / 16) * 32;     // the warp's
+    // the warp's
+    const int strip = warp % (MIX_FORWARD_ROWS / 16) * 16, group = warp / (MIX_FORWARD_ROWS / 16) * 32;
     const int c = group + threadIdx.x % 4 * 8;
     mix_copy_rows(s.rows[0], mix, x, blockIdx.y * MIX_FORWARD_ROWS, BT, first, C);
     mix_load_w2(s.w, mix, first, C);
     for (int row0 = blockIdx.y * MIX_FORWARD_ROWS, turn = 0; row0 < BT; row0 += step, turn++) {
         const LowRankMixRows<n> &here = s.rows[turn % MIX_STAGES];
         async_wait<0>();
-        __syncthreads();                                                    // nor does anyone read the other tile any more
-        if (MIX_STAGES > 1 && row0 + step < BT) mix_copy_rows(s.rows[(turn + 1) % MIX_STAGES], mix, x, row0 + step, BT, first, C);
-        Pack v[2], delta[2];                                                // x and shift(x) - x, of two rows
+        // nor does anyone read the other tile any more
+        __syncthreads();
+        if (MIX_STAGES > 1 && row0 + step < BT)
+            mix_copy_rows(s.rows[(turn + 1) % MIX_STAGES], mix, x, row0 + step, BT, first, C);
+        Pack v[2], delta[2]; // x and shift(x) - x, of two rows
         for (int half = 0; half < 2; half++) {
             const int local = strip + tile_row(2 * half);
             v[half] = load(&here.x[1 + local][c]);
@@ -1612,7 +1362,8 @@ low_rank_mix_forward_kernel(Mixes<n> mix, const floatX *x, int BT, int T, int C)
             for (int half = 0; half < 2; half++) {
                 const int64_t row = row0 + strip + tile_row(2 * half);
                 Pack out;
-                for (int j = 0; j < 8; j++) out.x[j] = v[half].x[j] + delta[half].x[j] * amount[j / 2].x[2 * half + j % 2];
+                for (int j = 0; j < 8; j++)
+                    out.x[j] = v[half].x[j] + delta[half].x[j] * amount[j / 2].x[2 * half + j % 2];
                 if (row < BT) store(mix.x[i] + row * C + first + c, out);
             }
         }
@@ -1623,14 +1374,17 @@ low_rank_mix_forward_kernel(Mixes<n> mix, const floatX *x, int BT, int T, int C)
     }
 }
 
-template <int n> static void mix_forward(Mixes<n> mix, const floatX *x, int BT, int T, int C) {               // no low ranks
-    const int per = 4, blocks = (int)ceil_div(BT, per);     // so few that multiprocessors do not wait long for the last block
+// no low ranks
+template <int n> static void mix_forward(Mixes<n> mix, const floatX *x, int BT, int T, int C) {
+    // so few that multiprocessors do not wait long for the last block
+    const int per = 4, blocks = (int)ceil_div(BT, per);
     token_shift_mix_forward<n><<<blocks, row_threads(C), 0, stream>>>(mix, x, BT, T, C, per);
 }
 
 template <int n> static void mix_forward_low_rank(Mixes<n> mix, const floatX *x, int BT, int T, int C) {
     const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_FORWARD_ROWS);
-    const int split = slices < 2 * multiprocessors ? 2 * multiprocessors / slices : 1;          // two blocks a multiprocessor
+    // two blocks a multiprocessor
+    const int split = slices < 2 * multiprocessors ? 2 * multiprocessors / slices : 1;
     const dim3 grid(slices, split < tiles ? split : tiles);
     const size_t smem = sizeof(LowRankMixForward<n>);
     allow_smem(low_rank_mix_forward_kernel<n>, smem);
@@ -1644,11 +1398,11 @@ template <int n> static void mix_forward_low_rank(Mixes<n> mix, const floatX *x,
 //
 // Without low ranks rows are walked backwards, so the next token's part is at hand. partial (blocks, n, C).
 template <int n>
-__global__ void token_shift_mix_backward(Mixes<n> mix, floatX *dx, float *partial, const floatX *x, int BT, int T, int C,
-        int rows_per_block) {
+__global__ void token_shift_mix_backward(Mixes<n> mix, floatX *dx, float *partial, const floatX *x, int BT, int T,
+                                         int C, int rows_per_block) {
     const int c = threadIdx.x * 8;
     if (c >= C) return;
-    Pack mu[n], dmu[n], later = zero_pack();                // later: what the next token gives to this one
+    Pack mu[n], dmu[n], later = zero_pack(); // later: what the next token gives to this one
     for (int i = 0; i < n; i++) {
         mu[i] = load_mu(mix, i, c);
         dmu[i] = zero_pack();
@@ -1663,7 +1417,7 @@ __global__ void token_shift_mix_backward(Mixes<n> mix, floatX *dx, float *partia
     for (int64_t row = end - 1; row >= begin; row--) {
         const int64_t at = row * C + c;
         const Pack before = row > 0 ? load(x + at - C) : zero_pack();
-        const float inside = row % T ? 1.f : 0.f;           // the first token of a sequence sees zeros
+        const float inside = row % T ? 1.f : 0.f; // the first token of a sequence sees zeros
         Pack out = later;
         later = zero_pack();
         for (int i = 0; i < n; i++) {
@@ -1684,26 +1438,29 @@ __global__ void token_shift_mix_backward(Mixes<n> mix, floatX *dx, float *partia
     }
 }
 
-// With low ranks, first dx and dh: a block takes 64 rows, a warp 16 of them, and walks over all channels, 32 at a time, its
-// part of dh in registers. All that a slice of channels takes comes by asynchronous copies while the one before is worked on:
-// 44 KB a block and two blocks a multiprocessor at n = 5, where 18 KB must be on their way to be as fast as the memory (3 TB/s,
-// which answers in 0.8 us).
-// The last of the 64 rows is there for what the shift gives to the one before it; the next block begins with it. dh is given
-// as the gradient before the tanh that made h. Bytes a row: C (1 + n read + 1 written) in floatX; w2 comes from the L2 cache.
-static const int MIX_THREADS = 128, MIX_ROWS = MIX_THREADS / 2, MIX_SLICE = PRECISION_BF16 ? 32 : 16, LD_SLICE = MIX_SLICE + PAD;
+// With low ranks, first dx and dh: a block takes 64 rows, a warp 16 of them, and walks over all channels, 32 at a time,
+// its part of dh in registers. All that a slice of channels takes comes by asynchronous copies while the one before is
+// worked on: 44 KB a block and two blocks a multiprocessor at n = 5, where 18 KB must be on their way to be as fast as
+// the memory (3 TB/s, which answers in 0.8 us).
+// The last of the 64 rows is there for what the shift gives to the one before it; the next block begins with it. dh is
+// given as the gradient before the tanh that made h. Bytes a row: C (1 + n read + 1 written) in floatX; w2 comes from
+// the L2 cache.
+static const int MIX_THREADS = 128, MIX_ROWS = MIX_THREADS / 2, MIX_SLICE = PRECISION_BF16 ? 32 : 16,
+                 LD_SLICE = MIX_SLICE + PAD;
 
 template <int n> struct LowRankMixSlice {
-    alignas(16) floatX g[n][MIX_ROWS][LD_SLICE], x[1 + MIX_ROWS][LD_SLICE];           // x from the row before on
+    alignas(16) floatX g[n][MIX_ROWS][LD_SLICE], x[1 + MIX_ROWS][LD_SLICE]; // x from the row before on
     alignas(16) floatX w2[n * RANK][LD_SLICE], mu[n][LD_SLICE];
 };
 
 template <int n> struct LowRankMixBackward {
     LowRankMixSlice<n> slice[2];
-    alignas(16) float shifted[MIX_ROWS][MIX_SLICE + 8];                     // sum_i g_i c_i
+    alignas(16) float shifted[MIX_ROWS][MIX_SLICE + 8]; // sum_i g_i c_i
 };
 
-template <int n> __device__ inline void mix_copy_slice(LowRankMixSlice<n> &s, const Mixes<n> &mix, const floatX *x, int row0,
-        int first, int BT, int C) {
+template <int n>
+__device__ inline void mix_copy_slice(LowRankMixSlice<n> &s, const Mixes<n> &mix, const floatX *x, int row0, int first,
+                                      int BT, int C) {
 #pragma unroll
     for (int i = 0; i < n; i++) {
         async_tile<MIX_ROWS, MIX_SLICE, MIX_THREADS>(&s.g[i][0][0], mix.x[i] + first, row0, BT, C);
@@ -1715,10 +1472,11 @@ template <int n> __device__ inline void mix_copy_slice(LowRankMixSlice<n> &s, co
 }
 
 // 16 rows x 16 channels from c on, of a warp: sum_i g_i c_i, and what they add to dh
-template <int n> __device__ inline void mix_backward_16(TileC (&shifted)[2], TileC (&dhidden)[n][4], const LowRankMixSlice<n> &s,
-        const TileA (&h)[n][2], const float (&inside)[2], int c) {
-    const int row = threadIdx.x / 32 * 16 + tile_row(0), column = c + tile_col(0);      // of x[0]; x[2]: 8 rows down
-    TileC delta[2];                                                         // shift(x) - x
+template <int n>
+__device__ inline void mix_backward_16(TileC (&shifted)[2], TileC (&dhidden)[n][4], const LowRankMixSlice<n> &s,
+                                       const TileA (&h)[n][2], const float (&inside)[2], int c) {
+    const int row = threadIdx.x / 32 * 16 + tile_row(0), column = c + tile_col(0); // of x[0]; x[2]: 8 rows down
+    TileC delta[2];                                                                // shift(x) - x
     for (int j = 0; j < 2; j++)
         for (int e = 0; e < 4; e += 2) {
             const Pair before = load_pair(&s.x[row + 4 * e][column + 8 * j]);
@@ -1728,7 +1486,7 @@ template <int n> __device__ inline void mix_backward_16(TileC (&shifted)[2], Til
         }
 #pragma unroll
     for (int i = 0; i < n; i++) {
-        TileC amount[2];                                                    // c_i, then dm_i
+        TileC amount[2]; // c_i, then dm_i
         for (int j = 0; j < 2; j++) {
             const Pair mu = load_pair(&s.mu[i][column + 8 * j]);
             amount[j] = {{first_of(mu), second_of(mu), first_of(mu), second_of(mu)}};
@@ -1751,20 +1509,25 @@ template <int n> __device__ inline void mix_backward_16(TileC (&shifted)[2], Til
 }
 
 // TX: floatX, or float where layers add up
-template <int n, typename TX, bool accumulate> __global__ void __launch_bounds__(MIX_THREADS, 2)
-low_rank_mix_backward_dx(Mixes<n> mix, TX *dx, floatX *dh, const floatX *x, int BT, int T, int C) {
+template <int n, typename TX, bool accumulate>
+__global__ void __launch_bounds__(MIX_THREADS, 2)
+    low_rank_mix_backward_dx(Mixes<n> mix, TX *dx, floatX *dh, const floatX *x, int BT, int T, int C) {
     LowRankMixBackward<n> &s = *dynamic_smem<LowRankMixBackward<n>>();
-    const int row0 = blockIdx.x * (MIX_ROWS - 1), own = row0 + threadIdx.x / 32 * 16;   // the block's first row, the warp's
-    const int packs = MIX_SLICE / 8, turns = MIX_ROWS * packs / MIX_THREADS;            // of a row; of a thread in a slice
+    // the block's first row, the warp's
+    const int row0 = blockIdx.x * (MIX_ROWS - 1), own = row0 + threadIdx.x / 32 * 16;
+    // of a row; of a thread in a slice
+    const int packs = MIX_SLICE / 8, turns = MIX_ROWS * packs / MIX_THREADS;
     mix_copy_slice(s.slice[0], mix, x, row0, 0, BT, C);
     TileA h[n][2];
     TileC dhidden[n][4] = {};
 #pragma unroll
     for (int i = 0; i < n; i++)
-        for (int k = 0; k < 2; k++) h[i][k] = load_a_global(mix.low.h + (int64_t)own * mix.low.ld + RANK * i + 16 * k,
-                mix.low.ld, BT - own);                                      // past the end: the last row's, times g, which is zero
+        for (int k = 0; k < 2; k++)
+            h[i][k] = load_a_global(mix.low.h + (int64_t)own * mix.low.ld + RANK * i + 16 * k,
+                                    // past the end: the last row's, times g, which is zero
+                                    mix.low.ld, BT - own);
     const float inside[2] = {(own + tile_row(0)) % T ? 1.f : 0.f, (own + tile_row(2)) % T ? 1.f : 0.f};
-    bool mine[turns], shifts[turns];                                        // rows of dx that this thread writes
+    bool mine[turns], shifts[turns]; // rows of dx that this thread writes
     for (int k = 0; k < turns; k++) {
         const int local = threadIdx.x / packs + k * (MIX_ROWS / turns);
         mine[k] = local < MIX_ROWS - 1 && row0 + local < BT;
@@ -1773,7 +1536,8 @@ low_rank_mix_backward_dx(Mixes<n> mix, TX *dx, floatX *dh, const floatX *x, int 
     for (int first = 0, turn = 0; first < C; first += MIX_SLICE, turn++) {
         const LowRankMixSlice<n> &here = s.slice[turn % 2];
         async_wait<0>();
-        __syncthreads();                                                    // nor does anyone read the other slice any more
+        // nor does anyone read the other slice any more
+        __syncthreads();
         if (first + MIX_SLICE < C) mix_copy_slice(s.slice[(turn + 1) % 2], mix, x, row0, first + MIX_SLICE, BT, C);
         const int c = threadIdx.x % packs * 8;
         Pack out[turns];
@@ -1787,13 +1551,14 @@ low_rank_mix_backward_dx(Mixes<n> mix, TX *dx, floatX *dh, const floatX *x, int 
             for (int j = 0; j < 2; j++)
                 for (int e = 0; e < 4; e += 2)
                     store_pair(&s.shifted[own - row0 + tile_row(e)][c16 + 8 * j + tile_col(e)], shifted[j].x[e],
-                            shifted[j].x[e + 1]);
+                               shifted[j].x[e + 1]);
         }
         __syncthreads();
         for (int k = 0; k < turns; k++) {
             const int local = threadIdx.x / packs + k * (MIX_ROWS / turns);
             if (!mine[k]) continue;
-            const Pack now = load(&s.shifted[local][c]), next = shifts[k] ? load(&s.shifted[local + 1][c]) : zero_pack();
+            const Pack now = load(&s.shifted[local][c]),
+                       next = shifts[k] ? load(&s.shifted[local + 1][c]) : zero_pack();
             for (int j = 0; j < 8; j++) out[k].x[j] += next.x[j] - now.x[j];
             for (int i = 0; i < n; i++) {
                 const Pack g = load(&here.g[i][local][c]);
@@ -1810,7 +1575,8 @@ low_rank_mix_backward_dx(Mixes<n> mix, TX *dx, floatX *dh, const floatX *x, int 
                 if (row >= BT || row == row0 + MIX_ROWS - 1) continue;
                 const Pair tanh = load_pair(mix.low.h + row * mix.low.ld + k);
                 const float h0 = first_of(tanh), h1 = second_of(tanh);
-                store_pair(dh + row * mix.low.ld + k, dhidden[i][j].x[e] * (1 - h0 * h0), dhidden[i][j].x[e + 1] * (1 - h1 * h1));
+                store_pair(dh + row * mix.low.ld + k, dhidden[i][j].x[e] * (1 - h0 * h0),
+                           dhidden[i][j].x[e + 1] * (1 - h1 * h1));
             }
 }
 
@@ -1819,12 +1585,13 @@ low_rank_mix_backward_dx(Mixes<n> mix, TX *dx, floatX *dh, const floatX *x, int 
 static const int MIX_W2_THREADS = 256, MIX_W2_ROWS = 32;
 
 template <int n> struct LowRankMixTile {
-    alignas(16) floatX g[n][MIX_W2_ROWS][LD], x[1 + MIX_W2_ROWS][LD];       // x from the row before on
+    alignas(16) floatX g[n][MIX_W2_ROWS][LD], x[1 + MIX_W2_ROWS][LD]; // x from the row before on
     alignas(16) floatX h[MIX_W2_ROWS][RANK * n + PAD];
 };
 
-template <int n> __device__ inline void mix_copy_tile(LowRankMixTile<n> &s, const Mixes<n> &mix, const floatX *x, int row0,
-        int BT, int first, int C) {
+template <int n>
+__device__ inline void mix_copy_tile(LowRankMixTile<n> &s, const Mixes<n> &mix, const floatX *x, int row0, int BT,
+                                     int first, int C) {
     async_tile<1 + MIX_W2_ROWS, MIX_CHANNELS, MIX_W2_THREADS>(&s.x[0][0], x + first, row0 - 1, BT, C);
 #pragma unroll
     for (int i = 0; i < n; i++)
@@ -1833,10 +1600,12 @@ template <int n> __device__ inline void mix_copy_tile(LowRankMixTile<n> &s, cons
     async_commit();
 }
 
-template <int n> __global__ void __launch_bounds__(MIX_W2_THREADS)
-low_rank_mix_backward_w2(Mixes<n> mix, float *partial, const floatX *x, int BT, int T, int C) {
+template <int n>
+__global__ void __launch_bounds__(MIX_W2_THREADS)
+    low_rank_mix_backward_w2(Mixes<n> mix, float *partial, const floatX *x, int BT, int T, int C) {
     LowRankMixTile<n> *tiles = dynamic_smem<LowRankMixTile<n>>();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * MIX_CHANNELS, step = gridDim.y * MIX_W2_ROWS;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * MIX_CHANNELS,
+              step = gridDim.y * MIX_W2_ROWS;
     TileC dw2[n][2][1] = {};
     float dmu[n] = {};
     mix_copy_tile(tiles[0], mix, x, blockIdx.y * MIX_W2_ROWS, BT, first, C);
@@ -1846,7 +1615,7 @@ low_rank_mix_backward_w2(Mixes<n> mix, float *partial, const floatX *x, int BT, 
         async_wait<MIX_STAGES - 1>();
         __syncthreads();
         for (int r = 0; r < MIX_W2_ROWS; r += 16) {
-            float delta[4], now[4];                                         // of the rows in this lane
+            float delta[4], now[4]; // of the rows in this lane
             to_floats(now, load_b_t(&s.x[1 + r][8 * warp], LD));
             to_floats(delta, load_b_t(&s.x[r][8 * warp], LD));
             for (int e = 0; e < 4; e++) delta[e] = ((row0 + r + tile_k(e)) % T ? delta[e] : 0) - now[e];
@@ -1872,26 +1641,28 @@ low_rank_mix_backward_w2(Mixes<n> mix, float *partial, const floatX *x, int BT, 
     for (int i = 0; i < n; i++) {
         for (int k = 0; k < 2; k++)
             for (int e = 0; e < 4; e += 2)
-                store_pair(to + (int64_t)(RANK * i + 16 * k + tile_row(e)) * C + tile_col(e), dw2[i][k][0].x[e], dw2[i][k][0].x[e + 1]);
+                store_pair(to + (int64_t)(RANK * i + 16 * k + tile_row(e)) * C + tile_col(e), dw2[i][k][0].x[e],
+                           dw2[i][k][0].x[e + 1]);
         if (lane % 4 == 0) to[(int64_t)(RANK * n + i) * C + lane / 4] = dmu[i];
     }
 }
 
-// Blocks of rows for dw2, the same for every GPU, as it says how sums are split: so that in all there are twice as many blocks
-// as an H100 holds at a time at n = 5.
+// Blocks of rows for dw2, the same for every GPU, as it says how sums are split: so that in all there are twice as many
+// blocks as an H100 holds at a time at n = 5.
 static int mix_splits(int C) { return 4 * 132 * MIX_CHANNELS / C; }
 
 static int64_t mix_partial_floats(int C) { return (int64_t)mix_splits(C) * (RANK + 1) * 5 * C; }
 
-template <int n>                                            // no low ranks
+template <int n> // no low ranks
 static void mix_backward(Mixes<n> mix, floatX *dx, Targets dmu, float *partial, const floatX *x, int BT, int T, int C) {
     const int blocks = row_blocks(BT, C), per = rows_per_block(BT, C), threads = row_threads(C);
     token_shift_mix_backward<n><<<blocks, threads, 0, stream>>>(mix, dx, partial, x, BT, T, C, per);
     add_partials(dmu, partial, blocks, n, C);
 }
 
-template <int n, typename TX, bool accumulate> static void mix_backward_low_rank(Mixes<n> mix, TX *dx, floatX *dh, float *dw2,
-        Targets dmu, float *partial, const floatX *x, int BT, int T, int C) {
+template <int n, typename TX, bool accumulate>
+static void mix_backward_low_rank(Mixes<n> mix, TX *dx, floatX *dh, float *dw2, Targets dmu, float *partial,
+                                  const floatX *x, int BT, int T, int C) {
     const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_W2_ROWS);
     const int split = tiles < mix_splits(C) ? tiles : mix_splits(C);
     const size_t smem = sizeof(LowRankMixBackward<n>), smem_w2 = MIX_STAGES * sizeof(LowRankMixTile<n>);
@@ -1909,16 +1680,19 @@ template <int n, typename TX, bool accumulate> static void mix_backward_low_rank
 //
 // The shift is linear, so it may as well come after the product, where a token has R numbers, not C:
 //
-//     both = [ (1 - mu) w1 | mu w1 ]  (C, 2R)      z = x @ both  (BT, 2R, fp32): what a token gives to itself, and to the next
+//     both = [ (1 - mu) w1 | mu w1 ]  (C, 2R)
+//         z = x @ both  (BT, 2R, fp32): what a token gives to itself, and to the next
 //     h_t  = tanh(z_t[:R] + z_{t-1}[R:])
 //
-// and back, with dz_t = [ dh_t | dh_{t+1} ] (dh before the tanh; zero past the end of a sequence) and P, Q the halves of dboth:
+// and back, with dz_t = [ dh_t | dh_{t+1} ] (dh before the tanh; zero past the end of a sequence) and P, Q the halves
+// of dboth:
 //
 //     x's gradient += dz @ both^T                  dboth = x^T @ dz
 //     dw1 = (1 - mu) P + mu Q                      dmu = sum over the columns of w1 (Q - P)
 //
-// So x + dx * mu and its gradient are never written: of BT C floatX, 1 unit goes through memory forward and 3 backward. The
-// price: twice the flops, and z and dz (at C = 768, n = 5 the bytes of 1.7 units, and of 1.2). The products are cuBLAS'.
+// So x + dx * mu and its gradient are never written: of BT C floatX, 1 unit goes through memory forward and 3 backward.
+// The price: twice the flops, and z and dz (at C = 768, n = 5 the bytes of 1.7 units, and of 1.2). The products are
+// cuBLAS'.
 __global__ void mix_hidden_weights(floatX *both, const floatX *w1, const floatX *mu, int C, int R, int ld) {
     const int at = (blockIdx.x * blockDim.x + threadIdx.x) * 8, c = at / R, r = at % R;
     if (c >= C) return;
@@ -1935,7 +1709,7 @@ __global__ void mix_hidden_weights(floatX *both, const floatX *w1, const floatX 
 __global__ void mix_hidden_forward(floatX *h, const float *z, int BT, int T, int R) {
     const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8, row = at / R;
     if (row >= BT) return;
-    Pack v = load(z + row * R + at);                        // row * 2R + column
+    Pack v = load(z + row * R + at); // row * 2R + column
     const Pack before = row % T ? load(z + (row - 1) * R + at) : zero_pack();
     for (int j = 0; j < 8; j++) v.x[j] = tanhf(v.x[j] + before.x[j]);
     store(h + at, v);
@@ -1949,8 +1723,8 @@ __global__ void mix_hidden_backward(floatX *dz, const floatX *dh, int BT, int T,
 }
 
 // dw1 and dmu, which are added to, from dboth: a warp a channel
-__global__ void mix_hidden_weights_backward(float *dw1, float *dmu, const float *dboth, const floatX *w1, const floatX *mu, int C,
-        int R, int ld) {
+__global__ void mix_hidden_weights_backward(float *dw1, float *dmu, const float *dboth, const floatX *w1,
+                                            const floatX *mu, int C, int R, int ld) {
     const int c = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
     if (c >= C) return;
     float sum = 0;
@@ -1975,7 +1749,7 @@ __global__ void tanh_forward(floatX *h, int64_t n) {
     store(h + at, v);
 }
 
-__global__ void tanh_backward(floatX *dh, const floatX *h, int64_t n) {         // dh *= 1 - h^2
+__global__ void tanh_backward(floatX *dh, const floatX *h, int64_t n) { // dh *= 1 - h^2
     const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (at >= n) return;
     Pack d = load(dh + at);
@@ -1993,7 +1767,7 @@ __global__ void add_forward(floatX *out, const floatX *a, const floatX *b, int64
     store(out + at, v);
 }
 
-static int pack_blocks(int64_t n) { return (int)ceil_div(n, 8 * 256); }         // for blocks of 256 threads
+static int pack_blocks(int64_t n) { return (int)ceil_div(n, 8 * 256); } // for blocks of 256 threads
 
 // ---- WKV (spec section 3): the recurrence at the heart of RWKV-6, in chunks ----
 //
@@ -2009,47 +1783,60 @@ static int pack_blocks(int64_t n) { return (int)ceil_div(n, 8 * 256); }         
 //     y       = r~ S + a v          r~_t = r_t * (the tile's decays before t)
 //     S       = D S + k~^T v        k~_s = k_s * (the tile's decays after s),  D: all 16
 //
-// Scores by levels. W(s,t) splits at any token between s and t; we split where the binary numbers of s and t part. Level
-// L = 8, 4, 2, 1 holds the pairs whose highest differing bit is L: t has that bit, s has not, and W(s,t) = (decays after s
-// up to there) * (decays from there up to t). So one matrix X_L (16 tokens x channels) is all that a level needs:
+// Scores by levels. W(s,t) splits at any token between s and t; we split where the binary numbers of s and t part.
+// Level L = 8, 4, 2, 1 holds the pairs whose highest differing bit is L: t has that bit, s has not, and W(s,t) =
+// (decays after s up to there) * (decays from there up to t). So one matrix X_L (16 tokens x channels) is all that a
+// level needs:
 //
-//     token      0 1 2 3 4 5 6 7 8 9 ..15         X_L[t] = r_t * (decays from its group's middle to t)    if t has bit L
+//     token
+//         0 1 2 3 4 5 6 7 8 9 ..15         X_L[t] = r_t * (decays from its group's middle to t)    if t has bit L
 //     L = 8      k k k k k k k k r r .. r         X_L[s] = k_s * (decays from s to its group's middle)    if not
 //     L = 4      k k k k r r r r k k .. r
 //     L = 2      k k r r k k r r k k .. r         a[t][s] = (X_L X_L^T)[t][s]    on tensor cores
 //     L = 1      k r k r k r k r k r .. r
 //
-// All factors are products of numbers in [0, 1]: nothing overflows, whatever w is, and what underflows is zero. e is capped
-// at 128, where exp(-e) is 0 in fp32 anyway. D - 1 = -(1 - exp(-sum of e)) keeps slow decays exact: S += S (D - 1).
+// All factors are products of numbers in [0, 1]: nothing overflows, whatever w is, and what underflows is zero. e is
+// capped at 128, where exp(-e) is 0 in fp32 anyway. D - 1 = -(1 - exp(-sum of e)) keeps slow decays exact: S += S (D -
+// 1).
 //
-// A warp owns 16 channels, a lane 2 of them for 4 tokens: a Share, laid out as two results of mma (channels as rows, tokens
-// as columns), so that it is an operand as it stands. Row g is channel 2 g, row g + 8 channel 2 g + 1: a lane's two are
-// neighbours in memory. A token's bits 1 and 2 are bits of the lane, so decays are multiplied up by two exchanges.
-// Floor, forward: r, k, v, w in, y out, 5 BTA floatX, and 2 for states: bytes bind.
+// A warp owns 16 channels, a lane 2 of them for 4 tokens: a Share, laid out as two results of mma (channels as rows,
+// tokens as columns), so that it is an operand as it stands. Row g is channel 2 g, row g + 8 channel 2 g + 1: a lane's
+// two are neighbours in memory. A token's bits 1 and 2 are bits of the lane, so decays are multiplied up by two
+// exchanges. Floor, forward: r, k, v, w in, y out, 5 BTA floatX, and 2 for states: bytes bind.
 
-static const int TILE = 16;                 // tokens of a tile
-static const int CHUNK = PRECISION_BF16 ? 64 : 32;          // tokens from one state kept for the backward pass to the next
+static const int TILE = 16; // tokens of a tile
+// tokens from one state kept for the backward pass to the next
+static const int CHUNK = PRECISION_BF16 ? 64 : 32;
 static const int LDT = TILE + PAD;
 static const int WKV_THREADS = 128;
 
-struct Wkv {                                // (B, T, A) each, head h at channels h N .. h N + N - 1
-    const floatX *r, *k, *v, *w;            // w null: zero
-    const floatX *time_decay;               // (A), added to w; or null
-    const floatX *u;                        // (A); or null for zero
-    const floatX *v2;                       // added to y; or null
-    bool one_minus_w;                       // k <- k (1 - exp(-e)) first
-    float *states;                          // (B, H, chunks, N values, N keys): S^T at the start of every chunk; or null
-    float *carry;                           // (B, H, N values, N keys): S^T to begin with, then to go on from; null: begin with 0
+struct Wkv {                     // (B, T, A) each, head h at channels h N .. h N + N - 1
+    const floatX *r, *k, *v, *w; // w null: zero
+    const floatX *time_decay;    // (A), added to w; or null
+    const floatX *u;             // (A); or null for zero
+    const floatX *v2;            // added to y; or null
+    bool one_minus_w;            // k <- k (1 - exp(-e)) first
+    // (B, H, chunks, N values, N keys): S^T at the start of every chunk; or null
+    float *states;
+    // (B, H, N values, N keys): S^T to begin with, then to go on from; null: begin with 0
+    float *carry;
     int T, H;
 };
 
-typedef TileC Share[2];                     // [n].x[i]: token tile_col(i) + 8 n, channel 2 (lane / 4) + i / 2 of the warp's 16
-#define EACH(n, i) for (int n = 0; n < 2; n++) for (int i = 0; i < 4; i++)
+// [n].x[i]: token tile_col(i) + 8 n, channel 2 (lane / 4) + i / 2 of the warp's 16
+typedef TileC Share[2];
+#define EACH(n, i) \
+    for (int n = 0; n < 2; n++) \
+        for (int i = 0; i < 4; i++)
 
-struct WkvRaw { Pair r[4], k[4], w[4]; };   // a Share as it stands in memory: pairs of channels; pair m: token wkv_token(m)
+// a Share as it stands in memory: pairs of channels; pair m: token wkv_token(m)
+struct WkvRaw {
+    Pair r[4], k[4], w[4];
+};
 
 __device__ inline int wkv_token(int m) { return threadIdx.x % 4 * 2 + m % 2 + m / 2 * 8; }
-__device__ inline int wkv_channel(void) { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 * 2; }    // the first of two
+// the first of two
+__device__ inline int wkv_channel(void) { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 * 2; }
 
 // The tile at token t0. Past the end: r = k = 0, and w such that e is 0.
 __device__ inline void wkv_fetch(WkvRaw &raw, const Wkv &p, int64_t base, int t0) {
@@ -2098,7 +1885,9 @@ __device__ inline void wkv_keys(Share &k, const WkvRaw &raw, const Share &e, con
 }
 
 // The tile's decay D of the lane's two channels, and D - 1
-struct WkvTileDecay { float2 D, D_minus_1; };
+struct WkvTileDecay {
+    float2 D, D_minus_1;
+};
 
 __device__ inline WkvTileDecay wkv_decay_of_tile(const Share &e) {
     float sum[2], D[2];
@@ -2108,9 +1897,11 @@ __device__ inline WkvTileDecay wkv_decay_of_tile(const Share &e) {
     return {{D[0], D[1]}, {-one_minus(D[0], sum[0]), -one_minus(D[1], sum[1])}};
 }
 
-// Products of decays, at 2 half of the tile + channel: of the two tokens beside the lane's two, of the four beyond these, of
-// all eight.
-struct WkvProducts { float beside[4], beyond[4], half[4]; };
+// Products of decays, at 2 half of the tile + channel: of the two tokens beside the lane's two, of the four beyond
+// these, of all eight.
+struct WkvProducts {
+    float beside[4], beyond[4], half[4];
+};
 
 __device__ inline void wkv_products(WkvProducts &q, const Share &d) {
     float two[4], four[4];
@@ -2121,16 +1912,17 @@ __device__ inline void wkv_products(WkvProducts &q, const Share &d) {
     for (int m = 0; m < 4; m++) q.half[m] = four[m] * q.beyond[m];
 }
 
-// Decays from a token to the middle of its group of 2 L tokens: before the token if it has bit L, after it if not. L = 16:
-// to the tile's beginning, L = 0: to its end; these two for every token.
+// Decays from a token to the middle of its group of 2 L tokens: before the token if it has bit L, after it if not. L =
+// 16: to the tile's beginning, L = 0: to its end; these two for every token.
 __device__ inline void wkv_factors(Share &f, int L, const Share &d, const WkvProducts &q) {
-    const bool bit2 = threadIdx.x & 1, bit4 = threadIdx.x & 2;      // of the lane's tokens, 2 (lane % 4) + (0, 1) + (0, 8)
+    // of the lane's tokens, 2 (lane % 4) + (0, 1) + (0, 8)
+    const bool bit2 = threadIdx.x & 1, bit4 = threadIdx.x & 2;
 #pragma unroll
     for (int n = 0; n < 2; n++)
 #pragma unroll
         for (int c = 0; c < 2; c++) {
             const bool later = L == 16 ? true : L == 8 ? n == 1 : L == 4 ? bit4 : L == 2 ? bit2 : false;
-            float product = 1;                              // without the lane's own two
+            float product = 1; // without the lane's own two
             if (L != 2 && later == bit2) product *= q.beside[2 * n + c];
             if (L != 2 && L != 4 && later == bit4) product *= q.beyond[2 * n + c];
             if (L == 16 && n == 1) product *= q.half[c];
@@ -2140,12 +1932,13 @@ __device__ inline void wkv_factors(Share &f, int L, const Share &d, const WkvPro
         }
 }
 
-__device__ inline bool wkv_has_bit(int L, int n, int i) {           // a token of a Share; L = 8, 4, 2, 1
+__device__ inline bool wkv_has_bit(int L, int n, int i) { // a token of a Share; L = 8, 4, 2, 1
     return L == 8 ? n == 1 : L == 1 ? i % 2 : threadIdx.x % 4 * 2 & L;
 }
 
 // X_L: r where the token has bit L, else k; times its factor
-__device__ inline void wkv_level(Share &x, Share &factor, int L, const Share &r, const Share &k, const Share &d, const WkvProducts &q) {
+__device__ inline void wkv_level(Share &x, Share &factor, int L, const Share &r, const Share &k, const Share &d,
+                                 const WkvProducts &q) {
     if (L > 1) wkv_factors(factor, L, d, q);
     EACH(n, i) {
         if (L == 1) factor[n].x[i] = 1;
@@ -2153,7 +1946,8 @@ __device__ inline void wkv_level(Share &x, Share &factor, int L, const Share &r,
     }
 }
 
-// A Share to rows (channels) of an array in shared memory; `row` is this lane's first channel's, `next` rows before the other
+// A Share to rows (channels) of an array in shared memory; `row` is this lane's first channel's, `next` rows before the
+// other
 __device__ inline void wkv_store_share(floatX (*to)[LDT], int row, int next, const Share &x) {
     for (int n = 0; n < 2; n++) {
         store_pair(&to[row][8 * n + tile_col(0)], x[n].x[0], x[n].x[1]);
@@ -2162,11 +1956,11 @@ __device__ inline void wkv_store_share(floatX (*to)[LDT], int row, int next, con
 }
 
 // This warp's part of the scores, summed over its 16 channels: level by level, l = 0: L = 8. transposed: rows are s.
-typedef floatX WkvScratch[2][4][TILE][LDT];                 // X_L of one level and the next, [warp]
-typedef float WkvPart[4][TILE][TILE + 8];                   // [warp]: 8 more, so that rows fall into different banks
+typedef floatX WkvScratch[2][4][TILE][LDT]; // X_L of one level and the next, [warp]
+typedef float WkvPart[4][TILE][TILE + 8];   // [warp]: 8 more, so that rows fall into different banks
 
 __device__ inline void wkv_scores(TileC (&a)[2], WkvScratch &scratch, int l, const Share &x, bool transposed) {
-    floatX (*own)[LDT] = scratch[l % 2][threadIdx.x / 32];
+    floatX(*own)[LDT] = scratch[l % 2][threadIdx.x / 32];
     const int g = threadIdx.x % 32 / 4;
     wkv_store_share(own, g, 8, x);
     __syncwarp();
@@ -2177,7 +1971,7 @@ __device__ inline void wkv_scores(TileC (&a)[2], WkvScratch &scratch, int l, con
     for (int i = 0; i < 2; i++) {
         const int column = tile_col(i);
         const bool here = (g ^ column) >> (3 - l) == 1 && (transposed ? g < column : g > column);
-        if (l == 0 && transposed) a[1].x[i] = product[1].x[i];              // from one half of the tile to the other
+        if (l == 0 && transposed) a[1].x[i] = product[1].x[i]; // from one half of the tile to the other
         if (l == 0 && !transposed) a[0].x[2 + i] = product[0].x[2 + i];
         for (int n = 0; n < 2 && l > 0; n++) a[n].x[2 * n + i] = here ? product[n].x[2 * n + i] : a[n].x[2 * n + i];
     }
@@ -2201,7 +1995,8 @@ __device__ inline void wkv_scores_bonus(TileC (&a)[2], const Share &r, const Sha
 
 __device__ inline void wkv_store_scores(WkvPart &part, const TileC (&a)[2]) {
     for (int n = 0; n < 2; n++)
-        for (int i = 0; i < 4; i += 2) store_pair(&part[threadIdx.x / 32][tile_row(i)][8 * n + tile_col(i)], a[n].x[i], a[n].x[i + 1]);
+        for (int i = 0; i < 4; i += 2)
+            store_pair(&part[threadIdx.x / 32][tile_row(i)][8 * n + tile_col(i)], a[n].x[i], a[n].x[i + 1]);
 }
 
 __device__ inline TileA2 wkv_sum_scores(const WkvPart &parts) {
@@ -2218,7 +2013,8 @@ __device__ inline TileA2 wkv_sum_scores(const WkvPart &parts) {
 // ---- forward: warp j has values 16 j .. 16 j + 15 of the state, as rows of S^T, in fp32 in its registers ----
 //
 //          i 0     8    ..  56
-//     j  [ C0 | C1 | .. | C7 ]  one warp       y (16 t x 16 j) = r~ (16 t x 64 i) S + a v        S^T <- D S^T + v^T (16 j x 16 t) k~
+//     j  [ C0 | C1 | .. | C7 ]  one warp
+//         y (16 t x 16 j) = r~ (16 t x 64 i) S + a v        S^T <- D S^T + v^T (16 j x 16 t) k~
 //
 // Grid (H, B), blocks of 128 threads, dynamic shared memory sizeof(WkvForward). What all warps read of a tile is there
 // twice, for even and odd tiles, so that one barrier a tile is enough.
@@ -2235,7 +2031,7 @@ __device__ inline void wkv_copy_tile(floatX (*to)[LD], const floatX *from, int64
     async_tile<TILE, N, WKV_THREADS>(&to[0][0], from + head, t0, T, A);
 }
 
-__device__ inline void wkv_state_out(float *to, const TileC (&S)[8]) {                      // (values, keys)
+__device__ inline void wkv_state_out(float *to, const TileC (&S)[8]) { // (values, keys)
     for (int n = 0; n < 8; n++)
         for (int i = 0; i < 4; i += 2)
             store_pair(to + (threadIdx.x / 32 * 16 + tile_row(i)) * N + 8 * n + tile_col(i), S[n].x[i], S[n].x[i + 1]);
@@ -2262,7 +2058,8 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
     for (int t0 = 0; t0 < p.T; t0 += TILE) {
         const int side = t0 / TILE % 2;
         const int64_t base = head + (int64_t)t0 * A;
-        if (p.states && t0 % CHUNK == 0) wkv_state_out(p.states + (((int64_t)b * p.H + h) * chunks + t0 / CHUNK) * N * N, S);
+        if (p.states && t0 % CHUNK == 0)
+            wkv_state_out(p.states + (((int64_t)b * p.H + h) * chunks + t0 / CHUNK) * N * N, S);
         {
             Share r, k, e, d, x, factor;
             TileC a[2] = {};
@@ -2288,10 +2085,11 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
             const float2 D = wkv_decay_of_tile(e).D_minus_1;
             if (threadIdx.x % 4 == 0) store_pair(&s.D_minus_1[side][channel], D.x, D.y);
         }
-        const int64_t at = base + (int64_t)tile_row(0) * A + 16 * warp + tile_col(0);      // of y's element out[0].x[0]
+        const int64_t at = base + (int64_t)tile_row(0) * A + 16 * warp + tile_col(0); // of y's element out[0].x[0]
         Pair v2[4];
         for (int m = 0; m < 4; m++) {
-            const bool there = p.v2 && t0 + tile_row(m) < p.T;              // out[m % 2].x[m / 2 * 2], and its neighbour
+            // out[m % 2].x[m / 2 * 2], and its neighbour
+            const bool there = p.v2 && t0 + tile_row(m) < p.T;
             v2[m] = there ? load_pair(p.v2 + at + m / 2 * 8 * A + m % 2 * 8) : pair_of(0, 0);
         }
         async_wait<0>();
@@ -2300,7 +2098,8 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
         async_commit();
         TileC out[2] = {};
         for (int i = 0; i < 4; i++) {
-            const TileA state = to_a(S[2 * i], S[2 * i + 1]);               // rows are values: as right operand, columns
+            // rows are values: as right operand, columns
+            const TileA state = to_a(S[2 * i], S[2 * i + 1]);
             const TileB values[2] = {as_b(state, 0), as_b(state, 1)};
             mma(out, load_a_t(&s.before[side][16 * i][0], LDT), values);
         }
@@ -2323,33 +2122,34 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
 
 // ---- backward ----
 //
-// dS is the gradient of the state after a tile; it decays backwards as S does forwards. In a tile, with S0 the state before
-// it and dS the gradient after it:
+// dS is the gradient of the state after a tile; it decays backwards as S does forwards. In a tile, with S0 the state
+// before it and dS the gradient after it:
 //
 //     da[t][s]  = dy_t . v_s             X[t][i] = sum_j dy_t[j] S0[i][j]        Y[s][i] = sum_j v_s[j] dS[i][j]
 //     dv        = k~ dS + a^T dy         dS <- D dS + r~^T dy
 //
-// r and k get their gradients from S0 and dS and from the levels of the scores. In level L a row of X_L is either r's or
-// k's, so one product with the level's pairs of da serves both: Z_L = (da_L + da_L^T) X_L, and
+// r and k get their gradients from S0 and dS and from the levels of the scores. In level L a row of X_L is either r's
+// or k's, so one product with the level's pairs of da serves both: Z_L = (da_L + da_L^T) X_L, and
 //
 //     dr_t = (decays before t) X[t] + sum of (t's factor in level L) Z_L[t]  over the levels in which t has the bit
 //     dk_s = (decays after s)  Y[s] + sum of (s's factor in level L) Z_L[s]  over the others
 //
-// The decay: w_t is felt by every pair s < t < t', dw_t = -e_t sum over them of r_t' k_s W(s,t') da[t'][s], where s may lie
-// before the tile and t' after it. In a level such pairs lie on both sides of a group's middle, so t has its half of the
-// group to itself: if t is in r's half, what passes it is what reaches the tokens t' > t there, sum of X_L[t'] Z_L[t'];
-// if in k's half, what left s < t there, sum of X_L[s] Z_L[s]. The same for r~ X (all t' > t of the tile), k~ Y (all s < t)
-// and sum_j D S0 dS (past the whole tile). These sums are products with a 0/1 matrix. No differences of running sums, which
-// would lose a small dw behind large ones.
+// The decay: w_t is felt by every pair s < t < t', dw_t = -e_t sum over them of r_t' k_s W(s,t') da[t'][s], where s may
+// lie before the tile and t' after it. In a level such pairs lie on both sides of a group's middle, so t has its half
+// of the group to itself: if t is in r's half, what passes it is what reaches the tokens t' > t there, sum of X_L[t']
+// Z_L[t']; if in k's half, what left s < t there, sum of X_L[s] Z_L[s]. The same for r~ X (all t' > t of the tile), k~
+// Y (all s < t) and sum_j D S0 dS (past the whole tile). These sums are products with a 0/1 matrix. No differences of
+// running sums, which would lose a small dw behind large ones.
 //
-// Here warp i has keys 16 i .. 16 i + 15 of S0 and dS as rows, so that Shares are operands without a detour. S0 of a chunk's
-// tiles is made again from the chunk's state. S0, dS and the sums' terms are multiplied in twice the precision of bf16
-// (TileA2): much cancels in dw. Floor: r, k, v, w, dy in, dr, dk, dv, dw out, 9 BTA floatX, 2 for states: bytes bind.
+// Here warp i has keys 16 i .. 16 i + 15 of S0 and dS as rows, so that Shares are operands without a detour. S0 of a
+// chunk's tiles is made again from the chunk's state. S0, dS and the sums' terms are multiplied in twice the precision
+// of bf16 (TileA2): much cancels in dw. Floor: r, k, v, w, dy in, dr, dk, dv, dw out, 9 BTA floatX, 2 for states: bytes
+// bind.
 static const int TILES = CHUNK / TILE;
 
 struct WkvBackward {
     alignas(16) floatX v[TILES][TILE][LD], dy[TILES][TILE][LD];
-    alignas(16) floatX dS[N][LD], after[N][LDT];            // rows are keys; after: k~
+    alignas(16) floatX dS[N][LD], after[N][LDT]; // rows are keys; after: k~
     alignas(16) WkvScratch scratch;
     WkvPart part;
     TileC S0[TILES > 2 ? (TILES - 2) * 8 : 1][WKV_THREADS]; // states before tiles 1, 2, ..; each thread's own
@@ -2359,17 +2159,19 @@ static_assert(sizeof(WkvBackward) <= 99 * 1024, "what the smaller GPUs give a bl
 
 struct WkvGradients {
     const floatX *dy;
-    floatX *dr, *dk, *dv, *dw;              // (B, T, A); dw may be null
-    float *dw_sum, *du;                     // (B, A): summed over T, for time_decay and u
+    floatX *dr, *dk, *dv, *dw; // (B, T, A); dw may be null
+    float *dw_sum, *du;        // (B, A): summed over T, for time_decay and u
 };
 
-__device__ inline void wkv_copy_tiles(WkvBackward &s, const Wkv &p, const WkvGradients &g, int64_t head, int c0, int q) {
+__device__ inline void wkv_copy_tiles(WkvBackward &s, const Wkv &p, const WkvGradients &g, int64_t head, int c0,
+                                      int q) {
     const int t0 = c0 + q * TILE, A = p.H * N;
     wkv_copy_tile(s.v[q], p.v, head, t0, p.T, A);
     wkv_copy_tile(s.dy[q], g.dy, head, t0, p.T, A);
 }
 
-__device__ inline void wkv_state_in(TileC (&S)[8], const float *from) {                     // rows are keys, as in a Share
+// rows are keys, as in a Share
+__device__ inline void wkv_state_in(TileC (&S)[8], const float *from) {
     for (int n = 0; n < 8; n++)
         for (int i = 0; i < 2; i++) {
             const float2 keys = *(const float2 *)(from + (8 * n + tile_col(i)) * N + wkv_channel());
@@ -2388,9 +2190,11 @@ __device__ inline void wkv_update(TileC (&S)[8], const TileA2 &left, const float
     mma(S, left, b);
 }
 
-// The sums that dw needs, as right operands: ones where token `from` (row) passes token t (column). inner: within a half of
-// the tile, one pattern for both halves; upward: from > t, downward: from < t.
-struct WkvPassing { TileB upward, downward, level4, level2, all, none; };
+// The sums that dw needs, as right operands: ones where token `from` (row) passes token t (column). inner: within a
+// half of the tile, one pattern for both halves; upward: from > t, downward: from < t.
+struct WkvPassing {
+    TileB upward, downward, level4, level2, all, none;
+};
 
 __device__ inline WkvPassing wkv_passing_patterns(void) {
     const int t = threadIdx.x % 32 / 4;
@@ -2407,16 +2211,18 @@ __device__ inline WkvPassing wkv_passing_patterns(void) {
     return {b[0], b[1], b[2], b[3], make_b(1, 1, 1, 1), make_b(0, 0, 0, 0)};
 }
 
-// passing += terms (16 channels x 16 tokens) [ first_first first_second ; second_first second_second ], each 8 tokens x 8
-__device__ inline void wkv_pass(Share &passing, const Share &terms, TileB first_first, TileB second_first, TileB first_second,
-                                TileB second_second) {
+// passing += terms (16 channels x 16 tokens) [ first_first first_second ; second_first second_second ], each 8 tokens x
+// 8
+__device__ inline void wkv_pass(Share &passing, const Share &terms, TileB first_first, TileB second_first,
+                                TileB first_second, TileB second_second) {
     const TileB b[2] = {join_b(first_first, second_first), join_b(first_second, second_second)};
     mma(passing, to_a2(terms[0], terms[1]), b);
 }
 
 __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1) wkv_backward_kernel(WkvGradients g, Wkv p) {
     WkvBackward &s = *dynamic_smem<WkvBackward>();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h = blockIdx.x, b = blockIdx.y, A = p.H * N, channel = wkv_channel();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h = blockIdx.x, b = blockIdx.y, A = p.H * N,
+              channel = wkv_channel();
     const int chunks = (p.T + CHUNK - 1) / CHUNK;
     const int64_t head = (int64_t)b * p.T * A + h * N;
     const WkvPassing pass = wkv_passing_patterns();
@@ -2439,8 +2245,10 @@ __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1) wkv_backw
             const int t0 = c0 + q * TILE;
             TileC S0[8];
             if (q == 0 || q == tiles - 1) wkv_state_in(S0, state);
-            else for (int n = 0; n < 8 && TILES > 2; n++) S0[n] = s.S0[8 * (q - 1) + n][threadIdx.x];
-            if (q == tiles - 1)                                             // first of a chunk: forwards, to the state before its last tile
+            else
+                for (int n = 0; n < 8 && TILES > 2; n++) S0[n] = s.S0[8 * (q - 1) + n][threadIdx.x];
+            // first of a chunk: forwards, to the state before its last tile
+            if (q == tiles - 1)
                 for (int i = 0; i < tiles - 1; i++) {
                     Share e, d, k, factor;
                     WkvProducts products;
@@ -2454,21 +2262,23 @@ __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1) wkv_backw
                     for (int n = 0; n < 8 && TILES > 2 && i < tiles - 2; n++) s.S0[8 * i + n][threadIdx.x] = S0[n];
                 }
             Share dr = {}, dk = {}, passing = {};
-            float near[2][2], far[2][2];                                    // da of pairs in one half of the tile, and across, both ways
-            float past[2] = {0, 0};                                         // sum_j D S0 dS, D at last
+            // da of pairs in one half of the tile, and across, both ways
+            float near[2][2], far[2][2];
+            float past[2] = {0, 0}; // sum_j D S0 dS, D at last
             Share da = {}, da_t = {};
 #pragma unroll
-            for (int i = 0; i < 4; i++) {                                   // 16 values at a time
+            for (int i = 0; i < 4; i++) { // 16 values at a time
                 const TileA dy = load_a(&s.dy[q][0][16 * i], LD), v = load_a(&s.v[q][0][16 * i], LD);
                 const TileB dy_b[2] = {as_b(dy, 0), as_b(dy, 1)}, v_b[2] = {as_b(v, 0), as_b(v, 1)};
-                mma(dr, to_a2(S0[2 * i], S0[2 * i + 1]), dy_b);             // X^T
-                mma(dk, to_a2(dS[2 * i], dS[2 * i + 1]), v_b);              // Y^T
+                mma(dr, to_a2(S0[2 * i], S0[2 * i + 1]), dy_b); // X^T
+                mma(dk, to_a2(dS[2 * i], dS[2 * i + 1]), v_b);  // Y^T
                 mma(da, dy, v_b);
                 mma(da_t, v, dy_b);
                 for (int n = 2 * i; n < 2 * i + 2; n++)
                     for (int j = 0; j < 4; j++) {
                         past[j / 2] += S0[n].x[j] * dS[n].x[j];
-                        if (j % 2 == 0) store_pair(&s.dS[channel + j / 2][8 * n + tile_col(j)], dS[n].x[j], dS[n].x[j + 1]);
+                        if (j % 2 == 0)
+                            store_pair(&s.dS[channel + j / 2][8 * n + tile_col(j)], dS[n].x[j], dS[n].x[j + 1]);
                     }
             }
 #pragma unroll
@@ -2486,7 +2296,7 @@ __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1) wkv_backw
             wkv_products(products, d);
             past[0] *= whole.D.x, past[1] *= whole.D.y;
             warp_sum(past, 4);
-            {                                                               // r~, k~: through S0 and dS
+            { // r~, k~: through S0 and dS
                 Share tilde, factor;
                 wkv_factors(factor, 16, d, products);
                 EACH(n, i) tilde[n].x[i] = r[n].x[i] * factor[n].x[i];
@@ -2505,9 +2315,9 @@ __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1) wkv_backw
                 }
                 wkv_pass(passing, tilde, pass.downward, pass.none, pass.all, pass.downward);
             }
-            TileC a[2] = {};                                                // the scores themselves are made on the way
+            TileC a[2] = {}; // the scores themselves are made on the way
 #pragma unroll
-            for (int l = 0; l < 4; l++) {                                   // through the levels of the scores
+            for (int l = 0; l < 4; l++) { // through the levels of the scores
                 const int L = 8 >> l;
                 Share x, factor, pairs = {}, z = {};
                 wkv_level(x, factor, L, r, k, d, products);
@@ -2533,9 +2343,11 @@ __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1) wkv_backw
             if (p.u) wkv_scores_bonus(a, r, k, u);
             wkv_store_scores(s.part, a);
             const WkvRaw now = raw;
-            const int next = q > 0 ? t0 - TILE : c0 - CHUNK;                // the tile after this one, here or in the next chunk
+            // the tile after this one, here or in the next chunk
+            const int next = q > 0 ? t0 - TILE : c0 - CHUNK;
             if (next >= 0) wkv_fetch(raw, p, head + (int64_t)next * A, next);
-            for (int m = 0; m < 4 && p.u; m++) {                            // da[t][t] of the lane's tokens, from who has it
+            // da[t][t] of the lane's tokens, from who has it
+            for (int m = 0; m < 4 && p.u; m++) {
                 const int n = m / 2, t = m % 2, from = (threadIdx.x % 4 * 2 + t) * 4 + threadIdx.x % 4;
                 const float own = __shfl_sync(0xffffffffu, near[n][t], from);
                 for (int c = 0; c < 2; c++) {
@@ -2545,11 +2357,11 @@ __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1) wkv_backw
                     du[c] += r[n].x[i] * k[n].x[i] * own;
                 }
             }
-            wkv_decay(e, d, now, decay);                                    // e again: registers are dear
+            wkv_decay(e, d, now, decay); // e again: registers are dear
             wkv_share(k, now.k);
             EACH(n, i) {
                 float dw = -e[n].x[i] * (passing[n].x[i] + past[i / 2]);
-                if (p.one_minus_w) {                                        // the key was k (1 - exp(-e)), e = exp(w)
+                if (p.one_minus_w) { // the key was k (1 - exp(-e)), e = exp(w)
                     dw += dk[n].x[i] * k[n].x[i] * e[n].x[i] * d[n].x[i];
                     dk[n].x[i] *= one_minus(d[n].x[i], e[n].x[i]);
                 }
@@ -2567,7 +2379,7 @@ __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1) wkv_backw
             }
             __syncthreads();
 
-            TileC dv[2] = {};                                               // 16 tokens x this warp's 16 values
+            TileC dv[2] = {}; // 16 tokens x this warp's 16 values
             for (int i = 0; i < 4; i++) {
                 TileB state_b[2];
                 load_b_pair_t(state_b, &s.dS[16 * i][16 * warp], LD);
@@ -2614,11 +2426,13 @@ static void wkv_backward(const WkvGradients &g, const Wkv &p, int B) {
 
 // ---- causal attention, without any T x T buffer ----
 //
-//     y_t = sum_{s<=t} p_ts v_s,   p_ts = exp(q_t . k_s / sqrt(N) - l_t),   l_t = log sum_{s<=t} exp(q_t . k_s / sqrt(N))
+//     y_t = sum_{s<=t} p_ts v_s,
+//         p_ts = exp(q_t . k_s / sqrt(N) - l_t),   l_t = log sum_{s<=t} exp(q_t . k_s / sqrt(N))
 //
-// q, k, v, y are (B, T, A), head h at channels h N; l (B, H, T) in units of log 2. A block takes 128 queries of a head, each of
-// its four warps 32, and walks the keys with a running maximum and sum (FlashAttention-2, arXiv 2307.08691); the next 64 are
-// copied while these are multiplied. Squares of 32 queries by 32 keys that lie above the diagonal are left out:
+// q, k, v, y are (B, T, A), head h at channels h N; l (B, H, T) in units of log 2. A block takes 128 queries of a head,
+// each of its four warps 32, and walks the keys with a running maximum and sum (FlashAttention-2, arXiv 2307.08691);
+// the next 64 are copied while these are multiplied. Squares of 32 queries by 32 keys that lie above the diagonal are
+// left out:
 //
 //                   keys  0   32   64   96  128
 //     queries  0 warp 0   \    .    .    .
@@ -2626,29 +2440,32 @@ static void wkv_backward(const WkvGradients &g, const Wkv &p, int B) {
 //             64 warp 2   #    #    \    .
 //             96 warp 3   #    #    #    \         (and the same shifted by 128, 256, .. for the next blocks)
 //
-// Floor: flops, 2 N for each product of each pair. Forward has 2 products, backward 5, of which we do 7: scores and their
-// gradients twice, so that every sum stays in one warp, without atomics. Beside a tile product (16 x 8 x 16), which costs an H100
-// 1 clock by its data sheet and 1.6 by mma.sync, it must load 128 bytes from shared memory, 1 clock, because a fragment (256
-// bytes) feeds two products and the left operands stay in registers; and make 16 exponentials forward, 1 clock.
+// Floor: flops, 2 N for each product of each pair. Forward has 2 products, backward 5, of which we do 7: scores and
+// their gradients twice, so that every sum stays in one warp, without atomics. Beside a tile product (16 x 8 x 16),
+// which costs an H100 1 clock by its data sheet and 1.6 by mma.sync, it must load 128 bytes from shared memory, 1
+// clock, because a fragment (256 bytes) feeds two products and the left operands stay in registers; and make 16
+// exponentials forward, 1 clock.
 
-static const int ATTENTION_THREADS = 128, ATTENTION_ROWS = 128;             // of a block: threads; queries or keys
-#define SCALE_LOG2 (0.125f * 1.4426950408889634f)           // 1/sqrt(N) log2(e): exp(x/sqrt(N)) = exp2(x SCALE_LOG2)
+static const int ATTENTION_THREADS = 128, ATTENTION_ROWS = 128; // of a block: threads; queries or keys
+#define SCALE_LOG2 (0.125f * 1.4426950408889634f) // 1/sqrt(N) log2(e): exp(x/sqrt(N)) = exp2(x SCALE_LOG2)
 
-typedef floatX HeadRow[LD];                 // a token's N channels of a head in shared memory
-static const size_t ATTENTION_SMEM = 256 * sizeof(HeadRow);                 // 36 KB in bf16: blocks are limited by registers
+typedef floatX HeadRow[LD]; // a token's N channels of a head in shared memory
+// 36 KB in bf16: blocks are limited by registers
+static const size_t ATTENTION_SMEM = 256 * sizeof(HeadRow);
 
 // `count` tokens of a head, starting at t0, on their way to shared memory; zeros past the end
 template <int count> __device__ inline void attention_load(HeadRow *to, const floatX *from, int t0, int T, int A) {
     const int per_row = N * sizeof(floatX) / 16, row = threadIdx.x / per_row, c = threadIdx.x % per_row * (N / per_row);
     const floatX *p = from + (int64_t)(t0 + row) * A + c;
 #pragma unroll
-    for (int i = 0; i < count; i += ATTENTION_THREADS / per_row) {
+    for (int i = 0; i < count; i += ATTENTION_THREADS / per_row)
         async_copy16(&to[row + i][c], p + (int64_t)i * A, t0 + row + i < T);
-    }
 }
 
 // 32 rows as left operands: two row tiles of four 16 x 16 pieces
-struct Left { TileA x[2][4]; };
+struct Left {
+    TileA x[2][4];
+};
 __device__ inline void attention_left(Left &a, const HeadRow *rows) {
 #pragma unroll
     for (int i = 0; i < 8; i++) a.x[i / 4][i % 4] = load_a(&rows[i / 4 * 16][i % 4 * 16], LD);
@@ -2667,7 +2484,8 @@ template <int n> __device__ inline void attention_scores(TileC (&out)[2][n], con
 }
 
 // out (32 x N) += p (32 x 8 n) rows[0..8 n)
-template <int n> __device__ inline void attention_values(TileC (&out)[2][8], const TileC (&p)[2][n], const HeadRow *rows) {
+template <int n>
+__device__ inline void attention_values(TileC (&out)[2][8], const TileC (&p)[2][n], const HeadRow *rows) {
 #pragma unroll
     for (int i = 0; i < n / 2; i++) {
         TileB b[8];
@@ -2679,7 +2497,8 @@ template <int n> __device__ inline void attention_values(TileC (&out)[2][8], con
 }
 
 // this warp's 32 rows, times a factor for each row of the lane, from its tiles to memory
-__device__ inline void attention_store(floatX *to, const TileC (&x)[2][8], const float (&factor)[4], int t0, int T, int A) {
+__device__ inline void attention_store(floatX *to, const TileC (&x)[2][8], const float (&factor)[4], int t0, int T,
+                                       int A) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         const int t = t0 + i / 4 * 16 + tile_row(i % 4);
@@ -2702,9 +2521,12 @@ template <bool rows_are_keys, int n> __device__ inline void attention_mask(TileC
             }
 }
 
-// The running softmax of this lane's four rows. exp2(score - top) needs top near the maximum only to stay in range, and y is the
-// same for any top. So top is moved, and out and sum are scaled anew, only when a score is more than 2^8 times too large: rarely.
-struct Softmax { float top[4], sum[4]; };
+// The running softmax of this lane's four rows. exp2(score - top) needs top near the maximum only to stay in range, and
+// y is the same for any top. So top is moved, and out and sum are scaled anew, only when a score is more than 2^8 times
+// too large: rarely.
+struct Softmax {
+    float top[4], sum[4];
+};
 static const float ATTENTION_MARGIN = 8;
 
 template <int n> __device__ inline void attention_softmax(Softmax &s, TileC (&p)[2][n], TileC (&out)[2][8]) {
@@ -2713,7 +2535,8 @@ template <int n> __device__ inline void attention_softmax(Softmax &s, TileC (&p)
 #pragma unroll
     for (int r = 0; r < 4; r++) {
 #pragma unroll
-        for (int j = 0; j < n; j++) high[r] = fmaxf(high[r], fmaxf(p[r / 2][j].x[r % 2 * 2], p[r / 2][j].x[r % 2 * 2 + 1]));
+        for (int j = 0; j < n; j++)
+            high[r] = fmaxf(high[r], fmaxf(p[r / 2][j].x[r % 2 * 2], p[r / 2][j].x[r % 2 * 2 + 1]));
         grows |= high[r] * SCALE_LOG2 > s.top[r] + ATTENTION_MARGIN;
     }
     if (__any_sync(0xffffffffu, grows)) {
@@ -2737,10 +2560,12 @@ template <int n> __device__ inline void attention_softmax(Softmax &s, TileC (&p)
 }
 
 __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
-attention_forward_kernel(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
-    HeadRow *smem = dynamic_smem<HeadRow>();                // 64 keys, 64 values; the next 64 of each, at first the queries
+    attention_forward_kernel(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+    // 64 keys, 64 values; the next 64 of each, at first the queries
+    HeadRow *smem = dynamic_smem<HeadRow>();
     const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
-    const int t0 = (gridDim.x - 1 - blockIdx.x) * ATTENTION_ROWS, mine = t0 + 32 * warp;        // the longest rows first
+    // the longest rows first
+    const int t0 = (gridDim.x - 1 - blockIdx.x) * ATTENTION_ROWS, mine = t0 + 32 * warp;
     const int end = min(T, t0 + ATTENTION_ROWS);
     const int64_t head = (int64_t)b * T * A + h * N;
     attention_load<128>(smem + 128, q + head, t0, T, A);
@@ -2757,7 +2582,7 @@ attention_forward_kernel(floatX *y, float *l, const floatX *q, const floatX *k, 
         const HeadRow *keys = smem + tile % 2 * 128, *values = keys + 64;
         HeadRow *next = smem + (tile + 1) % 2 * 128;
         async_wait<0>();
-        __syncthreads();                                    // this tile is there for all, and nobody needs the last one
+        __syncthreads(); // this tile is there for all, and nobody needs the last one
         if ((tile + 1) * 64 < end) {
             attention_load<64>(next, k + head, (tile + 1) * 64, T, A);
             attention_load<64>(next + 64, v + head, (tile + 1) * 64, T, A);
@@ -2794,10 +2619,15 @@ __global__ void attention_delta(float *delta, const floatX *dy, const floatX *y,
 
 // With ds = p * (dy v^T - delta):   dv = p^T dy,  dk = ds^T q / sqrt(N)     (a block: 128 keys, walking the queries)
 //                                   dq = ds k / sqrt(N)                     (a block: 128 queries, walking the keys)
-struct AttentionGradients { floatX *dq, *dk, *dv; const floatX *dy; const float *l, *delta; };
+struct AttentionGradients {
+    floatX *dq, *dk, *dv;
+    const floatX *dy;
+    const float *l, *delta;
+};
 
 // The block's own 128 rows of two arrays, of which each warp takes 32 into registers
-__device__ inline void attention_own(Left &a, Left &b, HeadRow *smem, const floatX *pa, const floatX *pb, int t0, int T, int A) {
+__device__ inline void attention_own(Left &a, Left &b, HeadRow *smem, const floatX *pa, const floatX *pb, int t0, int T,
+                                     int A) {
     attention_load<128>(smem, pa, t0, T, A);
     attention_load<128>(smem + 128, pb, t0, T, A);
     async_commit();
@@ -2809,9 +2639,9 @@ __device__ inline void attention_own(Left &a, Left &b, HeadRow *smem, const floa
 }
 
 __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
-attention_backward_kv(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
-    HeadRow *smem = dynamic_smem<HeadRow>();                // 64 queries, 64 dy; the next 64 of each
-    __shared__ float2 stats[2][64];                         // l, delta of these queries
+    attention_backward_kv(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+    HeadRow *smem = dynamic_smem<HeadRow>(); // 64 queries, 64 dy; the next 64 of each
+    __shared__ float2 stats[2][64];          // l, delta of these queries
     const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
     const int t0 = blockIdx.x * ATTENTION_ROWS, mine = t0 + 32 * warp;
     const int64_t head = (int64_t)b * T * A + h * N, row = ((int64_t)b * H + h) * T;
@@ -2822,19 +2652,20 @@ attention_backward_kv(AttentionGradients g, const floatX *q, const floatX *k, co
         attention_load<64>(smem + t % 128 * 2 + 64, g.dy + head, t, T, A);
         async_commit();
         const int mine = t + threadIdx.x % 64;
-        return mine < T ? make_float2(g.l[row + mine], g.delta[row + mine]) : make_float2(INFINITY, 0);     // past the end: p = 0
+        // past the end: p = 0
+        return mine < T ? make_float2(g.l[row + mine], g.delta[row + mine]) : make_float2(INFINITY, 0);
     };
     float2 next = fetch(t0);
     TileC dk[2][8] = {}, dv[2][8] = {};
     for (int t = t0; t < T; t += 64) {
         if (threadIdx.x < 64) stats[t / 64 % 2][threadIdx.x] = next;
         async_wait<0>();
-        __syncthreads();                                    // this tile is there for all, and nobody needs the last one
+        __syncthreads(); // this tile is there for all, and nobody needs the last one
         if (t + 64 < T) next = fetch(t + 64);
 #pragma unroll 1
-        for (int part = max(0, mine - t); part < 64; part += 16) {              // 16 queries at a time: registers
+        for (int part = max(0, mine - t); part < 64; part += 16) { // 16 queries at a time: registers
             const HeadRow *queries = smem + t % 128 * 2 + part, *dy = queries + 64;
-            TileC p[2][2] = {}, ds[2][2] = {};              // transposed: rows are keys
+            TileC p[2][2] = {}, ds[2][2] = {}; // transposed: rows are keys
             attention_scores(p, keys, queries);
             attention_scores(ds, values, dy);
             if (t + part < mine + 32) attention_mask<true>(p, t + part - mine);
@@ -2843,7 +2674,8 @@ attention_backward_kv(AttentionGradients g, const floatX *q, const floatX *k, co
                 const float2 s = stats[t / 64 % 2][part + j / 2 * 8 + tile_col(j % 2)];
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    float &weight = p[i / 2][j / 2].x[i % 2 * 2 + j % 2], &gradient = ds[i / 2][j / 2].x[i % 2 * 2 + j % 2];
+                    float &weight = p[i / 2][j / 2].x[i % 2 * 2 + j % 2],
+                          &gradient = ds[i / 2][j / 2].x[i % 2 * 2 + j % 2];
                     weight = exp2_fast(weight * SCALE_LOG2 - s.x);
                     gradient = weight * (gradient - s.y);
                 }
@@ -2858,10 +2690,11 @@ attention_backward_kv(AttentionGradients g, const floatX *q, const floatX *k, co
 }
 
 __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
-attention_backward_q(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
-    HeadRow *smem = dynamic_smem<HeadRow>();                // 64 keys, 64 values; the next 64 of each
+    attention_backward_q(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+    HeadRow *smem = dynamic_smem<HeadRow>(); // 64 keys, 64 values; the next 64 of each
     const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
-    const int t0 = (gridDim.x - 1 - blockIdx.x) * ATTENTION_ROWS, mine = t0 + 32 * warp;        // the longest rows first
+    // the longest rows first
+    const int t0 = (gridDim.x - 1 - blockIdx.x) * ATTENTION_ROWS, mine = t0 + 32 * warp;
     const int end = min(T, t0 + ATTENTION_ROWS);
     const int64_t head = (int64_t)b * T * A + h * N, row = ((int64_t)b * H + h) * T;
     Left queries, dy;
@@ -2872,7 +2705,7 @@ attention_backward_q(AttentionGradients g, const floatX *q, const floatX *k, con
         async_commit();
     };
     fetch(0);
-    float l[4], delta[4];                                   // of this lane's rows
+    float l[4], delta[4]; // of this lane's rows
     for (int r = 0; r < 4; r++) {
         const int t = mine + r / 2 * 16 + tile_row(r % 2 * 2);
         l[r] = t < T ? g.l[row + t] : INFINITY;
@@ -2905,14 +2738,15 @@ attention_backward_q(AttentionGradients g, const floatX *q, const floatX *k, con
     attention_store(g.dq + head, dq, scale, mine, T, A);
 }
 
-static void attention_forward(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int B, int T, int H) {
+static void attention_forward(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int B, int T,
+                              int H) {
     allow_smem(attention_forward_kernel, ATTENTION_SMEM);
     const dim3 grid((int)ceil_div(T, ATTENTION_ROWS), H, B);
     attention_forward_kernel<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(y, l, q, k, v, T, H);
 }
 
-static void attention_backward(floatX *dq, floatX *dk, floatX *dv, float *delta, const floatX *dy, const floatX *y, const float *l,
-                               const floatX *q, const floatX *k, const floatX *v, int B, int T, int H) {
+static void attention_backward(floatX *dq, floatX *dk, floatX *dv, float *delta, const floatX *dy, const floatX *y,
+                               const float *l, const floatX *q, const floatX *k, const floatX *v, int B, int T, int H) {
     const dim3 grid((int)ceil_div(T, ATTENTION_ROWS), H, B);
     const AttentionGradients g = {dq, dk, dv, dy, l, delta};
     attention_delta<<<B * T, row_threads(H * N), 0, stream>>>(delta, dy, y, T, H);
@@ -2943,7 +2777,7 @@ __global__ void relu_squared_backward(floatX *dk, const floatX *k, int64_t n) { 
     store(dk + at, d);
 }
 
-__global__ void gate_forward(floatX *out, const floatX *r, const floatX *v, int64_t n) {    // out = sigmoid(r) v
+__global__ void gate_forward(floatX *out, const floatX *r, const floatX *v, int64_t n) { // out = sigmoid(r) v
     const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (at >= n) return;
     Pack gate = load(r + at);
@@ -2968,13 +2802,16 @@ __global__ void gate_backward(floatX *dr, floatX *dv, const floatX *dout, const 
 
 // ---- rope: positions as rotations (spec section 3) ----
 //
-//     (a, b) = channels (2i, 2i + 1) of each head  ->  (a cos z - b sin z, a sin z + b cos z),   z = position * velocity_i
-//     rope:  velocity_i = base^(-2i/N) / rescale          brope:  velocity_i = pi 2^-i / rescale,  0 for i >= int(log2(ctx_len))
+//     (a, b) = channels (2i, 2i + 1) of each head  ->  (a cos z - b sin z, a sin z + b cos z),
+//         z = position * velocity_i
+//     rope:  velocity_i = base^(-2i/N) / rescale
+//         brope:  velocity_i = pi 2^-i / rescale,  0 for i >= int(log2(ctx_len))
 //
-// An fp32 z would be off by 1e-2 at position 262,144: whole turns are taken away in fp64 first. The gradient turns back.
+// An fp32 z would be off by 1e-2 at position 262,144: whole turns are taken away in fp64 first. The gradient turns
+// back.
 struct Rope {
     bool used;
-    double turns[N / 2];                    // of each pair, per token: velocity / 2 pi
+    double turns[N / 2]; // of each pair, per token: velocity / 2 pi
 };
 
 static Rope make_rope(const Settings *s) {
@@ -3017,7 +2854,7 @@ __global__ void rope_rotate(floatX *x, Rope rope, int64_t first, int T, int A, f
 __device__ inline float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 __device__ inline float silu_gradient(float x) { return sigmoid(x) * (1 + x * (1 - sigmoid(x))); }
 
-__device__ inline Pack head_norm(Pack y, float eps, float *rstd) {              // (y - mean) / sqrt(var + eps)
+__device__ inline Pack head_norm(Pack y, float eps, float *rstd) { // (y - mean) / sqrt(var + eps)
     float total = 0, squares = 0;
     for (int i = 0; i < 8; i++) total += y.x[i];
     const float mean = warp_sum(total, 8) / N;
@@ -3047,10 +2884,10 @@ static void gated_group_norm_forward(floatX *out, const floatX *y, const floatX 
 
 // With d = dout silu(g), n = the head's norm, dn = d gain:   dy = (dn - mean(dn) - n mean(dn n)) rstd,
 // dg = dout (n gain + bias) silu'(g);   partial (blocks, 2, A): sums of d n and of d.
-__global__ void gated_group_norm_backward_kernel(floatX *dy, floatX *dg, float *partial, const floatX *dout, const floatX *y,
-                                                 const floatX *g, const floatX *gain, const floatX *bias, float eps,
-                                                 int rows, int rows_per_block, int A) {
-    const int c = (blockIdx.y * blockDim.x + threadIdx.x) * 8;              // blocks share a row: heads do not meet
+__global__ void gated_group_norm_backward_kernel(floatX *dy, floatX *dg, float *partial, const floatX *dout,
+                                                 const floatX *y, const floatX *g, const floatX *gain,
+                                                 const floatX *bias, float eps, int rows, int rows_per_block, int A) {
+    const int c = (blockIdx.y * blockDim.x + threadIdx.x) * 8; // blocks share a row: heads do not meet
     const bool mine = c < A;
     const Pack a = mine ? load(gain + c) : zero_pack(), b = mine ? load(bias + c) : zero_pack();
     Pack dgain = zero_pack(), dbias = zero_pack();
@@ -3085,13 +2922,15 @@ static void gated_group_norm_backward(floatX *dy, floatX *dg, float *partial, co
                                       const floatX *g, Param gain, Param bias, float eps, int rows, int A) {
     const int blocks = row_blocks(rows, A), per = rows_per_block(rows, A);
     const dim3 grid(blocks, (int)ceil_div(A, 8 * 128));
-    gated_group_norm_backward_kernel<<<grid, 128, 0, stream>>>(dy, dg, partial, dout, y, g, gain.w, bias.w, eps, rows, per, A);
+    gated_group_norm_backward_kernel<<<grid, 128, 0, stream>>>(dy, dg, partial, dout, y, g, gain.w, bias.w, eps, rows,
+                                                               per, A);
     add_partials({{gain.g, bias.g}}, partial, blocks, 2, A);
 }
 
 // ---- Llama's gate ----
 
-__global__ void swiglu_forward(floatX *out, const floatX *a, const floatX *b, int64_t n) {              // out = silu(a) b
+// out = silu(a) b
+__global__ void swiglu_forward(floatX *out, const floatX *a, const floatX *b, int64_t n) {
     const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (at >= n) return;
     Pack v = load(a + at);
@@ -3100,7 +2939,8 @@ __global__ void swiglu_forward(floatX *out, const floatX *a, const floatX *b, in
     store(out + at, v);
 }
 
-__global__ void swiglu_backward(floatX *da, floatX *db, const floatX *dout, const floatX *a, const floatX *b, int64_t n) {
+__global__ void swiglu_backward(floatX *da, floatX *db, const floatX *dout, const floatX *a, const floatX *b,
+                                int64_t n) {
     const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (at >= n) return;
     const Pack d = load(dout + at);
@@ -3119,11 +2959,12 @@ __global__ void swiglu_backward(floatX *da, floatX *db, const floatX *dout, cons
 //     loss_t = log sum_i exp(z_i) - z_target
 //     dz_i   = scale (softmax(z)_i - [i = target] + 1e-4 z_max [i = first of the largest])        scale = 1 / targets
 //
-// A block takes a row of V logits and keeps it in registers, in bf16 up to 65536 of them; what is beyond is read three times.
-// losses[row]: loss; right[row]: 1 if the largest logit is the target's. scale 0 leaves the logits as they are (validation).
-static const int CLASSIFIER_KEEPS = PRECISION_BF16 ? 8 : 1;                 // packs a thread
+// A block takes a row of V logits and keeps it in registers, in bf16 up to 65536 of them; what is beyond is read three
+// times. losses[row]: loss; right[row]: 1 if the largest logit is the target's. scale 0 leaves the logits as they are
+// (validation).
+static const int CLASSIFIER_KEEPS = PRECISION_BF16 ? 8 : 1; // packs a thread
 
-__device__ inline float block_max(float v, float *shared) {                 // shared: 32 floats
+__device__ inline float block_max(float v, float *shared) { // shared: 32 floats
     v = warp_max(v);
     __syncthreads();
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
@@ -3133,8 +2974,8 @@ __device__ inline float block_max(float v, float *shared) {                 // s
     return v;
 }
 
-__global__ void __launch_bounds__(1024) classifier_kernel(floatX *logits, float *losses, int *right, const int *targets,
-        float scale, int V) {
+__global__ void __launch_bounds__(1024)
+    classifier_kernel(floatX *logits, float *losses, int *right, const int *targets, float scale, int V) {
     __shared__ float tops[32];
     __shared__ float2 sums[32];
     floatX *z = logits + (int64_t)blockIdx.x * V;
@@ -3142,21 +2983,29 @@ __global__ void __launch_bounds__(1024) classifier_kernel(floatX *logits, float 
     const float of_target = (float)z[target];
     RawPack<floatX> kept[CLASSIFIER_KEEPS];
 #pragma unroll
-    for (int i = 0; i < CLASSIFIER_KEEPS; i++) kept[i] = begin + i * step < V ? load_raw(z + begin + i * step) : RawPack<floatX>{};
-    auto each_pack = [&](auto function) {                                   // function(pack, its first id)
+    for (int i = 0; i < CLASSIFIER_KEEPS; i++)
+        kept[i] = begin + i * step < V ? load_raw(z + begin + i * step) : RawPack<floatX>{};
+    auto each_pack = [&](auto function) { // function(pack, its first id)
 #pragma unroll
         for (int i = 0; i < CLASSIFIER_KEEPS; i++)
             if (begin + i * step < V) function(unpack(kept[i]), begin + i * step);
         for (int c = begin + CLASSIFIER_KEEPS * step; c < V; c += step) function(load(z + c), c);
     };
     float high = -INFINITY, sum = 0, first = -INFINITY;
-    each_pack([&](const Pack &v, int) { for (int i = 0; i < 8; i++) high = fmaxf(high, v.x[i]); });
+    each_pack([&](const Pack &v, int) {
+        for (int i = 0; i < 8; i++) high = fmaxf(high, v.x[i]);
+    });
     const float top = block_max(high, tops);
-    each_pack([&](const Pack &v, int) { for (int i = 0; i < 8; i++) sum += fast_exp(v.x[i] - top); });
-    if (high == top)                                                        // ids are exact in fp32 up to 2^24
-        each_pack([&](const Pack &v, int c) { for (int i = 0; i < 8; i++) first = v.x[i] == top ? fmaxf(first, -(float)(c + i)) : first; });
+    each_pack([&](const Pack &v, int) {
+        for (int i = 0; i < 8; i++) sum += fast_exp(v.x[i] - top);
+    });
+    if (high == top) // ids are exact in fp32 up to 2^24
+        each_pack([&](const Pack &v, int c) {
+            for (int i = 0; i < 8; i++) first = v.x[i] == top ? fmaxf(first, -(float)(c + i)) : first;
+        });
     sum = block_sum(sum, sums);
-    const int at = (int)fminf(-block_max(first, tops), (float)(V - 1));     // the lowest id on ties; some id if there are only NaN
+    // the lowest id on ties; some id if there are only NaN
+    const int at = (int)fminf(-block_max(first, tops), (float)(V - 1));
     if (threadIdx.x == 0) {
         losses[blockIdx.x] = logf(sum) + top - of_target;
         right[blockIdx.x] = at == target;
@@ -3168,7 +3017,7 @@ __global__ void __launch_bounds__(1024) classifier_kernel(floatX *logits, float 
         store(z + c, v);
     });
     __syncthreads();
-    if (threadIdx.x > 0) return;                                            // the two that have more terms
+    if (threadIdx.x > 0) return; // the two that have more terms
     const float of_top = inverse + 1e-4f * top, p = fast_exp(of_target - top) * inverse;
     z[at] = (floatX)(scale * of_top);
     z[target] = (floatX)(scale * ((at == target ? of_top : p) - 1));
@@ -3198,12 +3047,16 @@ __global__ void sum_losses(double *totals, const float *losses, const int *right
 // ---- gradient norm and AdamW (spec section 8) ----
 
 // The block of parameters, cut into pieces that lie in one tensor each: one block of threads a piece.
-struct Piece { int64_t offset; int count; float lr_scale, decay; };
+struct Piece {
+    int64_t offset;
+    int count;
+    float lr_scale, decay;
+};
 static const int PIECE = 16384;
 
-struct UpdateState {                        // on the device; the host reads it a step later
-    float loss, norm, clip;                 // clip: factor on the gradients; 0 if not to be applied
-    int skip;                               // set once the norm was not finite: no update until the host clears it
+struct UpdateState {        // on the device; the host reads it a step later
+    float loss, norm, clip; // clip: factor on the gradients; 0 if not to be applied
+    int skip;               // set once the norm was not finite: no update until the host clears it
 };
 
 __global__ void squares_of_pieces(double *squares, const float *grads, const Piece *pieces) {
@@ -3218,7 +3071,8 @@ __global__ void squares_of_pieces(double *squares, const float *grads, const Pie
     if (threadIdx.x == 0) squares[blockIdx.x] = sum;
 }
 
-__global__ void norm_and_clip(UpdateState *state, const double *squares, int n, const double *totals, float per_target, float limit) {
+__global__ void norm_and_clip(UpdateState *state, const double *squares, int n, const double *totals, float per_target,
+                              float limit) {
     __shared__ double sums[256];
     double sum = 0;
     for (int i = threadIdx.x; i < n; i += 256) sum += squares[i];
@@ -3235,10 +3089,13 @@ __global__ void norm_and_clip(UpdateState *state, const double *squares, int n, 
     state->clip = state->skip ? 0 : fminf(1.f, limit / (norm + 1e-6f));
 }
 
-struct AdamW { float lr, beta1, beta2, eps, weight_decay, correction1, correction2; };     // correction: 1 - beta^(step + 1)
+// correction: 1 - beta^(step + 1)
+struct AdamW {
+    float lr, beta1, beta2, eps, weight_decay, correction1, correction2;
+};
 
-// m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,  p -= lr (m^ / (sqrt(v^) + eps) + wd p);  28 bytes a parameter
-// in fp32 (4 moved twice, g once), 30 with a bf16 copy.
+// m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,  p -= lr (m^ / (sqrt(v^) + eps) + wd p);  28 bytes a
+// parameter in fp32 (4 moved twice, g once), 30 with a bf16 copy.
 __global__ void adamw_kernel(floatX *params, float *master, float *m, float *v, const float *grads, const Piece *pieces,
                              const UpdateState *state, AdamW a) {
     const float clip = state->clip;
@@ -3263,7 +3120,8 @@ __global__ void adamw_kernel(floatX *params, float *master, float *m, float *v, 
     }
 }
 
-__global__ void round_params(floatX *params, const float *master, const Piece *pieces) {    // the working copy of fp32 masters
+// the working copy of fp32 masters
+__global__ void round_params(floatX *params, const float *master, const Piece *pieces) {
     const Piece piece = pieces[blockIdx.x];
     for (int i = threadIdx.x * 8; i < piece.count; i += blockDim.x * 8)
         store(params + piece.offset + i, load(master + piece.offset + i));
@@ -3272,20 +3130,27 @@ __global__ void round_params(floatX *params, const float *master, const Piece *p
 // ---------------------------------------------------------------------------------------------------------------------
 // 5. Layers: each a forward and a backward, out of the kernels above
 //
-// x is what a layer gets, already normed (ln1 or ln2), out what it adds to the residual stream, both (BT, C). A backward
-// function takes dout, adds to the gradients of the layer's parameters and writes dx. Beside its parameters a layer has
-// what it keeps from forward to backward, and `tmp`, scratch that all layers share. (In equations dx is shift(x) - x, in code
-// a gradient.) Letters: BT = B T tokens, C = n_embd, A = dim_att, F = dim_ffn, H heads of N = 64, V = vocab_size, R numbers
-// cached a token, L layers of which G0 is the first of the last ones.
+// x is what a layer gets, already normed (ln1 or ln2), out what it adds to the residual stream, both (BT, C). A
+// backward function takes dout, adds to the gradients of the layer's parameters and writes dx. Beside its parameters a
+// layer has what it keeps from forward to backward, and `tmp`, scratch that all layers share. (In equations dx is
+// shift(x) - x, in code a gradient.) Letters: BT = B T tokens, C = n_embd, A = dim_att, F = dim_ffn, H heads of N = 64,
+// V = vocab_size, R numbers cached a token, L layers of which G0 is the first of the last ones.
 //
 // Inference goes on from what came before. There, row 0 stands for the token before the first (lead = 1, otherwise 0):
 // its normed input is all that a shift needs of it, and what the row gives after the shift is not used. `first` is the
 // position of row 0, 0 in training.
-typedef struct Dims { int B, T, BT, C, A, F, H, V, R, L, G0, lead; int64_t first; } Dims;
+typedef struct Dims {
+    int B, T, BT, C, A, F, H, V, R, L, G0, lead;
+    int64_t first;
+} Dims;
 
-// A block of memory handed out piece by piece; without a base it only counts. Under the sanitizers a guarded gap follows
-// each piece of memory that is handed out once.
-typedef struct Arena { char *base; int64_t used; bool once; } Arena;
+// A block of memory handed out piece by piece; without a base it only counts. Under the sanitizers a guarded gap
+// follows each piece of memory that is handed out once.
+typedef struct Arena {
+    char *base;
+    int64_t used;
+    bool once;
+} Arena;
 
 template <typename T> static void take(Arena *arena, T **p, int64_t count) {
     char *end = arena->base + arena->used + count * sizeof(T);
@@ -3294,78 +3159,88 @@ template <typename T> static void take(Arena *arena, T **p, int64_t count) {
     if (arena->base && arena->once) guard_gap(end, arena->base + arena->used - end);
 }
 
-typedef struct LowRankMix {                 // mixes whose amounts depend on the data, of n inputs
-    floatX *both, *h;                       // (C, 64 n), (BT, 32 n): w1 times 1 - mu_x and mu_x; hidden layer
-    struct { float *z; floatX *dh, *dz; float *dboth; } tmp;    // (BT, 64 n), (BT, 32 n), (BT, 64 n), (C, 64 n)
+typedef struct LowRankMix { // mixes whose amounts depend on the data, of n inputs
+    floatX *both, *h;       // (C, 64 n), (BT, 32 n): w1 times 1 - mu_x and mu_x; hidden layer
+    // (BT, 64 n), (BT, 32 n), (BT, 64 n), (C, 64 n)
+    struct {
+        float *z;
+        floatX *dh, *dz;
+        float *dboth;
+    } tmp;
 } LowRankMix;
 
 typedef struct FinchC2 {
     LowRankMix mix;
-    floatX *xr, *xk, *xw, *xv, *xv2;        // (BT, C) each; xv and xv2 adjacent
-    floatX *r, *k, *w, *v, *v2;             // (BT, A) each; v and v2 adjacent
-    floatX *hw, *hv2;                       // (BT, 64): hidden layers of w and v2
-    floatX *y, *yn;                         // (BT, A): WKV's output, and normed
-    float *states;                          // WKV's states at the start of every chunk
+    floatX *xr, *xk, *xw, *xv, *xv2; // (BT, C) each; xv and xv2 adjacent
+    floatX *r, *k, *w, *v, *v2;      // (BT, A) each; v and v2 adjacent
+    floatX *hw, *hv2;                // (BT, 64): hidden layers of w and v2
+    floatX *y, *yn;                  // (BT, A): WKV's output, and normed
+    float *states;                   // WKV's states at the start of every chunk
     struct {
-        floatX *dxr, *dxk, *dxw, *dxv, *dxv2;           // (BT, C); dxv and dxv2 adjacent
-        floatX *dr, *dk, *dw, *dv, *dy, *dyn;           // (BT, A); dv and dy (which is dv2) adjacent
-        floatX *dh;                         // (BT, 64)
-        float *dw_sum, *du;                 // (B, A)
+        floatX *dxr, *dxk, *dxw, *dxv, *dxv2; // (BT, C); dxv and dxv2 adjacent
+        floatX *dr, *dk, *dw, *dv, *dy, *dyn; // (BT, A); dv and dy (which is dv2) adjacent
+        floatX *dh;                           // (BT, 64)
+        float *dw_sum, *du;                   // (B, A)
     } tmp;
 } FinchC2;
 
 typedef struct Gold {
-    LowRankMix mix_q, mix_kv;               // of x; of xo, two mixes
-    floatX *xq, *q0, *q;                    // queries: mixed, query x_q, normed
-    floatX *k1, *hk, *k2, *k;               // keys: mixed, hidden layer (BT, rank), + low rank, normed
-    floatX *v1, *hv, *v2, *v;               // values, likewise
-    floatX *y, *yn;                         // attention's output, and normed
-    float *l;                               // (B, H, T): attention's log sums
+    LowRankMix mix_q, mix_kv; // of x; of xo, two mixes
+    floatX *xq, *q0, *q;      // queries: mixed, query x_q, normed
+    floatX *k1, *hk, *k2, *k; // keys: mixed, hidden layer (BT, rank), + low rank, normed
+    floatX *v1, *hv, *v2, *v; // values, likewise
+    floatX *y, *yn;           // attention's output, and normed
+    float *l;                 // (B, H, T): attention's log sums
     struct {
-        floatX *low_rank;                   // (BT, C)
-        floatX *dq, *dk, *dv, *dy, *dyn;    // (BT, A)
-        floatX *dq0, *dk2, *dv2;            // (BT, A)
-        floatX *dxq;                        // (BT, C)
-        floatX *dh;                         // (BT, rank)
-        float *delta;                       // (B, H, T)
+        floatX *low_rank;                // (BT, C)
+        floatX *dq, *dk, *dv, *dy, *dyn; // (BT, A)
+        floatX *dq0, *dk2, *dv2;         // (BT, A)
+        floatX *dxq;                     // (BT, C)
+        floatX *dh;                      // (BT, rank)
+        float *delta;                    // (B, H, T)
     } tmp;
 } Gold;
 
 typedef struct Cmix {
-    floatX *xk, *xr, *k, *v, *r;            // (BT, C) but k (BT, F): relu squared
-    struct { floatX *dxk, *dxr, *dk, *dv, *dr; } tmp;
+    floatX *xk, *xr, *k, *v, *r; // (BT, C) but k (BT, F): relu squared
+    struct {
+        floatX *dxk, *dxr, *dk, *dv, *dr;
+    } tmp;
 } Cmix;
 
 typedef struct CmixLlama {
-    floatX *a, *b, *k;                      // (BT, FL): w1 x, w3 x, silu(a) b
-    struct { floatX *da, *db, *dk; } tmp;
+    floatX *a, *b, *k; // (BT, FL): w1 x, w3 x, silu(a) b
+    struct {
+        floatX *da, *db, *dk;
+    } tmp;
 } CmixLlama;
 
-typedef struct Finch {                      // Finch, its gateless variant and Eagle
-    LowRankMix mix;                         // not Eagle's
-    floatX *xr, *xk, *xv, *xw, *xg;         // (BT, C)
-    floatX *r, *k, *v, *w, *g;              // (BT, A)
-    floatX *hw;                             // (BT, 64): hidden layer of w
-    floatX *y, *yn;                         // (BT, A): WKV's output; normed and gated
-    float *states;                          // WKV's states at the start of every chunk
+typedef struct Finch {              // Finch, its gateless variant and Eagle
+    LowRankMix mix;                 // not Eagle's
+    floatX *xr, *xk, *xv, *xw, *xg; // (BT, C)
+    floatX *r, *k, *v, *w, *g;      // (BT, A)
+    floatX *hw;                     // (BT, 64): hidden layer of w
+    floatX *y, *yn;                 // (BT, A): WKV's output; normed and gated
+    float *states;                  // WKV's states at the start of every chunk
     struct {
         floatX *dxr, *dxk, *dxv, *dxw, *dxg;
         floatX *dr, *dk, *dv, *dw, *dg, *dy, *dyn;
-        floatX *dh;                         // (BT, 64)
-        float *dw_sum, *du;                 // (B, A)
+        floatX *dh;         // (BT, 64)
+        float *dw_sum, *du; // (B, A)
     } tmp;
 } Finch;
 
-typedef struct Attention {                  // GPTAlpha and Llama
-    LowRankMix mix;                         // GPTAlpha: the mix, mixed inputs, queries, keys and values before their norms
+typedef struct Attention { // GPTAlpha and Llama
+    // GPTAlpha: the mix, mixed inputs, queries, keys and values before their norms
+    LowRankMix mix;
     floatX *xq, *xk, *xv, *q0, *k0, *v0;
-    floatX *q, *k, *v;                      // (BT, A), q and k rotated
-    floatX *y, *yn;                         // (BT, A): attention's output; GPTAlpha: normed
-    float *l;                               // (B, H, T): attention's log sums
+    floatX *q, *k, *v; // (BT, A), q and k rotated
+    floatX *y, *yn;    // (BT, A): attention's output; GPTAlpha: normed
+    float *l;          // (B, H, T): attention's log sums
     struct {
         floatX *dxq, *dxk, *dxv, *dq0, *dk0, *dv0;
         floatX *dq, *dk, *dv, *dy, *dyn;
-        float *delta;                       // (B, H, T)
+        float *delta; // (B, H, T)
     } tmp;
 } Attention;
 
@@ -3375,10 +3250,11 @@ typedef struct Layer {
     int l;
     const struct Mixer *tmix, *cmix;
     Params p;
-    floatX *x, *ln1, *x_mid, *ln2;          // (BT, C): residual stream before the layer, normed; after its time mixer, normed
-    floatX *tmix_shift, *cmix_shift;        // (C), inference: ln1 and ln2 of the last token; null in training
-    float *wkv_state;                       // (H, N, N), inference: WKV's state; null in training
-    void (*attend)(Model *, Layer *);       // inference: attention over all keys and values so far; null in training
+    // (BT, C): residual stream before the layer, normed; after its time mixer, normed
+    floatX *x, *ln1, *x_mid, *ln2;
+    floatX *tmix_shift, *cmix_shift;  // (C), inference: ln1 and ln2 of the last token; null in training
+    float *wkv_state;                 // (H, N, N), inference: WKV's state; null in training
+    void (*attend)(Model *, Layer *); // inference: attention over all keys and values so far; null in training
     FinchC2 finch_c2;
     Gold gold;
     Finch finch;
@@ -3389,58 +3265,63 @@ typedef struct Layer {
 
 typedef struct Model {
     Settings s;
-    int B, T;                               // capacity: sequences of a micro-batch, tokens of a sequence
-    Dims d;                                 // sizes of the micro-batch at hand
+    int B, T; // capacity: sequences of a micro-batch, tokens of a sequence
+    Dims d;   // sizes of the micro-batch at hand
     Rope rope;
     Tensor *tensors;
-    Param **fields;                         // where the layers keep each tensor's pointers
+    Param **fields; // where the layers keep each tensor's pointers
     int n_tensors;
-    int64_t n_parameters, n_block;          // n_block: elements of a block of parameters, gaps (sanitizers only) included
+    // n_block: elements of a block of parameters, gaps (sanitizers only) included
+    int64_t n_parameters, n_block;
     Params top;
     Layer *layers;
-    floatX *params;                         // device blocks; FP32 builds: params is master
+    floatX *params; // device blocks; FP32 builds: params is master
     float *grads, *master, *m, *v;
     char *activations;
     int64_t activation_bytes;
     // inside the activation block
-    floatX *x0, *xo, *cache, *k0_sum, *k0;  // ln0's output; rms_norm(x0); c (BT, R); K0 before and after its norm (BT, A)
-    float *dxo, *dk0, *dx0;                 // their gradients in fp32: summed over the GOLD layers
+    // ln0's output; rms_norm(x0); c (BT, R); K0 before and after its norm (BT, A)
+    floatX *x0, *xo, *cache, *k0_sum, *k0;
+    float *dxo, *dk0, *dx0; // their gradients in fp32: summed over the GOLD layers
     floatX *dk0_sum, *dcache;
-    floatX *x_out, *xf, *branch;            // residual stream after the last layer, normed; what a mixer adds to it
-    floatX *dx, *dln1, *dln2;               // gradients of the residual stream and of the norms' outputs
-    floatX *logits;                         // a slice of rows (slice, V)
+    floatX *x_out, *xf, *branch; // residual stream after the last layer, normed; what a mixer adds to it
+    floatX *dx, *dln1, *dln2;    // gradients of the residual stream and of the norms' outputs
+    floatX *logits;              // a slice of rows (slice, V)
     float *losses, *partial;
     int *right, slice;
     // small device arrays
-    int *tokens;                            // as staged by the host: inputs, targets, and the inputs sorted by id
+    int *tokens; // as staged by the host: inputs, targets, and the inputs sorted by id
     Piece *pieces;
     int n_pieces;
-    double *squares, *totals;               // (pieces); loss sum and number right
+    double *squares, *totals; // (pieces); loss sum and number right
     UpdateState *state;
     // host
-    int *staged[4];                         // pinned; a ring, so that a copy is not overwritten before it is done
+    int *staged[4]; // pinned; a ring, so that a copy is not overwritten before it is done
     cudaEvent_t staged_done[4];
-    cudaEvent_t result_done[3];             // of the step that is queued, of the one that is read, of the one before that
+    // of the step that is queued, of the one that is read, of the one before that
+    cudaEvent_t result_done[3];
     int64_t micro_steps, targets_in_step;
-    UpdateState *results;                   // pinned, of the current step and the one before
-    int distinct;                           // ids in the micro-batch at hand
+    UpdateState *results; // pinned, of the current step and the one before
+    int distinct;         // ids in the micro-batch at hand
 } Model;
 
 typedef struct Mixer {
     const char *name;
-    int tensors, mixes;                     // mixes: inputs mixed by time_maa_w1
-    bool needs_cache;                       // K0, so layers before it
-    bool keeps_kv;                          // attention with its own keys and values
-    bool complement;                        // its time_mix is 1 - time_maa
+    int tensors, mixes; // mixes: inputs mixed by time_maa_w1
+    bool needs_cache;   // K0, so layers before it
+    bool keeps_kv;      // attention with its own keys and values
+    bool complement;    // its time_mix is 1 - time_maa
     void (*plan)(Model *, Layer *, Arena *kept, Arena *scratch);
     void (*forward)(Model *, Layer *, floatX *out, const floatX *x);
     void (*backward)(Model *, Layer *, floatX *dx, const floatX *dout, const floatX *x);
-    void (*remake)(Model *, Layer *, const floatX *x);      // grad_cp 2: what was not kept for the backward pass; null: all was
+    // grad_cp 2: what was not kept for the backward pass; null: all was
+    void (*remake)(Model *, Layer *, const floatX *x);
 } Mixer;
 
 // ---- products with weights ----
 
-// 0 in a step's first micro-batch, then 1: so the gradients of what linear_backward serves, the matrices, need not be cleared.
+// 0 in a step's first micro-batch, then 1: so the gradients of what linear_backward serves, the matrices, need not be
+// cleared.
 static float matrix_gradients_add = 1;
 
 // out (M, O) = x (M, I) W^T + beta out, W (O, I)
@@ -3448,22 +3329,25 @@ static void linear_forward(floatX *out, const floatX *x, Param W, int M, int O, 
     matmul(out, O, rows(x, I), columns(W.w, W.ld), M, O, I, beta);
 }
 
-// dx (M, I) = dout (M, O) W + beta dx;   dW += dout^T x, or dW = dout^T x in a step's first micro-batch (matrix_gradients_add)
-static void linear_backward(floatX *dx, const floatX *dout, const floatX *x, Param W, int M, int O, int I, float beta = 0) {
+// dx (M, I) = dout (M, O) W + beta dx;   dW += dout^T x, or dW = dout^T x in a step's first micro-batch
+// (matrix_gradients_add)
+static void linear_backward(floatX *dx, const floatX *dout, const floatX *x, Param W, int M, int O, int I,
+                            float beta = 0) {
     matmul(W.g, W.ld, columns(dout, O), rows(x, I), O, I, M, matrix_gradients_add);
     matmul(dx, I, rows(dout, O), rows(W.w, W.ld), M, I, O, beta);
 }
 
 // out (M, O) = tanh(x (M, I) w1) w2 + beta out: w1 (I, R), w2 (R, O). h (M, R): the hidden layer, kept.
-static void low_rank_forward(floatX *out, floatX *h, const floatX *x, Param w1, Param w2, int M, int I, int R, int O, float beta = 0) {
+static void low_rank_forward(floatX *out, floatX *h, const floatX *x, Param w1, Param w2, int M, int I, int R, int O,
+                             float beta = 0) {
     matmul(h, R, rows(x, I), rows(w1.w, w1.ld), M, R, I);
     tanh_forward<<<pack_blocks((int64_t)M * R), 256, 0, stream>>>(h, (int64_t)M * R);
     matmul(out, O, rows(h, R), rows(w2.w, w2.ld), M, O, R, beta);
 }
 
 // dx = d(hidden layer's input) w1^T + beta dx. dx may be dout itself (it is written last). dh (M, R): scratch.
-static void low_rank_backward(floatX *dx, floatX *dh, const floatX *dout, const floatX *h, const floatX *x, Param w1, Param w2,
-                              int M, int I, int R, int O, float beta = 0) {
+static void low_rank_backward(floatX *dx, floatX *dh, const floatX *dout, const floatX *h, const floatX *x, Param w1,
+                              Param w2, int M, int I, int R, int O, float beta = 0) {
     matmul(dh, R, rows(dout, O), columns(w2.w, w2.ld), M, R, O);
     matmul(w2.g, w2.ld, columns(h, R), rows(dout, O), R, O, M, 1);
     tanh_backward<<<pack_blocks((int64_t)M * R), 256, 0, stream>>>(dh, h, (int64_t)M * R);
@@ -3482,7 +3366,9 @@ static void rope_backward(const Model *m, floatX *gradient) { rope_turn(m, gradi
 
 // ---- mixes by low-rank functions of the data, which most time mixers begin with ----
 //
-//     h   = tanh((x + dx * mu_x) @ w1);  m_i = h[:, 32 i : 32 i + 32] @ w2[i],  i = 0 .. n-1        w1 (C, 32 n), w2 (n, 32, C)
+//     h
+//         = tanh((x + dx * mu_x) @ w1);  m_i = h[:, 32 i : 32 i + 32] @ w2[i],  i = 0 .. n-1
+//             w1 (C, 32 n), w2 (n, 32, C)
 //     x_i = x + dx * (mu_i + m_i)
 
 static void low_rank_mix_plan(const Dims &d, LowRankMix *a, int n, Arena *kept, Arena *scratch) {
@@ -3504,8 +3390,9 @@ static void low_rank_mix_hidden(const Dims &d, const LowRankMix &a, Param mu_x, 
 }
 
 // From tmp.dh: w1's and mu_x's gradients; adds x's to dx.
-template <typename TX> static void low_rank_mix_hidden_backward(const Dims &d, const LowRankMix &a, Param mu_x, Param w1, int n,
-        TX *dx, const floatX *x) {
+template <typename TX>
+static void low_rank_mix_hidden_backward(const Dims &d, const LowRankMix &a, Param mu_x, Param w1, int n, TX *dx,
+                                         const floatX *x) {
     const int hidden = RANK * n, ld = (int)w1.ld, blocks = (int)ceil_div(d.C, 8);
     const auto &t = a.tmp;
     mix_hidden_backward<<<pack_blocks((int64_t)d.BT * hidden), 256, 0, stream>>>(t.dz, t.dh, d.BT, d.T, hidden);
@@ -3515,37 +3402,43 @@ template <typename TX> static void low_rank_mix_hidden_backward(const Dims &d, c
 }
 
 // Mix `first` of n and those after it, where all read the same x
-template <int n> static void low_rank_mix_outputs(const Dims &d, const LowRankMix &a, Param w2, int of, int first, Mixes<n> mix,
-        const floatX *x) {
+template <int n>
+static void low_rank_mix_outputs(const Dims &d, const LowRankMix &a, Param w2, int of, int first, Mixes<n> mix,
+                                 const floatX *x) {
     mix.low = {a.h + RANK * first, RANK * of, w2.w + (int64_t)RANK * d.C * first};
     mix_forward_low_rank<n>(mix, x, d.BT, d.T, d.C);
 }
 
 template <int n, typename TX, bool accumulate>
-static void low_rank_mix_outputs_backward(Model *m, const LowRankMix &a, Param w2, int of, int first, Mixes<n> mix, Targets dmu,
-        TX *dx, const floatX *x) {
+static void low_rank_mix_outputs_backward(Model *m, const LowRankMix &a, Param w2, int of, int first, Mixes<n> mix,
+                                          Targets dmu, TX *dx, const floatX *x) {
     const Dims &d = m->d;
     const int64_t from = (int64_t)RANK * d.C * first;
     mix.low = {a.h + RANK * first, RANK * of, w2.w + from};
-    mix_backward_low_rank<n, TX, accumulate>(mix, dx, a.tmp.dh + RANK * first, w2.g + from, dmu, m->partial, x, d.BT, d.T, d.C);
+    mix_backward_low_rank<n, TX, accumulate>(mix, dx, a.tmp.dh + RANK * first, w2.g + from, dmu, m->partial, x, d.BT,
+                                             d.T, d.C);
 }
 
 // The whole of it, with time_maa_x, _w1 and _w2; again: h is there already.
-template <int n> static void low_rank_mix_forward(const Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix,
-        const floatX *x, bool again = false) {
+template <int n>
+static void low_rank_mix_forward(const Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix, const floatX *x,
+                                 bool again = false) {
     if (!again) low_rank_mix_hidden(m->d, a, p.time_maa_x, p.time_maa_w1, n, x);
     low_rank_mix_outputs<n>(m->d, a, p.time_maa_w2, n, 0, mix, x);
 }
 
-template <int n> static void low_rank_mix_backward(Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix, Targets dmu,
-                                                   floatX *dx, const floatX *x) {
+template <int n>
+static void low_rank_mix_backward(Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix, Targets dmu, floatX *dx,
+                                  const floatX *x) {
     low_rank_mix_outputs_backward<n, floatX, false>(m, a, p.time_maa_w2, n, 0, mix, dmu, dx, x);
     low_rank_mix_hidden_backward(m->d, a, p.time_maa_x, p.time_maa_w1, n, dx, x);
 }
 
 // ---- Finch-C2 time mix, x060c2 ----
 //
-//     m   = tanh((x + dx * time_maa_x) @ time_maa_w1);  m_i = m[:, 32 i : 32 i + 32] @ time_maa_w2[i],  i: r, k, v, w, v2
+//     m
+//         = tanh((x + dx * time_maa_x) @ time_maa_w1);  m_i = m[:, 32 i : 32 i + 32] @ time_maa_w2[i],  i: r, k, v, w,
+//         v2
 //     x_i = x + dx * (time_maa_i + m_i)
 //     r = receptance x_r;  k = key x_k;  v = value x_v;  v2 = value x_v2 + tanh(x_v2 @ time_value2_w1) @ time_value2_w2
 //     w = time_decay + tanh(x_w @ time_decay_w1) @ time_decay_w2
@@ -3585,20 +3478,33 @@ static Wkv finch_c2_wkv(const Model *m, const Layer *layer) {
     const FinchC2 &a = layer->finch_c2;
     const bool v2 = m->s.use_v2;
     const int64_t lead = m->d.lead * (int64_t)m->d.A;
-    return {a.r + lead, a.k + lead, a.v + lead, a.w + lead, layer->p.time_decay.w, v2 ? nullptr : layer->p.time_faaaa.w,
-            v2 ? a.v2 + lead : nullptr, m->s.use_one_minus_w != 0, layer->wkv_state ? nullptr : a.states, layer->wkv_state,
-            m->d.T - m->d.lead, m->d.H};
+    return {a.r + lead,
+            a.k + lead,
+            a.v + lead,
+            a.w + lead,
+            layer->p.time_decay.w,
+            v2 ? nullptr : layer->p.time_faaaa.w,
+            v2 ? a.v2 + lead : nullptr,
+            m->s.use_one_minus_w != 0,
+            layer->wkv_state ? nullptr : a.states,
+            layer->wkv_state,
+            m->d.T - m->d.lead,
+            m->d.H};
 }
 
 static void finch_c2_mixes(Model *m, Layer *layer, const floatX *x, bool again) {
     const Params &p = layer->p;
     const FinchC2 &a = layer->finch_c2;
     if (m->s.use_v2)
-        low_rank_mix_forward<5>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w, p.time_maa_v2.w}, {},
-                                              {a.xr, a.xk, a.xv, a.xw, a.xv2}}, x, again);
+        low_rank_mix_forward<5>(m, p, a.mix,
+                                {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w, p.time_maa_v2.w},
+                                 {},
+                                 {a.xr, a.xk, a.xv, a.xw, a.xv2}},
+                                x, again);
     else
-        low_rank_mix_forward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {},
-                                              {a.xr, a.xk, a.xv, a.xw}}, x, again);
+        low_rank_mix_forward<4>(
+            m, p, a.mix,
+            {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {}, {a.xr, a.xk, a.xv, a.xw}}, x, again);
 }
 
 static void finch_c2_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
@@ -3610,7 +3516,7 @@ static void finch_c2_forward(Model *m, Layer *layer, floatX *out, const floatX *
     finch_c2_mixes(m, layer, x, false);
     linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
     linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
-    linear_forward(a.v, a.xv, p.value, v2 ? 2 * d.BT : d.BT, d.A, d.C);             // x_v and x_v2 in one product
+    linear_forward(a.v, a.xv, p.value, v2 ? 2 * d.BT : d.BT, d.A, d.C); // x_v and x_v2 in one product
     if (v2) low_rank_forward(a.v2, a.hv2, a.xv2, p.time_value2_w1, p.time_value2_w2, d.BT, d.C, 64, d.A, 1);
     low_rank_forward(a.w, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
     wkv_forward(a.y + d.lead * (int64_t)d.A, finch_c2_wkv(m, layer), d.B);
@@ -3635,15 +3541,21 @@ static void finch_c2_backward(Model *m, Layer *layer, floatX *dx, const floatX *
     linear_backward(t.dxr, t.dr, a.xr, p.receptance, d.BT, d.A, d.C);
     linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
     linear_backward(t.dxv, t.dv, a.xv, p.value, v2 ? 2 * d.BT : d.BT, d.A, d.C);
-    if (v2) low_rank_backward(t.dxv2, t.dh, t.dy, a.hv2, a.xv2, p.time_value2_w1, p.time_value2_w2, d.BT, d.C, 64, d.A, 1);
+    if (v2)
+        low_rank_backward(t.dxv2, t.dh, t.dy, a.hv2, a.xv2, p.time_value2_w1, p.time_value2_w2, d.BT, d.C, 64, d.A, 1);
     low_rank_backward(t.dxw, t.dh, t.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
     if (v2)
-        low_rank_mix_backward<5>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w, p.time_maa_v2.w}, {},
-                                               {t.dxr, t.dxk, t.dxv, t.dxw, t.dxv2}},
-                                 {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g, p.time_maa_v2.g}}, dx, x);
+        low_rank_mix_backward<5>(m, p, a.mix,
+                                 {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w, p.time_maa_v2.w},
+                                  {},
+                                  {t.dxr, t.dxk, t.dxv, t.dxw, t.dxv2}},
+                                 {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g, p.time_maa_v2.g}},
+                                 dx, x);
     else
-        low_rank_mix_backward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {},
-                                               {t.dxr, t.dxk, t.dxv, t.dxw}},
+        low_rank_mix_backward<4>(m, p, a.mix,
+                                 {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w},
+                                  {},
+                                  {t.dxr, t.dxk, t.dxv, t.dxw}},
                                  {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g}}, dx, x);
 }
 
@@ -3669,7 +3581,8 @@ static void token_cat_forward(Model *m, const floatX *x) {
 static void token_cat_backward(Model *m, floatX *dx, const floatX *x) {
     const Dims &d = m->d;
     const Param W = m->top.w_kv_cache_b;
-    rms_norm_backward<false><<<d.BT, row_threads(d.A), 0, stream>>>(m->dk0_sum, m->dk0, (const float *)nullptr, m->k0_sum, d.A);
+    rms_norm_backward<false>
+        <<<d.BT, row_threads(d.A), 0, stream>>>(m->dk0_sum, m->dk0, (const float *)nullptr, m->k0_sum, d.A);
     linear_backward(m->dcache, m->dk0_sum, m->cache, columns_from(W, d.C), d.BT, d.A, d.R);
     matmul(W.g, W.ld, columns(m->dk0_sum, d.A), rows(m->x0, d.C), d.A, d.C, d.BT, matrix_gradients_add);
     matmul(m->dx0, d.C, rows(m->dk0_sum, d.A), rows(W.w, W.ld), d.BT, d.C, d.A);
@@ -3681,9 +3594,13 @@ static void token_cat_backward(Model *m, floatX *dx, const floatX *x) {
 //     x_q: m_q = tanh((x + dx * time_maa_x) @ time_maa_q_w1) @ time_maa_q_w2
 //         q   = LayerNorm_ln_q(query (x + dx * (time_maa_q + m_q)))
 //     xo  = rms_norm(x0);  dxo = shift(xo) - xo
-//         m   = tanh((xo + dxo * time_maa_v_cache) @ time_maa_kv_w1);  m_k = m[:, :32] @ time_maa_kv_w2[0];  m_v = m[:, 32:] @ ..[1]
+//         m
+//             = tanh((xo + dxo * time_maa_v_cache) @ time_maa_kv_w1);  m_k = m[:, :32] @ time_maa_kv_w2[0];  m_v = m[:,
+//             32:] @ ..[1]
 //     k   = K0 + (shift(K0) - K0) * (time_maa_k + m_k);   v = xo + dxo * (time_maa_v + m_v)
-//     k   = LayerNorm_ln_k(k + tanh(k @ time_key_w1) @ time_key_w2);   v = LayerNorm_ln_v(v + tanh(v @ time_value_w1) @ time_value_w2)
+//     k
+//         = LayerNorm_ln_k(k + tanh(k @ time_key_w1) @ time_key_w2);
+//             v = LayerNorm_ln_v(v + tanh(v @ time_value_w1) @ time_value_w2)
 //     out = output LayerNorm_ln_x(causal_attention(q, k, v))                 with rope, q and k are turned first
 //
 // No key or value projection: k and v depend on K0 and the token ids alone.
@@ -3694,7 +3611,7 @@ static void gold_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
     const Dims &d = m->d;
     Gold &a = layer->gold;
     Arena *again = m->s.grad_cp == 2 ? scratch : kept;
-    const int64_t E = (int64_t)d.BT * d.C;                                          // A = C in this layer
+    const int64_t E = (int64_t)d.BT * d.C; // A = C in this layer
     low_rank_mix_plan(d, &a.mix_q, 1, kept, scratch);
     low_rank_mix_plan(d, &a.mix_kv, 2, kept, scratch);
     for (floatX **p : {&a.q0, &a.k2, &a.v2, &a.y, &a.yn}) take(kept, p, E);
@@ -3702,23 +3619,25 @@ static void gold_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
     for (floatX **p : {&a.hk, &a.hv}) take(kept, p, (int64_t)d.BT * gold_rank(d));
     take(kept, &a.l, (int64_t)d.BT * d.H);
     auto &t = a.tmp;
-    for (floatX **p : {&t.low_rank, &t.dq, &t.dk, &t.dv, &t.dy, &t.dyn, &t.dq0, &t.dk2, &t.dv2, &t.dxq}) take(scratch, p, E);
+    for (floatX **p : {&t.low_rank, &t.dq, &t.dk, &t.dv, &t.dy, &t.dyn, &t.dq0, &t.dk2, &t.dv2, &t.dxq})
+        take(scratch, p, E);
     take(scratch, &t.dh, (int64_t)d.BT * gold_rank(d));
     take(scratch, &t.delta, (int64_t)d.BT * d.H);
 }
 
-static void gold_mix_q(const Dims &d, const Layer *layer, const floatX *x) {         // a.xq
-    low_rank_mix_outputs<1>(d, layer->gold.mix_q, layer->p.time_maa_q_w2, 1, 0, {{layer->p.time_maa_q.w}, {}, {layer->gold.xq}}, x);
+static void gold_mix_q(const Dims &d, const Layer *layer, const floatX *x) { // a.xq
+    low_rank_mix_outputs<1>(d, layer->gold.mix_q, layer->p.time_maa_q_w2, 1, 0,
+                            {{layer->p.time_maa_q.w}, {}, {layer->gold.xq}}, x);
 }
 
-static void gold_mix_kv(const Model *m, const Layer *layer) {                        // a.k1, a.v1 from m->k0 and m->xo
+static void gold_mix_kv(const Model *m, const Layer *layer) { // a.k1, a.v1 from m->k0 and m->xo
     const Gold &a = layer->gold;
     const Params &p = layer->p;
     low_rank_mix_outputs<1>(m->d, a.mix_kv, p.time_maa_kv_w2, 2, 0, {{p.time_maa_k.w}, {}, {a.k1}}, m->k0);
     low_rank_mix_outputs<1>(m->d, a.mix_kv, p.time_maa_kv_w2, 2, 1, {{p.time_maa_v.w}, {}, {a.v1}}, m->xo);
 }
 
-static void gold_queries(Model *m, Layer *layer, const floatX *x) {                  // a.q
+static void gold_queries(Model *m, Layer *layer, const floatX *x) { // a.q
     const Dims &d = m->d;
     const Params &p = layer->p;
     Gold &a = layer->gold;
@@ -3729,7 +3648,7 @@ static void gold_queries(Model *m, Layer *layer, const floatX *x) {             
     rope_forward(m, a.q);
 }
 
-static void gold_keys_values(Model *m, Layer *layer) {                              // a.k, a.v from m->k0 and m->xo
+static void gold_keys_values(Model *m, Layer *layer) { // a.k, a.v from m->k0 and m->xo
     const Dims &d = m->d;
     const Params &p = layer->p;
     Gold &a = layer->gold;
@@ -3743,7 +3662,7 @@ static void gold_keys_values(Model *m, Layer *layer) {                          
     layernorm_forward(a.v, a.v2, a.v1, nullptr, a.tmp.low_rank, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
 }
 
-static void gold_output(Model *m, Layer *layer, floatX *out) {                      // from a.y
+static void gold_output(Model *m, Layer *layer, floatX *out) { // from a.y
     const Dims &d = m->d;
     const Params &p = layer->p;
     Gold &a = layer->gold;
@@ -3787,16 +3706,16 @@ static void gold_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
     layernorm_backward<false>(t.dv2, m->partial, t.dv, a.v2, nullptr, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
     low_rank_backward(t.dk2, t.dh, t.dk2, a.hk, a.k1, p.time_key_w1, p.time_key_w2, d.BT, d.C, rank, d.C, 1);
     low_rank_backward(t.dv2, t.dh, t.dv2, a.hv, a.v1, p.time_value_w1, p.time_value_w2, d.BT, d.C, rank, d.C, 1);
-    low_rank_mix_outputs_backward<1, float, true>(m, a.mix_kv, p.time_maa_kv_w2, 2, 0, {{p.time_maa_k.w}, {}, {t.dk2}}, {{p.time_maa_k.g}},
-                                                  m->dk0, m->k0);
-    low_rank_mix_outputs_backward<1, float, true>(m, a.mix_kv, p.time_maa_kv_w2, 2, 1, {{p.time_maa_v.w}, {}, {t.dv2}}, {{p.time_maa_v.g}},
-                                                  m->dxo, m->xo);
+    low_rank_mix_outputs_backward<1, float, true>(m, a.mix_kv, p.time_maa_kv_w2, 2, 0, {{p.time_maa_k.w}, {}, {t.dk2}},
+                                                  {{p.time_maa_k.g}}, m->dk0, m->k0);
+    low_rank_mix_outputs_backward<1, float, true>(m, a.mix_kv, p.time_maa_kv_w2, 2, 1, {{p.time_maa_v.w}, {}, {t.dv2}},
+                                                  {{p.time_maa_v.g}}, m->dxo, m->xo);
     low_rank_mix_hidden_backward(d, a.mix_kv, p.time_maa_v_cache, p.time_maa_kv_w1, 2, m->dxo, m->xo);
 
     layernorm_backward<false>(t.dq0, m->partial, t.dq, a.q0, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
     linear_backward(t.dxq, t.dq0, a.xq, p.query, d.BT, d.A, d.C);
     low_rank_mix_outputs_backward<1, floatX, false>(m, a.mix_q, p.time_maa_q_w2, 1, 0, {{p.time_maa_q.w}, {}, {t.dxq}},
-            {{p.time_maa_q.g}}, dx, x);
+                                                    {{p.time_maa_q.g}}, dx, x);
     low_rank_mix_hidden_backward(d, a.mix_q, p.time_maa_x, p.time_maa_q_w1, 1, dx, x);
 }
 
@@ -3821,7 +3740,8 @@ static void cmix_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
     const Params &p = layer->p;
     Cmix &a = layer->ffn;
     const int64_t E = (int64_t)d.BT * d.C, EF = (int64_t)d.BT * d.F;
-    mix_forward<2>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, {}, {a.xk, a.xr}, layer->cmix->complement}, x, d.BT, d.T, d.C);
+    mix_forward<2>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, {}, {a.xk, a.xr}, layer->cmix->complement}, x, d.BT, d.T,
+                   d.C);
     linear_forward(a.k, a.xk, p.ffn_key, d.BT, d.F, d.C);
     relu_squared_forward<<<pack_blocks(EF), 256, 0, stream>>>(a.k, EF);
     linear_forward(a.v, a.k, p.ffn_value, d.BT, d.C, d.F);
@@ -3853,12 +3773,12 @@ static void cmix_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
 //     y = WKV(r, k, v, w, time_faaaa)
 //     out = output (GroupNorm_ln_x(y) * silu(g))               H groups, eps 1e-5 head_size_divisor^2
 
-static void finch_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {       // x060b and x052 too
+static void finch_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) { // x060b and x052 too
     const Dims &d = m->d;
     Finch &a = layer->finch;
     auto &t = a.tmp;
     const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
-    const bool w = layer->p.time_decay_w1.ld > 0, g = layer->p.gate.ld > 0;         // has these tensors
+    const bool w = layer->p.time_decay_w1.ld > 0, g = layer->p.gate.ld > 0; // has these tensors
     if (layer->tmix->mixes) low_rank_mix_plan(d, &a.mix, layer->tmix->mixes, kept, scratch);
     for (floatX **p : {&a.xr, &a.xk, &a.xv}) take(kept, p, E);
     for (floatX **p : {&a.r, &a.k, &a.v, &a.y, &a.yn}) take(kept, p, EA);
@@ -3866,11 +3786,11 @@ static void finch_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {   
     for (floatX **p : {&t.dxr, &t.dxk, &t.dxv}) take(scratch, p, E);
     for (floatX **p : {&t.dr, &t.dk, &t.dv, &t.dy, &t.dyn}) take(scratch, p, EA);
     for (float **p : {&t.dw_sum, &t.du}) take(scratch, p, (int64_t)d.B * d.A);
-    if (w) {                                                                        // decays that depend on the data
+    if (w) { // decays that depend on the data
         take(kept, &a.xw, E), take(kept, &a.w, EA), take(kept, &a.hw, (int64_t)d.BT * 64);
         take(scratch, &t.dxw, E), take(scratch, &t.dw, EA), take(scratch, &t.dh, (int64_t)d.BT * 64);
     }
-    if (g) {                                                                        // a gate
+    if (g) { // a gate
         take(kept, &a.xg, E), take(kept, &a.g, EA);
         take(scratch, &t.dxg, E), take(scratch, &t.dg, EA);
     }
@@ -3879,8 +3799,18 @@ static void finch_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {   
 static Wkv finch_wkv(const Model *m, const Layer *layer) {
     const Finch &a = layer->finch;
     const int64_t lead = m->d.lead * (int64_t)m->d.A;
-    return {a.r + lead, a.k + lead, a.v + lead, a.w ? a.w + lead : nullptr, layer->p.time_decay.w, layer->p.time_faaaa.w, nullptr,
-            false, layer->wkv_state ? nullptr : a.states, layer->wkv_state, m->d.T - m->d.lead, m->d.H};
+    return {a.r + lead,
+            a.k + lead,
+            a.v + lead,
+            a.w ? a.w + lead : nullptr,
+            layer->p.time_decay.w,
+            layer->p.time_faaaa.w,
+            nullptr,
+            false,
+            layer->wkv_state ? nullptr : a.states,
+            layer->wkv_state,
+            m->d.T - m->d.lead,
+            m->d.H};
 }
 
 // From dy: dr, dk, dv, dw, and the gradients of time_decay and time_faaaa
@@ -3898,8 +3828,11 @@ static void finch_forward(Model *m, Layer *layer, floatX *out, const floatX *x) 
     const Dims &d = m->d;
     const Params &p = layer->p;
     Finch &a = layer->finch;
-    low_rank_mix_forward<5>(m, p, a.mix, {{p.time_maa_w.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w},
-                                          {}, {a.xw, a.xk, a.xv, a.xr, a.xg}}, x);
+    low_rank_mix_forward<5>(m, p, a.mix,
+                            {{p.time_maa_w.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w},
+                             {},
+                             {a.xw, a.xk, a.xv, a.xr, a.xg}},
+                            x);
     linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
     linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
     linear_forward(a.v, a.xv, p.value, d.BT, d.A, d.C);
@@ -3916,15 +3849,18 @@ static void finch_backward(Model *m, Layer *layer, floatX *dx, const floatX *dou
     Finch &a = layer->finch;
     auto &t = a.tmp;
     linear_backward(t.dyn, dout, a.yn, p.output, d.BT, d.C, d.A);
-    gated_group_norm_backward(t.dy, t.dg, m->partial, t.dyn, a.y, a.g, p.ln_x_weight, p.ln_x_bias, group_norm_eps(m), d.BT, d.A);
+    gated_group_norm_backward(t.dy, t.dg, m->partial, t.dyn, a.y, a.g, p.ln_x_weight, p.ln_x_bias, group_norm_eps(m),
+                              d.BT, d.A);
     finch_wkv_backward(m, layer);
     linear_backward(t.dxr, t.dr, a.xr, p.receptance, d.BT, d.A, d.C);
     linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
     linear_backward(t.dxv, t.dv, a.xv, p.value, d.BT, d.A, d.C);
     linear_backward(t.dxg, t.dg, a.xg, p.gate, d.BT, d.A, d.C);
     low_rank_backward(t.dxw, t.dh, t.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
-    low_rank_mix_backward<5>(m, p, a.mix, {{p.time_maa_w.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w},
-                                           {}, {t.dxw, t.dxk, t.dxv, t.dxr, t.dxg}},
+    low_rank_mix_backward<5>(m, p, a.mix,
+                             {{p.time_maa_w.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w},
+                              {},
+                              {t.dxw, t.dxk, t.dxv, t.dxr, t.dxg}},
                              {{p.time_maa_w.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_r.g, p.time_maa_g.g}}, dx, x);
 }
 
@@ -3936,8 +3872,9 @@ static void finch_b_forward(Model *m, Layer *layer, floatX *out, const floatX *x
     const Dims &d = m->d;
     const Params &p = layer->p;
     Finch &a = layer->finch;
-    low_rank_mix_forward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {},
-                                          {a.xr, a.xk, a.xv, a.xw}}, x);
+    low_rank_mix_forward<4>(
+        m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {}, {a.xr, a.xk, a.xv, a.xw}},
+        x);
     linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
     linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
     linear_forward(a.v, a.xv, p.value, d.BT, d.A, d.C);
@@ -3959,8 +3896,10 @@ static void finch_b_backward(Model *m, Layer *layer, floatX *dx, const floatX *d
     linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
     linear_backward(t.dxv, t.dv, a.xv, p.value, d.BT, d.A, d.C);
     low_rank_backward(t.dxw, t.dh, t.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
-    low_rank_mix_backward<4>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {},
-                                           {t.dxr, t.dxk, t.dxv, t.dxw}},
+    low_rank_mix_backward<4>(m, p, a.mix,
+                             {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w},
+                              {},
+                              {t.dxr, t.dxk, t.dxv, t.dxw}},
                              {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g}}, dx, x);
 }
 
@@ -3977,8 +3916,11 @@ static void eagle_forward(Model *m, Layer *layer, floatX *out, const floatX *x) 
     const Dims &d = m->d;
     const Params &p = layer->p;
     Finch &a = layer->finch;
-    mix_forward<4>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, {}, {a.xk, a.xv, a.xr, a.xg},
-                    layer->tmix->complement}, x, d.BT, d.T, d.C);
+    mix_forward<4>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w},
+                    {},
+                    {a.xk, a.xv, a.xr, a.xg},
+                    layer->tmix->complement},
+                   x, d.BT, d.T, d.C);
     linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
     linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
     linear_forward(a.v, a.xv, p.value, d.BT, d.A, d.C);
@@ -3994,15 +3936,19 @@ static void eagle_backward(Model *m, Layer *layer, floatX *dx, const floatX *dou
     Finch &a = layer->finch;
     auto &t = a.tmp;
     linear_backward(t.dyn, dout, a.yn, p.output, d.BT, d.C, d.A);
-    gated_group_norm_backward(t.dy, t.dg, m->partial, t.dyn, a.y, a.g, p.ln_x_weight, p.ln_x_bias, group_norm_eps(m), d.BT, d.A);
+    gated_group_norm_backward(t.dy, t.dg, m->partial, t.dyn, a.y, a.g, p.ln_x_weight, p.ln_x_bias, group_norm_eps(m),
+                              d.BT, d.A);
     finch_wkv_backward(m, layer);
     linear_backward(t.dxr, t.dr, a.xr, p.receptance, d.BT, d.A, d.C);
     linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
     linear_backward(t.dxv, t.dv, a.xv, p.value, d.BT, d.A, d.C);
     linear_backward(t.dxg, t.dg, a.xg, p.gate, d.BT, d.A, d.C);
-    mix_backward<4>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w}, {}, {t.dxk, t.dxv, t.dxr, t.dxg},
-                     layer->tmix->complement}, dx,
-                    {{p.time_maa_k.g, p.time_maa_v.g, p.time_maa_r.g, p.time_maa_g.g}}, m->partial, x, d.BT, d.T, d.C);
+    mix_backward<4>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w},
+                     {},
+                     {t.dxk, t.dxv, t.dxr, t.dxg},
+                     layer->tmix->complement},
+                    dx, {{p.time_maa_k.g, p.time_maa_v.g, p.time_maa_r.g, p.time_maa_g.g}}, m->partial, x, d.BT, d.T,
+                    d.C);
 }
 
 // ---- GPTAlpha time mix, gptalpha ----
@@ -4011,7 +3957,7 @@ static void eagle_backward(Model *m, Layer *layer, floatX *dx, const floatX *dou
 //     q = LayerNorm_ln_r(query x_r);  k = LayerNorm_ln_k(key x_k);  v = LayerNorm_ln_v(value x_v);  rope turns q and k
 //     out = output LayerNorm_ln_x(causal_attention(q, k, v))
 
-static void attention_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {   // llama's too
+static void attention_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) { // llama's too
     const Dims &d = m->d;
     Attention &a = layer->attention;
     auto &t = a.tmp;
@@ -4028,7 +3974,7 @@ static void attention_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) 
     for (floatX **p : {&t.dq0, &t.dk0, &t.dv0, &t.dyn}) take(scratch, p, EA);
 }
 
-static void attend_forward(Model *m, Layer *layer) {                                // y from q, k and v
+static void attend_forward(Model *m, Layer *layer) { // y from q, k and v
     const Dims &d = m->d;
     Attention &a = layer->attention;
     for (floatX *x : {a.q, a.k}) rope_forward(m, x);
@@ -4036,7 +3982,7 @@ static void attend_forward(Model *m, Layer *layer) {                            
     else attention_forward(a.y, a.l, a.q, a.k, a.v, d.B, d.T, d.H);
 }
 
-static void attend_backward(Model *m, Layer *layer) {                               // dq, dk and dv from dy
+static void attend_backward(Model *m, Layer *layer) { // dq, dk and dv from dy
     const Dims &d = m->d;
     Attention &a = layer->attention;
     auto &t = a.tmp;
@@ -4145,6 +4091,7 @@ static void cmix_llama_backward(Model *m, Layer *layer, floatX *dx, const floatX
 
 // The mixers, under the names that settings use.
 
+// clang-format off
 static const Mixer TIME_MIXERS[] = {
     //                        mixes  K0     own K, V  complement
     {"x060c2",   FINCH_C2, 5, false, false, false, finch_c2_plan, finch_c2_forward, finch_c2_backward, finch_c2_remake},
@@ -4160,8 +4107,10 @@ static const Mixer CHANNEL_MIXERS[] = {
     {"x052",  CMIX_EAGLE, 0, false, false, true,  cmix_plan, cmix_forward, cmix_backward, nullptr},
     {"llama", CMIX_LLAMA, 0, false, false, false, cmix_llama_plan, cmix_llama_forward, cmix_llama_backward, nullptr},
 };
+// clang-format on
 
-template <size_t n> static const Mixer *find_mixer(const Mixer (&table)[n], const char *name) {     // NULL if there is none
+// null if there is none
+template <size_t n> static const Mixer *find_mixer(const Mixer (&table)[n], const char *name) {
     for (const Mixer &mixer : table)
         if (strcmp(mixer.name, name) == 0) return &mixer;
     return nullptr;
@@ -4170,7 +4119,7 @@ template <size_t n> static const Mixer *find_mixer(const Mixer (&table)[n], cons
 template <size_t n> static const Mixer *check_mixer(const Mixer (&table)[n], const char *key, const char *name) {
     const Mixer *mixer = find_mixer(table, name);
     char known[128] = "";
-    for (const Mixer &row : table) snprintf(known + strlen(known), sizeof known - strlen(known), " %s", row.name);
+    for (const Mixer &row : table) snprintf(known + strlen(known), sizeof(known) - strlen(known), " %s", row.name);
     if (!mixer) die(2, "--model.%s: expected one of%s, found \"%s\"", key, known, name);
     return mixer;
 }
@@ -4182,7 +4131,7 @@ static int second_layers_begin(const Settings *s) {
 }
 
 // Turns away mixers that do not exist or do not go together; after settings_check.
-void settings_check_mixers(const Settings *s) {
+static void settings_check_mixers(const Settings *s) {
     const Mixer *tmix = check_mixer(TIME_MIXERS, "tmix", s->tmix), *last = tmix;
     check_mixer(CHANNEL_MIXERS, "cmix", s->cmix);
     if (s->tmix2[0]) last = check_mixer(TIME_MIXERS, "tmix2", s->tmix2);
@@ -4203,10 +4152,11 @@ void settings_check_mixers(const Settings *s) {
 
 // ---- plan: the table of tensors and the size of every block; nothing is allocated on the device ----
 
-static void add_tensor(Model *m, int layer, Param *field, const char *name, int64_t s0, int64_t s1, int64_t s2, Init init, int group) {
+static void add_tensor(Model *m, int layer, Param *field, const char *name, int64_t s0, int64_t s1, int64_t s2,
+                       Init init, int group) {
     Tensor *t = &m->tensors[m->n_tensors];
-    if (layer < 0) snprintf(t->name, sizeof t->name, "%s", name);
-    else snprintf(t->name, sizeof t->name, "blocks.%d.%s", layer, name);
+    if (layer < 0) snprintf(t->name, sizeof(t->name), "%s", name);
+    else snprintf(t->name, sizeof(t->name), "blocks.%d.%s", layer, name);
     t->layer = layer;
     t->ndim = s1 == 0 ? 1 : s2 == 1 ? 2 : 3;
     t->shape[0] = s0, t->shape[1] = s1, t->shape[2] = s2;
@@ -4227,7 +4177,7 @@ static void add_tensors(Model *m, int layer, Params *params, int where, int mixe
     const int64_t V = m->d.V, C = m->d.C, A = m->d.A, F = m->d.F, R = m->d.R, H = m->d.H;
     const int64_t rank = gold_rank(m->d), FL = llama_width(m->d);
 #define ROW(field, name, s0, s1, s2, init, group, places) \
-    if ((places) & where) add_tensor(m, layer, &params->field, name, s0, s1, s2, init, group);
+    if ((places)&where) add_tensor(m, layer, &params->field, name, s0, s1, s2, init, group);
     TENSORS(ROW)
     VARIANTS(ROW)
 #undef ROW
@@ -4236,8 +4186,9 @@ static void add_tensors(Model *m, int layer, Params *params, int where, int mixe
 static bool has_cache(const Model *m) { return m->layers[m->d.L - 1].tmix->needs_cache; }
 
 // Hands out the activation block; without a base it only measures it. The pieces at the front stay for the whole pass,
-// then what each layer keeps (with grad_cp 1 only its input: the rest is one layer's, made again; with grad_cp 2 not ln1, what
-// the time mixer's mixes gave and GOLD's normed q, k and v: `remake` makes them again, in scratch), then scratch.
+// then what each layer keeps (with grad_cp 1 only its input: the rest is one layer's, made again; with grad_cp 2 not
+// ln1, what the time mixer's mixes gave and GOLD's normed q, k and v: `remake` makes them again, in scratch), then
+// scratch.
 static void model_layout(Model *m, char *base) {
     const Dims &d = m->d;
     const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
@@ -4251,24 +4202,28 @@ static void model_layout(Model *m, char *base) {
         for (float **p : {&m->dxo, &m->dx0}) take(&arena, p, E);
         take(&arena, &m->dk0, EA);
     }
-    m->slice = (int)ceil_div(d.BT, ceil_div((int64_t)d.BT * d.V, 1 << 28));         // rows of logits at a time: half a GiB in bf16
+    // rows of logits at a time: half a GiB in bf16
+    m->slice = (int)ceil_div(d.BT, ceil_div((int64_t)d.BT * d.V, 1 << 28));
     take(&arena, &m->logits, (int64_t)m->slice * d.V);
     take(&arena, &m->losses, d.BT);
     take(&arena, &m->right, d.BT);
     int64_t partial = mix_partial_floats(d.C);
     for (int width : {d.C, d.A})
-        if (partial < (int64_t)row_blocks(d.BT, width) * 5 * width) partial = (int64_t)row_blocks(d.BT, width) * 5 * width;
+        if (partial < (int64_t)row_blocks(d.BT, width) * 5 * width)
+            partial = (int64_t)row_blocks(d.BT, width) * 5 * width;
     take(&arena, &m->partial, partial);
-    floatX *ln1 = nullptr;                                                          // grad_cp 2: of the layer at hand
+    floatX *ln1 = nullptr; // grad_cp 2: of the layer at hand
     if (m->s.grad_cp == 2) take(&arena, &ln1, E);
     for (int l = 0; l < d.L; l++) {
-        m->layers[l].x = m->x0;                                                     // block 0 reads the embedding itself
+        // block 0 reads the embedding itself
+        m->layers[l].x = m->x0;
         if (l > 0) take(&arena, &m->layers[l].x, E);
     }
     const int64_t layers_begin = arena.used;
     arena.once = m->s.grad_cp != 1;
     int64_t layers_end = arena.used;
-    for (int pass = 0; pass < 2; pass++) {                                          // scratch comes after the last layer's
+    // scratch comes after the last layer's
+    for (int pass = 0; pass < 2; pass++) {
         for (int l = 0; l < d.L; l++) {
             Layer *layer = &m->layers[l];
             if (l == 0 || m->s.grad_cp == 1) arena.used = layers_begin;
@@ -4286,13 +4241,13 @@ static void model_layout(Model *m, char *base) {
     }
 }
 
-static void set_batch(Model *m, int B, int T) {                                     // sizes of the micro-batch at hand
+static void set_batch(Model *m, int B, int T) { // sizes of the micro-batch at hand
     if (B > m->B || T > m->T) die(2, "a batch of %d x %d tokens, expected at most %d x %d", B, T, m->B, m->T);
     m->d.B = B, m->d.T = T, m->d.BT = B * T;
 }
 
 static void model_plan(Model *m, const Settings *s, int B, int T) {
-    memset(m, 0, sizeof *m);
+    memset(m, 0, sizeof(*m));
     m->s = *s;
     m->B = B, m->T = T;
     m->rope = make_rope(s);
@@ -4301,11 +4256,13 @@ static void model_plan(Model *m, const Settings *s, int B, int T) {
     d.H = d.A / N, d.R = (int)(d.C / s->kv_cache_compression_ratio);
     d.G0 = second_layers_begin(s);
     settings_check_mixers(s);
-    if ((int64_t)B * T > INT_MAX / 8) die(2, "micro_bsz x ctx_len is %lld tokens, expected at most %d", (long long)B * T, INT_MAX / 8);
+    if ((int64_t)B * T > INT_MAX / 8)
+        die(2, "micro_bsz x ctx_len is %lld tokens, expected at most %d", (long long)B * T, INT_MAX / 8);
     set_batch(m, B, T);
     m->layers = (Layer *)calloc(d.L, sizeof(Layer));
     for (int l = 0; l < d.L; l++) {
-        const char *tmix = l >= d.G0 && s->tmix2[0] ? s->tmix2 : s->tmix, *cmix = l >= d.G0 && s->cmix2[0] ? s->cmix2 : s->cmix;
+        const char *tmix = l >= d.G0 && s->tmix2[0] ? s->tmix2 : s->tmix,
+                   *cmix = l >= d.G0 && s->cmix2[0] ? s->cmix2 : s->cmix;
         Layer *layer = &m->layers[l];
         layer->l = l;
         layer->tmix = find_mixer(TIME_MIXERS, tmix);
@@ -4315,13 +4272,14 @@ static void model_plan(Model *m, const Settings *s, int B, int T) {
     }
     if (d.C > MAX_C || d.A > MAX_C) die(2, "n_embd and dim_att are %d and %d, expected at most %d", d.C, d.A, MAX_C);
     if (d.V >= 1 << 24) die(2, "vocab_size is %d, expected less than %d", d.V, 1 << 24);
-    const int most = 64 * (d.L + 1);                                                // tensors: fewer than 64 a layer
+    const int most = 64 * (d.L + 1); // tensors: fewer than 64 a layer
     m->tensors = (Tensor *)calloc(most, sizeof(Tensor));
     m->fields = (Param **)calloc(most, sizeof(Param *));
     add_tensors(m, -1, &m->top, TOP | (has_cache(m) ? KV : 0), 0);
     for (int l = 0; l < d.L; l++) {
         Layer *layer = &m->layers[l];
-        add_tensors(m, l, &layer->p, BLOCK | (l == 0 ? FIRST : 0) | layer->tmix->tensors | layer->cmix->tensors, layer->tmix->mixes);
+        add_tensors(m, l, &layer->p, BLOCK | (l == 0 ? FIRST : 0) | layer->tmix->tensors | layer->cmix->tensors,
+                    layer->tmix->mixes);
     }
     model_layout(m, nullptr);
 }
@@ -4336,17 +4294,18 @@ static void model_free_plan(Model *m) {
 static void model_bytes(const Model *m, int64_t bytes[4]) {
     bytes[0] = m->n_block * (int64_t)sizeof(floatX);
     bytes[1] = m->n_block * 4;
-    bytes[2] = m->n_block * (PRECISION_BF16 ? 12 : 8);                              // FP32: the weights are their own masters
+    // FP32: the weights are their own masters
+    bytes[2] = m->n_block * (PRECISION_BF16 ? 12 : 8);
     bytes[3] = m->activation_bytes;
 }
 
 static int64_t model_total_bytes(const Model *m) {
     int64_t bytes[4];
     model_bytes(m, bytes);
-    return bytes[0] + bytes[1] + bytes[2] + bytes[3] + (int64_t)CUBLAS_WORKSPACE + (64 << 20);     // and what is small
+    return bytes[0] + bytes[1] + bytes[2] + bytes[3] + (int64_t)CUBLAS_WORKSPACE + (64 << 20); // and what is small
 }
 
-void model_print_memory(const Model *m) {
+static void model_print_memory(const Model *m) {
     int64_t bytes[4];
     model_bytes(m, bytes);
     printf("%-28s %lld\n", "parameters", (long long)m->n_parameters);
@@ -4362,10 +4321,11 @@ static void device_alloc(void **p, int64_t bytes) {
     CUDA_CHECK(cudaMemset(*p, 0, bytes));
 }
 
-static void model_too_large(const Model *m, int64_t available) {                    // says what would fit
+static void model_too_large(const Model *m, int64_t available) { // says what would fit
     const int64_t missing = model_total_bytes(m) - available;
     char advice[200] = "not even micro_bsz 1 with grad_cp 1 would fit";
-    bool more = false;                                                              // cp saves at least as much as grad_cp does
+    // cp saves at least as much as grad_cp does
+    bool more = false;
     for (int cp : {0, 2, 1}) {
         more = more || cp == m->s.grad_cp;
         if (!more) continue;
@@ -4379,15 +4339,16 @@ static void model_too_large(const Model *m, int64_t available) {                
             model_free_plan(&smaller);
         }
         if (!fits) continue;
-        int n = snprintf(advice, sizeof advice, "micro_bsz %d", fits);
-        if (cp != m->s.grad_cp) n += snprintf(advice + n, sizeof advice - n, " with grad_cp %d", cp);
-        snprintf(advice + n, sizeof advice - n, " would fit");
+        int n = snprintf(advice, sizeof(advice), "micro_bsz %d", fits);
+        if (cp != m->s.grad_cp) n += snprintf(advice + n, sizeof(advice) - n, " with grad_cp %d", cp);
+        snprintf(advice + n, sizeof(advice) - n, " would fit");
         if (fits == m->B) break;
     }
-    die(2, "%s has %.2f GiB free, %.2f GiB less than needed: %s", machine_name(), available / 1073741824.0, missing / 1073741824.0, advice);
+    die(2, "%s has %.2f GiB free, %.2f GiB less than needed: %s", machine_name(), available / 1073741824.0,
+        missing / 1073741824.0, advice);
 }
 
-static void model_allocate_weights(Model *m) {                                      // masters, weights, pieces
+static void model_allocate_weights(Model *m) { // masters, weights, pieces
     device_alloc((void **)&m->master, m->n_block * 4);
     m->params = (floatX *)m->master;
     if (PRECISION_BF16) device_alloc((void **)&m->params, m->n_block * sizeof(floatX));
@@ -4399,7 +4360,8 @@ static void model_allocate_weights(Model *m) {                                  
     for (int i = 0; i < m->n_tensors; i++) {
         const Tensor *t = &m->tensors[i];
         for (int64_t at = 0; at < t->size; at += PIECE)
-            *piece++ = {t->offset + at, (int)(t->size - at < PIECE ? t->size - at : PIECE), (float)t->lr_scale, (float)t->decay};
+            *piece++ = {t->offset + at, (int)(t->size - at < PIECE ? t->size - at : PIECE), (float)t->lr_scale,
+                        (float)t->decay};
         guard_gap(m->master + t->offset + t->size, GUARD_BYTES);
         if (PRECISION_BF16) guard_gap(m->params + t->offset + t->size, GUARD_BYTES);
     }
@@ -4408,10 +4370,12 @@ static void model_allocate_weights(Model *m) {                                  
     free(pieces);
 }
 
-static void model_allocate_activations(Model *m) {                                  // and what carries tokens and losses
+// and what carries tokens and losses
+static void model_allocate_activations(Model *m) {
     device_alloc((void **)&m->activations, m->activation_bytes);
     model_layout(m, m->activations);
-    const int64_t staged = ((int64_t)m->B * m->T * 5 + 1) * sizeof(int);            // inputs, targets, ids, starts + 1, order
+    // inputs, targets, ids, starts + 1, order
+    const int64_t staged = ((int64_t)m->B * m->T * 5 + 1) * sizeof(int);
     device_alloc((void **)&m->tokens, staged);
     device_alloc((void **)&m->totals, 2 * sizeof(double));
     for (int i = 0; i < 4; i++) {
@@ -4420,7 +4384,7 @@ static void model_allocate_activations(Model *m) {                              
     }
 }
 
-void model_allocate(Model *m) {                                              // all that training needs
+void model_allocate(Model *m) { // all that training needs
     machine_start();
     size_t available, total;
     CUDA_CHECK(cudaMemGetInfo(&available, &total));
@@ -4429,7 +4393,8 @@ void model_allocate(Model *m) {                                              // 
     model_allocate_activations(m);
     for (float **block : {&m->grads, &m->m, &m->v}) {
         device_alloc((void **)block, m->n_block * 4);
-        for (int i = 0; i < m->n_tensors; i++) guard_gap(*block + m->tensors[i].offset + m->tensors[i].size, GUARD_BYTES);
+        for (int i = 0; i < m->n_tensors; i++)
+            guard_gap(*block + m->tensors[i].offset + m->tensors[i].size, GUARD_BYTES);
     }
     for (int i = 0; i < m->n_tensors; i++) m->fields[i]->g = m->grads + m->tensors[i].offset;
     device_alloc((void **)&m->squares, m->n_pieces * sizeof(double));
@@ -4440,16 +4405,17 @@ void model_allocate(Model *m) {                                              // 
 
 // ---- initial weights (spec section 7) ----
 
-// Random numbers from a hash of (key, i), so that they depend neither on the order of work nor on the number of threads.
-__host__ __device__ static inline double hash_uniform(uint64_t key, uint64_t i) {  // in (0, 1): splitmix64
+// Random numbers from a hash of (key, i), so that they depend neither on the order of work nor on the number of
+// threads.
+__host__ __device__ static inline double hash_uniform(uint64_t key, uint64_t i) { // in (0, 1): splitmix64
     uint64_t z = key + (i + 1) * 0x9E3779B97F4A7C15ull;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
     z = z ^ (z >> 31);
-    return ((double)(z >> 12) + 0.5) / 4503599627370496.0;                          // 52 bits
+    return ((double)(z >> 12) + 0.5) / 4503599627370496.0; // 52 bits
 }
 
-__global__ void fill_normal(float *x, int64_t n, uint64_t key) {                    // Box-Muller
+__global__ void fill_normal(float *x, int64_t n, uint64_t key) { // Box-Muller
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
     const float radius = sqrtf(-2 * logf((float)hash_uniform(key, 2 * i)));
@@ -4479,7 +4445,8 @@ __global__ void __launch_bounds__(1024) orthonormalize_panel(float *panel, int c
     }
 }
 
-// count random orthonormal rows of n >= count numbers into work (count, n) on the device; 16 count more numbers follow it.
+// count random orthonormal rows of n >= count numbers into work (count, n) on the device; 16 count more numbers follow
+// it.
 static void orthonormal_rows(float *work, int count, int n, uint64_t key) {
     const int threads = n < 32 * 32 ? 32 : n < 32 * 1024 ? (int)ceil_div(n, 1024) * 32 : 1024;
     float *dots = work + (int64_t)count * n;
@@ -4487,8 +4454,9 @@ static void orthonormal_rows(float *work, int count, int n, uint64_t key) {
     for (int done = 0; done < count; done += PANEL) {
         const int here = count - done < PANEL ? count - done : PANEL;
         float *panel = work + (int64_t)done * n;
-        for (int pass = 0; pass < 2; pass++) {          // twice: a row of which little is left has large errors beside it
-            if (done > 0) {                                                         // panel -= (panel doneᵀ) done
+        // twice: a row of which little is left has large errors beside it
+        for (int pass = 0; pass < 2; pass++) {
+            if (done > 0) { // panel -= (panel doneᵀ) done
                 matmul(dots, done, rows(panel, n), columns(work, n), here, done, n);
                 matmul(panel, n, rows(dots, done), rows(work, n), here, n, done, 1, 1, 0, -1);
             }
@@ -4497,13 +4465,13 @@ static void orthonormal_rows(float *work, int count, int n, uint64_t key) {
     }
 }
 
-static uint64_t tensor_key(const char *name, uint64_t seed) {                       // FNV-1a of the name, and the seed
+static uint64_t tensor_key(const char *name, uint64_t seed) { // FNV-1a of the name, and the seed
     uint64_t hash = 0xcbf29ce484222325ull;
     for (; *name; name++) hash = (hash ^ (unsigned char)*name) * 0x100000001b3ull;
     return hash ^ (seed * 0xD6E8FEB86659FD93ull);
 }
 
-static void tensor_init(const Model *m, const Tensor *t, float *x, uint64_t key) {  // x: host, t->size
+static void tensor_init(const Model *m, const Tensor *t, float *x, uint64_t key) { // x: host, t->size
     const double L = m->d.L, l = t->layer, C = m->d.C, p = m->d.L > 1 ? l / (L - 1) : 0, q = 1 - l / L;
     const int64_t n = t->size, out = t->shape[0], in = t->shape[1];
     switch (t->init.kind) {
@@ -4530,29 +4498,32 @@ static void tensor_init(const Model *m, const Tensor *t, float *x, uint64_t key)
         for (int64_t i = 0; i < n; i++) x[i] = (float)pow((1 + l) / L, 0.7);
         return;
     case ORTHOGONAL:
-    case HEAD_ORTHOGONAL: {                                                         // orthonormal along the shorter side
+    // orthonormal along the shorter side
+    case HEAD_ORTHOGONAL: {
         const double gain = t->init.kind == ORTHOGONAL ? t->init.a : out > in ? 0.5 * sqrt((double)out / in) : 0.5;
         const int64_t count = out < in ? out : in, length = out < in ? in : out;
         float *q = (float *)malloc(n * sizeof(float));
-        orthonormal_rows(m->grads, (int)count, (int)length, key);                   // gradients are free at this time
+        orthonormal_rows(m->grads, (int)count, (int)length, key); // gradients are free at this time
         CUDA_CHECK(cudaStreamSynchronize(stream));
         CUDA_CHECK(cudaMemcpy(q, m->grads, n * sizeof(float), cudaMemcpyDeviceToHost));
 #pragma omp parallel for
         for (int64_t o = 0; o < out; o++)
-            for (int64_t i = 0; i < in; i++) x[o * in + i] = (float)(gain * (out < in ? q[o * length + i] : q[i * length + o]));
+            for (int64_t i = 0; i < in; i++)
+                x[o * in + i] = (float)(gain * (out < in ? q[o * length + i] : q[i * length + o]));
         free(q);
         return;
     }
     }
 }
 
-static void model_params_changed(Model *m) {                                        // masters were written: round them again
+// masters were written: round them again
+static void model_params_changed(Model *m) {
     if (PRECISION_BF16) round_params<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->pieces);
     CUDA_CHECK(cudaGetLastError());
     CUDA_CHECK(cudaStreamSynchronize(stream));
 }
 
-void model_init_weights(Model *m, uint64_t seed) {
+static void model_init_weights(Model *m, uint64_t seed) {
     for (int i = 0; i < m->n_tensors; i++) {
         const Tensor *t = &m->tensors[i];
         float *x = (float *)malloc(t->size * sizeof(float));
@@ -4582,7 +4553,7 @@ static void layer_forward(Model *m, Layer *layer) {
     const int64_t E = (int64_t)d.BT * d.C;
     carry_shift(m, layer->ln1, layer->tmix_shift);
     layer->tmix->forward(m, layer, m->branch, layer->ln1);
-    if (m->s.parallel) {                                                            // both mixers see the same x
+    if (m->s.parallel) { // both mixers see the same x
         add_forward<<<pack_blocks(E), 256, 0, stream>>>(layer->x_mid, layer->x, m->branch, E);
         layernorm_forward(layer->ln2, nullptr, layer->x, nullptr, nullptr, p.ln2_weight, p.ln2_bias, d.BT, d.C);
     } else {
@@ -4592,7 +4563,8 @@ static void layer_forward(Model *m, Layer *layer) {
     layer->cmix->forward(m, layer, m->branch, layer->ln2);
 }
 
-static void model_embed(Model *m) {                                                 // x0 = LayerNorm_ln0(emb[token]), xo
+// x0 = LayerNorm_ln0(emb[token]), xo
+static void model_embed(Model *m) {
     const Dims &d = m->d;
     const Params &first = m->layers[0].p;
     layernorm_forward(m->x0, nullptr, m->top.emb.w, m->tokens, nullptr, first.ln0_weight, first.ln0_bias, d.BT, d.C);
@@ -4606,19 +4578,23 @@ static void model_layers(Model *m, int begin, int end) {
         Layer *layer = &m->layers[l];
         const Params &p = layer->p;
         NamedRange range("layer %d %s forward", l, layer->tmix->name);
-        if (l == begin) layernorm_forward(layer->ln1, nullptr, layer->x, nullptr, nullptr, p.ln1_weight, p.ln1_bias, d.BT, d.C);
-        else layernorm_forward(layer->ln1, layer->x, m->layers[l - 1].x_mid, nullptr, m->branch, p.ln1_weight, p.ln1_bias, d.BT, d.C);
+        if (l == begin)
+            layernorm_forward(layer->ln1, nullptr, layer->x, nullptr, nullptr, p.ln1_weight, p.ln1_bias, d.BT, d.C);
+        else
+            layernorm_forward(layer->ln1, layer->x, m->layers[l - 1].x_mid, nullptr, m->branch, p.ln1_weight,
+                              p.ln1_bias, d.BT, d.C);
         if (l == d.G0 && has_cache(m) && d.lead == 0) token_cat_forward(m, layer->x);
         layer_forward(m, layer);
     }
 }
 
-static void model_final_norm(Model *m) {                                            // xf = LayerNorm_ln_out(x)
+static void model_final_norm(Model *m) { // xf = LayerNorm_ln_out(x)
     const Dims &d = m->d;
-    layernorm_forward(m->xf, m->x_out, m->layers[d.L - 1].x_mid, nullptr, m->branch, m->top.ln_out_weight, m->top.ln_out_bias, d.BT, d.C);
+    layernorm_forward(m->xf, m->x_out, m->layers[d.L - 1].x_mid, nullptr, m->branch, m->top.ln_out_weight,
+                      m->top.ln_out_bias, d.BT, d.C);
 }
 
-static void model_forward(Model *m) {                                               // the stack of spec section 1
+static void model_forward(Model *m) { // the stack of spec section 1
     model_embed(m);
     model_layers(m, 0, m->d.L);
     model_final_norm(m);
@@ -4629,10 +4605,12 @@ static void head_and_loss(Model *m, const floatX *xf, const int *targets, int64_
     const Dims &d = m->d;
     const int threads = d.V < 4096 ? 64 : 1024;
     linear_forward(m->logits, xf, m->top.head, count, d.V, d.C);
-    classifier_kernel<<<count, threads, 0, stream>>>(m->logits, m->losses + row, m->right + row, targets + row, scale, d.V);
+    classifier_kernel<<<count, threads, 0, stream>>>(m->logits, m->losses + row, m->right + row, targets + row, scale,
+                                                     d.V);
 }
 
-// Logits, loss and, with scale > 0, their gradients, in slices of rows: dxf goes to m->dln1, the head's gradient is added.
+// Logits, loss and, with scale > 0, their gradients, in slices of rows: dxf goes to m->dln1, the head's gradient is
+// added.
 static void model_classifier(Model *m, float scale) {
     const Dims &d = m->d;
     const Param head = m->top.head;
@@ -4642,7 +4620,7 @@ static void model_classifier(Model *m, float scale) {
         const int here = (int)(d.BT - row < m->slice ? d.BT - row : m->slice);
         head_and_loss(m, m->xf + row * d.C, m->tokens + d.BT, row, here, scale);
         if (scale > 0) linear_backward(m->dln1 + row * d.C, m->logits, m->xf + row * d.C, head, here, d.V, d.C);
-        matrix_gradients_add = 1;                                                   // the other slices
+        matrix_gradients_add = 1; // the other slices
     }
     matrix_gradients_add = add;
     sum_losses<<<1, 256, 0, stream>>>(m->totals, m->losses, m->right, d.BT);
@@ -4650,7 +4628,8 @@ static void model_classifier(Model *m, float scale) {
 
 // ---- backward ----
 
-static void layer_backward(Model *m, Layer *layer) {                                // m->dx: of the layer's output, then of its input
+// m->dx: of the layer's output, then of its input
+static void layer_backward(Model *m, Layer *layer) {
     const Dims &d = m->d;
     const Params &p = layer->p;
     if (m->s.grad_cp == 1) {
@@ -4659,34 +4638,43 @@ static void layer_backward(Model *m, Layer *layer) {                            
     }
     const floatX *ln2_input = m->s.parallel ? layer->x : layer->x_mid;
     layer->cmix->backward(m, layer, m->dln2, m->dx, layer->ln2);
-    if (!m->s.parallel) layernorm_backward<true>(m->dx, m->partial, m->dln2, ln2_input, nullptr, p.ln2_weight, p.ln2_bias, d.BT, d.C);
+    if (!m->s.parallel)
+        layernorm_backward<true>(m->dx, m->partial, m->dln2, ln2_input, nullptr, p.ln2_weight, p.ln2_bias, d.BT, d.C);
     if (m->s.grad_cp == 2) {
         layernorm_forward(layer->ln1, nullptr, layer->x, nullptr, nullptr, p.ln1_weight, p.ln1_bias, d.BT, d.C);
         if (layer->tmix->remake) layer->tmix->remake(m, layer, layer->ln1);
     }
     layer->tmix->backward(m, layer, m->dln1, m->dx, layer->ln1);
-    if (m->s.parallel) layernorm_backward<true>(m->dx, m->partial, m->dln2, ln2_input, nullptr, p.ln2_weight, p.ln2_bias, d.BT, d.C);
+    if (m->s.parallel)
+        layernorm_backward<true>(m->dx, m->partial, m->dln2, ln2_input, nullptr, p.ln2_weight, p.ln2_bias, d.BT, d.C);
     layernorm_backward<true>(m->dx, m->partial, m->dln1, layer->x, nullptr, p.ln1_weight, p.ln1_bias, d.BT, d.C);
 }
 
-static void model_backward(Model *m) {                                              // after model_classifier with a scale
+// after model_classifier with a scale
+static void model_backward(Model *m) {
     const Dims &d = m->d;
     const Params &top = m->top, &first = m->layers[0].p;
     const int64_t E = (int64_t)d.BT * d.C;
     if (has_cache(m))
-        for (float *sum : {m->dxo, m->dk0}) CUDA_CHECK(cudaMemsetAsync(sum, 0, E * sizeof(float), stream));     // A = C here
-    layernorm_backward<false>(m->dx, m->partial, m->dln1, m->x_out, nullptr, top.ln_out_weight, top.ln_out_bias, d.BT, d.C);
+        // A = C here
+        for (float *sum : {m->dxo, m->dk0}) CUDA_CHECK(cudaMemsetAsync(sum, 0, E * sizeof(float), stream));
+    layernorm_backward<false>(m->dx, m->partial, m->dln1, m->x_out, nullptr, top.ln_out_weight, top.ln_out_bias, d.BT,
+                              d.C);
     for (int l = d.L - 1; l >= 0; l--) {
         NamedRange range("layer %d %s backward", l, m->layers[l].tmix->name);
         layer_backward(m, &m->layers[l]);
         if (l == d.G0 && has_cache(m)) token_cat_backward(m, m->dx, m->layers[l].x);
     }
     if (has_cache(m))
-        rms_norm_backward<true><<<d.BT, row_threads(d.C), 0, stream>>>(m->dx, m->dxo, (const float *)m->dx0, m->x0, d.C);
-    layernorm_backward<false>(m->dln1, m->partial, m->dx, top.emb.w, m->tokens, first.ln0_weight, first.ln0_bias, d.BT, d.C);
+        rms_norm_backward<true>
+            <<<d.BT, row_threads(d.C), 0, stream>>>(m->dx, m->dxo, (const float *)m->dx0, m->x0, d.C);
+    layernorm_backward<false>(m->dln1, m->partial, m->dx, top.emb.w, m->tokens, first.ln0_weight, first.ln0_bias, d.BT,
+                              d.C);
     const int *ids = m->tokens + 2 * d.BT, *starts = ids + m->distinct, *order = starts + m->distinct + 1;
-    embedding_backward<<<dim3(m->distinct, d.C / EMBEDDING_CHANNELS), 8 * EMBEDDING_ROWS, 0, stream>>>(top.emb.g, m->dln1, ids,
-            starts, order, d.C);
+    embedding_backward<<<dim3(m->distinct, d.C / EMBEDDING_CHANNELS), 8 * EMBEDDING_ROWS, 0, stream>>>(top.emb.g,
+                                                                                                       m->dln1, ids,
+                                                                                                       starts, order,
+                                                                                                       d.C);
 }
 
 // ---- a step ----
@@ -4695,13 +4683,13 @@ static void model_backward(Model *m) {                                          
 static void stage_tokens(Model *m, const int *tokens, int B, int T) {
     set_batch(m, B, T);
     const int slot = (int)(m->micro_steps++ % 4), BT = m->d.BT, V = m->d.V;
-    CUDA_CHECK(cudaEventSynchronize(m->staged_done[slot]));                         // its copy of four micro-steps ago
+    CUDA_CHECK(cudaEventSynchronize(m->staged_done[slot])); // its copy of four micro-steps ago
     int *inputs = m->staged[slot], *targets = inputs + BT, *ids = targets + BT;
     for (int b = 0; b < B; b++) {
         memcpy(inputs + (int64_t)b * T, tokens + (int64_t)b * (T + 1), T * sizeof(int));
         memcpy(targets + (int64_t)b * T, tokens + (int64_t)b * (T + 1) + 1, T * sizeof(int));
     }
-    int *count = (int *)calloc((size_t)V + 1, sizeof(int));                         // counting sort, stable
+    int *count = (int *)calloc((size_t)V + 1, sizeof(int)); // counting sort, stable
     for (int i = 0; i < BT; i++) count[inputs[i] + 1]++;
     m->distinct = 0;
     for (int id = 0; id < V; id++)
@@ -4717,11 +4705,12 @@ static void stage_tokens(Model *m, const int *tokens, int B, int T) {
     CUDA_CHECK(cudaEventRecord(m->staged_done[slot], stream));
 }
 
-static void model_step_begin(Model *m) {                                            // clears what matrix_gradients_add does not
+// clears what matrix_gradients_add does not
+static void model_step_begin(Model *m) {
     for (int i = 0; i < m->n_tensors; i++) {
         const int64_t begin = m->tensors[i].offset;
         int64_t end = begin;
-        for (; i < m->n_tensors && m->tensors[i].offset == end; i++) {              // neighbours in one go
+        for (; i < m->n_tensors && m->tensors[i].offset == end; i++) { // neighbours in one go
             if (m->tensors[i].decay && m->fields[i] != &m->top.emb) break;
             end += m->tensors[i].size;
         }
@@ -4748,22 +4737,30 @@ static void model_update(Model *m, int64_t step, double lr, double weight_decay)
     squares_of_pieces<<<m->n_pieces, 256, 0, stream>>>(m->squares, m->grads, m->pieces);
     const float per_target = (float)(1.0 / m->targets_in_step), limit = (float)s.gradient_clip_val;
     norm_and_clip<<<1, 256, 0, stream>>>(m->state, m->squares, m->n_pieces, m->totals, per_target, limit);
-    const AdamW a = {(float)lr, (float)s.beta1, (float)s.beta2, (float)s.adam_eps, (float)weight_decay,
-                     (float)(1 - pow(s.beta1, step + 1.0)), (float)(1 - pow(s.beta2, step + 1.0))};
+    const AdamW a = {(float)lr,
+                     (float)s.beta1,
+                     (float)s.beta2,
+                     (float)s.adam_eps,
+                     (float)weight_decay,
+                     (float)(1 - pow(s.beta1, step + 1.0)),
+                     (float)(1 - pow(s.beta2, step + 1.0))};
     adamw_kernel<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->m, m->v, m->grads, m->pieces, m->state, a);
-    CUDA_CHECK(cudaGetLastError());                                                 // of all launches of the step
+    CUDA_CHECK(cudaGetLastError()); // of all launches of the step
     CUDA_CHECK(cudaMemcpyAsync(&m->results[step % 2], m->state, sizeof(UpdateState), cudaMemcpyDeviceToHost, stream));
     CUDA_CHECK(cudaEventRecord(m->result_done[step % 3], stream));
 }
 
-typedef struct StepResult { float loss, norm; } StepResult;
+typedef struct StepResult {
+    float loss, norm;
+} StepResult;
 
 static StepResult model_result(Model *m, int64_t step) {
     CUDA_CHECK(cudaEventSynchronize(m->result_done[step % 3]));
     return {m->results[step % 2].loss, m->results[step % 2].norm};
 }
 
-static double seconds_since_last_step(Model *m, int64_t step) {        // from the end of step - 1 to that of step, on the device
+// from the end of step - 1 to that of step, on the device
+static double seconds_since_last_step(Model *m, int64_t step) {
     float ms;
     CUDA_CHECK(cudaEventElapsedTime(&ms, m->result_done[(step + 2) % 3], m->result_done[step % 3]));
     return ms * 1e-3;
@@ -4773,13 +4770,13 @@ static bool model_step_done(Model *m, int64_t step) { return cudaEventQuery(m->r
 
 static void model_evaluate(Model *m, const int *tokens, int B, int T, double *loss_sum, int64_t *correct) {
     double totals[2];
-    CUDA_CHECK(cudaMemsetAsync(m->totals, 0, sizeof totals, stream));
+    CUDA_CHECK(cudaMemsetAsync(m->totals, 0, sizeof(totals), stream));
     stage_tokens(m, tokens, B, T);
     model_forward(m);
     model_classifier(m, 0);
     CUDA_CHECK(cudaGetLastError());
     CUDA_CHECK(cudaStreamSynchronize(stream));
-    CUDA_CHECK(cudaMemcpy(totals, m->totals, sizeof totals, cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaMemcpy(totals, m->totals, sizeof(totals), cudaMemcpyDeviceToHost));
     *loss_sum = totals[0];
     *correct = (int64_t)totals[1];
 }
@@ -4793,8 +4790,8 @@ static void copy_to_host(float *to, const floatX *from, int64_t n) {
     free(raw);
 }
 
-static void model_logits_last(Model *m, const int *tokens, int n, float *logits) {  // tokens (n), logits (V)
-    int *padded = (int *)calloc(n + 1, sizeof(int));                                // the last target does not matter
+static void model_logits_last(Model *m, const int *tokens, int n, float *logits) { // tokens (n), logits (V)
+    int *padded = (int *)calloc(n + 1, sizeof(int));                               // the last target does not matter
     memcpy(padded, tokens, n * sizeof(int));
     stage_tokens(m, padded, 1, n);
     free(padded);
@@ -4808,11 +4805,13 @@ static double model_flops_per_token(const Model *m) {
     double flops = 6.0 * (m->n_parameters - (double)m->d.V * m->d.C);
     for (int l = 0; l < m->d.L; l++)
         if (m->layers[l].tmix->needs_cache || m->layers[l].tmix->keeps_kv)
-            flops += 6.0 * m->d.A * m->T;                                           // 2 products of A T / 2, three times
+            // 2 products of A T / 2, three times
+            flops += 6.0 * m->d.A * m->T;
     return flops;
 }
 
-// The activation called `name` in the golden tables, to host floats; false if there is none. After a pass with grad_cp 0.
+// The activation called `name` in the golden tables, to host floats; false if there is none. After a pass with grad_cp
+// 0.
 static bool model_activation(Model *m, const char *name, float *out) {
     const Dims &d = m->d;
     const int64_t E = (int64_t)d.BT * d.C;
@@ -4832,7 +4831,7 @@ static bool model_activation(Model *m, const char *name, float *out) {
         if (!att && !ffn && strcmp(part, "out") != 0) return false;
         copy_to_host(out, att ? x_mid : after, E);
         if (!att && !ffn) return true;
-        float *before = (float *)malloc(E * sizeof(float));                         // a mixer's output: what it added
+        float *before = (float *)malloc(E * sizeof(float)); // a mixer's output: what it added
         copy_to_host(before, att ? m->layers[l].x : x_mid, E);
         for (int64_t i = 0; i < E; i++) out[i] -= before[i];
         free(before);
@@ -4842,7 +4841,7 @@ static bool model_activation(Model *m, const char *name, float *out) {
     return true;
 }
 
-// Runs one micro-batch and names the first tensor, in the order of computation, that is not finite; NULL if all are.
+// Runs one micro-batch and names the first tensor, in the order of computation, that is not finite; null if all are.
 static const char *model_find_nonfinite(Model *m, const int *tokens, int B, int T) {
     static char found[128];
     const int64_t most = (int64_t)m->B * m->T * (m->d.V > m->d.C ? m->d.V : m->d.C);
@@ -4855,7 +4854,7 @@ static const char *model_find_nonfinite(Model *m, const int *tokens, int B, int 
     auto gradient_bad = [&](int i) {
         const Tensor *t = &m->tensors[i];
         CUDA_CHECK(cudaMemcpy(values, m->grads + t->offset, t->size * sizeof(float), cudaMemcpyDeviceToHost));
-        snprintf(found, sizeof found, "gradient of %s", t->name);
+        snprintf(found, sizeof(found), "gradient of %s", t->name);
         return bad(t->size);
     };
     const int64_t grad_cp = m->s.grad_cp;
@@ -4863,26 +4862,30 @@ static const char *model_find_nonfinite(Model *m, const int *tokens, int B, int 
     model_micro_step(m, tokens, B, T, 1);
     CUDA_CHECK(cudaStreamSynchronize(stream));
     bool yes = false;
-    for (int i = 0; i < m->n_tensors && !yes; i++) {                                // a weight itself?
-        snprintf(found, sizeof found, "%s", m->tensors[i].name);
-        CUDA_CHECK(cudaMemcpy(values, m->master + m->tensors[i].offset, m->tensors[i].size * sizeof(float), cudaMemcpyDeviceToHost));
+    for (int i = 0; i < m->n_tensors && !yes; i++) { // a weight itself?
+        snprintf(found, sizeof(found), "%s", m->tensors[i].name);
+        CUDA_CHECK(cudaMemcpy(values, m->master + m->tensors[i].offset, m->tensors[i].size * sizeof(float),
+                              cudaMemcpyDeviceToHost));
         yes = bad(m->tensors[i].size);
     }
     for (int l = 0; l < m->d.L && !yes; l++)
         for (const char *part : {"att.out", "ffn.out", "out"}) {
-            if (yes || (grad_cp == 1 && strcmp(part, "out") != 0)) continue;        // grad_cp 1 keeps the layers' outputs only
-            snprintf(found, sizeof found, "blocks.%d.%s", l, part);
+            // grad_cp 1 keeps the layers' outputs only
+            if (yes || (grad_cp == 1 && strcmp(part, "out") != 0)) continue;
+            snprintf(found, sizeof(found), "blocks.%d.%s", l, part);
             model_activation(m, found, values);
             yes = bad((int64_t)m->d.BT * m->d.C);
         }
     if (!yes) {
         model_activation(m, "logits", values);
-        snprintf(found, sizeof found, "logits");
+        snprintf(found, sizeof(found), "logits");
         yes = bad((int64_t)m->d.BT * m->d.V);
     }
-    for (int layer = m->d.L; layer >= -1 && !yes; layer--)                          // gradients: head first, then from the last block down
+    // gradients: head first, then from the last block down
+    for (int layer = m->d.L; layer >= -1 && !yes; layer--)
         for (int i = 0; i < m->n_tensors && !yes; i++) {
-            const bool head = strncmp(m->tensors[i].name, "head", 4) == 0 || strncmp(m->tensors[i].name, "ln_out", 6) == 0;
+            const bool head =
+                strncmp(m->tensors[i].name, "head", 4) == 0 || strncmp(m->tensors[i].name, "ln_out", 6) == 0;
             if (layer == m->d.L ? head : m->tensors[i].layer == layer) yes = gradient_bad(i);
         }
     free(values);
@@ -4894,45 +4897,48 @@ static const char *model_find_nonfinite(Model *m, const int *tokens, int B, int 
 //    it, the validation walk, and the demo: the project's own source text.
 
 typedef struct Dataset {
-    LONG_PATH name;                                             // of the file, for messages
-    const uint8_t *bytes;                                       // tokens back to back, little-endian
+    LONG_PATH name;       // of the file, for messages
+    const uint8_t *bytes; // tokens back to back, little-endian
     int64_t n_tokens, n_documents;
-    int code;                                                   // data type as in .idx; 0: text, an id is a byte + 1
+    int code; // data type as in .idx; 0: text, an id is a byte + 1
 } Dataset;
 
 // Bytes of a token by .idx's data type code (1 u8, 2 i8, 3 i16, 4 i32, 5 i64, 8 u16); 0: can't hold tokens.
-const int dataset_token_size[9] = {1, 1, 1, 2, 4, 8, 0, 0, 2};
+static const int dataset_token_size[9] = {1, 1, 1, 2, 4, 8, 0, 0, 2};
 
 // The whole file, read-only.
-const uint8_t *map_file(const char *path, int64_t *size) {
+static const uint8_t *map_file(const char *path, int64_t *size) {
     int fd = open(path, O_RDONLY);
     struct stat status;
-    if (fd < 0 || fstat(fd, &status) != 0) { die(2, "%s: %s", path, strerror(errno)); }
-    if (!S_ISREG(status.st_mode)) { die(2, "%s: expected a file, found a folder or a device", path); }
+    if (fd < 0 || fstat(fd, &status) != 0) die(2, "%s: %s", path, strerror(errno));
+    if (!S_ISREG(status.st_mode)) die(2, "%s: expected a file, found a folder or a device", path);
     *size = status.st_size;
-    if (*size == 0) { die(2, "%s: the file is empty", path); }
-    void *bytes = mmap(NULL, (size_t)*size, PROT_READ, MAP_PRIVATE, fd, 0);
-    if (bytes == MAP_FAILED) { die(1, "%s: %s", path, strerror(errno)); }
+    if (*size == 0) die(2, "%s: the file is empty", path);
+    void *bytes = mmap(nullptr, (size_t)*size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (bytes == MAP_FAILED) die(1, "%s: %s", path, strerror(errno));
     close(fd);
     return (const uint8_t *)bytes;
 }
 
-uint64_t read_u64(const uint8_t *p) { uint64_t x; memcpy(&x, p, 8); return x; }
+static uint64_t read_u64(const uint8_t *p) {
+    uint64_t x;
+    memcpy(&x, p, 8);
+    return x;
+}
 
 // PREFIX.idx: "MMIDIDX\0\0", u64 version, u8 data type, u64 n, u64 n + 1, i32 sizes[n] in tokens, i64 offsets[n] in
 // bytes, i64 documents[n + 1]. All of it is checked against itself and against the size of PREFIX.bin.
-void dataset_open_binidx(Dataset *d, const char *prefix) {
+static void dataset_open_binidx(Dataset *d, const char *prefix) {
     LONG_PATH path;
     int64_t size, bin_size;
     snprintf(path, sizeof(path), "%s.idx", prefix);
     const uint8_t *idx = map_file(path, &size);
     expect(path, "size", -1, 34, INT64_MAX, size);
-    if (memcmp(idx, "MMIDIDX\0\0", 9) != 0) { die(2, "%s: magic: expected \"MMIDIDX\", found other bytes", path); }
+    if (memcmp(idx, "MMIDIDX\0\0", 9) != 0) die(2, "%s: magic: expected \"MMIDIDX\", found other bytes", path);
     expect(path, "version", -1, 1, 1, (int64_t)read_u64(idx + 9));
     d->code = idx[17];
-    if (d->code < 1 || d->code > 8 || dataset_token_size[d->code] == 0) {
+    if (d->code < 1 || d->code > 8 || dataset_token_size[d->code] == 0)
         die(2, "%s: data type: expected 1, 2, 3, 4, 5 or 8 (whole numbers), found %d", path, d->code);
-    }
     const int64_t n = (int64_t)read_u64(idx + 18), width = dataset_token_size[d->code];
     expect(path, "sequences", -1, 0, size / 20, n);
     expect(path, "document marks", -1, n + 1, n + 1, (int64_t)read_u64(idx + 26));
@@ -4960,35 +4966,49 @@ void dataset_open_binidx(Dataset *d, const char *prefix) {
 }
 
 // count tokens from position start. Ids are checked here, as they are used: reading 3 GB at the start would take long.
-void dataset_read(const Dataset *d, int64_t start, int64_t count, int64_t vocab_size, int *out) {
+static void dataset_read(const Dataset *d, int64_t start, int64_t count, int64_t vocab_size, int *out) {
     const int width = dataset_token_size[d->code];
     for (int64_t i = 0; i < count; i++) {
         const uint8_t *p = d->bytes + (start + i) * width;
         int64_t id = 0;
-        if (d->code == 0) { id = p[0] + 1; }
-        else if (d->code == 1) { id = p[0]; }
-        else if (d->code == 2) { id = (int8_t)p[0]; }
-        else if (d->code == 8) { uint16_t x; memcpy(&x, p, 2); id = x; }
-        else if (d->code == 3) { int16_t x; memcpy(&x, p, 2); id = x; }
-        else if (d->code == 4) { int32_t x; memcpy(&x, p, 4); id = x; }
-        else { memcpy(&id, p, 8); }
+        if (d->code == 0) {
+            id = p[0] + 1;
+        } else if (d->code == 1) {
+            id = p[0];
+        } else if (d->code == 2) {
+            id = (int8_t)p[0];
+        } else if (d->code == 8) {
+            uint16_t x;
+            memcpy(&x, p, 2);
+            id = x;
+        } else if (d->code == 3) {
+            int16_t x;
+            memcpy(&x, p, 2);
+            id = x;
+        } else if (d->code == 4) {
+            int32_t x;
+            memcpy(&x, p, 4);
+            id = x;
+        } else {
+            memcpy(&id, p, 8);
+        }
         expect(d->name, "token", start + i, 0, vocab_size - 1, id);
         out[i] = (int)id;
     }
 }
 
 // The largest prime P <= slots with P mod 3 = 2: i -> i^3 mod P then visits every slot once in P samples.
-int64_t magic_prime(int64_t n_tokens, int64_t ctx_len) {
+static int64_t magic_prime(int64_t n_tokens, int64_t ctx_len) {
     for (int64_t p = (n_tokens - 1) / ctx_len; p >= 2; p--) {
         bool prime = p % 3 == 2;
-        for (int64_t q = 2; prime && q * q <= p; q++) { prime = p % q != 0; }
-        if (prime) { return p; }
+        for (int64_t q = 2; prime && q * q <= p; q++) prime = p % q != 0;
+        if (prime) return p;
     }
     return 0;
 }
 
 // First token of sample i = 1, 2, .. of the whole run: ((floor(P (sqrt 5 - 1) / 2) i^3) mod P) ctx_len, in 128 bits.
-int64_t sample_start(int64_t prime, int64_t ctx_len, int64_t i) {
+static int64_t sample_start(int64_t prime, int64_t ctx_len, int64_t i) {
     unsigned __int128 P = (unsigned __int128)prime, x = (unsigned __int128)i % P;
     unsigned __int128 factor = (unsigned __int128)(int64_t)((double)prime * ((sqrt(5.0) - 1) / 2));
     return (int64_t)(x * x % P * x % P * factor % P) * ctx_len;
@@ -4997,7 +5017,7 @@ int64_t sample_start(int64_t prime, int64_t ctx_len, int64_t i) {
 // ---------------------------------------- the demo's text and other texts
 
 // The project's source text beside the executable, in a fixed order.
-uint8_t *demo_text(int64_t *size) {
+static uint8_t *demo_text(int64_t *size) {
     const char *patterns[] = {
         "{train_goldfinch.cu,infer_goldfinch.cu,test_goldfinch.c,prepro_minipile.py,Makefile,README.md}",
         "dev/{,cpu/}{Makefile,*.md,*.cu,*.h,*.c,*.cpp,*.py,*.sh}"};
@@ -5005,14 +5025,15 @@ uint8_t *demo_text(int64_t *size) {
     ssize_t n = readlink("/proc/self/exe", folder, sizeof(folder) - 1);
     folder[n > 0 ? n : 0] = '\0';
     char *slash = strrchr(folder, '/');
-    if (slash) { *slash = '\0'; } else { strcpy(folder, "."); }
-    uint8_t *text = NULL;
+    if (slash) *slash = '\0';
+    else strcpy(folder, ".");
+    uint8_t *text = nullptr;
     *size = 0;
     for (size_t i = 0; i < sizeof(patterns) / sizeof(patterns[0]); i++) {
         char pattern[sizeof(PATH) + 64];
         snprintf(pattern, sizeof(pattern), "%s/%s", folder, patterns[i]);
         glob_t found;
-        if (glob(pattern, GLOB_BRACE, NULL, &found) != 0) { continue; }
+        if (glob(pattern, GLOB_BRACE, nullptr, &found) != 0) continue;
         for (size_t j = 0; j < found.gl_pathc; j++) {
             int64_t length;
             const uint8_t *bytes = map_file(found.gl_pathv[j], &length);
@@ -5023,22 +5044,22 @@ uint8_t *demo_text(int64_t *size) {
         }
         globfree(&found);
     }
-    if (!text) { die(2, "--train.data_file: expected one, as %s holds no source text of the project", folder); }
+    if (!text) die(2, "--train.data_file: expected one, as %s holds no source text of the project", folder);
     return text;
 }
 
-// Holds back a tenth of the text for validation: the middles of equal stretches of 25,000 bytes, so that each part of the text
-// has its share.
-void text_split(const Dataset *text, Dataset *train, Dataset *valid) {
+// Holds back a tenth of the text for validation: the middles of equal stretches of 25,000 bytes, so that each part of
+// the text has its share.
+static void text_split(const Dataset *text, Dataset *train, Dataset *valid) {
     const int64_t n = text->n_tokens, pieces = n / 25000 + 1;
     uint8_t *train_bytes = (uint8_t *)malloc((size_t)n + 1), *valid_bytes = (uint8_t *)malloc((size_t)n + 1);
     *train = *valid = *text;
     train->n_tokens = valid->n_tokens = 0;
     for (int64_t i = 0; i < n; i++) {
-        int64_t in_stretch = i * pieces % n;                    // 0 .. n - 1 within each stretch
+        int64_t in_stretch = i * pieces % n; // 0 .. n - 1 within each stretch
         bool held_back = in_stretch >= n * 9 / 20 && in_stretch < n * 11 / 20;
-        if (held_back) { valid_bytes[valid->n_tokens++] = text->bytes[i]; }
-        else { train_bytes[train->n_tokens++] = text->bytes[i]; }
+        if (held_back) valid_bytes[valid->n_tokens++] = text->bytes[i];
+        else train_bytes[train->n_tokens++] = text->bytes[i];
     }
     train->bytes = train_bytes;
     valid->bytes = valid_bytes;
@@ -5047,7 +5068,7 @@ void text_split(const Dataset *text, Dataset *train, Dataset *valid) {
 // What counting gets: nats per byte of text under the counts of up to two bytes of context in the training text, each
 // order mixed with the one below by Witten and Bell's rule: p_k = (count + kinds p_(k-1)) / (total + kinds), kinds the
 // number of different bytes seen after the context.
-double order2_loss(const Dataset *train, const Dataset *text) {
+static double order2_loss(const Dataset *train, const Dataset *text) {
     const size_t contexts[3] = {1, 256, 65536};
     uint32_t *count[3], *total[3], *kinds[3];
     for (int k = 0; k < 3; k++) {
@@ -5059,7 +5080,7 @@ double order2_loss(const Dataset *train, const Dataset *text) {
         const uint8_t *b = train->bytes + i;
         const size_t context[3] = {0, b[-1], b[-2] * (size_t)256 + b[-1]};
         for (int k = 0; k < 3; k++) {
-            if (count[k][context[k] * 256 + b[0]]++ == 0) { kinds[k][context[k]]++; }
+            if (count[k][context[k] * 256 + b[0]]++ == 0) kinds[k][context[k]]++;
             total[k][context[k]]++;
         }
     }
@@ -5070,23 +5091,27 @@ double order2_loss(const Dataset *train, const Dataset *text) {
         double p = 1.0 / 256;
         for (int k = 0; k < 3; k++) {
             const uint32_t n = total[k][context[k]], different = kinds[k][context[k]];
-            if (n > 0) { p = (count[k][context[k] * 256 + b[0]] + different * p) / (n + different); }
+            if (n > 0) p = (count[k][context[k] * 256 + b[0]] + different * p) / (n + different);
         }
         sum -= log(p);
     }
-    for (int k = 0; k < 3; k++) { free(count[k]); free(total[k]); free(kinds[k]); }
+    for (int k = 0; k < 3; k++) {
+        free(count[k]);
+        free(total[k]);
+        free(kinds[k]);
+    }
     return sum / (double)(text->n_tokens - 2);
 }
 
 // ---------------------------------------- what a run trains and validates on
 
 typedef struct Data {
-    Dataset train, valid;                                       // valid.n_tokens is 0 where there is none
-    int64_t file_tokens, ctx_len, vocab_size, prime;            // file_tokens: data_file's, what is held back included
-    bool text, held_back;                                       // held_back: valid was cut out of data_file
+    Dataset train, valid;                            // valid.n_tokens is 0 where there is none
+    int64_t file_tokens, ctx_len, vocab_size, prime; // file_tokens: data_file's, what is held back included
+    bool text, held_back;                            // held_back: valid was cut out of data_file
 } Data;
 
-void dataset_open(Dataset *d, const Settings *s, const char *name) {
+static void dataset_open(Dataset *d, const Settings *s, const char *name) {
     memset(d, 0, sizeof(*d));
     if (strcmp(s->data_type, "binidx") == 0) {
         dataset_open_binidx(d, name);
@@ -5096,7 +5121,7 @@ void dataset_open(Dataset *d, const Settings *s, const char *name) {
     }
 }
 
-void data_open(Data *data, const Settings *s) {
+static void data_open(Data *data, const Settings *s) {
     memset(data, 0, sizeof(*data));
     data->ctx_len = s->ctx_len;
     data->vocab_size = s->vocab_size;
@@ -5118,23 +5143,22 @@ void data_open(Data *data, const Settings *s) {
         data->held_back = true;
     }
     expect(data->train.name, "tokens, at least 2 ctx_len + 1", -1, 2 * s->ctx_len + 1, INT64_MAX, data->train.n_tokens);
-    if (s->validation_data_file[0]) {
+    if (s->validation_data_file[0])
         expect(data->valid.name, "tokens, at least ctx_len + 1", -1, s->ctx_len + 1, INT64_MAX, data->valid.n_tokens);
-    }
     data->prime = magic_prime(data->train.n_tokens, s->ctx_len);
 }
 
-void data_print(const Data *data) {
+static void data_print(const Data *data) {
     printf("data       %s: %ld tokens", data->train.name, data->train.n_tokens);
-    if (data->train.n_documents) { printf(" in %ld documents", data->train.n_documents); }
+    if (data->train.n_documents) printf(" in %ld documents", data->train.n_documents);
     printf(", magic prime %ld; validation: ", data->prime);
-    if (data->held_back) { printf("%ld tokens held back\n", data->valid.n_tokens); }
-    else if (data->valid.n_tokens) { printf("%s, %ld tokens\n", data->valid.name, data->valid.n_tokens); }
-    else { printf("none\n"); }
+    if (data->held_back) printf("%ld tokens held back\n", data->valid.n_tokens);
+    else if (data->valid.n_tokens) printf("%s, %ld tokens\n", data->valid.name, data->valid.n_tokens);
+    else printf("none\n");
 }
 
 // B training samples, number first, first + 1, .. (from 1, over the whole run): tokens (B, ctx_len + 1).
-void data_batch(const Data *data, int64_t first, int B, int *tokens) {
+static void data_batch(const Data *data, int64_t first, int B, int *tokens) {
     for (int b = 0; b < B; b++) {
         dataset_read(&data->train, sample_start(data->prime, data->ctx_len, first + b), data->ctx_len + 1,
                      data->vocab_size, tokens + b * (data->ctx_len + 1));
@@ -5142,9 +5166,9 @@ void data_batch(const Data *data, int64_t first, int B, int *tokens) {
 }
 
 // The validation set is walked in steps of ctx_len + 1; a rest at the end is left out.
-int64_t data_validation_samples(const Data *data) { return data->valid.n_tokens / (data->ctx_len + 1); }
+static int64_t data_validation_samples(const Data *data) { return data->valid.n_tokens / (data->ctx_len + 1); }
 
-void data_validation_batch(const Data *data, int64_t first, int B, int *tokens) {       // tokens (B, ctx_len + 1)
+void data_validation_batch(const Data *data, int64_t first, int B, int *tokens) { // tokens (B, ctx_len + 1)
     dataset_read(&data->valid, first * (data->ctx_len + 1), B * (data->ctx_len + 1), data->vocab_size, tokens);
 }
 
@@ -5158,25 +5182,38 @@ void data_validation_batch(const Data *data, int64_t first, int B, int *tokens) 
 //    state carries its model's hash too. Both are written and synced under temporary names, then the state is renamed,
 //    then the model, and only then the pair before is removed: where a model file stands, its state stands beside it.
 
+// The reader of JSON, which section 11 has for config files. Strings are unescaped in place.
+// the text ends with '\0'; part: of the file
+typedef struct Json {
+    char *at, *start;
+    const char *path, *part;
+} Json;
+[[noreturn]] static void json_fail(const Json *j, const char *expected);
+static char json_peek(Json *j); // the next character that is not white space
+static void json_expect(Json *j, char c);
+static bool json_more(Json *j, char close); // after an item: true if a comma announces another one
+static int64_t json_integer(Json *j);
+static char *json_string(Json *j);
+
 typedef struct FileTensor {
     char *name, *dtype;
     int ndim;
-    int64_t shape[8], begin, end;                               // begin, end: bytes within data
+    int64_t shape[8], begin, end; // begin, end: bytes within data
 } FileTensor;
 
 typedef struct SafeTensors {
     LONG_PATH path;
-    char *header;                                               // its copy; names and texts point into it
+    char *header; // its copy; names and texts point into it
     FileTensor *tensors;
     int n_tensors, n_metadata;
-    char **metadata;                                            // key, value, key, value, ..
+    char **metadata; // key, value, key, value, ..
     const uint8_t *file, *data;
     int64_t file_size, data_size;
 } SafeTensors;
 
 // FNV-1a over 8-byte words, its high bits folded back. It tells damaged files and mixed up pairs, not forged ones.
-const uint64_t hash_start = 0xCBF29CE484222325ull;
-uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n) {
+static const uint64_t hash_start = 0xCBF29CE484222325ull;
+static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n) {
     for (size_t i = 0; i < n; i += 8) {
         uint64_t word = 0;
         memcpy(&word, (const uint8_t *)bytes + i, n - i < 8 ? n - i : 8);
@@ -5186,14 +5223,15 @@ uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n) {
     return hash;
 }
 
-int64_t dtype_size(const char *dtype) {                         // bytes; 0 if unknown
+static int64_t dtype_size(const char *dtype) { // bytes; 0 if unknown
     const char *names[] = {"F64", "I64", "U64", "F32", "I32", "U32", "F16", "BF16", "I16", "U16", "I8", "U8", "BOOL"};
     const int sizes[] = {8, 8, 8, 4, 4, 4, 2, 2, 2, 2, 1, 1, 1};
-    for (int i = 0; i < 13; i++) { if (strcmp(dtype, names[i]) == 0) { return sizes[i]; } }
+    for (int i = 0; i < 13; i++)
+        if (strcmp(dtype, names[i]) == 0) return sizes[i];
     return 0;
 }
 
-void json_tensor(Json *j, FileTensor *t) {
+static void json_tensor(Json *j, FileTensor *t) {
     t->ndim = -1;
     t->begin = -1;
     json_expect(j, '{');
@@ -5205,9 +5243,12 @@ void json_tensor(Json *j, FileTensor *t) {
         } else if (strcmp(field, "shape") == 0) {
             t->ndim = 0;
             json_expect(j, '[');
-            if (json_peek(j) == ']') { j->at++; continue; }
+            if (json_peek(j) == ']') {
+                j->at++;
+                continue;
+            }
             do {
-                if (t->ndim == 8) { die(2, "%s: tensor %s: shape: expected at most 8 dimensions", j->path, t->name); }
+                if (t->ndim == 8) die(2, "%s: tensor %s: shape: expected at most 8 dimensions", j->path, t->name);
                 t->shape[t->ndim++] = json_integer(j);
             } while (json_more(j, ']'));
         } else if (strcmp(field, "data_offsets") == 0) {
@@ -5220,39 +5261,38 @@ void json_tensor(Json *j, FileTensor *t) {
             die(2, "%s: tensor %s: expected dtype, shape and data_offsets, found %s", j->path, t->name, field);
         }
     } while (json_more(j, '}'));
-    const char *missing = !t->dtype ? "dtype" : t->ndim < 0 ? "shape" : t->begin < 0 ? "data_offsets" : NULL;
-    if (missing) { die(2, "%s: tensor %s: expected a field %s, found none", j->path, t->name, missing); }
+    const char *missing = !t->dtype ? "dtype" : t->ndim < 0 ? "shape" : t->begin < 0 ? "data_offsets" : nullptr;
+    if (missing) die(2, "%s: tensor %s: expected a field %s, found none", j->path, t->name, missing);
 }
 
-int compare_begins(const void *a, const void *b) {
+static int compare_begins(const void *a, const void *b) {
     const FileTensor *x = (const FileTensor *)a, *y = (const FileTensor *)b;
     return x->begin != y->begin ? (x->begin < y->begin ? -1 : 1) : x->end < y->end ? -1 : x->end > y->end;
 }
 
-const FileTensor *safetensors_find(const SafeTensors *f, const char *name) {
-    for (int i = 0; i < f->n_tensors; i++) { if (strcmp(f->tensors[i].name, name) == 0) { return &f->tensors[i]; } }
-    return NULL;
+static const FileTensor *safetensors_find(const SafeTensors *f, const char *name) {
+    for (int i = 0; i < f->n_tensors; i++)
+        if (strcmp(f->tensors[i].name, name) == 0) return &f->tensors[i];
+    return nullptr;
 }
 
-const char *safetensors_metadata(const SafeTensors *f, const char *key) {
-    for (char **pair = f->metadata; pair < f->metadata + 2 * f->n_metadata; pair += 2) {
-        if (strcmp(pair[0], key) == 0) { return pair[1]; }
-    }
-    return NULL;
+static const char *safetensors_metadata(const SafeTensors *f, const char *key) {
+    for (char **pair = f->metadata; pair < f->metadata + 2 * f->n_metadata; pair += 2)
+        if (strcmp(pair[0], key) == 0) return pair[1];
+    return nullptr;
 }
 
-int64_t safetensors_number(const SafeTensors *f, const char *key) {
+static int64_t safetensors_number(const SafeTensors *f, const char *key) {
     const char *text = safetensors_metadata(f, key);
-    char *end = NULL;
+    char *end = nullptr;
     int64_t value = text ? strtoll(text, &end, 10) : 0;
-    if (!text || end == text || *end || value < 0) {
+    if (!text || end == text || *end || value < 0)
         die(2, "%s: metadata, field %s: expected a number, found %s", f->path, key, text ? text : "nothing");
-    }
     return value;
 }
 
 // Opens and checks all of the header: sizes, every field, and that the tensors cover the data without gap or overlap.
-void safetensors_open(SafeTensors *f, const char *path) {
+static void safetensors_open(SafeTensors *f, const char *path) {
     memset(f, 0, sizeof(*f));
     snprintf(f->path, sizeof(f->path), "%s", path);
     f->file = map_file(path, &f->file_size);
@@ -5265,42 +5305,43 @@ void safetensors_open(SafeTensors *f, const char *path) {
     f->data_size = f->file_size - 8 - length;
     Json json = {f->header, f->header, path, "header, "}, *j = &json;
     json_expect(j, '{');
-    if (json_peek(j) == '}') { j->at++; }
-    else do {
-        char *name = json_string(j);
-        json_expect(j, ':');
-        if (strcmp(name, "__metadata__") != 0) {
-            if (safetensors_find(f, name)) { die(2, "%s: tensor %s: expected once, found twice", path, name); }
-            f->tensors = (FileTensor *)realloc(f->tensors, (size_t)(f->n_tensors + 1) * sizeof(FileTensor));
-            memset(&f->tensors[f->n_tensors], 0, sizeof(FileTensor));
-            f->tensors[f->n_tensors].name = name;
-            json_tensor(j, &f->tensors[f->n_tensors++]);
-            continue;
-        }
-        json_expect(j, '{');
-        if (json_peek(j) == '}') { j->at++; continue; }
-        do {
-            f->metadata = (char **)realloc(f->metadata, (size_t)(f->n_metadata + 1) * 2 * sizeof(char *));
-            f->metadata[2 * f->n_metadata] = json_string(j);
+    if (json_peek(j) == '}') {
+        j->at++;
+    } else do {
+            char *name = json_string(j);
             json_expect(j, ':');
-            f->metadata[2 * f->n_metadata++ + 1] = json_string(j);
+            if (strcmp(name, "__metadata__") != 0) {
+                if (safetensors_find(f, name)) die(2, "%s: tensor %s: expected once, found twice", path, name);
+                f->tensors = (FileTensor *)realloc(f->tensors, (size_t)(f->n_tensors + 1) * sizeof(FileTensor));
+                memset(&f->tensors[f->n_tensors], 0, sizeof(FileTensor));
+                f->tensors[f->n_tensors].name = name;
+                json_tensor(j, &f->tensors[f->n_tensors++]);
+                continue;
+            }
+            json_expect(j, '{');
+            if (json_peek(j) == '}') {
+                j->at++;
+                continue;
+            }
+            do {
+                f->metadata = (char **)realloc(f->metadata, (size_t)(f->n_metadata + 1) * 2 * sizeof(char *));
+                f->metadata[2 * f->n_metadata] = json_string(j);
+                json_expect(j, ':');
+                f->metadata[2 * f->n_metadata++ + 1] = json_string(j);
+            } while (json_more(j, '}'));
         } while (json_more(j, '}'));
-    } while (json_more(j, '}'));
-    if (json_peek(j) != '\0') { json_fail(j, "the end"); }
+    if (json_peek(j) != '\0') json_fail(j, "the end");
 
-    if (f->n_tensors) { qsort(f->tensors, (size_t)f->n_tensors, sizeof(FileTensor), compare_begins); }
+    if (f->n_tensors) qsort(f->tensors, (size_t)f->n_tensors, sizeof(FileTensor), compare_begins);
     int64_t position = 0;
     for (int i = 0; i < f->n_tensors; i++) {
         const FileTensor *t = &f->tensors[i];
         int64_t bytes = dtype_size(t->dtype);
-        if (bytes == 0) {
+        if (bytes == 0)
             die(2, "%s: tensor %s: dtype: expected F32, BF16 or the like, found %s", path, t->name, t->dtype);
-        }
-        for (int k = 0; k < t->ndim; k++) {
-            if (__builtin_mul_overflow(bytes, t->shape[k], &bytes)) {
+        for (int k = 0; k < t->ndim; k++)
+            if (__builtin_mul_overflow(bytes, t->shape[k], &bytes))
                 die(2, "%s: tensor %s: shape: expected fewer than 2^63 bytes", path, t->name);
-            }
-        }
         if (t->begin != position || t->end < t->begin || t->end - t->begin != bytes || t->end > f->data_size) {
             die(2, "%s: tensor %s: data_offsets: expected [%ld, %ld] within %ld bytes of data, found [%ld, %ld]", path,
                 t->name, position, position + bytes, f->data_size, t->begin, t->end);
@@ -5308,19 +5349,18 @@ void safetensors_open(SafeTensors *f, const char *path) {
         position = t->end;
     }
     expect(path, "bytes of data", -1, position, position, f->data_size);
-    const char *hash = safetensors_metadata(f, "hash");        // files written by others have none
+    const char *hash = safetensors_metadata(f, "hash"); // files written by others have none
     char found[17];
     if (hash) {
         uint64_t h = hash_start;
-        for (int i = 0; i < f->n_tensors; i++) {
+        for (int i = 0; i < f->n_tensors; i++)
             h = hash_bytes(h, f->data + f->tensors[i].begin, (size_t)(f->tensors[i].end - f->tensors[i].begin));
-        }
         snprintf(found, sizeof(found), "%016lx", h);
-        if (strcmp(hash, found) != 0) { die(2, "%s: hash of the data: expected %s, found %s", path, hash, found); }
+        if (strcmp(hash, found) != 0) die(2, "%s: hash of the data: expected %s, found %s", path, hash, found);
     }
 }
 
-void safetensors_close(SafeTensors *f) {
+static void safetensors_close(SafeTensors *f) {
     munmap((void *)f->file, (size_t)f->file_size);
     free(f->header);
     free(f->tensors);
@@ -5329,30 +5369,29 @@ void safetensors_close(SafeTensors *f) {
 
 // ---------------------------------------- writing
 
-typedef struct FileBlock {                                      // one of the model's blocks
+typedef struct FileBlock { // one of the model's blocks
     const char *prefix, *dtype;
     const void *device;
-    int64_t width;                                              // bytes of an element
+    int64_t width; // bytes of an element
 } FileBlock;
 
-void json_print(FILE *out, const char *text) {
+static void json_print(FILE *out, const char *text) {
     fputc('"', out);
-    for (const char *c = text; *c; c++) {
-        if ((unsigned char)*c < ' ') { fprintf(out, "\\u%04x", *c); }
-        else { fprintf(out, *c == '"' || *c == '\\' ? "\\%c" : "%c", *c); }
-    }
+    for (const char *c = text; *c; c++)
+        if ((unsigned char)*c < ' ') fprintf(out, "\\u%04x", *c);
+        else fprintf(out, *c == '"' || *c == '\\' ? "\\%c" : "%c", *c);
     fputc('"', out);
 }
 
 typedef struct Progress {
-    int64_t step, samples, tokens;                              // done so far
-    int64_t data_tokens;                                        // of data_file: it must be the same one
+    int64_t step, samples, tokens; // done so far
+    int64_t data_tokens;           // of data_file: it must be the same one
 } Progress;
 
 // Writes and syncs a file of blocks; returns the hash of their bytes, which is also the last field of the metadata.
-uint64_t safetensors_write(const char *path, const Model *m, const Settings *s, const Progress *p, uint64_t model_hash,
-                           const FileBlock *blocks, int n_blocks) {
-    char *header = NULL;
+static uint64_t safetensors_write(const char *path, const Model *m, const Settings *s, const Progress *p,
+                                  uint64_t model_hash, const FileBlock *blocks, int n_blocks) {
+    char *header = nullptr;
     size_t length = 0;
     int64_t offset = 0, largest = 0;
     FILE *text = open_memstream(&header, &length);
@@ -5362,7 +5401,7 @@ uint64_t safetensors_write(const char *path, const Model *m, const Settings *s, 
             const Tensor *t = &m->tensors[i];
             int64_t bytes = t->size * blocks[b].width;
             fprintf(text, "\"%s%s\":{\"dtype\":\"%s\",\"shape\":[", blocks[b].prefix, t->name, blocks[b].dtype);
-            for (int k = 0; k < t->ndim; k++) { fprintf(text, "%s%ld", k ? "," : "", t->shape[k]); }
+            for (int k = 0; k < t->ndim; k++) fprintf(text, "%s%ld", k ? "," : "", t->shape[k]);
             fprintf(text, "],\"data_offsets\":[%ld,%ld]},", offset, offset + bytes);
             offset += bytes;
             largest = bytes > largest ? bytes : largest;
@@ -5371,7 +5410,7 @@ uint64_t safetensors_write(const char *path, const Model *m, const Settings *s, 
     fprintf(text, "\"__metadata__\":{");
     for (int i = 0; i < n_settings; i++) {
         PATH key, value;
-        if (!setting_in_checkpoint(&settings_table[i])) { continue; }
+        if (!setting_in_checkpoint(&settings_table[i])) continue;
         setting_key(&settings_table[i], key);
         setting_get(s, &settings_table[i], value);
         json_print(text, key);
@@ -5386,11 +5425,14 @@ uint64_t safetensors_write(const char *path, const Model *m, const Settings *s, 
     const long hash_at = 8 + (long)length;
     fprintf(text, "0000000000000000\"}}");
     fflush(text);
-    while (length % 8 != 0) { fputc(' ', text); fflush(text); }
+    while (length % 8 != 0) {
+        fputc(' ', text);
+        fflush(text);
+    }
     fclose(text);
 
     FILE *out = fopen(path, "wb");
-    if (!out) { die(1, "%s: %s", path, strerror(errno)); }
+    if (!out) die(1, "%s: %s", path, strerror(errno));
     uint64_t header_length = length, hash = hash_start;
     fwrite(&header_length, 8, 1, out);
     fwrite(header, 1, length, out);
@@ -5407,9 +5449,8 @@ uint64_t safetensors_write(const char *path, const Model *m, const Settings *s, 
     }
     fseek(out, hash_at, SEEK_SET);
     fprintf(out, "%016lx", hash);
-    if (fflush(out) != 0 || ferror(out) || fsync(fileno(out)) != 0 || fclose(out) != 0) {
+    if (fflush(out) != 0 || ferror(out) || fsync(fileno(out)) != 0 || fclose(out) != 0)
         die(1, "%s: could not be written: %s", path, strerror(errno));
-    }
     free(host);
     free(header);
     return hash;
@@ -5417,41 +5458,41 @@ uint64_t safetensors_write(const char *path, const Model *m, const Settings *s, 
 
 // ---------------------------------------- a run's folder
 
-void checkpoint_path(char *path, const char *folder, const char *kind, int64_t step, const char *suffix) {
+static void checkpoint_path(char *path, const char *folder, const char *kind, int64_t step, const char *suffix) {
     snprintf(path, sizeof(LONG_PATH), "%s/%s_%06ld.safetensors%s", folder, kind, step, suffix);
 }
 
 // The step of a checkpoint's file name, -1 for another file.
-int64_t checkpoint_step(const char *name, const char *kind) {
+static int64_t checkpoint_step(const char *name, const char *kind) {
     LONG_PATH expected;
     long step = -1;
     size_t n = strlen(kind);
-    if (strncmp(name, kind, n) != 0 || sscanf(name + n, "_%ld", &step) != 1) { return -1; }
+    if (strncmp(name, kind, n) != 0 || sscanf(name + n, "_%ld", &step) != 1) return -1;
     snprintf(expected, sizeof(expected), "%s_%06ld.safetensors", kind, step);
     return strcmp(name, expected) == 0 ? step : -1;
 }
 
 // Filters for scandir, which sorts the names: models, both halves of checkpoints, all of a run's files, its *.old ones.
-int is_model(const struct dirent *e) { return checkpoint_step(e->d_name, "model") >= 0; }
-int is_checkpoint(const struct dirent *e) { return is_model(e) || checkpoint_step(e->d_name, "state") >= 0; }
-int is_run_file(const struct dirent *e) {
+static int is_model(const struct dirent *e) { return checkpoint_step(e->d_name, "model") >= 0; }
+static int is_checkpoint(const struct dirent *e) { return is_model(e) || checkpoint_step(e->d_name, "state") >= 0; }
+static int is_run_file(const struct dirent *e) {
     return is_checkpoint(e) || strcmp(e->d_name, "log.csv") == 0 || strcmp(e->d_name, "val.txt") == 0;
 }
-int is_old_file(const struct dirent *e) {
+static int is_old_file(const struct dirent *e) {
     struct dirent without = {};
     const size_t n = strlen(e->d_name);
-    if (n <= 4 || strcmp(e->d_name + n - 4, ".old") != 0) { return 0; }
+    if (n <= 4 || strcmp(e->d_name + n - 4, ".old") != 0) return 0;
     memcpy(without.d_name, e->d_name, n - 4);
     return is_run_file(&without);
 }
 
-void names_free(struct dirent **names, int n) {
-    for (int i = 0; i < n; i++) { free(names[i]); }
-    if (n >= 0) { free(names); }
+static void names_free(struct dirent **names, int n) {
+    for (int i = 0; i < n; i++) free(names[i]);
+    if (n >= 0) free(names);
 }
 
 // The step of the newest checkpoint in the folder, -1 if there is none.
-int64_t checkpoint_newest(const char *folder) {
+static int64_t checkpoint_newest(const char *folder) {
     struct dirent **names;
     int64_t newest = -1;
     int n = scandir(folder, &names, is_model, alphasort);
@@ -5464,7 +5505,7 @@ int64_t checkpoint_newest(const char *folder) {
 }
 
 // A new run keeps the files of the one before as *.old, for one generation.
-void folder_begin(const char *folder) {
+static void folder_begin(const char *folder) {
     struct dirent **old, **names;
     LONG_PATH from, to;
     const int n = scandir(folder, &names, is_run_file, alphasort);
@@ -5476,30 +5517,30 @@ void folder_begin(const char *folder) {
     for (int i = 0; i < n; i++) {
         snprintf(from, sizeof(from), "%s/%s", folder, names[i]->d_name);
         snprintf(to, sizeof(to), "%s/%s.old", folder, names[i]->d_name);
-        if (rename(from, to) != 0) { die(1, "%s: could not be renamed to *.old: %s", from, strerror(errno)); }
+        if (rename(from, to) != 0) die(1, "%s: could not be renamed to *.old: %s", from, strerror(errno));
     }
-    if (n > 0) { printf("%s/ held a run: its %d files are now *.old (resume 1 would go on with it)\n", folder, n); }
+    if (n > 0) printf("%s/ held a run: its %d files are now *.old (resume 1 would go on with it)\n", folder, n);
     names_free(names, n);
     names_free(old, n_old);
 }
 
-void folder_create(const char *folder) {                        // with its parents
+void folder_create(const char *folder) { // with its parents
     PATH path;
     snprintf(path, sizeof(path), "%s", folder);
-    for (char *c = path + 1; ; c++) {
-        if (*c != '/' && *c != '\0') { continue; }
+    for (char *c = path + 1;; c++) {
+        if (*c != '/' && *c != '\0') continue;
         char end = *c;
         *c = '\0';
-        if (mkdir(path, 0777) != 0 && errno != EEXIST) { die(2, "--train.out %s: %s", folder, strerror(errno)); }
-        if (end == '\0') { break; }
+        if (mkdir(path, 0777) != 0 && errno != EEXIST) die(2, "--train.out %s: %s", folder, strerror(errno));
+        if (end == '\0') break;
         *c = end;
     }
     struct stat status;
-    if (stat(folder, &status) != 0 || !S_ISDIR(status.st_mode)) { die(2, "--train.out %s: expected a folder", folder); }
-    if (access(folder, W_OK | X_OK) != 0) { die(2, "--train.out %s: %s", folder, strerror(errno)); }
+    if (stat(folder, &status) != 0 || !S_ISDIR(status.st_mode)) die(2, "--train.out %s: expected a folder", folder);
+    if (access(folder, W_OK | X_OK) != 0) die(2, "--train.out %s: %s", folder, strerror(errno));
 }
 
-void checkpoint_save(const Model *m, const Settings *s, const Progress *p) {
+static void checkpoint_save(const Model *m, const Settings *s, const Progress *p) {
     LONG_PATH model, model_tmp, state, state_tmp;
     checkpoint_path(model, s->out, "model", p->step, "");
     checkpoint_path(model_tmp, s->out, "model", 0, ".tmp");
@@ -5509,32 +5550,31 @@ void checkpoint_save(const Model *m, const Settings *s, const Progress *p) {
     const FileBlock others[] = {{"master.", "F32", m->master, 4}, {"m.", "F32", m->m, 4}, {"v.", "F32", m->v, 4}};
     uint64_t hash = safetensors_write(model_tmp, m, s, p, 0, &weights, 1);
     safetensors_write(state_tmp, m, s, p, hash, others, 3);
-    if (rename(state_tmp, state) != 0 || rename(model_tmp, model) != 0) {
+    if (rename(state_tmp, state) != 0 || rename(model_tmp, model) != 0)
         die(1, "%s: could not be renamed: %s", model, strerror(errno));
-    }
     int folder = open(s->out, O_RDONLY);
-    if (folder < 0 || fsync(folder) != 0) { die(1, "%s: could not be synced: %s", s->out, strerror(errno)); }
+    if (folder < 0 || fsync(folder) != 0) die(1, "%s: could not be synced: %s", s->out, strerror(errno));
     close(folder);
     struct dirent **names;
-    int n = scandir(s->out, &names, is_checkpoint, alphasort);  // a model goes before its state
+    int n = scandir(s->out, &names, is_checkpoint, alphasort); // a model goes before its state
     for (int i = 0; i < n; i++) {
         LONG_PATH other;
         snprintf(other, sizeof(other), "%s/%s", s->out, names[i]->d_name);
-        if (strcmp(other, model) != 0 && strcmp(other, state) != 0) { unlink(other); }
+        if (strcmp(other, model) != 0 && strcmp(other, state) != 0) unlink(other);
     }
     names_free(names, n);
 }
 
 // ---------------------------------------- reading
 
-int shape_text(char *text, int ndim, const int64_t *shape) {    // "(320, 64)"; returns its length
+static int shape_text(char *text, int ndim, const int64_t *shape) { // "(320, 64)"; returns its length
     int n = sprintf(text, "(");
-    for (int k = 0; k < ndim; k++) { n += sprintf(text + n, "%s%ld", k ? ", " : "", shape[k]); }
+    for (int k = 0; k < ndim; k++) n += sprintf(text + n, "%s%ld", k ? ", " : "", shape[k]);
     return n + sprintf(text + n, ")");
 }
 
-// The file's tensor NAME if it fits t, else NULL and why not.
-const FileTensor *tensor_fitting(const SafeTensors *f, const char *name, const Tensor *t, PATH problem) {
+// The file's tensor NAME if it fits t, else null and why not.
+static const FileTensor *tensor_fitting(const SafeTensors *f, const char *name, const Tensor *t, PATH problem) {
     const FileTensor *found = safetensors_find(f, name);
     int n = snprintf(problem, sizeof(PATH) - 500, "tensor %s: ", name);
     if (!found) {
@@ -5549,27 +5589,31 @@ const FileTensor *tensor_fitting(const SafeTensors *f, const char *name, const T
     } else {
         return found;
     }
-    return NULL;
+    return nullptr;
 }
 
 // All tensors of one of the model's blocks, under their names after the prefix. partial: those that fit, listing the
 // others. Returns how many were taken.
-int block_load(const Model *m, const SafeTensors *f, const char *prefix, float *block, bool partial) {
+static int block_load(const Model *m, const SafeTensors *f, const char *prefix, float *block, bool partial) {
     int taken = 0;
     for (int i = 0; i < m->n_tensors; i++) {
         const Tensor *t = &m->tensors[i];
         PATH name, problem;
         snprintf(name, sizeof(name), "%s%s", prefix, t->name);
         const FileTensor *from = tensor_fitting(f, name, t, problem);
-        if (!from && !partial) { die(2, "%s: %s", f->path, problem); }
-        if (!from) { printf("%s: %s: keeps its initial values\n", f->path, problem); continue; }
+        if (!from && !partial) die(2, "%s: %s", f->path, problem);
+        if (!from) {
+            printf("%s: %s: keeps its initial values\n", f->path, problem);
+            continue;
+        }
         const uint8_t *bytes = f->data + from->begin;
         float *host = (float *)malloc((size_t)t->size * sizeof(float));
-        if (strcmp(from->dtype, "F32") == 0) { memcpy(host, bytes, (size_t)t->size * sizeof(float)); }
-        else for (int64_t k = 0; k < t->size; k++) {            // bf16 is the upper half of an fp32 number
-            uint32_t bits = (uint32_t)bytes[2 * k] << 16 | (uint32_t)bytes[2 * k + 1] << 24;
-            memcpy(host + k, &bits, 4);
-        }
+        if (strcmp(from->dtype, "F32") == 0) memcpy(host, bytes, (size_t)t->size * sizeof(float));
+        else
+            for (int64_t k = 0; k < t->size; k++) { // bf16 is the upper half of an fp32 number
+                uint32_t bits = (uint32_t)bytes[2 * k] << 16 | (uint32_t)bytes[2 * k + 1] << 24;
+                memcpy(host + k, &bits, 4);
+            }
         CUDA_CHECK(cudaMemcpy(block + t->offset, host, (size_t)t->size * sizeof(float), cudaMemcpyHostToDevice));
         free(host);
         taken++;
@@ -5578,16 +5622,16 @@ int block_load(const Model *m, const SafeTensors *f, const char *prefix, float *
 }
 
 // Weights by the reference's names; partial takes those that fit and lists the others of both sides.
-int load_weights(Model *m, const char *path, bool partial) {    // returns how many tensors were taken
+int load_weights(Model *m, const char *path, bool partial) { // returns how many tensors were taken
     SafeTensors f;
     safetensors_open(&f, path);
     const int taken = block_load(m, &f, "", m->master, partial);
     for (int i = 0; i < f.n_tensors; i++) {
         const char *name = f.tensors[i].name;
         bool known = false;
-        for (int k = 0; k < m->n_tensors && !known; k++) { known = strcmp(m->tensors[k].name, name) == 0; }
-        if (!known && !partial) { die(2, "%s: tensor %s: the model has none of this name", path, name); }
-        if (!known) { printf("%s: tensor %s: not taken, the model has none of this name\n", path, name); }
+        for (int k = 0; k < m->n_tensors && !known; k++) known = strcmp(m->tensors[k].name, name) == 0;
+        if (!known && !partial) die(2, "%s: tensor %s: the model has none of this name", path, name);
+        if (!known) printf("%s: tensor %s: not taken, the model has none of this name\n", path, name);
     }
     model_params_changed(m);
     safetensors_close(&f);
@@ -5595,20 +5639,20 @@ int load_weights(Model *m, const char *path, bool partial) {    // returns how m
 }
 
 // The settings a file of ours carries replace those in s.
-void settings_load(Settings *s, const SafeTensors *f) {
+static void settings_load(Settings *s, const SafeTensors *f) {
     for (int i = 0; i < n_settings; i++) {
         PATH key;
-        if (!setting_in_checkpoint(&settings_table[i])) { continue; }
+        if (!setting_in_checkpoint(&settings_table[i])) continue;
         setting_key(&settings_table[i], key);
         const char *value = safetensors_metadata(f, key);
         const char *expected = value ? setting_set(s, &settings_table[i], value) : "a value";
-        if (!expected) { continue; }
+        if (!expected) continue;
         die(2, "%s: metadata, field %s: expected %s, found %s", f->path, key, expected, value ? value : "none");
     }
 }
 
 // Opens the pair of a step and checks that its halves belong together.
-void checkpoint_open(SafeTensors *state, const char *folder, int64_t step, Progress *p) {
+static void checkpoint_open(SafeTensors *state, const char *folder, int64_t step, Progress *p) {
     LONG_PATH path;
     SafeTensors model;
     checkpoint_path(path, folder, "model", step, "");
@@ -5628,7 +5672,7 @@ void checkpoint_open(SafeTensors *state, const char *folder, int64_t step, Progr
     expect(path, "metadata, field step", -1, step, step, p->step);
 }
 
-void checkpoint_load(Model *m, SafeTensors *state) {
+static void checkpoint_load(Model *m, SafeTensors *state) {
     block_load(m, state, "master.", m->master, false);
     block_load(m, state, "m.", m->m, false);
     block_load(m, state, "v.", m->v, false);
@@ -5638,33 +5682,33 @@ void checkpoint_load(Model *m, SafeTensors *state) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 9. main: schedules, validation, samples, the log, and the loop over steps.
+// 10. main: schedules, validation, samples, the log, and the loop over steps.
 
 // 0 at the start of the decay, 1 at its end.
-double schedule_progress(const Settings *s, int64_t step) {
+static double schedule_progress(const Settings *s, int64_t step) {
     const double step_tokens = (double)(s->ctx_len * s->micro_bsz * s->accumulate_grad_batches);
     const double wait = (double)s->warmup_steps * step_tokens + s->lr_wait * (double)s->my_exit_tokens;
     const double left = (double)s->my_exit_tokens - wait, done = (double)step * step_tokens - wait;
-    if (done <= 0) { return 0; }
+    if (done <= 0) return 0;
     return done >= left ? 1 : done / left;
 }
 
-double learning_rate(const Settings *s, int64_t step) {         // step counts from 0
+double learning_rate(const Settings *s, int64_t step) { // step counts from 0
     const double progress = schedule_progress(s, step), range = s->lr_init - s->lr_final;
     double lr;
-    if (strcmp(s->lr_decay_type, "cos") == 0) { lr = s->lr_final + range * cos(M_PI / 2 * progress); }
-    else if (strcmp(s->lr_decay_type, "linear") == 0) { lr = s->lr_final + range * (1 - progress); }
-    else if (strcmp(s->lr_decay_type, "exp") == 0) { lr = s->lr_init * pow(s->lr_final / s->lr_init, progress); }
-    else { lr = s->lr_final + range * (1 - sqrt(progress)); }
+    if (strcmp(s->lr_decay_type, "cos") == 0) lr = s->lr_final + range * cos(M_PI / 2 * progress);
+    else if (strcmp(s->lr_decay_type, "linear") == 0) lr = s->lr_final + range * (1 - progress);
+    else if (strcmp(s->lr_decay_type, "exp") == 0) lr = s->lr_init * pow(s->lr_final / s->lr_init, progress);
+    else lr = s->lr_final + range * (1 - sqrt(progress));
     return step < s->warmup_steps ? lr * (0.2 + 0.8 * (double)step / (double)s->warmup_steps) : lr;
 }
 
-double weight_decay(const Settings *s, int64_t step) {          // falls by equal factors
-    if (s->weight_decay_final <= 0) { return s->weight_decay; }
+double weight_decay(const Settings *s, int64_t step) { // falls by equal factors
+    if (s->weight_decay_final <= 0) return s->weight_decay;
     return s->weight_decay * pow(s->weight_decay_final / s->weight_decay, schedule_progress(s, step));
 }
 
-double seconds_now(void) {
+static double seconds_now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
@@ -5676,41 +5720,41 @@ typedef struct Run {
     Data data;
     Progress p;
     FILE *log;
-    int64_t n_steps;                                            // of the whole run
-    int *tokens;                                                // (micro_bsz, ctx_len + 1)
-    double step_seconds;                                        // running mean of a step; 0 before the first
-    double val_loss;                                            // the last validation's
+    int64_t n_steps;     // of the whole run
+    int *tokens;         // (micro_bsz, ctx_len + 1)
+    double step_seconds; // running mean of a step; 0 before the first
+    double val_loss;     // the last validation's
 } Run;
 
-typedef struct Step {                                           // a step that was queued
-    int64_t step, samples, tokens;                              // done before it
+typedef struct Step {              // a step that was queued
+    int64_t step, samples, tokens; // done before it
     double lr, begin;
 } Step;
 
 // Opens log.csv; a run that goes on after some steps keeps their lines and drops what came after its checkpoint.
-FILE *log_open(const char *folder, int64_t steps) {
+static FILE *log_open(const char *folder, int64_t steps) {
     LONG_PATH path, tmp;
     snprintf(path, sizeof(path), "%s/log.csv", folder);
     snprintf(tmp, sizeof(tmp), "%s/log.csv.tmp", folder);
-    FILE *out = fopen(tmp, "w"), *in = steps > 0 ? fopen(path, "r") : NULL;
-    if (!out) { die(1, "%s: %s", tmp, strerror(errno)); }
+    FILE *out = fopen(tmp, "w"), *in = steps > 0 ? fopen(path, "r") : nullptr;
+    if (!out) die(1, "%s: %s", tmp, strerror(errno));
     fprintf(out, "step,tokens,loss,val_loss,norm,lr,ms,tok_s,peak\n");
-    char *line = NULL;
+    char *line = nullptr;
     size_t room = 0;
     ssize_t n;
     while (in && (n = getline(&line, &room, in)) > 0) {
         char *end;
         long step = strtol(line, &end, 10);
-        if (line[n - 1] == '\n' && *end == ',' && step > 0 && step <= steps) { fputs(line, out); }
+        if (line[n - 1] == '\n' && *end == ',' && step > 0 && step <= steps) fputs(line, out);
     }
     free(line);
-    if (in) { fclose(in); }
-    if (fflush(out) != 0 || rename(tmp, path) != 0) { die(1, "%s: could not be written: %s", path, strerror(errno)); }
+    if (in) fclose(in);
+    if (fflush(out) != 0 || rename(tmp, path) != 0) die(1, "%s: could not be written: %s", path, strerror(errno));
     return out;
 }
 
 // Mean loss and accuracy over the validation set, or the first val_batches of it.
-void validate(Run *r) {
+static void validate(Run *r) {
     const double begin = seconds_now();
     const int64_t all = data_validation_samples(&r->data), some = r->s.val_batches * r->s.micro_bsz;
     const int64_t samples = some > 0 && some < all ? some : all;
@@ -5731,26 +5775,30 @@ void validate(Run *r) {
            100 * (double)correct / targets, targets, seconds_now() - begin);
 }
 
+static const char *demo_sample_prompt = "static void ";
+static const int demo_sample_bytes = 300;
+static const double demo_sample_temperature = 0.7;
+
 // Draws bytes from the model and prints them, the same ones for the same weights and seed.
-void print_sample(Run *r, int64_t step) {
+static void print_sample(Run *r, int64_t step) {
     const int T = (int)r->s.ctx_len;
     int n = 0, *context = (int *)malloc((size_t)T * sizeof(int));
     float *logits = (float *)malloc((size_t)r->s.vocab_size * sizeof(float));
     uint64_t random = hash_bytes(hash_start, &step, sizeof(step)) ^ (uint64_t)r->s.seed_everything;
-    for (const char *c = demo_sample_prompt; *c && n < T; c++) { context[n++] = (uint8_t)*c + 1; }
+    for (const char *c = demo_sample_prompt; *c && n < T; c++) context[n++] = (uint8_t)*c + 1;
     printf("sample, at temperature %g:\n%s", demo_sample_temperature, demo_sample_prompt);
     for (int i = 0; i < demo_sample_bytes; i++) {
         double p[257], total = 0, largest = -INFINITY;
         model_logits_last(&r->m, context, n, logits);
-        for (int id = 1; id <= 256; id++) { largest = fmax(largest, logits[id]); }
-        for (int id = 1; id <= 256; id++) { total += p[id] = exp((logits[id] - largest) / demo_sample_temperature); }
-        uint64_t z = random += 0x9E3779B97F4A7C15ull;           // splitmix64
+        for (int id = 1; id <= 256; id++) largest = fmax(largest, logits[id]);
+        for (int id = 1; id <= 256; id++) total += p[id] = exp((logits[id] - largest) / demo_sample_temperature);
+        uint64_t z = random += 0x9E3779B97F4A7C15ull; // splitmix64
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
         z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-        double rest = (double)((z ^ (z >> 31)) >> 11) / 9007199254740992.0 * total;     // 2^53
+        double rest = (double)((z ^ (z >> 31)) >> 11) / 9007199254740992.0 * total; // 2^53
         int id = 1;
-        while (id < 256 && rest >= p[id]) { rest -= p[id++]; }
-        if (n == T) { memmove(context, context + 1, (size_t)(--n) * sizeof(int)); }
+        while (id < 256 && rest >= p[id]) rest -= p[id++];
+        if (n == T) memmove(context, context + 1, (size_t)(--n) * sizeof(int));
         context[n++] = id;
         putchar(id - 1 < ' ' && !isspace(id - 1) ? '?' : id - 1);
     }
@@ -5760,25 +5808,25 @@ void print_sample(Run *r, int64_t step) {
 }
 
 // Takes a batch whose gradient norm is not finite through the model once more, with checks, and ends the run.
-[[noreturn]] void stop_nonfinite(Run *r, const Step *step, double norm) {
+[[noreturn]] static void stop_nonfinite(Run *r, const Step *step, double norm) {
     const int B = (int)r->s.micro_bsz;
-    const char *where = NULL;
+    const char *where = nullptr;
     int64_t micro = 0;
     for (; !where && micro < r->s.accumulate_grad_batches; micro++) {
         data_batch(&r->data, step->samples + micro * B + 1, B, r->tokens);
         where = model_find_nonfinite(&r->m, r->tokens, B, (int)r->s.ctx_len);
     }
     char found[256] = "every tensor is finite, the norm itself overflows";
-    if (where) { snprintf(found, sizeof(found), "first in %s, micro-batch %ld", where, micro); }
+    if (where) snprintf(found, sizeof(found), "first in %s, micro-batch %ld", where, micro);
     LONG_PATH kept = "none";
     int64_t newest = checkpoint_newest(r->s.out);
-    if (newest >= 0) { checkpoint_path(kept, r->s.out, "model", newest, ""); }
+    if (newest >= 0) checkpoint_path(kept, r->s.out, "model", newest, "");
     die(3, "step %ld: not finite (gradient norm %g): %s; the update was skipped; last good checkpoint: %s",
         step->step + 1, norm, found, kept);
 }
 
 // Queues a step on the device; nothing is waited for.
-Step begin_step(Run *r) {
+static Step begin_step(Run *r) {
     const int B = (int)r->s.micro_bsz, accumulate = (int)r->s.accumulate_grad_batches;
     const Step step = {r->p.step, r->p.samples, r->p.tokens, learning_rate(&r->s, r->p.step), seconds_now()};
     model_step_begin(&r->m);
@@ -5794,12 +5842,14 @@ Step begin_step(Run *r) {
 }
 
 // Waits for a step's numbers; prints and logs them, after a validation if one is due.
-void end_step(Run *r, const Step *step, bool validation) {
+static void end_step(Run *r, const Step *step, bool validation) {
     const StepResult result = model_result(&r->m, step->step);
-    double seconds = seconds_now() - step->begin;               // too long where the step waited for the one before, or was read late
-    if (r->step_seconds > 0) { seconds = fmin(seconds, seconds_since_last_step(&r->m, step->step)); }   // too long after a pause
+    // too long where the step waited for the one before, or was read late
+    double seconds = seconds_now() - step->begin;
+    // too long after a pause
+    if (r->step_seconds > 0) seconds = fmin(seconds, seconds_since_last_step(&r->m, step->step));
     const int64_t tokens = r->s.micro_bsz * r->s.accumulate_grad_batches * r->s.ctx_len;
-    const double speed = (double)tokens / seconds;              // tokens per second
+    const double speed = (double)tokens / seconds; // tokens per second
     const double peak = 100 * speed * model_flops_per_token(&r->m) / machine_peak_flops();
     r->step_seconds = r->step_seconds > 0 ? 0.95 * r->step_seconds + 0.05 * seconds : seconds;
     const long left = lround((double)(r->n_steps - step->step - 1) * r->step_seconds);
@@ -5809,34 +5859,34 @@ void end_step(Run *r, const Step *step, bool validation) {
         snprintf(peak_column, sizeof(peak_column), " | %s %% of peak", peak_text);
     }
     printf("step %5ld of %ld | loss %.4f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s%s | %ldh%02ldm%02lds left\n",
-           step->step + 1, r->n_steps, result.loss, result.norm, step->lr, 1e3 * seconds, speed,
-           peak_column, left / 3600, left / 60 % 60, left % 60);
+           step->step + 1, r->n_steps, result.loss, result.norm, step->lr, 1e3 * seconds, speed, peak_column,
+           left / 3600, left / 60 % 60, left % 60);
     if (validation && isfinite(result.norm)) {
         validate(r);
         snprintf(val_text, sizeof(val_text), "%.9g", r->val_loss);
     }
     fprintf(r->log, "%ld,%ld,%.9g,%s,%.9g,%.9g,%.2f,%.0f,%s\n", step->step + 1, step->tokens + tokens, result.loss,
             val_text, result.norm, step->lr, 1e3 * seconds, speed, peak_text);
-    if (fflush(r->log) != 0) { die(1, "%s/log.csv: could not be written: %s", r->s.out, strerror(errno)); }
-    if (!isfinite(result.norm) || !isfinite(result.loss)) { stop_nonfinite(r, step, result.norm); }
+    if (fflush(r->log) != 0) die(1, "%s/log.csv: could not be written: %s", r->s.out, strerror(errno));
+    if (!isfinite(result.norm) || !isfinite(result.loss)) stop_nonfinite(r, step, result.norm);
 }
 
-volatile sig_atomic_t stop_requested = 0;
-void request_stop(int) { stop_requested = 1; }
+static volatile sig_atomic_t stop_requested = 0;
+static void request_stop(int) { stop_requested = 1; }
 
-bool due(int64_t steps, int64_t every) { return every > 0 && steps % every == 0; }
+static bool due(int64_t steps, int64_t every) { return every > 0 && steps % every == 0; }
 
 // Trains until the run ends or a signal asks to stop; true if it came to its end.
-bool train(Run *r) {
+static bool train(Run *r) {
     const bool validates = r->s.val_every > 0 && data_validation_samples(&r->data) > 0;
     bool first = true, waiting = false, stop = false;
-    Step late;                                                  // if waiting: the step whose result is still to be read
+    Step late; // if waiting: the step whose result is still to be read
     while (r->p.step < r->n_steps && !stop) {
         const bool profiled = r->p.step + 1 == r->s.profile_step;
-        if (profiled) { profile_begin(); }
+        if (profiled) profile_begin();
         const Step step = begin_step(r);
-        if (profiled) { profile_end(); }
-        if (waiting) { end_step(r, &late, false); }
+        if (profiled) profile_end();
+        if (waiting) end_step(r, &late, false);
         stop = stop_requested;
         const bool last = r->p.step == r->n_steps, saves = last || stop || due(r->p.step, r->s.save_every);
         const bool validation = validates && (last || due(r->p.step, r->s.val_every));
@@ -5844,20 +5894,20 @@ bool train(Run *r) {
         waiting = !(first || saves || validation || samples || model_step_done(&r->m, step.step));
         late = step;
         first = false;
-        if (!waiting) { end_step(r, &step, validation); }
-        if (saves) { checkpoint_save(&r->m, &r->s, &r->p); }
-        if (samples) { print_sample(r, r->p.step); }
+        if (!waiting) end_step(r, &step, validation);
+        if (saves) checkpoint_save(&r->m, &r->s, &r->p);
+        if (samples) print_sample(r, r->p.step);
     }
     return r->p.step == r->n_steps;
 }
 
 #if !defined(GOLDFINCH_TEST) && !defined(GOLDFINCH_NO_MAIN)
 int main(int argc, char **argv) {
-    static Run run;                                             // zeros
+    static Run run; // zeros
     Run *r = &run;
     Settings *s = &r->s;
     const char **arguments = (const char **)argv + 1;
-    setvbuf(stdout, NULL, _IOLBF, 0);
+    setvbuf(stdout, nullptr, _IOLBF, 0);
 
     // Settings: the table's defaults, what holds without a data_file, the checkpoint's, the command line's.
     settings_default(s);
@@ -5876,7 +5926,7 @@ int main(int argc, char **argv) {
         settings_default(s);
         checkpoint_open(&state, folder, resumed, &r->p);
         settings_load(s, &state);
-        s->train_stage = s->train_stage == 1 ? 3 : s->train_stage;      // it was initialized; now train
+        s->train_stage = s->train_stage == 1 ? 3 : s->train_stage; // it was initialized; now train
         settings_parse(s, argc - 1, arguments);
         snprintf(s->out, sizeof(s->out), "%s", folder);
     }
@@ -5890,16 +5940,16 @@ int main(int argc, char **argv) {
     if (trains) {
         data_open(&r->data, s);
         const int64_t before = r->p.data_tokens, n = r->data.file_tokens;
-        if (before) { expect(r->data.train.name, "tokens, as before in this run", -1, before, before, n); }
+        if (before) expect(r->data.train.name, "tokens, as before in this run", -1, before, before, n);
         r->p.data_tokens = n;
-        if (s->my_exit_tokens == 0) { s->my_exit_tokens = n; }
+        if (s->my_exit_tokens == 0) s->my_exit_tokens = n;
         const int64_t step_tokens = s->micro_bsz * s->accumulate_grad_batches * s->ctx_len;
         r->n_steps = (s->my_exit_tokens + step_tokens - 1) / step_tokens;
-        if (s->max_steps && s->max_steps < r->n_steps) { r->n_steps = s->max_steps; }
+        if (s->max_steps && s->max_steps < r->n_steps) r->n_steps = s->max_steps;
     }
     model_plan(&r->m, s, (int)s->micro_bsz, (int)s->ctx_len);
     settings_print(s);
-    if (trains) { data_print(&r->data); }
+    if (trains) data_print(&r->data);
     printf("machine    %s\n", machine_name());
     model_print_memory(&r->m);
 
@@ -5913,8 +5963,8 @@ int main(int argc, char **argv) {
             return 0;
         }
     } else {
-        if (s->resume) { printf("no checkpoint in %s/, starting at the first step\n", s->out); }
-        if (!s->load_model[0] || s->load_partial) { model_init_weights(&r->m, (uint64_t)s->seed_everything); }
+        if (s->resume) printf("no checkpoint in %s/, starting at the first step\n", s->out);
+        if (!s->load_model[0] || s->load_partial) model_init_weights(&r->m, (uint64_t)s->seed_everything);
         if (s->load_model[0]) {
             const int taken = load_weights(&r->m, s->load_model, s->load_partial);
             printf("%s: %d of the model's %d tensors loaded\n", s->load_model, taken, r->m.n_tensors);
@@ -5927,9 +5977,8 @@ int main(int argc, char **argv) {
             snprintf(path, sizeof(path), "%s/val.txt", s->out);
             FILE *file = fopen(path, "wb");
             size_t n = (size_t)r->data.valid.n_tokens;
-            if (!file || fwrite(r->data.valid.bytes, 1, n, file) != n || fclose(file) != 0) {
+            if (!file || fwrite(r->data.valid.bytes, 1, n, file) != n || fclose(file) != 0)
                 die(1, "%s: could not be written: %s", path, strerror(errno));
-            }
         }
         r->log = log_open(s->out, r->p.step);
         r->tokens = (int *)malloc((size_t)(s->micro_bsz * (s->ctx_len + 1)) * sizeof(int));
@@ -5937,19 +5986,19 @@ int main(int argc, char **argv) {
         memset(&action, 0, sizeof(action));
         action.sa_handler = request_stop;
         action.sa_flags = SA_RESTART;
-        sigaction(SIGPIPE, &action, NULL);                      // Ctrl-C may end the reader of our output before us
-        action.sa_flags |= (int)SA_RESETHAND;                   // a second Ctrl-C ends the program at once
-        sigaction(SIGINT, &action, NULL);
-        sigaction(SIGTERM, &action, NULL);
-        if (!train(r)) { printf("stopped by a signal; --train.resume 1 goes on\n"); }
+        sigaction(SIGPIPE, &action, nullptr); // Ctrl-C may end the reader of our output before us
+        action.sa_flags |= (int)SA_RESETHAND; // a second Ctrl-C ends the program at once
+        sigaction(SIGINT, &action, nullptr);
+        sigaction(SIGTERM, &action, nullptr);
+        if (!train(r)) printf("stopped by a signal; --train.resume 1 goes on\n");
     } else {
         checkpoint_save(&r->m, s, &r->p);
     }
     checkpoint_path(path, s->out, "model", r->p.step, "");
     printf("checkpoint %s\n", path);
-    if (!trains || !r->data.text || r->p.step < r->n_steps) { return 0; }
+    if (!trains || !r->data.text || r->p.step < r->n_steps) return 0;
 
-    if (s->sample_every >= 0) { print_sample(r, r->p.step); }
+    if (s->sample_every >= 0) print_sample(r, r->p.step);
     if (r->val_loss > 0) {
         printf("validation loss: %.4f nats per byte; what an order-2 byte count gets on the same text: %.4f\n",
                r->val_loss, order2_loss(&r->data.train, &r->data.valid));
@@ -5957,6 +6006,430 @@ int main(int argc, char **argv) {
     return 0;
 }
 #endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 11. Config files: the demo's preset, the named configs, -h, JSON and YAML, the command line
+
+// What is in force where no data_file is given: the demo, a byte-level model of the project's own source text, or
+// minipile where data/minipile.bin lies. Flags override both.
+typedef struct Preset {
+    const char *key, *value;
+} Preset;
+static const Preset demo_preset[] = {
+    {"model.n_layer", "6"},       {"model.n_embd", "64"},
+    {"model.ctx_len", "128"},     {"model.vocab_size", "320"},
+    {"train.micro_bsz", "4"},     {"train.lr_init", "4e-3"},
+    {"train.lr_final", "4e-5"},   {"train.lr_decay_type", "linear"},
+    {"train.warmup_steps", "40"}, {"train.my_exit_tokens", "563200"},
+    {"train.data_type", "utf-8"}, {"train.save_every", "550"},
+    {"train.val_every", "1100"},
+};
+static const int n_demo_preset = sizeof(demo_preset) / sizeof(demo_preset[0]);
+static void settings_preset(Settings *s) {
+    if (access("data/minipile.bin", R_OK) == 0) {
+        setting_set(s, setting_find("train.data_file"), "data/minipile");
+        if (access("data/minipile_validation.bin", R_OK) == 0)
+            setting_set(s, setting_find("train.validation_data_file"), "data/minipile_validation");
+        return;
+    }
+    for (int i = 0; i < n_demo_preset; i++) setting_set(s, setting_find(demo_preset[i].key), demo_preset[i].value);
+}
+
+// Built-in configs: models, then trainings, under the names of the reference's files.
+const struct {
+    const char *name, *yaml;
+} built_in_configs[] = {
+    {"goldfinch", "model:\n  tmix: x060c2\n  tmix2: gold\n  inv_other_layer_ratio: 3\n"},
+    {"goldfinch_ablation_gold_invratio_2", "model:\n  tmix: x060c2\n  tmix2: gold\n  inv_other_layer_ratio: 2\n"},
+    {"goldfinch_ablation_gold_invratio_6", "model:\n  tmix: x060c2\n  tmix2: gold\n  inv_other_layer_ratio: 6\n"},
+    {"goldfinch_ablation_gptalpha", "model:\n  tmix: x060c2\n  tmix2: gptalpha\n  inv_other_layer_ratio: 3\n"},
+    {"goldfinch_ablation_rope10k",
+     "model:\n  tmix: x060c2\n  tmix2: gold\n  inv_other_layer_ratio: 3\n  rope:\n    base: 10000\n"},
+    {"goldfinch_upgrade", "model:\n  tmix: x060\n  tmix2: gold\n  inv_other_layer_ratio: 6\n"
+                          "train:\n  load_partial: 1\n  lr_final: 1e-5\n"},
+    {"finch", "model:\n  tmix: x060\n"},
+    {"finchc2", "model:\n  tmix: x060c2\n"},
+    {"finchc2_ablation_no_one_minus_w", "model:\n  tmix: x060c2\n  use_one_minus_w: 0\n"},
+    {"finchc2_ablation_no_v2", "model:\n  tmix: x060c2\n  use_v2: 0\n"},
+    {"gptalpha", "model:\n  tmix: gptalpha\n  rope:\n    base: 10000\n"},
+    {"llama", "model:\n  tmix: llama\n  cmix: llama\n  rope:\n    base: 10000\n"},
+#define MINIPILE(layers, width, context, first, last, micro, accumulate) \
+    "model:\n  n_layer: " #layers "\n  n_embd: " #width "\n  ctx_len: " #context "\n  vocab_size: 65536\n" \
+    "train:\n  data_type: binidx\n  data_file: data/minipile\n  validation_data_file: data/minipile_validation\n" \
+    "  val_check_interval: 100\n  my_exit_tokens: 1498226207\n  lr_init: " #first "\n  lr_final: " #last "\n" \
+    "  warmup_steps: 10\n  beta1: 0.9\n  beta2: 0.99\n  adam_eps: 1e-8\n  weight_decay: 0.001\n" \
+    "  micro_bsz: " #micro "\n  accumulate_grad_batches: " #accumulate "\n  grad_cp: 1\n  proj_dir: out\n"
+    {"L6D768minipile", MINIPILE(6, 768, 512, 6e-4, 2e-4, 64, 1)},
+    {"L12D768ctx1024minipile", MINIPILE(12, 768, 1024, 6e-4, 2e-4, 32, 1)},
+    {"L24D2048ctx2048minipile", MINIPILE(24, 2048, 2048, 3e-4, 1e-4, 8, 4)},
+    {"L24D2048ctx4096minipile", MINIPILE(24, 2048, 4096, 3e-4, 1e-4, 4, 8)},
+#undef MINIPILE
+};
+
+static void settings_help(void) {
+    printf("usage: %s [-c CONFIG] .. [--model.KEY VALUE | --train.KEY VALUE] .. [--print-config]\n\n"
+           "A config is a file (YAML or JSON, in the layout of the reference) or a built-in one, later ones win:\n",
+           program_name);
+    int column = 0;
+    for (const auto &known : built_in_configs) {
+        if (column + strlen(known.name) > 108) {
+            column = 0;
+            printf("\n");
+        }
+        column += printf("  %s", known.name);
+    }
+    printf("\n--print-config prints what they and the flags add up to, as a config. To start with:\n"
+           "  %s -c goldfinch -c L12D768ctx1024minipile --train.max_steps 10\n\n"
+           "Without a data_file: trains on data/minipile if data/minipile.bin is there, else the demo, a\n"
+           "small byte-level model of the project's own source text (its values: demo).\n",
+           program_name);
+    for (int i = 0; i < n_settings; i++) {
+        const Setting *row = &settings_table[i];
+        if (i == 0 || strcmp(row->part, row[-1].part) != 0) printf("\n%s\n", row->part);
+        PATH key, value;
+        setting_key(row, key);
+        int n = snprintf(value, sizeof(value), "%s", row->initial[0] ? row->initial : "\"\"");
+        for (int j = 0; j < n_demo_preset; j++) {
+            if (strcmp(demo_preset[j].key, key) != 0) continue;
+            snprintf(value + n, sizeof(value) - n, " (demo %s)", demo_preset[j].value);
+        }
+        printf("  --%-33s %-18s %s\n", key, value, row->help);
+    }
+}
+
+// ---------------------------------------- JSON, for config files and the headers of safetensors
+
+[[noreturn]] static void json_fail(const Json *j, const char *expected) {
+    char found[8] = "the end";
+    if (*j->at) snprintf(found, sizeof(found), "'%c'", isprint((unsigned char)*j->at) ? *j->at : '?');
+    die(2, "%s: %sbyte %ld: expected %s, found %s", j->path, j->part, (j->at - j->start), expected, found);
+}
+
+static char json_peek(Json *j) {
+    while (*j->at == ' ' || *j->at == '\n' || *j->at == '\t' || *j->at == '\r') j->at++;
+    return *j->at;
+}
+
+static void json_expect(Json *j, char c) {
+    char expected[4] = {'\'', c, '\'', '\0'};
+    if (json_peek(j) != c) json_fail(j, expected);
+    j->at++;
+}
+
+// After an item: true if a comma announces another one, false if the list or object is closed.
+static bool json_more(Json *j, char close) {
+    if (json_peek(j) == ',') {
+        j->at++;
+        return true;
+    }
+    json_expect(j, close);
+    return false;
+}
+
+static int64_t json_integer(Json *j) {
+    if (!isdigit((unsigned char)json_peek(j))) json_fail(j, "a number");
+    char *end;
+    errno = 0;
+    int64_t value = strtoll(j->at, &end, 10);
+    if (errno || strchr(".eE", *end)) json_fail(j, "a whole number below 2^63");
+    j->at = end;
+    return value;
+}
+
+char *json_string(Json *j) { // unescaped in place
+    json_expect(j, '"');
+    char *text = j->at, *out = text;
+    while (*j->at != '"') {
+        unsigned char c = (unsigned char)*j->at;
+        if (c < ' ') json_fail(j, "the end of a text");
+        j->at++;
+        if (c != '\\') {
+            *out++ = (char)c;
+            continue;
+        }
+        const char *escapes = "\"\"\\\\//b\bf\fn\nr\rt\t", *e = escapes;
+        while (*e && *e != *j->at) e += 2;
+        if (*e && *j->at) {
+            *out++ = e[1];
+            j->at++;
+            continue;
+        }
+        unsigned code;
+        if (sscanf(j->at, "u%4x", &code) != 1 || strspn(j->at + 1, "0123456789abcdefABCDEF") < 4 || code == 0)
+            json_fail(j, "an escape");
+        if (code >= 0x800) {
+            *out++ = (char)(0xE0 | code >> 12);
+            *out++ = (char)(0x80 | (code >> 6 & 0x3F));
+        } else if (code >= 0x80) {
+            *out++ = (char)(0xC0 | code >> 6);
+        }
+        *out++ = (char)(code < 0x80 ? code : 0x80 | (code & 0x3F));
+        j->at += 5;
+    }
+    j->at++;
+    *out = '\0';
+    return text;
+}
+
+// ---------------------------------------- config files, in the reference's layout
+
+// Keys of the reference that have no meaning here; they are accepted and reported.
+static const char *unused_keys[] = {
+    "train.wandb",     "train.strategy",    "train.epoch_begin",       "train.epoch_save",
+    "train.devices",   "train.num_nodes",   "train.ds_bucket_mb",      "train.accelerator",
+    "train.precision", "train.magic_prime", "train.log_every_n_steps", "train.check_val_every_n_epoch",
+};
+
+typedef struct Config { // a file that is being read
+    Settings *s;
+    const char *path;
+    int line;
+    // the command line was read before; it says something of these
+    bool read_before, tmix, tmix2, rope, brope;
+    bool seen[sizeof(settings_table) / sizeof(settings_table[0])];
+} Config;
+
+[[noreturn]] static void config_fail(const Config *c, const char *key, const char *expected, const char *found) {
+    die(2, "%s: line %d: %s%sexpected %s, found %s%s%s", c->path, c->line, key, *key ? ": " : "", expected,
+        *found ? "\"" : "", *found ? found : "nothing", *found ? "\"" : "");
+}
+
+// A value of the file; key with its path, "model.rope.base". An empty value stands for null: the default.
+static void config_set(Config *c, const char *key, const char *value) {
+    const size_t n = strlen(key), type = strlen(".__type__");
+    if (!*value && strcmp(key, "model.rope") == 0) {
+        c->s->rope.base = 0;
+        return;
+    }
+    if (!*value && strcmp(key, "model.brope") == 0) {
+        c->s->brope.rescale = 0;
+        return;
+    }
+    c->rope = c->rope || strncmp(key, "model.rope.", 11) == 0;
+    c->brope = c->brope || strncmp(key, "model.brope.", 12) == 0;
+    if (n > type && strcmp(key + n - type, ".__type__") == 0) { // names one of the reference's classes
+        for (const char *section : {"model", "train", "model.rope", "model.brope"})
+            if (strlen(section) == n - type && strncmp(key, section, n - type) == 0) return;
+    }
+    if (strcmp(key, "train.val_check_interval") == 0) key = "train.val_every";
+    bool unused = strncmp(key, "runtime.", 8) == 0;
+    for (const char *name : unused_keys) unused = unused || strcmp(name, key) == 0;
+    if (unused) {
+        if (!c->read_before) fprintf(stderr, "%s: line %d: %s is not used here\n", c->path, c->line, key);
+        return;
+    }
+    const Setting *row = setting_find(key);
+    if (!row) config_fail(c, "", "a setting (-h lists them all)", key);
+    if (c->seen[row - settings_table]) config_fail(c, key, "once", "twice");
+    c->seen[row - settings_table] = true;
+    c->tmix = c->tmix || strcmp(key, "model.tmix") == 0;
+    c->tmix2 = c->tmix2 || strcmp(key, "model.tmix2") == 0;
+    const bool text = strcmp(row->kind, "WORD") == 0 || strcmp(row->kind, "PATH") == 0;
+    if (!*value && !text) return;
+    const char *expected = setting_set(c->s, row, value);
+    if (expected) config_fail(c, key, expected, value);
+}
+
+// A YAML scalar that begins at text, unquoted in place; what follows it may be a comment.
+static char *yaml_scalar(Config *c, const char *key, char *text) {
+    char *in = text, *out = text;
+    const char quote = *in == '"' || *in == '\'' ? *in : 0;
+    if (quote) {
+        for (in++;; in++) {
+            if (!*in) config_fail(c, key, "a closing quote", "");
+            if (*in == quote && quote == '\'' && in[1] == '\'') {
+                in++;
+            } else if (*in == quote) {
+                break;
+            } else if (*in == '\\' && quote == '"') {
+                in++;
+                if (!strchr("\"\\/", *in) || !*in) config_fail(c, key, "the escape \\\" or \\\\", "another one");
+            }
+            *out++ = *in;
+        }
+        in++;
+        while (*in == ' ') in++;
+        if (*in && *in != '#') config_fail(c, key, "the end of the line", in);
+        *out = '\0';
+        return text;
+    }
+    if (*in && strchr("|>&*!%@`[]{},-?", *in) && !(*in == '-' && (isdigit((unsigned char)in[1]) || in[1] == '.'))) {
+        if (strcmp(in, "{}") != 0) config_fail(c, key, "a plain or quoted value", in);
+        *in = '\0';
+    }
+    for (; *in && !(*in == '#' && (in == text || in[-1] == ' ')); in++) *out++ = *in;
+    while (out > text && out[-1] == ' ') out--;
+    *out = '\0';
+    if (strcmp(text, "null") == 0 || strcmp(text, "~") == 0) *text = '\0';
+    if (strcmp(text, "true") == 0) strcpy(text, "1");
+    if (strcmp(text, "false") == 0) strcpy(text, "0");
+    return text;
+}
+
+// The YAML that these configs need: nested maps by indentation, scalars, comments.
+static void config_yaml(Config *c, char *text) {
+    // open maps: where they stand, how long their path is
+    struct {
+        int indent;
+        size_t length;
+    } level[8] = {};
+    int depth = 0;
+    bool opened = true; // the last line opened a map, or may have
+    PATH path = "";
+    for (char *line = text, *next; line; line = next) {
+        next = strchr(line, '\n');
+        if (next) *next++ = '\0';
+        c->line++;
+        int indent = 0, end = (int)strlen(line);
+        while (end > 0 && strchr(" \r\t", line[end - 1])) line[--end] = '\0';
+        while (line[indent] == ' ') indent++;
+        char *key = line + indent;
+        if (!*key || *key == '#' || strcmp(line, "---") == 0) continue;
+        if (strchr(line, '\t')) config_fail(c, "", "spaces", "a tab");
+        if (indent > level[depth].indent) {
+            if (!opened) config_fail(c, "", "the indentation of the line above", key);
+            if (depth == 7) config_fail(c, "", "at most 7 levels", key);
+            level[++depth] = {indent, strlen(path)};
+        }
+        while (indent < level[depth].indent) depth--;
+        if (indent != level[depth].indent || (depth == 0 && indent != 0))
+            config_fail(c, "", "the indentation of a map above", key);
+        char *colon = key;
+        while (isalnum((unsigned char)*colon) || *colon == '_') colon++;
+        if (colon == key || *colon != ':' || (colon[1] && colon[1] != ' ')) config_fail(c, "", "\"key: value\"", key);
+        *colon++ = '\0';
+        while (*colon == ' ') colon++;
+        path[level[depth].length] = '\0';
+        size_t n = strlen(path);
+        const int room = (int)(sizeof(path) - n);
+        if (snprintf(path + n, room, "%s%s", n ? "." : "", key) >= room) config_fail(c, "", "a shorter key", key);
+        opened = !*colon || *colon == '#';
+        if (!opened) config_set(c, path, yaml_scalar(c, path, colon));
+    }
+}
+
+static void config_json(Config *c, Json *j, PATH path) { // a map; path: where it stands
+    const size_t n = strlen(path);
+    json_expect(j, '{');
+    if (json_peek(j) == '}') {
+        j->at++;
+        return;
+    }
+    do {
+        const char *key = json_string(j);
+        json_expect(j, ':');
+        if (snprintf(path + n, sizeof(PATH) - n, "%s%s", n ? "." : "", key) >= (int)(sizeof(PATH) - n))
+            json_fail(j, "a shorter key");
+        c->line = 1;
+        for (const char *at = j->start; at < j->at; at++) c->line += *at == '\n';
+        const char kind = json_peek(j);
+        if (kind == '{') {
+            config_json(c, j, path);
+            continue;
+        }
+        PATH value = "";
+        if (kind == '"') {
+            snprintf(value, sizeof(value), "%s", json_string(j));
+        } else {
+            const size_t length = strspn(j->at, "+-.0123456789eEaflnrstu");
+            if (length == 0 || length >= sizeof(value)) json_fail(j, "a value");
+            memcpy(value, j->at, length);
+            j->at += length;
+            if (strcmp(value, "null") == 0) value[0] = '\0';
+            else if (strcmp(value, "true") == 0) strcpy(value, "1");
+            else if (strcmp(value, "false") == 0) strcpy(value, "0");
+        }
+        config_set(c, path, value);
+    } while (path[n] = '\0', json_more(j, '}'));
+    path[n] = '\0';
+}
+
+// A built-in config, or a file in YAML or JSON, on top of what s holds.
+static void config_read(Settings *s, const char *name, bool read_before) {
+    Config config = {s, name, 0, read_before, false, false, false, false, {}}, *c = &config;
+    char *text = nullptr;
+    for (const auto &known : built_in_configs)
+        if (strcmp(known.name, name) == 0) text = strdup(known.yaml);
+    if (!text) {
+        FILE *file = fopen(name, "rb");
+        if (!file) die(2, "-c %s: no built-in config, and no file: %s", name, strerror(errno));
+        size_t room = 1 << 20, n;
+        text = (char *)malloc(room + 1);
+        n = fread(text, 1, room, file);
+        text[n] = '\0';
+        const bool whole = !ferror(file) && feof(file);
+        fclose(file);
+        if (!whole) die(2, "%s: expected a file of less than 1 MiB", name);
+        if (strlen(text) != n) die(2, "%s: expected text, found a zero byte", name);
+    }
+    if (text[strspn(text, " \t\r\n")] == '{') {
+        Json json = {text, text, name, ""};
+        PATH path = "";
+        config_json(c, &json, path);
+        if (json_peek(&json) != '\0') json_fail(&json, "the end");
+    } else {
+        config_yaml(c, text);
+    }
+    // the reference's default: one mixer everywhere
+    if (c->tmix && !c->tmix2) memset(s->tmix2, 0, sizeof(s->tmix2));
+    auto seen = [&](const char *key) { return c->seen[setting_find(key) - settings_table]; };
+    if (c->rope && s->rope.base == 0 && !seen("model.rope.base")) { s->rope.base = 10000; } // a section's defaults
+    if (c->brope && s->brope.rescale == 0 && !seen("model.brope.rescale")) s->brope.rescale = 1;
+    free(text);
+}
+
+// All settings in a form that -c reads back.
+static void settings_print_config(const Settings *s) {
+    PATH section = "", group = "";
+    for (int i = 0; i < n_settings; i++) {
+        const Setting *row = &settings_table[i];
+        PATH key, value;
+        setting_key(row, key);
+        setting_get(s, row, value);
+        char *name = strchr(key, '.') + 1, *dot = strchr(name, '.');
+        name[-1] = '\0';
+        if (strcmp(key, section) != 0) printf("%s:\n", key);
+        snprintf(section, sizeof(section), "%s", key);
+        if (dot) {
+            *dot = '\0';
+            if (strcmp(name, group) != 0) printf("  %s:\n", name);
+            snprintf(group, sizeof(group), "%s", name);
+            name = dot + 1;
+        }
+        const bool text = strcmp(row->kind, "WORD") == 0 || strcmp(row->kind, "PATH") == 0;
+        printf("  %s%s: ", dot ? "  " : "", name);
+        if (text) putchar('"');
+        for (const char *t = value; *t; t++) printf(text && (*t == '"' || *t == '\\') ? "\\%c" : "%c", *t);
+        printf(text ? "\"\n" : "\n");
+    }
+}
+
+// A command line without the program's name, on top of what s holds: first its configs in their order, then its flags.
+static void settings_parse(Settings *s, int argc, const char **argv) {
+    static bool read_before = false;
+    for (int pass = 0; pass < 2; pass++) {
+        for (int i = 0; i < argc; i += 2) {
+            if (strcmp(argv[i], "-h") == 0 || strcmp(argv[i], "--help") == 0) {
+                settings_help();
+                exit(0);
+            }
+            if (strcmp(argv[i], "--print-config") == 0) {
+                print_config = true;
+                i--;
+                continue;
+            }
+            const bool config = strcmp(argv[i], "-c") == 0;
+            const Setting *row = strncmp(argv[i], "--", 2) == 0 ? setting_find(argv[i] + 2) : nullptr;
+            if (!row && !config) die(2, "unknown setting \"%s\" (-h lists them all)", argv[i]);
+            if (i + 1 == argc) die(2, "%s: a value is missing", argv[i]);
+            if (config && pass == 0) config_read(s, argv[i + 1], read_before);
+            if (config || pass == 0) continue;
+            const char *expected = setting_set(s, row, argv[i + 1]);
+            if (expected) die(2, "%s: expected %s, found \"%s\"", argv[i], expected, argv[i + 1]);
+        }
+    }
+    read_before = true;
+}
 
 #ifdef GOLDFINCH_TEST
 // The interface of test_goldfinch.c to this file's data and schedules.
@@ -5972,7 +6445,7 @@ double gf_learning_rate(int argc, const char **argv, int64_t step) {
 
 void gf_sampler(int64_t n_tokens, int64_t ctx_len, int64_t *prime, int n, int64_t *offsets) {
     *prime = magic_prime(n_tokens, ctx_len);
-    for (int i = 0; i < n; i++) { offsets[i] = sample_start(*prime, ctx_len, i + 1); }
+    for (int i = 0; i < n; i++) offsets[i] = sample_start(*prime, ctx_len, i + 1);
 }
 
 int64_t gf_binidx(const char *prefix, int64_t *n_docs, int32_t *tokens, int64_t max) {
@@ -5984,7 +6457,6 @@ int64_t gf_binidx(const char *prefix, int64_t *n_docs, int32_t *tokens, int64_t 
     munmap((void *)d.bytes, (size_t)(d.n_tokens * dataset_token_size[d.code]));
     return d.n_tokens;
 }
-
 }
 #endif
 
@@ -5996,13 +6468,15 @@ int64_t gf_binidx(const char *prefix, int64_t *n_docs, int32_t *tokens, int64_t 
 static void model_free(Model *m) {
     CUDA_CHECK(cudaStreamSynchronize(stream));
     if (PRECISION_BF16) cudaFree(m->params);
-    for (void *p : {(void *)m->master, (void *)m->grads, (void *)m->m, (void *)m->v, (void *)m->activations, (void *)m->pieces,
-                    (void *)m->tokens, (void *)m->squares, (void *)m->totals, (void *)m->state}) cudaFree(p);
+    for (void *p : {(void *)m->master, (void *)m->grads, (void *)m->m, (void *)m->v, (void *)m->activations,
+                    (void *)m->pieces, (void *)m->tokens, (void *)m->squares, (void *)m->totals, (void *)m->state})
+        cudaFree(p);
     for (int i = 0; i < 4; i++) {
         cudaFreeHost(m->staged[i]);
         cudaEventDestroy(m->staged_done[i]);
     }
-    for (int i = 0; i < 3 && m->results; i++) cudaEventDestroy(m->result_done[i]);             // null where only inference was asked for
+    // null where only inference was asked for
+    for (int i = 0; i < 3 && m->results; i++) cudaEventDestroy(m->result_done[i]);
     cudaFreeHost(m->results);
     model_free_plan(m);
 }
@@ -6026,7 +6500,7 @@ Model *gf_create(int argc, const char **argv, int B, int T) {
     settings_default(&s);
     settings_parse(&s, argc, argv);
     settings_check(&s);
-    Model *m = (Model *)malloc(sizeof *m);
+    Model *m = (Model *)malloc(sizeof(*m));
     model_plan(m, &s, B, T);
     model_allocate(m);
     return m;
@@ -6051,39 +6525,44 @@ void gf_tensor_group(Model *m, int i, double *lr_scale, double *weight_decay) {
 }
 
 void gf_set_param(Model *m, int i, const float *values) {
-    CUDA_CHECK(cudaMemcpy(m->master + m->tensors[i].offset, values, m->tensors[i].size * sizeof(float), cudaMemcpyHostToDevice));
+    CUDA_CHECK(cudaMemcpy(m->master + m->tensors[i].offset, values, m->tensors[i].size * sizeof(float),
+                          cudaMemcpyHostToDevice));
     model_params_changed(m);
 }
 
 void gf_get_param(Model *m, int i, float *values) {
     CUDA_CHECK(cudaStreamSynchronize(stream));
-    CUDA_CHECK(cudaMemcpy(values, m->master + m->tensors[i].offset, m->tensors[i].size * sizeof(float), cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaMemcpy(values, m->master + m->tensors[i].offset, m->tensors[i].size * sizeof(float),
+                          cudaMemcpyDeviceToHost));
 }
 
 void gf_get_grad(Model *m, int i, float *values) {
     CUDA_CHECK(cudaStreamSynchronize(stream));
-    CUDA_CHECK(cudaMemcpy(values, m->grads + m->tensors[i].offset, m->tensors[i].size * sizeof(float), cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaMemcpy(values, m->grads + m->tensors[i].offset, m->tensors[i].size * sizeof(float),
+                          cudaMemcpyDeviceToHost));
 }
 
 void gf_init_weights(Model *m, uint64_t seed) { model_init_weights(m, seed); }
 void gf_zero_grad(Model *m) { model_step_begin(m); }
 
 double gf_loss_backward(Model *m, const int *tokens, const int *targets, int B, int T, int accumulate) {
-    int *both = (int *)malloc((size_t)B * (T + 1) * sizeof(int));                   // the model takes T + 1 tokens in a row;
+    // the model takes T + 1 tokens in a row;
+    int *both = (int *)malloc((size_t)B * (T + 1) * sizeof(int));
     double before[2], after[2];
     CUDA_CHECK(cudaStreamSynchronize(stream));
-    CUDA_CHECK(cudaMemcpy(before, m->totals, sizeof before, cudaMemcpyDeviceToHost));
-    for (int b = 0; b < B; b++) {                                                   // targets are the inputs one later
+    CUDA_CHECK(cudaMemcpy(before, m->totals, sizeof(before), cudaMemcpyDeviceToHost));
+    for (int b = 0; b < B; b++) { // targets are the inputs one later
         for (int t = 0; t < T; t++) {
             both[b * (T + 1) + t] = tokens[b * T + t];
-            if (t + 1 < T && tokens[b * T + t + 1] != targets[b * T + t]) die(1, "gf_loss_backward: targets are not the next tokens");
+            if (t + 1 < T && tokens[b * T + t + 1] != targets[b * T + t])
+                die(1, "gf_loss_backward: targets are not the next tokens");
         }
         both[b * (T + 1) + T] = targets[b * T + T - 1];
     }
     model_micro_step(m, both, B, T, accumulate);
     CUDA_CHECK(cudaStreamSynchronize(stream));
     CUDA_CHECK(cudaGetLastError());
-    CUDA_CHECK(cudaMemcpy(after, m->totals, sizeof after, cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaMemcpy(after, m->totals, sizeof(after), cudaMemcpyDeviceToHost));
     free(both);
     return (after[0] - before[0]) / ((double)B * T);
 }
@@ -6111,18 +6590,19 @@ void gf_rope(int argc, const char **argv, int64_t first, int rows, int A, float 
     free(host);
 }
 
-void gf_wkv(int B, int T, int H, const float *r, const float *k, const float *v, const float *w, const float *u, int one_minus_w,
-            float *y, const float *dy, float *dr, float *dk, float *dv, float *dw, float *du) {
+void gf_wkv(int B, int T, int H, const float *r, const float *k, const float *v, const float *w, const float *u,
+            int one_minus_w, float *y, const float *dy, float *dr, float *dk, float *dv, float *dw, float *du) {
     machine_start();
     const int64_t A = H * N, n = (int64_t)B * T * A;
     const float *inputs[6] = {r, k, v, w, dy, u};
     float *outputs[5] = {y, dr, dk, dv, dw};
-    floatX *device[11];                     // r k v w dy u, y dr dk dv dw
+    floatX *device[11]; // r k v w dy u, y dr dk dv dw
     floatX *host = (floatX *)malloc(n * sizeof(floatX));
     for (int i = 0; i < 11; i++) {
         const int64_t count = i == 5 ? A : n;
         device_alloc((void **)&device[i], n * sizeof(floatX));
-        if (i >= 6) CUDA_CHECK(cudaMemset(device[i], 0xff, n * sizeof(floatX)));    // NaN: every element must be written
+        // NaN: every element must be written
+        if (i >= 6) CUDA_CHECK(cudaMemset(device[i], 0xff, n * sizeof(floatX)));
         if (i >= 6 || !inputs[i]) continue;
         for (int64_t j = 0; j < count; j++) host[j] = (floatX)inputs[i][j];
         CUDA_CHECK(cudaMemcpy(device[i], host, count * sizeof(floatX), cudaMemcpyHostToDevice));
@@ -6130,8 +6610,8 @@ void gf_wkv(int B, int T, int H, const float *r, const float *k, const float *v,
     float *states, *sums;
     device_alloc((void **)&states, B * H * ceil_div(T, CHUNK) * N * N * sizeof(float));
     device_alloc((void **)&sums, 2 * B * A * sizeof(float));
-    const Wkv p = {device[0], device[1], device[2], device[3], nullptr, u ? device[5] : nullptr, nullptr, one_minus_w != 0,
-                   states, nullptr, T, H};
+    const Wkv p = {device[0], device[1],        device[2], device[3], nullptr, u ? device[5] : nullptr,
+                   nullptr,   one_minus_w != 0, states,    nullptr,   T,       H};
     wkv_forward(device[6], p, B);
     wkv_backward({device[4], device[7], device[8], device[9], device[10], sums, sums + B * A}, p, B);
     for (int i = 0; i < 5; i++) copy_to_host(outputs[i], device[6 + i], n);
@@ -6148,6 +6628,5 @@ void gf_wkv(int B, int T, int H, const float *r, const float *k, const float *v,
     free(host);
     free(du_of);
 }
-
 }
 #endif

@@ -1,14 +1,17 @@
 // AdamW:    m = beta1 m + (1 - beta1) g,   v = beta2 v + (1 - beta2) g^2,
-//           p -= lr (m / correction1 / (sqrt(v / correction2) + eps) + weight_decay p)            correction: 1 - beta^step
+//           p -= lr (m / correction1 / (sqrt(v / correction2) + eps) + weight_decay p)
+//               correction: 1 - beta^step
 //
-// Floor: bytes. Master weight, m and v are read and written, the gradient is read: 28 bytes a parameter, and 2 more for the
-// bf16 copy that the model computes with. No number is used twice, so all that counts is that loads are wide and many.
+// Floor: bytes. Master weight, m and v are read and written, the gradient is read: 28 bytes a parameter, and 2 more for
+// the bf16 copy that the model computes with. No number is used twice, so all that counts is that loads are wide and
+// many.
 //
 // Parameters are cut into pieces that lie in one tensor each, a block a piece, so that a block has one learning rate.
 //
 //     1 a thread an element: every load and store moves 4 bytes
 //     2 a thread 8 elements: 16 bytes at a time, seven loads under way before the first is used
-//     3 in use: 2, and one factor on all gradients that the norm's kernel left on the device (clip), for no host waits on it
+//     3 in use: 2, and one factor on all gradients that the norm's kernel left on the device (clip), for no host waits
+//     on it
 //
 //     make -C dev adamw && dev/adamw [VERSION [PARAMETERS]]
 
@@ -23,10 +26,10 @@ static int64_t n;
 static int n_pieces;
 static Array<floatX> params;
 static Array<float> master, first, second, grads;
-static Array<char> piece_bytes, state_bytes;                            // arrays of one Piece each, one UpdateState
+static Array<char> piece_bytes, state_bytes; // arrays of one Piece each, one UpdateState
 
-__global__ void adamw_1(floatX *params, float *master, float *m, float *v, const float *grads, const Piece *pieces, float clip,
-                        AdamW a) {
+__global__ void adamw_1(floatX *params, float *master, float *m, float *v, const float *grads, const Piece *pieces,
+                        float clip, AdamW a) {
     const Piece piece = pieces[blockIdx.x];
     const float lr = a.lr * piece.lr_scale, decay = a.weight_decay * piece.decay;
     for (int64_t i = piece.offset + threadIdx.x; i < piece.offset + piece.count; i += blockDim.x) {
@@ -38,8 +41,8 @@ __global__ void adamw_1(floatX *params, float *master, float *m, float *v, const
     }
 }
 
-__global__ void adamw_2(floatX *params, float *master, float *m, float *v, const float *grads, const Piece *pieces, float clip,
-                        AdamW a) {
+__global__ void adamw_2(floatX *params, float *master, float *m, float *v, const float *grads, const Piece *pieces,
+                        float clip, AdamW a) {
     const Piece piece = pieces[blockIdx.x];
     const float lr = a.lr * piece.lr_scale, decay = a.weight_decay * piece.decay;
     for (int64_t i = piece.offset + threadIdx.x * 8; i < piece.offset + piece.count; i += blockDim.x * 8) {
@@ -65,8 +68,10 @@ static void adamw_in_use(const Piece *pieces) {
 static void run(int version) {
     const Piece *pieces = (const Piece *)piece_bytes.p;
     floatX *p = params.p;
-    if (version == 1) adamw_1<<<n_pieces, 256, 0, stream>>>(p, master.p, first.p, second.p, grads.p, pieces, CLIP, HYPER);
-    if (version == 2) adamw_2<<<n_pieces, 256, 0, stream>>>(p, master.p, first.p, second.p, grads.p, pieces, CLIP, HYPER);
+    if (version == 1)
+        adamw_1<<<n_pieces, 256, 0, stream>>>(p, master.p, first.p, second.p, grads.p, pieces, CLIP, HYPER);
+    if (version == 2)
+        adamw_2<<<n_pieces, 256, 0, stream>>>(p, master.p, first.p, second.p, grads.p, pieces, CLIP, HYPER);
     if (version == 3) adamw_in_use(pieces);
 }
 
@@ -74,13 +79,15 @@ static void setup(const int *shape) {
     n = shape[0];
     n_pieces = (int)ceil_div(n, PIECE);
     std::vector<Piece> pieces;
-    for (int64_t at = 0; at < n; at += PIECE) {                         // every third one decays, every second one learns faster
+    // every third one decays, every second one learns faster
+    for (int64_t at = 0; at < n; at += PIECE) {
         const int64_t i = at / PIECE;
         pieces.push_back({at, (int)std::min<int64_t>(PIECE, n - at), i % 2 ? 2.f : 1.f, i % 3 ? 0.f : 1.f});
     }
     const UpdateState state = {0, 0, CLIP, 0};
-    piece_bytes.fill(n_pieces * sizeof(Piece), [&](int64_t i) { return ((const char *)pieces.data())[i]; });
-    state_bytes.fill(sizeof state, [&](int64_t i) { return ((const char *)&state)[i]; });
+    piece_bytes.fill(
+        n_pieces * sizeof(Piece), [&](int64_t i) { return ((const char *)pieces.data())[i]; });
+    state_bytes.fill(sizeof(state), [&](int64_t i) { return ((const char *)&state)[i]; });
     grads.random(n);
     first.random(n, 0.1);
     second.fill(n, [](int64_t i) { return (float)lab_uniform(1, i); });
@@ -105,6 +112,13 @@ static void setup(const int *shape) {
 static Cost cost(const int *shape) { return {(28. + (PRECISION_BF16 ? 2 : 0)) * shape[0], 16. * shape[0]}; }
 
 int main(int argc, char **argv) {
-    return lab_main({{"adamw", {{"PARAMETERS", 8}}, {"a thread an element", "a thread 8 elements", "in use"},
-                      {{8}, {4104}, {100000}}, {{124000000}}, setup, run, cost}}, argc, argv);
+    return lab_main({{"adamw",
+                      {{"PARAMETERS", 8}},
+                      {"a thread an element", "a thread 8 elements", "in use"},
+                      {{8}, {4104}, {100000}},
+                      {{124000000}},
+                      setup,
+                      run,
+                      cost}},
+                    argc, argv);
 }

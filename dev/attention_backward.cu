@@ -1,19 +1,24 @@
-// Causal attention, backward. With p as in attention_forward.cu, dp_ts = dy_t . v_s, delta_t = sum_s p_ts dp_ts = dy_t . y_t:
+// Causal attention, backward. With p as in attention_forward.cu, dp_ts = dy_t . v_s, delta_t = sum_s p_ts dp_ts = dy_t
+// . y_t:
 //
-//   ds_ts = p_ts (dp_ts - delta_t), dq_t = sum_{s<=t} ds_ts k_s / 8, dk_s = sum_{t>=s} ds_ts q_t / 8, dv_s = sum_{t>=s} p_ts dy_t
+//   ds_ts = p_ts (dp_ts - delta_t), dq_t = sum_{s<=t} ds_ts k_s / 8, dk_s = sum_{t>=s} ds_ts q_t / 8, dv_s = sum_{t>=s}
+//   p_ts dy_t
 //
 // q, k, v, y and their gradients (B, T, H, 64); l, delta (B, H, T), l in units of log 2 from the forward pass.
 //
-// Floor: flops. T^2 / 2 pairs a head, and for each five products of 64 multiplications: scores, dp, dq, dk, dv. dq sums over
-// keys, dk and dv over queries: one walk over all pairs makes five products, but then either dq or dk and dv must be added up
-// in memory, atomically, in another order each time. Two walks need no atomics and give the same bits in every run, for seven
-// products. That is what all versions here do.
+// Floor: flops. T^2 / 2 pairs a head, and for each five products of 64 multiplications: scores, dp, dq, dk, dv. dq sums
+// over keys, dk and dv over queries: one walk over all pairs makes five products, but then either dq or dk and dv must
+// be added up in memory, atomically, in another order each time. Two walks need no atomics and give the same bits in
+// every run, for seven products. That is what all versions here do.
 //
 // Versions:  1 a thread a query for dq, a thread a key for dk and dv; all comes from the cache
-//            2 a block of 64 queries (or keys) copies 64 of the others into shared memory, and all its threads read them there
-//            3 tensor cores: a warp takes 16 rows. Each fragment loaded from shared memory (256 bytes) feeds one product of
+//            2 a block of 64 queries (or keys) copies 64 of the others into shared memory, and all its threads read
+//            them there
+//            3 tensor cores: a warp takes 16 rows. Each fragment loaded from shared memory (256 bytes) feeds one
+//            product of
 //              16x8x16: shared memory (128 bytes a clock) is the bottleneck
-//            4 in use: a warp takes 32 rows, a fragment feeds two products; what a warp keeps stays in registers; squares above
+//            4 in use: a warp takes 32 rows, a fragment feeds two products; what a warp keeps stays in registers;
+//            squares above
 //              the diagonal are left out; the next tile is copied behind one barrier
 //
 //     make -C dev attention_backward && dev/attention_backward [VERSION [B H T]]
@@ -50,13 +55,17 @@ __device__ inline void write(floatX *to, const float (&x)[N], float scale) {
 }
 
 // p and ds of a pair; the pointers are at its rows
-struct Weights { float p, ds; };
-__device__ inline Weights weights(const floatX *q, const floatX *k, const floatX *v, const floatX *dy, float l, float delta) {
+struct Weights {
+    float p, ds;
+};
+__device__ inline Weights weights(const floatX *q, const floatX *k, const floatX *v, const floatX *dy, float l,
+                                  float delta) {
     const float p = exp2_fast(dot(q, k) * SCALE_LOG2 - l);
     return {p, p * (dot(dy, v) - delta)};
 }
 
-__global__ void attention_backward_q_1(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+__global__ void attention_backward_q_1(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T,
+                                       int H) {
     const int t = blockIdx.x * blockDim.x + threadIdx.x, h = blockIdx.y, b = blockIdx.z, A = H * N;
     if (t >= T) return;
     const int64_t head = (int64_t)b * T * A + h * N, row = ((int64_t)b * H + h) * T, at = head + (int64_t)t * A;
@@ -68,7 +77,8 @@ __global__ void attention_backward_q_1(AttentionGradients g, const floatX *q, co
     write(g.dq + at, dq, 0.125f);
 }
 
-__global__ void attention_backward_kv_1(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+__global__ void attention_backward_kv_1(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T,
+                                        int H) {
     const int s = blockIdx.x * blockDim.x + threadIdx.x, h = blockIdx.y, b = blockIdx.z, A = H * N;
     if (s >= T) return;
     const int64_t head = (int64_t)b * T * A + h * N, row = ((int64_t)b * H + h) * T, at = head + (int64_t)s * A;
@@ -87,14 +97,16 @@ __global__ void attention_backward_kv_1(AttentionGradients g, const floatX *q, c
 // 2: a tile of the others in shared memory
 
 // 64 rows of two arrays, those before T
-__device__ inline void copy_tiles(floatX (*to_a)[N], floatX (*to_b)[N], const floatX *a, const floatX *b, int t0, int T, int A) {
+__device__ inline void copy_tiles(floatX (*to_a)[N], floatX (*to_b)[N], const floatX *a, const floatX *b, int t0, int T,
+                                  int A) {
     for (int i = threadIdx.x * 8; i < 64 * N && t0 + i / N < T; i += 64 * 8) {
         store(&to_a[i / N][i % N], load(a + (int64_t)(t0 + i / N) * A + i % N));
         store(&to_b[i / N][i % N], load(b + (int64_t)(t0 + i / N) * A + i % N));
     }
 }
 
-__global__ void attention_backward_q_2(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+__global__ void attention_backward_q_2(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T,
+                                       int H) {
     __shared__ __align__(16) floatX keys[64][N];
     __shared__ __align__(16) floatX values[64][N];
     const int t = min((int)(blockIdx.x * 64 + threadIdx.x), T - 1), h = blockIdx.y, b = blockIdx.z, A = H * N;
@@ -108,10 +120,11 @@ __global__ void attention_backward_q_2(AttentionGradients g, const floatX *q, co
             add(dq, weights(q + at, keys[s], values[s], g.dy + at, l, delta).ds, keys[s]);
         __syncthreads();
     }
-    write(g.dq + at, dq, 0.125f);                           // threads past the end have made the last row again
+    write(g.dq + at, dq, 0.125f); // threads past the end have made the last row again
 }
 
-__global__ void attention_backward_kv_2(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+__global__ void attention_backward_kv_2(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T,
+                                        int H) {
     __shared__ __align__(16) floatX queries[64][N];
     __shared__ __align__(16) floatX dy[64][N];
     const int s = min((int)(blockIdx.x * 64 + threadIdx.x), T - 1), h = blockIdx.y, b = blockIdx.z, A = H * N;
@@ -160,7 +173,7 @@ __device__ inline void write_tiles(floatX *to, const TileC (&x)[8], float scale,
 }
 
 __global__ void __launch_bounds__(128)
-attention_backward_q_3(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+    attention_backward_q_3(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
     HeadRow *queries = dynamic_smem<HeadRow>(), *dy = queries + 64, *keys = queries + 128, *values = queries + 192;
     const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
     const int block = gridDim.x - 1 - blockIdx.x, t0 = block * 64 + 16 * warp;
@@ -192,7 +205,7 @@ attention_backward_q_3(AttentionGradients g, const floatX *q, const floatX *k, c
 }
 
 __global__ void __launch_bounds__(128)
-attention_backward_kv_3(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+    attention_backward_kv_3(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
     HeadRow *queries = dynamic_smem<HeadRow>(), *dy = queries + 64, *keys = queries + 128, *values = queries + 192;
     const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N, s0 = blockIdx.x * 64 + 16 * warp;
     const int64_t head = (int64_t)b * T * A + h * N, row = ((int64_t)b * H + h) * T;
@@ -205,7 +218,7 @@ attention_backward_kv_3(AttentionGradients g, const floatX *q, const floatX *k, 
         async_commit();
         async_wait<0>();
         __syncthreads();
-        for (int part = 0; part < 64; part += 32) {                             // transposed: rows are keys
+        for (int part = 0; part < 64; part += 32) { // transposed: rows are keys
             TileC p[4] = {}, ds[4] = {};
             product(p, keys + 16 * warp, queries + part);
             product(ds, values + 16 * warp, dy + part);
@@ -251,8 +264,9 @@ static void run(int version) {
     }
 }
 
-// What to expect in one head, whose rows are `A` apart from element `head` on. An error counts against the size of a sum's
-// terms, the root of their squares' sum: p and ds are rounded, each term moves by a part of itself, and the sum may be near 0.
+// What to expect in one head, whose rows are `A` apart from element `head` on. An error counts against the size of a
+// sum's terms, the root of their squares' sum: p and ds are rounded, each term moves by a part of itself, and the sum
+// may be near 0.
 static void expect_head(int64_t head) {
     const int64_t A = (int64_t)H * N;
     std::vector<double> dk_sum(T * N), dv_sum(T * N), dk_squares(T * N), dv_squares(T * N), p(T), dp(T);
@@ -269,7 +283,7 @@ static void expect_head(int64_t head) {
             top = fmax(top, p[s]);
         }
         for (int64_t s = 0; s <= t; s++) sum += p[s] = exp((p[s] - top) / sqrt(N));
-        for (int c = 0; c < N; c++) delta += dy[query + c] * y[query + c];      // y as rounded: it is an input
+        for (int c = 0; c < N; c++) delta += dy[query + c] * y[query + c]; // y as rounded: it is an input
         for (int64_t s = 0; s <= t; s++) {
             p[s] /= sum;
             const double ds = p[s] * (dp[s] - delta) / sqrt(N);
@@ -299,7 +313,8 @@ static void setup(const int *shape) {
     attention_forward(y.p, l.p, q.p, k.p, v.p, B, T, H);
     y.host.resize(n);
     CUDA_CHECK(cudaMemcpy(y.host.data(), y.p, n * sizeof(floatX), cudaMemcpyDeviceToHost));
-    const double tolerance = by_precision(3e-5, 1e-2);      // six times what rounding to bf16 is, as a root mean square: 0.166 %
+    // six times what rounding to bf16 is, as a root mean square: 0.166 %
+    const double tolerance = by_precision(3e-5, 1e-2);
     dq.output("dq", tolerance, n);
     dk.output("dk", tolerance, n);
     dv.output("dv", tolerance, n);
@@ -312,8 +327,14 @@ static Cost cost(const int *shape) {
 }
 
 int main(int argc, char **argv) {
-    return lab_main({{"attention_backward", {{"B", 1}, {"H", 1}, {"T", 1}},
-                      {"a thread a row", "tiles in shared memory", "tensor cores, 16 rows a warp", "in use: 32 rows a warp"},
-                      {{1, 2, 5}, {2, 1, 77}, {1, 1, 128}, {2, 2, 333}}, {{8, 32, 2048}, {32, 12, 1024}, {4, 32, 4096}},
-                      setup, run, cost}}, argc, argv);
+    return lab_main({{"attention_backward",
+                      {{"B", 1}, {"H", 1}, {"T", 1}},
+                      {"a thread a row", "tiles in shared memory", "tensor cores, 16 rows a warp",
+                       "in use: 32 rows a warp"},
+                      {{1, 2, 5}, {2, 1, 77}, {1, 1, 128}, {2, 2, 333}},
+                      {{8, 32, 2048}, {32, 12, 1024}, {4, 32, 4096}},
+                      setup,
+                      run,
+                      cost}},
+                    argc, argv);
 }

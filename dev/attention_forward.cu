@@ -1,19 +1,26 @@
-// Causal attention, forward:  y_t = sum_{s<=t} p_ts v_s, p_ts = exp(q_t . k_s / 8 - l_t), l_t = log sum_{s<=t} exp(q_t . k_s / 8)
+// Causal attention, forward:  y_t = sum_{s<=t} p_ts v_s, p_ts = exp(q_t . k_s / 8 - l_t), l_t = log sum_{s<=t} exp(q_t
+// . k_s / 8)
 //
 // q, k, v, y (B, T, H, 64); l (B, H, T), in units of log 2, is kept for the backward pass.
 //
-// Floor: flops. T^2 / 2 pairs a head, and for each 64 multiplications for its score and 64 for its value. Bytes are few (each
-// number once). What hides behind "flops": a pair also costs an exponential, of which an H100's SM makes 16 a clock beside
-// 4096 flops, that is 256 in the time of one; 256 is just what a pair has. So half of the work is not matrix products.
+// Floor: flops. T^2 / 2 pairs a head, and for each 64 multiplications for its score and 64 for its value. Bytes are few
+// (each number once). What hides behind "flops": a pair also costs an exponential, of which an H100's SM makes 16 a
+// clock beside 4096 flops, that is 256 in the time of one; 256 is just what a pair has. So half of the work is not
+// matrix products.
 //
-// Versions:  1 a thread a query, two passes over the keys: first the maximum and the sum, then the values. Two loads from the
+// Versions:  1 a thread a query, two passes over the keys: first the maximum and the sum, then the values. Two loads
+// from the
 //              cache for each multiplication and addition
-//            2 one pass: where a new maximum comes up, what was summed so far is multiplied by exp(old - new). No score is made
+//            2 one pass: where a new maximum comes up, what was summed so far is multiplied by exp(old - new). No score
+//            is made
 //              twice, and nothing of the size T is stored: this step makes all that follows possible
 //            3 a block of 64 queries copies 64 keys and values into shared memory, and all its threads read them there
-//            4 tensor cores: a warp takes 16 queries by 64 keys (FlashAttention-2). Each fragment of keys or values loaded from
-//              shared memory (256 bytes) feeds one product of 16x8x16: shared memory (128 bytes a clock) is the bottleneck
-//            5 in use: a warp takes 32 queries by 32 keys, so that a fragment feeds two products; squares above the diagonal are
+//            4 tensor cores: a warp takes 16 queries by 64 keys (FlashAttention-2). Each fragment of keys or values
+//            loaded from
+//              shared memory (256 bytes) feeds one product of 16x8x16: shared memory (128 bytes a clock) is the
+//              bottleneck
+//            5 in use: a warp takes 32 queries by 32 keys, so that a fragment feeds two products; squares above the
+//            diagonal are
 //              left out; copies are two tiles ahead behind one barrier; the maximum moves only when it must
 //
 //     make -C dev attention_forward && dev/attention_forward [VERSION [B H T]]
@@ -53,7 +60,8 @@ __device__ inline void write(floatX *to, const float (&x)[N], float scale) {
     for (int c = 0; c < N; c++) to[c] = (floatX)(scale * x[c]);
 }
 
-__global__ void attention_forward_1(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+__global__ void attention_forward_1(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int T,
+                                    int H) {
     const int t = blockIdx.x * blockDim.x + threadIdx.x, h = blockIdx.y, b = blockIdx.z, A = H * N;
     if (t >= T) return;
     const int64_t head = (int64_t)b * T * A + h * N;
@@ -82,7 +90,8 @@ __device__ inline void online_step(float (&out)[N], float &top, float &sum, floa
     add(out, p, value);
 }
 
-__global__ void attention_forward_2(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+__global__ void attention_forward_2(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int T,
+                                    int H) {
     const int t = blockIdx.x * blockDim.x + threadIdx.x, h = blockIdx.y, b = blockIdx.z, A = H * N;
     if (t >= T) return;
     const int64_t head = (int64_t)b * T * A + h * N;
@@ -99,7 +108,8 @@ __global__ void attention_forward_2(floatX *y, float *l, const floatX *q, const 
 // ---------------------------------------------------------------------------------------------------------------------
 // 3: keys and values in shared memory
 
-__global__ void attention_forward_3(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+__global__ void attention_forward_3(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int T,
+                                    int H) {
     __shared__ __align__(16) floatX keys[64][N];
     __shared__ __align__(16) floatX values[64][N];
     const int t = blockIdx.x * 64 + threadIdx.x, h = blockIdx.y, b = blockIdx.z, A = H * N;
@@ -113,7 +123,8 @@ __global__ void attention_forward_3(floatX *y, float *l, const floatX *q, const 
             store(&values[i / N][i % N], load(v + from));
         }
         __syncthreads();
-        for (int s = 0; s < 64 && tile * 64 + s <= min(t, T - 1); s++) online_step(out, top, sum, dot(query, keys[s]), values[s]);
+        for (int s = 0; s < 64 && tile * 64 + s <= min(t, T - 1); s++)
+            online_step(out, top, sum, dot(query, keys[s]), values[s]);
         __syncthreads();
     }
     if (t < T) write(y + head + (int64_t)t * A, out, 1 / sum);
@@ -124,14 +135,14 @@ __global__ void attention_forward_3(floatX *y, float *l, const floatX *q, const 
 // 4: tensor cores, 16 queries a warp
 
 __global__ void __launch_bounds__(128)
-attention_forward_4(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+    attention_forward_4(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
     HeadRow *queries = dynamic_smem<HeadRow>(), *keys = queries + 64, *values = keys + 64;
     const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
     const int block = gridDim.x - 1 - blockIdx.x, t0 = block * 64 + 16 * warp;
     const int64_t head = (int64_t)b * T * A + h * N;
     attention_load<64>(queries, q + head, block * 64, T, A);
     TileC out[8] = {};
-    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};                     // of the lane's two rows
+    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}; // of the lane's two rows
     for (int tile = 0; tile <= block; tile++) {
         attention_load<64>(keys, k + head, tile * 64, T, A);
         attention_load<64>(values, v + head, tile * 64, T, A);
@@ -139,16 +150,17 @@ attention_forward_4(floatX *y, float *l, const floatX *q, const floatX *k, const
         async_wait<0>();
         __syncthreads();
         TileC p[8] = {};
-        for (int c = 0; c < N; c += 16) {                                       // scores
+        for (int c = 0; c < N; c += 16) { // scores
             TileB right[8];
             for (int n = 0; n < 8; n++) right[n] = load_b(&keys[8 * n][c], LD);
             mma(p, load_a(&queries[16 * warp][c], LD), right);
         }
-        for (int r = 0; r < 2; r++) {                                           // softmax
+        for (int r = 0; r < 2; r++) { // softmax
             float high = top[r];
             for (int i = 0; i < 16; i++) {
                 float &x = p[i / 2].x[2 * r + i % 2];
-                x = tile == block && i / 2 * 8 + tile_col(i % 2) > 16 * warp + tile_row(2 * r) ? -INFINITY : x * SCALE_LOG2;
+                x = tile == block && i / 2 * 8 + tile_col(i % 2) > 16 * warp + tile_row(2 * r) ? -INFINITY
+                                                                                               : x * SCALE_LOG2;
                 high = fmaxf(high, x);
             }
             high = warp_max(high, 4);
@@ -162,7 +174,7 @@ attention_forward_4(floatX *y, float *l, const floatX *q, const floatX *k, const
                 sum[r] += x;
             }
         }
-        for (int s = 0; s < 4; s++) {                                           // values
+        for (int s = 0; s < 4; s++) { // values
             TileB right[8];
             for (int n = 0; n < 8; n++) right[n] = load_b_t(&values[16 * s][8 * n], LD);
             mma(out, to_a(p[2 * s], p[2 * s + 1]), right);
@@ -196,12 +208,13 @@ static void run(int version) {
 static void setup(const int *shape) {
     B = shape[0], H = shape[1], T = shape[2];
     const int64_t n = (int64_t)B * T * H * N;
-    q.random(n, 2);                                                             // scores of deviation 2: some weights are large
+    // scores of deviation 2: some weights are large
+    q.random(n, 2);
     k.random(n);
     v.random(n);
     y.output("y", by_precision(1e-5, 1e-2), n);
     l.output("l", by_precision(1e-5, 1e-4), (int64_t)B * H * T);
-    for (int64_t row : sample((int64_t)B * H * T, 200)) {                       // (b, h, t), as in l
+    for (int64_t row : sample((int64_t)B * H * T, 200)) { // (b, h, t), as in l
         const int64_t t = row % T, head = row / T / H * T * H * N + row / T % H * N;
         std::vector<double> score(t + 1), out(N), squares(N);
         double top = -INFINITY, sum = 0;
@@ -217,7 +230,8 @@ static void setup(const int *shape) {
                 squares[c] += term * term;
             }
         l.expect(row, (top + log(sum)) / log(2.));
-        for (int c = 0; c < N; c++) y.expect(head + t * H * N + c, out[c], sqrt(squares[c]));   // p is rounded: each term errs
+        // p is rounded: each term errs
+        for (int c = 0; c < N; c++) y.expect(head + t * H * N + c, out[c], sqrt(squares[c]));
     }
 }
 
@@ -227,9 +241,15 @@ static Cost cost(const int *shape) {
 }
 
 int main(int argc, char **argv) {
-    return lab_main({{"attention_forward", {{"B", 1}, {"H", 1}, {"T", 1}},
-                      {"a thread a query, two passes", "one pass: the online softmax", "keys and values in shared memory",
-                       "tensor cores, 16 queries a warp", "in use: 32 queries a warp"},
-                      {{1, 2, 1}, {2, 1, 77}, {1, 1, 128}, {2, 3, 333}}, {{8, 32, 2048}, {32, 12, 1024}, {4, 32, 4096}},
-                      setup, run, cost}}, argc, argv);
+    return lab_main({{"attention_forward",
+                      {{"B", 1}, {"H", 1}, {"T", 1}},
+                      {"a thread a query, two passes", "one pass: the online softmax",
+                       "keys and values in shared memory", "tensor cores, 16 queries a warp",
+                       "in use: 32 queries a warp"},
+                      {{1, 2, 1}, {2, 1, 77}, {1, 1, 128}, {2, 3, 333}},
+                      {{8, 32, 2048}, {32, 12, 1024}, {4, 32, 4096}},
+                      setup,
+                      run,
+                      cost}},
+                    argc, argv);
 }

@@ -3,9 +3,10 @@
 //     make dev/bench_infer && dev/bench_infer [-o FILE.csv] [LAYERS WIDTH VOCABULARY CONTEXT..]
 //
 // First it checks what only the machine at hand can show: that the three caches, and pre-fill and decode, give the same
-// logits; that a saved state goes on with the same tokens; that nothing is allocated on the way. Then, for each context:
-// pre-fill of a prompt of so many random tokens, and decode right after it, sampling included. `share` is the time that the
-// bytes of the weights would take at the speed of a copy, measured in the same run, over the time of a token.
+// logits; that a saved state goes on with the same tokens; that nothing is allocated on the way. Then, for each
+// context: pre-fill of a prompt of so many random tokens, and decode right after it, sampling included. `share` is the
+// time that the bytes of the weights would take at the speed of a copy, measured in the same run, over the time of a
+// token.
 
 #define GOLDFINCH_INFER_NO_MAIN
 #include "../infer_goldfinch.cu"
@@ -21,7 +22,8 @@ __global__ void scale_floats(float *x, int64_t n, float factor) {
     if (i < n) x[i] *= factor;
 }
 
-// Matrices: normal, 1/sqrt(inputs); low-rank ones half of that, whichever side is the input; vectors as a trainer begins.
+// Matrices: normal, 1/sqrt(inputs); low-rank ones half of that, whichever side is the input; vectors as a trainer
+// begins.
 static void random_weights(Model *m) {
     for (int i = 0; i < m->n_tensors; i++) {
         const Tensor *t = &m->tensors[i];
@@ -66,16 +68,17 @@ static double wait_seconds(void) {
 }
 
 static void bench_open(Bench *b, const Settings *s, KvKind kv, int64_t capacity, int64_t window) {
-    const Sampling how = {0, 1, 0, 0, 1, 0, 1};                 // the likeliest token
+    const Sampling how = {0, 1, 0, 0, 1, 0, 1}; // the likeliest token
     uint8_t *types = (uint8_t *)calloc(s->vocab_size, 1);
-    memset(b, 0, sizeof *b);
+    memset(b, 0, sizeof(*b));
     b->f = infer_create(s, kv, capacity, prefill_chunk(), window);
     random_weights(&b->f->m);
     if (PRECISION_BF16) {
         CUDA_CHECK(cudaFree(b->f->m.master));
         b->f->m.master = nullptr;
     }
-    infer_prepare(b->f, GPU_HERE ? multiprocessors : 64, 8);        // on the CPU the shares of a context that a large GPU has
+    // on the CPU the shares of a context that a large GPU has
+    infer_prepare(b->f, GPU_HERE ? multiprocessors : 64, 8);
     sampler_allocate(&b->sampler, (int)s->vocab_size, &how, types);
     infer_rehearse(b->f, b->recordings, [=] { step_and_draw(b->f, &b->sampler); });
     b->ids = (int *)malloc((size_t)capacity * sizeof(int));
@@ -129,12 +132,13 @@ static void check_logits(Bench *benches, int64_t T) {
         for (int i = 0; i < 2; i++) infer_feed(b->f, b->ids + T + i, 1);
         copy_logits(b, decoded);
         const double error = distance(decoded, at_once[kv], V), limit = PRECISION_BF16 ? 5e-2 : 1e-3;
-        snprintf(text, sizeof text, "%s: logits after %ld tokens, two of them decoded, against all pre-filled", kinds[kv], T + 2);
+        snprintf(text, sizeof(text), "%s: logits after %ld tokens, two of them decoded, against all pre-filled",
+                 kinds[kv], T + 2);
         say(error < limit, text, error, PRECISION_BF16 ? "below 5e-2" : "below 1e-3");
     }
     for (int kv = 0; kv < 2; kv++) {
         const double error = distance(at_once[kv], at_once[2], V), limit = PRECISION_BF16 || kv ? 5e-2 : 1e-3;
-        snprintf(text, sizeof text, "%s: logits after %ld tokens against full keys and values", kinds[kv], T + 2);
+        snprintf(text, sizeof(text), "%s: logits after %ld tokens against full keys and values", kinds[kv], T + 2);
         say(error < limit, text, error, PRECISION_BF16 || kv ? "below 5e-2" : "below 1e-3");
     }
     for (float *p : at_once) free(p);
@@ -145,7 +149,7 @@ static void check_state(Bench *b, KvKind kv, int64_t T) {
     const int n = 16;
     int first[n], second[n], same = 0;
     char path[64], text[100];
-    snprintf(path, sizeof path, "/tmp/bench_infer.%d.state", (int)getpid());
+    snprintf(path, sizeof(path), "/tmp/bench_infer.%d.state", (int)getpid());
     infer_reset(b->f);
     infer_feed(b->f, b->ids, T);
     infer_save_state(b->f, path);
@@ -154,13 +158,14 @@ static void check_state(Bench *b, KvKind kv, int64_t T) {
     decode(b, n, second);
     unlink(path);
     for (int i = 0; i < n; i++) same += first[i] == second[i];
-    snprintf(text, sizeof text, "%s: tokens that a state saved after %ld tokens goes on with, as before", kinds[kv], T);
+    snprintf(text, sizeof(text), "%s: tokens that a state saved after %ld tokens goes on with, as before", kinds[kv],
+             T);
     say(same == n, text, same, "16");
 }
 
 // ---- figures ----
 
-static double copy_bandwidth(void) {                            // bytes/s, read and written
+static double copy_bandwidth(void) { // bytes/s, read and written
     const size_t bytes = GPU_HERE ? 1 << 30 : 1 << 24;
     void *from, *to;
     double best = 1e30;
@@ -180,7 +185,8 @@ static double copy_bandwidth(void) {                            // bytes/s, read
 // Bytes of the weights that a step reads: all but the embedding and what tables over the vocabulary have taken in.
 static double weight_bytes(const Model *m, int G) {
     const Dims &d = m->d;
-    return (double)(m->n_parameters - (int64_t)d.V * d.C - (G ? (int64_t)d.A * d.C + (int64_t)G * d.C * 64 : 0)) * sizeof(floatX);
+    return (double)(m->n_parameters - (int64_t)d.V * d.C - (G ? (int64_t)d.A * d.C + (int64_t)G * d.C * 64 : 0)) *
+           sizeof(floatX);
 }
 
 static void figures(Bench *b, KvKind kv, int64_t T, double bandwidth, FILE *csv) {
@@ -199,12 +205,13 @@ static void figures(Bench *b, KvKind kv, int64_t T, double bandwidth, FILE *csv)
     const double seconds = decode(b, steps, nullptr), share = weight_bytes(&f->m, f->G) / bandwidth / seconds;
     const double ms = seconds * 1e3, rate = 1 / seconds;
     const Dims &d = f->m.d;
-    const double grows = per_token * T;                         // what is left of `cache` are states
-    printf("%-5s %9ld %10.4f %10.1f %12.0f %15.0f %12.3f %8.1f %8.1f %%\n", kinds[kv], T, grows * 1e-9, (cache - grows) * 1e-6,
-           per_token, T / prefill, ms, rate, 100 * share);
+    const double grows = per_token * T; // what is left of `cache` are states
+    printf("%-5s %9ld %10.4f %10.1f %12.0f %15.0f %12.3f %8.1f %8.1f %%\n", kinds[kv], T, grows * 1e-9,
+           (cache - grows) * 1e-6, per_token, T / prefill, ms, rate, 100 * share);
     if (csv)
-        fprintf(csv, "%s,%s,%d,%d,%d,%s,%ld,%.0f,%.0f,%.0f,%.0f,%.4f,%.1f,%.4f,%.0f\n", machine_name(), PRECISION_BF16 ? "BF16" : "FP32",
-                d.L, d.C, d.V, kinds[kv], T, grows, cache - grows, per_token, T / prefill, ms, rate, share, bandwidth * 1e-9);
+        fprintf(csv, "%s,%s,%d,%d,%d,%s,%ld,%.0f,%.0f,%.0f,%.0f,%.4f,%.1f,%.4f,%.0f\n", machine_name(),
+                PRECISION_BF16 ? "BF16" : "FP32", d.L, d.C, d.V, kinds[kv], T, grows, cache - grows, per_token,
+                T / prefill, ms, rate, share, bandwidth * 1e-9);
     fflush(stdout);
 }
 
@@ -220,7 +227,8 @@ int main(int argc, char **argv) {
         }
         if (n == 16) die(2, "expected at most 13 contexts");
         numbers[n++] = strtoll(argv[i], &end, 10);
-        if (*end || numbers[n - 1] < 1) die(2, "\"%s\": expected -o FILE, or LAYERS WIDTH VOCABULARY CONTEXT..", argv[i]);
+        if (*end || numbers[n - 1] < 1)
+            die(2, "\"%s\": expected -o FILE, or LAYERS WIDTH VOCABULARY CONTEXT..", argv[i]);
     }
     if (n > 0 && n < 4) die(2, "expected LAYERS WIDTH VOCABULARY CONTEXT.., found %ld numbers", n);
     const int64_t large[7] = {24, 2048, 65536, 256, 4096, 65536, 1000000}, small[6] = {6, 128, 320, 48, 160, 300};
@@ -234,7 +242,8 @@ int main(int argc, char **argv) {
     s.n_layer = numbers[0], s.n_embd = numbers[1], s.vocab_size = numbers[2];
     settings_check(&s);
     machine_start();
-    const int64_t longest = numbers[n - 1], window = GPU_HERE ? WINDOW : 64, most_full = GPU_HERE ? 65536 : 300, room = 256;
+    const int64_t longest = numbers[n - 1], window = GPU_HERE ? WINDOW : 64, most_full = GPU_HERE ? 65536 : 300,
+                  room = 256;
     FILE *csv = path ? fopen(path, "w") : nullptr;
     if (path && !csv) die(1, "%s: %s", path, strerror(errno));
     static Bench benches[3];
@@ -244,21 +253,21 @@ int main(int argc, char **argv) {
     }
     const double bandwidth = copy_bandwidth(), weights = weight_bytes(&benches[0].f->m, benches[0].f->G);
     const Infer *f = benches[0].f;
-    printf("%s, %s, L%ld D%ld V%ld: %.3f G parameters\n", machine_name(), PRECISION_BF16 ? "bf16" : "fp32", s.n_layer, s.n_embd,
-           s.vocab_size, f->m.n_parameters * 1e-9);
-    printf("a token reads %.3f GB of weights; a copy moves %.0f GB/s, so %.3f ms at best\n", weights * 1e-9, bandwidth * 1e-9,
-           weights / bandwidth * 1e3);
+    printf("%s, %s, L%ld D%ld V%ld: %.3f G parameters\n", machine_name(), PRECISION_BF16 ? "bf16" : "fp32", s.n_layer,
+           s.n_embd, s.vocab_size, f->m.n_parameters * 1e-9);
+    printf("a token reads %.3f GB of weights; a copy moves %.0f GB/s, so %.3f ms at best\n", weights * 1e-9,
+           bandwidth * 1e-9, weights / bandwidth * 1e3);
     printf("chunks of %d tokens; keys and values of the newest %ld tokens are kept, %.3f GB\n\n", f->chunk, f->window,
            f->window * 2e-9 * f->G * f->m.d.C * sizeof(floatX));
     check_logits(benches, longest < 5000 ? longest : 5000);
     for (int kv = 0; kv < 2; kv++) check_state(&benches[kv], (KvKind)kv, longest < 100000 ? longest : 100000);
     size_t before, after, total;
     CUDA_CHECK(cudaMemGetInfo(&before, &total));
-    printf("\n%-5s %9s %10s %10s %12s %15s %12s %8s %10s\n", "cache", "context", "cache, GB", "states, MB", "bytes/token",
-           "pre-fill tok/s", "decode, ms", "tok/s", "share");
+    printf("\n%-5s %9s %10s %10s %12s %15s %12s %8s %10s\n", "cache", "context", "cache, GB", "states, MB",
+           "bytes/token", "pre-fill tok/s", "decode, ms", "tok/s", "share");
     if (csv)
-        fprintf(csv, "gpu,precision,layers,width,vocabulary,cache,context,cache_bytes,state_bytes,bytes_per_token,prefill_tok_s,decode_ms,"
-                     "decode_tok_s,share,copy_gb_s\n");
+        fprintf(csv, "gpu,precision,layers,width,vocabulary,cache,context,cache_bytes,state_bytes,bytes_per_token,"
+                     "prefill_tok_s,decode_ms,decode_tok_s,share,copy_gb_s\n");
     for (int kv = 0; kv < 3; kv++)
         for (int64_t i = 3; i < n; i++)
             if (kv != KV_FULL || numbers[i] <= most_full) figures(&benches[kv], (KvKind)kv, numbers[i], bandwidth, csv);

@@ -3,13 +3,14 @@
 //     x_k = x + dx * mu_k,  x_r = x + dx * mu_r,  dx = shift(x) - x
 //     k = relu(x_k K^T)^2,   out = sigmoid(x_r R^T) * (k V^T)               K (F, C), V (C, F), R (C, C)
 //
-// Floor: flops, of three products: 2 (2 C F + C^2) a token, twice that backward. They are cuBLAS' (matmul.cu). So the question
-// is what lies between them: every pass over (BT, F) or (BT, C) is time in which the tensor cores rest. In units of BT C
-// floatX beyond the products' own reading and writing:
+// Floor: flops, of three products: 2 (2 C F + C^2) a token, twice that backward. They are cuBLAS' (matmul.cu). So the
+// question is what lies between them: every pass over (BT, F) or (BT, C) is time in which the tensor cores rest. In
+// units of BT C floatX beyond the products' own reading and writing:
 //
 //     1 each operation a kernel, a thread an element: 2 mixes (4 units), square of relu to a place of its own (7),
 //       sigmoid (2), product (3); backward likewise
-//     2 in use: both mixes in one pass, relu^2 in place, gate and product together, 16 bytes a load. (Its relu^2 needs no
+//     2 in use: both mixes in one pass, relu^2 in place, gate and product together, 16 bytes a load. (Its relu^2 needs
+//     no
 //       mask for the backward pass: relu is the root of what it left.)
 //
 //     make -C dev channel_mix && dev/channel_mix [VERSION [B T C]]
@@ -23,7 +24,7 @@ static Model *model;
 static Layer *layer;
 static Array<floatX> x, mu_k, mu_r, K, V, R, out, dout, dx;
 static Array<float> dmu_k, dmu_r, dK, dV, dR;
-static Array<floatX> xk, xr, k0, k, v, r0, gate, dxk, dxr, dk0, dk, dv, dr;     // what 1 keeps, and its scratch
+static Array<floatX> xk, xr, k0, k, v, r0, gate, dxk, dxr, dk0, dk, dv, dr; // what 1 keeps, and its scratch
 
 // ---- 1: a kernel an operation ----
 
@@ -61,8 +62,8 @@ __global__ void sigmoid_gradient(floatX *dr, const floatX *dout, const floatX *g
     if (i < n) dr[i] = (floatX)((float)dout[i] * (float)v[i] * (float)gate[i] * (1 - (float)gate[i]));
 }
 
-__global__ void mix_gradient(floatX *dx, const floatX *dxk, const floatX *dxr, const floatX *mu_k, const floatX *mu_r, int T,
-                             int C, int64_t n) {
+__global__ void mix_gradient(floatX *dx, const floatX *dxk, const floatX *dxr, const floatX *mu_k, const floatX *mu_r,
+                             int T, int C, int64_t n) {
     const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (i >= n) return;
     const float k = (float)mu_k[i % C], r = (float)mu_r[i % C], next = (i / C + 1) % T ? 1.f : 0.f;
@@ -70,7 +71,8 @@ __global__ void mix_gradient(floatX *dx, const floatX *dxk, const floatX *dxr, c
     dx[i] = (floatX)((float)dxk[i] * (1 - k) + (float)dxr[i] * (1 - r) + later);
 }
 
-__global__ void mix_sums(float *dmu, const floatX *g, const floatX *x, int T, int C, int BT) {      // a thread a channel
+// a thread a channel
+__global__ void mix_sums(float *dmu, const floatX *g, const floatX *x, int T, int C, int BT) {
     const int c = blockIdx.x * 32 + threadIdx.x;
     float sum = 0;
     for (int t = 0; t < BT; t++) {
@@ -120,14 +122,14 @@ static void backward_run(int version) { version == 1 ? channel_mix_backward_1() 
 
 typedef std::vector<double> Row;
 
-static Row product(const Array<floatX> &W, const Row &x, int rows, int columns, bool transposed) {     // W x, or W^T x
+static Row product(const Array<floatX> &W, const Row &x, int rows, int columns, bool transposed) { // W x, or W^T x
     Row y(transposed ? columns : rows);
     for (int64_t i = 0; i < rows; i++)
         for (int j = 0; j < columns; j++) (transposed ? y[j] : y[i]) += W[i * columns + j] * x[transposed ? i : j];
     return y;
 }
 
-struct Token {                              // of one token: what goes forward, and, if dout is there, what comes back
+struct Token { // of one token: what goes forward, and, if dout is there, what comes back
     Row dx, xk, xr, k0, k, v, gate, dv, dr, dk0, dxk, dxr;
     explicit Token(int64_t t, bool backward) : dx(C), xk(C), xr(C), dv(C), dr(C), dk0(F) {
         for (int c = 0; c < C; c++) {
@@ -166,7 +168,7 @@ static void inputs(const int *shape) {
     R.random((int64_t)C * C, 1 / sqrt(C));
     for (Array<floatX> *each : {&xk, &xr, &v, &r0, &gate, &dxk, &dxr, &dv, &dr}) each->allocate(E);
     for (Array<floatX> *each : {&k0, &k, &dk0, &dk}) each->allocate(EF);
-    dK.random((int64_t)F * C);                                          // gradients are added to what is there
+    dK.random((int64_t)F * C); // gradients are added to what is there
     dV.random((int64_t)C * F);
     dR.random((int64_t)C * C);
     dmu_k.random(C);
@@ -188,7 +190,10 @@ static void forward_setup(const int *shape) {
     }
 }
 
-struct Sum { double sum = 0, squares = 0; };                            // of a gradient's terms; of their squares: for the scale
+// of a gradient's terms; of their squares: for the scale
+struct Sum {
+    double sum = 0, squares = 0;
+};
 
 static void add_outer(std::vector<Sum> &to, const Row &d, const Row &x) {
     to.resize(d.size() * x.size());
@@ -202,10 +207,12 @@ static void backward_setup(const int *shape) {
     inputs(shape);
     dout.random((int64_t)BT * C);
     out.allocate((int64_t)BT * C);
-    channel_mix_1();                                                    // both versions find what their forward pass kept
+    // both versions find what their forward pass kept
+    channel_mix_1();
     channel_mix_in_use();
     const double tolerance = by_precision(1e-5, 4e-2);
-    const bool all = BT <= 300;                                         // the sums over all tokens cost the CPU too much if not
+    // the sums over all tokens cost the CPU too much if not
+    const bool all = BT <= 300;
     dx.output("dx", tolerance, (int64_t)BT * C);
     for (int64_t t : sample(BT, C < 512 ? 300 : 8)) {
         const Token token(t, true), next(std::min<int64_t>(t + 1, BT - 1), true);
@@ -226,8 +233,12 @@ static void backward_setup(const int *shape) {
             of_r[c].sum += token.dxr[c] * token.dx[c];
         }
     }
-    const struct { Array<float> &gradient; const char *name; const std::vector<Sum> &sums; } gradients[] =
-        {{dK, "dK", of_K}, {dV, "dV", of_V}, {dR, "dR", of_R}, {dmu_k, "dmu_k", of_k}, {dmu_r, "dmu_r", of_r}};
+    const struct {
+        Array<float> &gradient;
+        const char *name;
+        const std::vector<Sum> &sums;
+    } gradients[] = {
+        {dK, "dK", of_K}, {dV, "dV", of_V}, {dR, "dR", of_R}, {dmu_k, "dmu_k", of_k}, {dmu_r, "dmu_r", of_r}};
     for (const auto &g : gradients) {
         g.gradient.output(g.name, tolerance);
         for (int64_t i = 0; i < g.gradient.n; i++)
@@ -246,6 +257,7 @@ int main(int argc, char **argv) {
     const std::vector<const char *> versions = {"a kernel an operation", "in use"};
     const std::vector<Dimension> dimensions = {{"B", 1}, {"T", 1}, {"C", 64}};
     return lab_main({{"channel_mix_forward", dimensions, versions, small, large, forward_setup, forward_run, cost},
-                     {"channel_mix_backward", dimensions, versions, small, large, backward_setup, backward_run, backward_cost}},
+                     {"channel_mix_backward", dimensions, versions, small, large, backward_setup, backward_run,
+                      backward_cost}},
                     argc, argv);
 }

@@ -3,17 +3,20 @@
 //     loss = log sum_i exp(z_i) - z_target
 //     dz_i = scale (softmax(z)_i - [i = target] + 1e-4 z_max [i = first of the largest])
 //
-// Floor: bytes. The logits are read once and written once, 2 V floatX a row. (What comes before and after are the head's
-// matrix products: matmul.cu.)
+// Floor: bytes. The logits are read once and written once, 2 V floatX a row. (What comes before and after are the
+// head's matrix products: matmul.cu.)
 //
-//     1 three passes over the row, each the obvious way: the maximum, then the sum of exp(z - maximum), then the gradient
+//     1 three passes over the row, each the obvious way: the maximum, then the sum of exp(z - maximum), then the
+//     gradient
 //     2 online softmax (arXiv 1805.02867): one pass for both, a running sum that shrinks whenever the maximum grows;
 //       then the gradient
-//     3 the same with 16-byte loads. A row of 65536 is 128 KB in bf16; of blocks of 512 threads four fit a multiprocessor, so
+//     3 the same with 16-byte loads. A row of 65536 is 128 KB in bf16; of blocks of 512 threads four fit a
+//     multiprocessor, so
 //       that 528 rows are under way on an H100, 69 MB: more than its L2 (50 MB) holds until they are read again
 //     4 in use: the row stays in the registers of 1024 threads: it is read once
 //
-// On an H100, to ask for the next block's row to come to the L2 cache while this one takes exponentials made 4 slower by 10 %.
+// On an H100, to ask for the next block's row to come to the L2 cache while this one takes exponentials made 4 slower
+// by 10 %.
 //
 //     make -C dev classifier && dev/classifier [VERSION [ROWS V]]
 
@@ -27,8 +30,8 @@ static Array<float> losses;
 static Array<int> right, targets;
 
 // The end of 1 and 2, once the row's maximum and sum are known.
-__device__ inline void loss_and_gradient(floatX *z, float *losses, int *right, int target, float top, float sum, float scale,
-                                         int V) {
+__device__ inline void loss_and_gradient(floatX *z, float *losses, int *right, int target, float top, float sum,
+                                         float scale, int V) {
     __shared__ float shared[32];
     float first = -(float)V;
     for (int i = threadIdx.x; i < V; i += blockDim.x)
@@ -38,7 +41,7 @@ __device__ inline void loss_and_gradient(floatX *z, float *losses, int *right, i
         losses[blockIdx.x] = logf(sum) + top - (float)z[target];
         right[blockIdx.x] = (int)first == target;
     }
-    __syncthreads();                                                    // z[target] is read
+    __syncthreads(); // z[target] is read
     for (int i = threadIdx.x; i < V; i += blockDim.x) {
         const float extra = (i == (int)first ? 1e-4f * top : 0) - (i == target ? 1 : 0);
         z[i] = (floatX)(scale * (expf((float)z[i] - top) / sum + extra));
@@ -60,7 +63,7 @@ __global__ void classifier_2(floatX *logits, float *losses, int *right, const in
     __shared__ float tops[32];
     __shared__ float2 sums[32];
     floatX *z = logits + (int64_t)blockIdx.x * V;
-    float mine = -FLT_MAX, sum = 0;                                     // of this thread's logits
+    float mine = -FLT_MAX, sum = 0; // of this thread's logits
     for (int i = threadIdx.x; i < V; i += blockDim.x) {
         const float value = (float)z[i];
         if (value > mine) {
@@ -83,12 +86,12 @@ __global__ void classifier_3(floatX *logits, float *losses, int *right, const in
         const Pack v = load(z + c);
         float high = mine;
         for (int i = 0; i < 8; i++) high = fmaxf(high, v.x[i]);
-        sum *= expf(mine - high);                                       // once for eight numbers
+        sum *= expf(mine - high); // once for eight numbers
         mine = high;
         for (int i = 0; i < 8; i++) sum += expf(v.x[i] - high);
     }
     const float top = block_max(mine, shared), total = block_sum(sum * expf(mine - top), sums);
-    if (mine == top)                                                    // few threads look again, for the place
+    if (mine == top) // few threads look again, for the place
         for (int i = threadIdx.x; i < V / 8; i += blockDim.x)
             for (int j = 0; j < 8; j++)
                 if ((float)z[8 * i + j] == top) first = fmaxf(first, -(float)(8 * i + j));
@@ -109,7 +112,7 @@ __global__ void classifier_3(floatX *logits, float *losses, int *right, const in
 }
 
 static void classifier_in_use(float scale) {
-    const int threads = V < 4096 ? 64 : 1024;                           // as head_and_loss has it
+    const int threads = V < 4096 ? 64 : 1024; // as head_and_loss has it
     classifier_kernel<<<n_rows, threads, 0, stream>>>(logits.p, losses.p, right.p, targets.p, scale, V);
 }
 
@@ -125,13 +128,14 @@ static void setup(const int *shape) {
     n_rows = shape[0], V = shape[1];
     logits.random((int64_t)n_rows * V, 2);
     targets.fill(n_rows, [](int64_t row) { return (int)(lab_uniform(1, row) * V); });
-    targets.host[0] = 0;                                                // the target's logit is the largest, and one of two:
-    for (int i : {0, V - 1}) logits.host[i] = (floatX)20.f;             // the first counts
+    // the target's logit is the largest, and one of two:
+    targets.host[0] = 0;
+    for (int i : {0, V - 1}) logits.host[i] = (floatX)20.f; // the first counts
     targets.upload();
     losses.output("loss", 1e-5, n_rows);
     right.output("right", 0, n_rows);
     logits.output("dlogits", by_precision(2e-5, 5e-3));
-    logits.relative = true;                                             // most of them are small beside the target's
+    logits.relative = true; // most of them are small beside the target's
     for (int64_t row : sample(n_rows, 16)) {
         const int64_t at = row * V, target = targets.host[row];
         int first = 0;
@@ -141,7 +145,8 @@ static void setup(const int *shape) {
         const double top = logits[at + first];
         for (int i = 0; i < V; i++) sum += exp(logits[at + i] - top);
         for (int i = 0; i < V; i++)
-            logits.expect(at + i, (exp(logits[at + i] - top) / sum - (i == target) + (i == first) * 1e-4 * top) / n_rows);
+            logits.expect(at + i,
+                          (exp(logits[at + i] - top) / sum - (i == target) + (i == first) * 1e-4 * top) / n_rows);
         losses.expect(row, log(sum) + top - logits[at + target]);
         right.expect(row, first == target);
     }
@@ -153,7 +158,13 @@ static Cost cost(const int *shape) {
 }
 
 int main(int argc, char **argv) {
-    return lab_main({{"classifier", {{"ROWS", 1}, {"V", 8}},
+    return lab_main({{"classifier",
+                      {{"ROWS", 1}, {"V", 8}},
                       {"three passes", "online softmax", "16-byte loads", "in use"},
-                      {{1, 8}, {37, 328}, {3, 65528}}, {{4096, 65536}}, setup, run, cost}}, argc, argv);
+                      {{1, 8}, {37, 328}, {3, 65528}},
+                      {{4096, 65536}},
+                      setup,
+                      run,
+                      cost}},
+                    argc, argv);
 }

@@ -1,5 +1,5 @@
-// What the programs of the kernel lab share: random inputs, poisoned outputs, checks against the CPU, timing, the floor.
-// Included after the trainer, whose types and functions (floatX, Pack, matmul, stream, ...) it uses.
+// What the programs of the kernel lab share: random inputs, poisoned outputs, checks against the CPU, timing, the
+// floor. Included after the trainer, whose types and functions (floatX, Pack, matmul, stream, ...) it uses.
 //
 // A program describes its subject in a struct Lab and ends in `return lab_main(...)`. For every shape lab_main calls
 // `setup`, which makes the inputs and says what to expect of the outputs; then it runs each version on poisoned outputs
@@ -12,8 +12,8 @@
 // ---------------------------------------------------------------------------------------------------------------------
 // Arrays on the device
 
-static uint64_t lab_seed;                   // of all random numbers: from the clock, or the environment's SEED
-static uint64_t lab_series = 1;             // the next array's are of its own; 0 to 4 are free for other uses
+static uint64_t lab_seed;       // of all random numbers: from the clock, or the environment's SEED
+static uint64_t lab_series = 1; // the next array's are of its own; 0 to 4 are free for other uses
 
 // A number uniform in [0, 1) that depends on (seed, series, i) alone, so that loops may draw in any order (splitmix64).
 static double lab_uniform(uint64_t series, uint64_t i) {
@@ -23,25 +23,28 @@ static double lab_uniform(uint64_t series, uint64_t i) {
     return (double)((z ^ (z >> 31)) >> 11) * 0x1p-53;
 }
 
-struct Output {                             // what a kernel writes, and what the CPU expects of it
+struct Output { // what a kernel writes, and what the CPU expects of it
     const char *name = nullptr;
     double tolerance = 0;
-    bool relative = false;                  // errors count against each number by itself, however small it is
-    struct Expected { int64_t index; double value, scale; };
-    std::vector<Expected> expected;         // of all elements, or of a sample
+    bool relative = false; // errors count against each number by itself, however small it is
+    struct Expected {
+        int64_t index;
+        double value, scale;
+    };
+    std::vector<Expected> expected; // of all elements, or of a sample
 
     // Errors are compared to the value itself and to the root mean square of all expected values, or a larger scale
     void expect(int64_t index, double value, double scale = 0) { expected.push_back({index, value, scale}); }
     virtual ~Output() {}
-    virtual void reset(void) = 0;           // before a version runs
-    virtual double error(void) = 0;         // after it ran
+    virtual void reset(void) = 0;   // before a version runs
+    virtual double error(void) = 0; // after it ran
 };
-static std::vector<Output *> lab_outputs;   // those of the shape at hand
+static std::vector<Output *> lab_outputs; // those of the shape at hand
 
 template <typename T> struct Array : Output {
-    T *p = nullptr;                         // on the device
+    T *p = nullptr; // on the device
     int64_t n = 0;
-    std::vector<T> host;                    // an input's values; empty if it is none
+    std::vector<T> host; // an input's values; empty if it is none
 
     double operator[](int64_t i) const { return (double)(float)host[i]; }
 
@@ -60,7 +63,7 @@ template <typename T> struct Array : Output {
         for (int64_t i = 0; i < n; i++) host[i] = (T)f(i);
         upload();
     }
-    void random(int64_t count, double deviation = 1, double mean = 0) {         // a bell curve, nearly: a sum of four
+    void random(int64_t count, double deviation = 1, double mean = 0) { // a bell curve, nearly: a sum of four
         const uint64_t series = lab_series += 4;
         fill(count, [=](int64_t i) {
             double sum = -2;
@@ -80,7 +83,7 @@ template <typename T> struct Array : Output {
         lab_outputs.push_back(this);
     }
     void reset(void) override {
-        if (host.empty()) CUDA_CHECK(cudaMemset(p, 0xff, n * sizeof(T)));       // NaN, or -1: all must be written
+        if (host.empty()) CUDA_CHECK(cudaMemset(p, 0xff, n * sizeof(T))); // NaN, or -1: all must be written
         else upload();
     }
     // The largest |found - expected| / (|expected| + scale, none if `relative`); infinite if not all are finite.
@@ -111,26 +114,35 @@ static std::vector<int64_t> sample(int64_t n, int64_t most) {
     return chosen;
 }
 
-// A model for the subjects that are parts of a layer, of `layers` layers; its weights are zero. Where the kernels in use
-// read and write is set afterwards: layer->p.NAME, layer->gold.k and so on take pointers to arrays.
+// A model for the subjects that are parts of a layer, of `layers` layers; its weights are zero. Where the kernels in
+// use read and write is set afterwards: layer->p.NAME, layer->gold.k and so on take pointers to arrays.
 static Model *lab_model(int layers, int B, int T, int C) {
-    static auto &made = *new std::vector<Model *>;             // one has memory at a time: the large blocks of the one before go
+    // one has memory at a time: the large blocks of the one before go
+    static auto &made = *new std::vector<Model *>;
     if (!made.empty()) {
         Model *before = made.back();
         for (float *p : {before->master, before->grads, before->m, before->v}) CUDA_CHECK(cudaFree(p));
         if (PRECISION_BF16) CUDA_CHECK(cudaFree(before->params));
         CUDA_CHECK(cudaFree(before->activations));
     }
-    Model *m = (Model *)malloc(sizeof *m);
+    Model *m = (Model *)malloc(sizeof(*m));
     made.push_back(m);
     char numbers[2][16];
-    snprintf(numbers[0], sizeof numbers[0], "%d", layers);
-    snprintf(numbers[1], sizeof numbers[1], "%d", C);
-    const char *flags[] = {"--model.n_layer", numbers[0], "--model.n_embd", numbers[1], "--model.vocab_size", "64",
-                           "--model.inv_other_layer_ratio", "2", "--model.tmix2", layers > 1 ? "gold" : ""};
+    snprintf(numbers[0], sizeof(numbers[0]), "%d", layers);
+    snprintf(numbers[1], sizeof(numbers[1]), "%d", C);
+    const char *flags[] = {"--model.n_layer",
+                           numbers[0],
+                           "--model.n_embd",
+                           numbers[1],
+                           "--model.vocab_size",
+                           "64",
+                           "--model.inv_other_layer_ratio",
+                           "2",
+                           "--model.tmix2",
+                           layers > 1 ? "gold" : ""};
     Settings s;
     settings_default(&s);
-    settings_parse(&s, sizeof flags / sizeof flags[0], flags);
+    settings_parse(&s, sizeof(flags) / sizeof(flags[0]), flags);
     settings_check(&s);
     model_plan(m, &s, B, T);
     model_allocate(m);
@@ -150,7 +162,7 @@ static const bool ON_GPU = true;
 template <typename F> static double median_ms(F f) {
     std::vector<cudaEvent_t> events(2);
     std::vector<double> times(1, 0);
-    for (int n : {1, 0}) {                                                      // the first run says how many fit 0.2 s
+    for (int n : {1, 0}) { // the first run says how many fit 0.2 s
         if (n == 0) n = (int)std::min(50., std::max(1., 200 / (times[0] + 1e-3)));
         events.resize(n + 1);
         times.resize(n);
@@ -172,7 +184,10 @@ template <typename F> static double median_ms(F f) {
     return times[times.size() / 2];
 }
 
-struct Cost { double bytes, flops; };       // the least that any version must move and compute
+// the least that any version must move and compute
+struct Cost {
+    double bytes, flops;
+};
 
 // What this GPU can do, bytes/s of a copy (read and written) and flop/s of a large matrix product, measured once.
 static Cost machine_rates(void) {
@@ -191,27 +206,32 @@ static Cost machine_rates(void) {
     c.allocate((int64_t)n * n);
     rates.flops = 2e3 * n * n * n / median_ms([&] { matmul(c.p, n, rows(a.p, n), rows(b.p, n), n, n, n); });
     for (void *p : {(void *)from.p, (void *)to.p, (void *)a.p, (void *)b.p, (void *)c.p}) CUDA_CHECK(cudaFree(p));
-    printf("machine device=\"%s\" copy_GB/s=%.0f matmul_TFLOP/s=%.1f\n", machine_name(), rates.bytes / 1e9, rates.flops / 1e12);
+    printf("machine device=\"%s\" copy_GB/s=%.0f matmul_TFLOP/s=%.1f\n", machine_name(), rates.bytes / 1e9,
+           rates.flops / 1e12);
     return rates;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The program
 
-struct Dimension { const char *name; int multiple; };           // of a shape, and what it must be a multiple of
+// of a shape, and what it must be a multiple of
+struct Dimension {
+    const char *name;
+    int multiple;
+};
 typedef std::vector<std::vector<int>> Shapes;
 
 struct Lab {
     const char *name;
     std::vector<Dimension> dimensions;
-    std::vector<const char *> versions;                         // number 1 is the naive one, the last one is in use
-    Shapes check_shapes, time_shapes;       // small and odd; as in training
-    void (*setup)(const int *shape);                            // inputs, outputs, what to expect
-    void (*run)(int version);                                   // launches it on `stream`
+    std::vector<const char *> versions; // number 1 is the naive one, the last one is in use
+    Shapes check_shapes, time_shapes;   // small and odd; as in training
+    void (*setup)(const int *shape);    // inputs, outputs, what to expect
+    void (*run)(int version);           // launches it on `stream`
     Cost (*cost)(const int *shape);
 };
 
-static bool lab_check(const Lab &lab, int version) {            // of the shape that was set up
+static bool lab_check(const Lab &lab, int version) { // of the shape that was set up
     double worst = 0;
     for (Output *output : lab_outputs) output->reset();
     lab.run(version);
@@ -244,27 +264,29 @@ static void lab_time(const Lab &lab, int version, const std::vector<int> &shape)
     printf(" name=\"%s\"\n", lab.versions[version - 1]);
 }
 
-// NAME: checks and times all versions; NAME check: checks only; NAME VERSION [SHAPE..]: one version (0: all), any shape.
+// NAME: checks and times all versions; NAME check: checks only; NAME VERSION [SHAPE..]: one version (0: all), any
+// shape.
 static int lab_main(const std::vector<Lab> &labs, int argc, char **argv) {
     program_name = strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argv[0];
-    setvbuf(stdout, NULL, _IOLBF, 0);
+    setvbuf(stdout, nullptr, _IOLBF, 0);
     const bool check_only = argc == 2 && strcmp(argv[1], "check") == 0;
     std::vector<int> numbers;
     for (int i = 1; i < argc && !check_only; i++) {
         char *end;
         numbers.push_back((int)strtol(argv[i], &end, 10));
-        if (*end || numbers.back() < (i > 1)) die(2, "\"%s\": expected `check`, or VERSION [SHAPE..] as numbers", argv[i]);
+        if (*end || numbers.back() < (i > 1))
+            die(2, "\"%s\": expected `check`, or VERSION [SHAPE..] as numbers", argv[i]);
     }
     const int only = numbers.empty() ? 0 : numbers[0];
     machine_start();
-    lab_seed = getenv("SEED") ? strtoull(getenv("SEED"), NULL, 10) : (uint64_t)time(NULL);
+    lab_seed = getenv("SEED") ? strtoull(getenv("SEED"), nullptr, 10) : (uint64_t)time(nullptr);
     printf("%s: %s, %s, SEED=%lu\n", program_name, machine_name(), PRECISION_BF16 ? "BF16" : "FP32", lab_seed);
 
     int passed = 0, failed = 0;
     for (const Lab &lab : labs) {
         const int n = (int)lab.versions.size();
         Shapes shapes = lab.check_shapes;
-        size_t timed_from = shapes.size();                      // the shapes from here on are timed
+        size_t timed_from = shapes.size(); // the shapes from here on are timed
         if (numbers.size() > 1) {
             shapes = {{numbers.begin() + 1, numbers.end()}};
             timed_from = 0;
@@ -278,7 +300,8 @@ static int lab_main(const std::vector<Lab> &labs, int argc, char **argv) {
             printf("%s", lab.name);
             for (size_t j = 0; j < shapes[i].size(); j++) {
                 const Dimension &d = lab.dimensions[j];
-                if (shapes[i][j] % d.multiple) die(2, "%s %d: expected a multiple of %d", d.name, shapes[i][j], d.multiple);
+                if (shapes[i][j] % d.multiple)
+                    die(2, "%s %d: expected a multiple of %d", d.name, shapes[i][j], d.multiple);
                 printf(" %s %d", d.name, shapes[i][j]);
             }
             printf("\n");

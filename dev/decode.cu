@@ -1,14 +1,18 @@
-// Matrix times vector, what decoding consists of:      y (O) = W (O, I) x (I)      for several W in a row, as layers come
+// Matrix times vector, what decoding consists of:      y (O) = W (O, I) x (I)      for several W in a row, as layers
+// come
 //
-// Floor: bytes. Every weight is read once and used once, 2 flops for 2 bytes. To keep memory busy, so many bytes must be
-// on their way at any time as it delivers in the time one takes to come: 3 TB/s times 1 us, 3 MB, 23 KB a multiprocessor.
+// Floor: bytes. Every weight is read once and used once, 2 flops for 2 bytes. To keep memory busy, so many bytes must
+// be on their way at any time as it delivers in the time one takes to come: 3 TB/s times 1 us, 3 MB, 23 KB a
+// multiprocessor.
 //
 //   1 a thread a row: 32 lanes read 32 rows, so of each 32-byte sector that comes one number is used at a time
-//   2 a warp a row: neighbouring lanes read neighbouring numbers, 2 bytes each; one load is on its way per lane and turn
+//   2 a warp a row: neighbouring lanes read neighbouring numbers, 2 bytes each; one load is on its way per lane and
+//   turn
 //   3 16-byte loads: eight times fewer loads for the same bytes, so eight times as many bytes on their way
 //   4 early: 2048 numbers of a row, eight loads a lane, are requested at once; x lies in shared memory; and the kernel
 //       starts before the one ahead has ended, so that its first row is on its way while that one finishes
-//   5 in use: what is on its way lands in shared memory, not in registers: 6 to 8 KB a warp, also while it adds up what has
+//   5 in use: what is on its way lands in shared memory, not in registers: 6 to 8 KB a warp, also while it adds up what
+//   has
 //       come and while it still waits for x; 13 MB and more in flight instead of at most 8. Where a warp has one row
 //       (64x2048x2048) there is nothing to stream, and 4 is ahead; in a chain of large and small matrices 5 is.
 //
@@ -21,7 +25,7 @@
 static int products, O, I;
 static Array<floatX> x, W;
 static Array<float> out;
-static Recording recordings[6];                             // by version
+static Recording recordings[6]; // by version
 
 __global__ void decode_1(float *y, const floatX *W, const floatX *x, int O, int I) {
     const int row = blockIdx.x * blockDim.x + threadIdx.x;
@@ -105,8 +109,9 @@ static void queue(int version) {
     }
 }
 
-static void run(int version) {                              // recorded: the host could not launch them fast enough
-    run_recorded(&recordings[version], [=] { queue(version); });
+static void run(int version) { // recorded: the host could not launch them fast enough
+    run_recorded(
+        &recordings[version], [=] { queue(version); });
 }
 
 static void setup(const int *shape) {
@@ -128,9 +133,14 @@ static Cost cost(const int *shape) {
 }
 
 int main(int argc, char **argv) {
-    return lab_main({{"decode", {{"PRODUCTS", 1}, {"O", 1}, {"I", 8}},
+    return lab_main({{"decode",
+                      {{"PRODUCTS", 1}, {"O", 1}, {"I", 8}},
                       {"a thread a row", "a warp a row", "16-byte loads", "8 loads on their way, early",
                        "in use: a stream to shared memory"},
-                      {{1, 5, 64}, {2, 67, 2056}, {3, 40, 7168}}, {{64, 2048, 2048}, {16, 9216, 2048}, {16, 2048, 7168}},
-                      setup, run, cost}}, argc, argv);
+                      {{1, 5, 64}, {2, 67, 2056}, {3, 40, 7168}},
+                      {{64, 2048, 2048}, {16, 9216, 2048}, {16, 2048, 7168}},
+                      setup,
+                      run,
+                      cost}},
+                    argc, argv);
 }

@@ -10,7 +10,7 @@
 
 static jmp_buf rejected;
 static int exit_code;
-[[noreturn]] static void exit_here(int code) {              // die() ends here instead of the process
+[[noreturn]] static void exit_here(int code) { // die() ends here instead of the process
     exit_code = code;
     longjmp(rejected, 1);
 }
@@ -19,10 +19,11 @@ static int exit_code;
 #include "train_goldfinch.cu"
 #undef exit
 
-extern "C" const char *__asan_default_options(void) { return "detect_leaks=0"; }   // an input turned away leaves its text behind
+// an input turned away leaves its text behind
+extern "C" const char *__asan_default_options(void) { return "detect_leaks=0"; }
 
 static uint64_t state = 1;
-static unsigned draw(unsigned n) {                          // 0 .. n - 1
+static unsigned draw(unsigned n) { // 0 .. n - 1
     state = state * 6364136223846793005ull + 1442695040888963407ull;
     return (unsigned)((state >> 33) % n);
 }
@@ -31,22 +32,50 @@ static char text[1 << 16];
 static size_t length;
 static void add(const char *part) {
     const size_t n = strlen(part);
-    if (length + n < sizeof text) memcpy(text + length, part, n), length += n;
+    if (length + n < sizeof(text)) memcpy(text + length, part, n), length += n;
 }
 
 static void add_key(void) {
-    static const char *odd[] = {"__type__", "rope", "brope", "runtime", "model", "train", "wandb", "x", "", "n_layer.x", "a b"};
+    static const char *odd[] = {"__type__", "rope", "brope", "runtime",   "model", "train",
+                                "wandb",    "x",    "",      "n_layer.x", "a b"};
     PATH key;
-    if (draw(8) == 0) { add(odd[draw(11)]); return; }
+    if (draw(8) == 0) {
+        add(odd[draw(11)]);
+        return;
+    }
     setting_key(&settings_table[draw(n_settings)], key);
     add(draw(20) ? strchr(key, '.') + 1 : key);
 }
 
 static void add_value(void) {
-    static const char *values[] = {
-        "1", "12", "64", "768", "-1", "0", "1e-4", "nan", "inf", "1e400", "x060", "gold", "llama", "gptalpha", "\"quoted\"",
-        "'it''s'", "\"open", "null", "~", "true", "{}", "[1]", "|", "99999999999999999999", "x060c2 # why", "data/minipile", ""};
-    add(values[draw(sizeof values / sizeof values[0])]);
+    static const char *values[] = {"1",
+                                   "12",
+                                   "64",
+                                   "768",
+                                   "-1",
+                                   "0",
+                                   "1e-4",
+                                   "nan",
+                                   "inf",
+                                   "1e400",
+                                   "x060",
+                                   "gold",
+                                   "llama",
+                                   "gptalpha",
+                                   "\"quoted\"",
+                                   "'it''s'",
+                                   "\"open",
+                                   "null",
+                                   "~",
+                                   "true",
+                                   "{}",
+                                   "[1]",
+                                   "|",
+                                   "99999999999999999999",
+                                   "x060c2 # why",
+                                   "data/minipile",
+                                   ""};
+    add(values[draw(sizeof(values) / sizeof(values[0]))]);
 }
 
 static void add_yaml_tree(int depth) {
@@ -54,7 +83,11 @@ static void add_yaml_tree(int depth) {
         for (int j = 0; j < 2 * depth - (draw(30) == 0); j++) add(draw(60) ? " " : "\t");
         add_key();
         add(draw(30) ? ":" : "");
-        if (depth < 5 && draw(4) == 0) { add("\n"); add_yaml_tree(depth + 1); continue; }
+        if (depth < 5 && draw(4) == 0) {
+            add("\n");
+            add_yaml_tree(depth + 1);
+            continue;
+        }
         add(draw(30) ? " " : "");
         add_value();
         add("\n");
@@ -64,10 +97,15 @@ static void add_yaml_tree(int depth) {
 static void add_json_tree(int depth) {
     add("{");
     for (int i = draw(5); i >= 0; i--) {
-        add("\""); add_key(); add("\":");
+        add("\"");
+        add_key();
+        add("\":");
         if (depth < 40 && draw(3) == 0) add_json_tree(depth + 1);
-        else if (draw(2)) { add("\""); add_value(); add("\""); }
-        else add_value();
+        else if (draw(2)) {
+            add("\"");
+            add_value();
+            add("\"");
+        } else add_value();
         add(i ? "," : "");
     }
     add(draw(30) ? "}" : "");
@@ -76,24 +114,30 @@ static void add_json_tree(int depth) {
 static void make_input(void) {
     length = 0;
     switch (draw(4)) {
-    case 0: for (int n = draw(300); n > 0; n--) text[length++] = (char)draw(256); break;
-    case 1: add(draw(2) ? "model:\n" : "train:\n"); add_yaml_tree(1); break;
+    case 0:
+        for (int n = draw(300); n > 0; n--) text[length++] = (char)draw(256);
+        break;
+    case 1:
+        add(draw(2) ? "model:\n" : "train:\n");
+        add_yaml_tree(1);
+        break;
     case 2: add_json_tree(0); break;
-    default: add(built_in_configs[draw(sizeof built_in_configs / sizeof built_in_configs[0])].yaml);
+    default: add(built_in_configs[draw(sizeof(built_in_configs) / sizeof(built_in_configs[0]))].yaml);
     }
-    for (int n = draw(3) ? 0 : draw(4); n > 0 && length; n--) {             // bytes changed, cut, doubled
+    for (int n = draw(3) ? 0 : draw(4); n > 0 && length; n--) { // bytes changed, cut, doubled
         const size_t at = draw((unsigned)length);
         if (draw(3) == 0) text[at] = (char)draw(256);
         else if (draw(2)) length = at;
-        else if (length + at < sizeof text) memmove(text + length, text, at), length += at;
+        else if (length + at < sizeof(text)) memmove(text + length, text, at), length += at;
     }
 }
 
 int main(int argc, char **argv) {
     const double seconds = argc > 1 ? atof(argv[1]) : 10;
-    state = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
+    state = argc > 2 ? strtoull(argv[2], nullptr, 10) : 1;
     char path[] = "/tmp/fuzz_config_XXXXXX", printed[] = "/tmp/fuzz_printed_XXXXXX";
-    const int file = mkstemp(path), copy = mkstemp(printed), errors = dup(2), output = dup(1), nothing = open("/dev/null", O_WRONLY);
+    const int file = mkstemp(path), copy = mkstemp(printed), errors = dup(2), output = dup(1),
+              nothing = open("/dev/null", O_WRONLY);
     static int64_t accepted, turned_away;
     static Settings s, again;
     const double begin = seconds_now();
@@ -103,7 +147,10 @@ int main(int argc, char **argv) {
         if (ftruncate(file, 0) != 0 || pwrite(file, text, length, 0) != (ssize_t)length) return 1;
         settings_default(&s);
         if (setjmp(rejected)) {
-            if (exit_code != 2) { dprintf(errors, "exit code %d for the input in %s\n", exit_code, path); return 1; }
+            if (exit_code != 2) {
+                dprintf(errors, "exit code %d for the input in %s\n", exit_code, path);
+                return 1;
+            }
             turned_away++;
             continue;
         }
@@ -119,7 +166,7 @@ int main(int argc, char **argv) {
         dup2(output, 1);
         settings_default(&again);
         config_read(&again, printed, false);
-        if (memcmp(&s, &again, sizeof s) != 0) {
+        if (memcmp(&s, &again, sizeof(s)) != 0) {
             dprintf(errors, "what is printed reads back otherwise: %s, %s\n", path, printed);
             return 1;
         }

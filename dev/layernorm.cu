@@ -1,4 +1,5 @@
-// Layer norm:    out = (x - mean) / sqrt(var + 1e-5) * gain + bias        over the C channels of each row, and its backward
+// Layer norm:    out = (x - mean) / sqrt(var + 1e-5) * gain + bias        over the C channels of each row, and its
+// backward
 //
 //     dx = (dn - mean(dn) - n mean(dn n)) / sqrt(var + 1e-5),  n = (x - mean) / sqrt(var + 1e-5),  dn = dout * gain
 //     dgain = sum over rows of dout * n,  dbias = sum over rows of dout
@@ -6,14 +7,18 @@
 // Floor: bytes. Forward reads x and writes out, 2 floatX a number, about 8 flops: a thousand times too few to matter.
 // Backward reads x and dout and writes dx, 3 floatX. So a version's GB/s against the copy's GB/s says all.
 //
-// Forward:   1 a thread a row: right, but 32 lanes read 32 rows at once, so each 32-byte sector that comes from memory is
+// Forward:   1 a thread a row: right, but 32 lanes read 32 rows at once, so each 32-byte sector that comes from memory
+// is
 //              used 2 bytes at a time, and must survive in the cache until the next 15 come
-//            2 a warp a row: neighbouring lanes read neighbouring numbers; sums by shuffles; x is read twice (once from L2)
+//            2 a warp a row: neighbouring lanes read neighbouring numbers; sums by shuffles; x is read twice (once from
+//            L2)
 //            3 in use: a block a row, a thread 8 channels by one 16-byte load, which then stay in registers
 // Backward:  1 a thread a row for dx, a thread a column for dgain and dbias: everything is read twice
-//            2 a block walks some rows; the sums over rows stay in registers, and are added up once at the end. Mean, variance
+//            2 a block walks some rows; the sums over rows stay in registers, and are added up once at the end. Mean,
+//            variance
 //              and the gradient's two means are three sums over the block, one after the other, while nothing is loaded
-//            3 in use: one sum over the block a row, which takes along the next row's mean; the next row is on its way meanwhile
+//            3 in use: one sum over the block a row, which takes along the next row's mean; the next row is on its way
+//            meanwhile
 //
 //     make -C dev layernorm && dev/layernorm [VERSION [ROWS C]]
 
@@ -28,17 +33,20 @@ static Array<float> dgain, dbias, scratch;
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward
 
-__global__ void layernorm_forward_1(floatX *out, const floatX *x, const floatX *gain, const floatX *bias, int rows, int C) {
+__global__ void layernorm_forward_1(floatX *out, const floatX *x, const floatX *gain, const floatX *bias, int rows,
+                                    int C) {
     const int64_t row = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= rows) return;
     x += row * C, out += row * C;
     float mean = 0, var = 0;
     for (int c = 0; c < C; c++) mean += (float)x[c] / C;
     for (int c = 0; c < C; c++) var += ((float)x[c] - mean) * ((float)x[c] - mean) / C;
-    for (int c = 0; c < C; c++) out[c] = (floatX)(((float)x[c] - mean) * rsqrtf(var + 1e-5f) * (float)gain[c] + (float)bias[c]);
+    for (int c = 0; c < C; c++)
+        out[c] = (floatX)(((float)x[c] - mean) * rsqrtf(var + 1e-5f) * (float)gain[c] + (float)bias[c]);
 }
 
-__global__ void layernorm_forward_2(floatX *out, const floatX *x, const floatX *gain, const floatX *bias, int rows, int C) {
+__global__ void layernorm_forward_2(floatX *out, const floatX *x, const floatX *gain, const floatX *bias, int rows,
+                                    int C) {
     const int64_t row = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
     const int lane = threadIdx.x % 32;
     if (row >= rows) return;
@@ -56,16 +64,18 @@ static void layernorm_forward_in_use(void) {
 }
 
 static void forward_run(int version) {
-    if (version == 1) layernorm_forward_1<<<(int)ceil_div(n_rows, 64), 64, 0, stream>>>(out.p, x.p, gain.p, bias.p, n_rows, C);
-    if (version == 2) layernorm_forward_2<<<(int)ceil_div(n_rows, 8), 256, 0, stream>>>(out.p, x.p, gain.p, bias.p, n_rows, C);
+    if (version == 1)
+        layernorm_forward_1<<<(int)ceil_div(n_rows, 64), 64, 0, stream>>>(out.p, x.p, gain.p, bias.p, n_rows, C);
+    if (version == 2)
+        layernorm_forward_2<<<(int)ceil_div(n_rows, 8), 256, 0, stream>>>(out.p, x.p, gain.p, bias.p, n_rows, C);
     if (version == 3) layernorm_forward_in_use();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Backward
 
-__global__ void layernorm_backward_rows(floatX *dx, float2 *stats, const floatX *dout, const floatX *x, const floatX *gain,
-                                        int rows, int C) {
+__global__ void layernorm_backward_rows(floatX *dx, float2 *stats, const floatX *dout, const floatX *x,
+                                        const floatX *gain, int rows, int C) {
     const int64_t row = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= rows) return;
     x += row * C, dout += row * C, dx += row * C;
@@ -83,8 +93,8 @@ __global__ void layernorm_backward_rows(floatX *dx, float2 *stats, const floatX 
     stats[row] = make_float2(mean, rstd);
 }
 
-__global__ void layernorm_backward_columns(float *dgain, float *dbias, const float2 *stats, const floatX *dout, const floatX *x,
-                                           int rows, int C) {
+__global__ void layernorm_backward_columns(float *dgain, float *dbias, const float2 *stats, const floatX *dout,
+                                           const floatX *x, int rows, int C) {
     const int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= C) return;
     float by_n = 0, sum = 0;
@@ -96,8 +106,8 @@ __global__ void layernorm_backward_columns(float *dgain, float *dbias, const flo
     dbias[c] += sum;
 }
 
-__global__ void layernorm_backward_2(floatX *dx, float *partial, const floatX *dout, const floatX *x, const floatX *gain,
-                                     int rows, int rows_per_block, int C) {
+__global__ void layernorm_backward_2(floatX *dx, float *partial, const floatX *dout, const floatX *x,
+                                     const floatX *gain, int rows, int rows_per_block, int C) {
     __shared__ float2 shared[32];
     const int c = threadIdx.x * 8;
     const bool mine = c < C;
@@ -130,18 +140,22 @@ __global__ void layernorm_backward_2(floatX *dx, float *partial, const floatX *d
 }
 
 static void layernorm_backward_in_use(void) {
-    layernorm_backward<false>(dx.p, scratch.p, dout.p, x.p, nullptr, {gain.p, dgain.p, C}, {bias.p, dbias.p, C}, n_rows, C);
+    layernorm_backward<false>(dx.p, scratch.p, dout.p, x.p, nullptr, {gain.p, dgain.p, C}, {bias.p, dbias.p, C}, n_rows,
+                              C);
 }
 
 static void backward_run(int version) {
     float2 *stats = (float2 *)scratch.p;
     if (version == 1) {
-        layernorm_backward_rows<<<(int)ceil_div(n_rows, 64), 64, 0, stream>>>(dx.p, stats, dout.p, x.p, gain.p, n_rows, C);
-        layernorm_backward_columns<<<(int)ceil_div(C, 32), 32, 0, stream>>>(dgain.p, dbias.p, stats, dout.p, x.p, n_rows, C);
+        layernorm_backward_rows<<<(int)ceil_div(n_rows, 64), 64, 0, stream>>>(dx.p, stats, dout.p, x.p, gain.p, n_rows,
+                                                                              C);
+        layernorm_backward_columns<<<(int)ceil_div(C, 32), 32, 0, stream>>>(dgain.p, dbias.p, stats, dout.p, x.p,
+                                                                            n_rows, C);
     }
     if (version == 2) {
         const int blocks = row_blocks(n_rows, C), per = rows_per_block(n_rows, C);
-        layernorm_backward_2<<<blocks, row_threads(C), 0, stream>>>(dx.p, scratch.p, dout.p, x.p, gain.p, n_rows, per, C);
+        layernorm_backward_2<<<blocks, row_threads(C), 0, stream>>>(dx.p, scratch.p, dout.p, x.p, gain.p, n_rows, per,
+                                                                    C);
         add_partials({{dgain.p, dbias.p}}, scratch.p, blocks, 2, C);
     }
     if (version == 3) layernorm_backward_in_use();
@@ -157,7 +171,7 @@ static void inputs(const int *shape) {
     bias.random(C);
 }
 
-static std::vector<double> normed(int64_t row, double *rstd) {                  // n of a row
+static std::vector<double> normed(int64_t row, double *rstd) { // n of a row
     std::vector<double> n(C);
     double mean = 0, var = 0;
     for (int c = 0; c < C; c++) mean += x[row * C + c] / C;
@@ -180,7 +194,7 @@ static void forward_setup(const int *shape) {
 static void backward_setup(const int *shape) {
     inputs(shape);
     dout.random((int64_t)n_rows * C);
-    dgain.random(C);                                                            // gradients are added to what is there
+    dgain.random(C); // gradients are added to what is there
     dbias.random(C);
     scratch.allocate(std::max<int64_t>(2 * n_rows, (int64_t)row_blocks(n_rows, C) * 2 * C));
     dx.output("dx", by_precision(1e-5, 4e-3), (int64_t)n_rows * C);
@@ -205,14 +219,30 @@ static void backward_setup(const int *shape) {
     }
 }
 
-static Cost forward_cost(const int *shape) { return {2. * sizeof(floatX) * shape[0] * shape[1], 8. * shape[0] * shape[1]}; }
-static Cost backward_cost(const int *shape) { return {3. * sizeof(floatX) * shape[0] * shape[1], 16. * shape[0] * shape[1]}; }
+static Cost forward_cost(const int *shape) {
+    return {2. * sizeof(floatX) * shape[0] * shape[1], 8. * shape[0] * shape[1]};
+}
+static Cost backward_cost(const int *shape) {
+    return {3. * sizeof(floatX) * shape[0] * shape[1], 16. * shape[0] * shape[1]};
+}
 
 int main(int argc, char **argv) {
     const Shapes small = {{1, 64}, {37, 320}, {1030, 192}}, large = {{32768, 768}, {16384, 2048}};
-    return lab_main({{"layernorm_forward", {{"ROWS", 1}, {"C", 64}}, {"a thread a row", "a warp a row", "in use: a block a row"},
-                      small, large, forward_setup, forward_run, forward_cost},
-                     {"layernorm_backward", {{"ROWS", 1}, {"C", 64}},
+    return lab_main({{"layernorm_forward",
+                      {{"ROWS", 1}, {"C", 64}},
+                      {"a thread a row", "a warp a row", "in use: a block a row"},
+                      small,
+                      large,
+                      forward_setup,
+                      forward_run,
+                      forward_cost},
+                     {"layernorm_backward",
+                      {{"ROWS", 1}, {"C", 64}},
                       {"a thread a row, a thread a column", "a block some rows", "in use: one sum a row"},
-                      small, large, backward_setup, backward_run, backward_cost}}, argc, argv);
+                      small,
+                      large,
+                      backward_setup,
+                      backward_run,
+                      backward_cost}},
+                    argc, argv);
 }

@@ -2,16 +2,20 @@
 //
 // Floor: 2 M O I flops at the rate of the tensor cores. Bytes (x, W and out once) only matter if a side is small.
 //
-// The question is how often a number is used once it has been read. An H100 does 300 bf16 flops in the time a byte takes
-// from memory, and about 60 in the time one takes from shared memory.
+// The question is how often a number is used once it has been read. An H100 does 300 bf16 flops in the time a byte
+// takes from memory, and about 60 in the time one takes from shared memory.
 //
-//     1 a thread a number: two loads for every multiply-add, and neighbouring lanes read rows of W that lie I numbers apart
-//     2 tiles of 32 x 32 in shared memory: each number from memory is used 32 times, but each multiply-add still costs two
+//     1 a thread a number: two loads for every multiply-add, and neighbouring lanes read rows of W that lie I numbers
+//     apart
+//     2 tiles of 32 x 32 in shared memory: each number from memory is used 32 times, but each multiply-add still costs
+//     two
 //       reads from shared memory
 //     3 tiles of 128 x 128, of which a thread computes 8 x 8: 16 reads from shared memory for 64 multiply-adds
-//     4 tensor cores: a warp computes 64 x 32 out of 16x8 tiles; the next 32 columns of x and W are copied in the background
+//     4 tensor cores: a warp computes 64 x 32 out of 16x8 tiles; the next 32 columns of x and W are copied in the
+//     background
 //       (cp.async, two buffers) while these are multiplied
-//     5 in use: cuBLAS. What it has more on Hopper: copies by the TMA unit and products of four warps at once, which read
+//     5 in use: cuBLAS. What it has more on Hopper: copies by the TMA unit and products of four warps at once, which
+//     read
 //       their operands from shared memory themselves (wgmma)
 //
 //     make -C dev matmul && dev/matmul [VERSION [M O I]]
@@ -36,7 +40,7 @@ __global__ void matmul_1(floatX *out, const floatX *x, const floatX *W, int M, i
 // ---- 2: tiles in shared memory ----
 
 __global__ void matmul_2(floatX *out, const floatX *x, const floatX *W, int M, int O, int I) {
-    __shared__ float x_tile[32][33];                                    // 33: a column's numbers lie in different banks
+    __shared__ float x_tile[32][33]; // 33: a column's numbers lie in different banks
     __shared__ float W_tile[32][33];
     const int m0 = blockIdx.y * 32, o0 = blockIdx.x * 32, row = threadIdx.x / 32, lane = threadIdx.x % 32;
     float sum = 0;
@@ -52,7 +56,7 @@ __global__ void matmul_2(floatX *out, const floatX *x, const floatX *W, int M, i
 
 // ---- 3: tiles in registers ----
 
-static const int SIDE = 128;                                            // of a block's tile of out
+static const int SIDE = 128; // of a block's tile of out
 
 // 128 rows of p from row0, 8 columns from i0, transposed to [column][row]; zeros outside. A thread brings half a row.
 __device__ inline void load_columns(float (*to)[SIDE], const floatX *p, int row0, int i0, int rows, int I) {
@@ -85,16 +89,19 @@ __global__ void __launch_bounds__(256) matmul_3(floatX *out, const floatX *x, co
 
 // ---- 4: tensor cores ----
 //
-// A block's tile, 8 warps:      o 0   32   64   96        A warp: 4 x 4 tiles of 16 x 8, 64 numbers a lane. In a step of 16
+// A block's tile, 8 warps:      o 0   32   64   96        A warp: 4 x 4 tiles of 16 x 8, 64 numbers a lane. In a step
+// of 16
 //                         m  0  [ 0 | 1  | 2  | 3 ]       columns it loads 4 tiles of x and 4 of W for 16 products.
 //                           64  [ 4 | 5  | 6  | 7 ]
 
-static const int DEPTH = 32;                                            // columns of x and W that are copied together
+static const int DEPTH = 32; // columns of x and W that are copied together
 
-struct MatmulTiles { floatX x[SIDE][DEPTH + PAD], W[SIDE][DEPTH + PAD]; };
+struct MatmulTiles {
+    floatX x[SIDE][DEPTH + PAD], W[SIDE][DEPTH + PAD];
+};
 
 __device__ inline void copy_tile(floatX (*to)[DEPTH + PAD], const floatX *p, int row0, int i0, int rows, int I) {
-    const int step = 16 / sizeof(floatX), per_row = DEPTH / step;       // copies of 16 bytes
+    const int step = 16 / sizeof(floatX), per_row = DEPTH / step; // copies of 16 bytes
     for (int at = threadIdx.x; at < SIDE * per_row; at += 256) {
         const int row = at / per_row, i = at % per_row * step;
         const bool inside = row0 + row < rows && i0 + i < I;
@@ -103,8 +110,9 @@ __device__ inline void copy_tile(floatX (*to)[DEPTH + PAD], const floatX *p, int
 }
 
 __global__ void __launch_bounds__(256) matmul_4(floatX *out, const floatX *x, const floatX *W, int M, int O, int I) {
-    MatmulTiles *tiles = dynamic_smem<MatmulTiles>();                   // two: one to multiply, one on its way
-    const int m0 = blockIdx.y * SIDE, o0 = blockIdx.x * SIDE, warp = threadIdx.x / 32, m = warp / 4 * 64, o = warp % 4 * 32;
+    MatmulTiles *tiles = dynamic_smem<MatmulTiles>(); // two: one to multiply, one on its way
+    const int m0 = blockIdx.y * SIDE, o0 = blockIdx.x * SIDE, warp = threadIdx.x / 32, m = warp / 4 * 64,
+              o = warp % 4 * 32;
     const int steps = (I + DEPTH - 1) / DEPTH;
     TileC sum[4][4] = {};
     for (int step = -1; step < steps; step++) {
@@ -115,7 +123,7 @@ __global__ void __launch_bounds__(256) matmul_4(floatX *out, const floatX *x, co
         }
         async_commit();
         if (step < 0) continue;
-        async_wait<1>();                                                // all but the newest group
+        async_wait<1>(); // all but the newest group
         __syncthreads();
         const MatmulTiles &now = tiles[step % 2];
         for (int i = 0; i < DEPTH; i += 16) {
@@ -123,7 +131,7 @@ __global__ void __launch_bounds__(256) matmul_4(floatX *out, const floatX *x, co
             for (int k = 0; k < 4; k++) b[k] = load_b(&now.W[o + 8 * k][i], DEPTH + PAD);
             for (int j = 0; j < 4; j++) mma(sum[j], load_a(&now.x[m + 16 * j][i], DEPTH + PAD), b);
         }
-        __syncthreads();                                                // before this buffer is filled again
+        __syncthreads(); // before this buffer is filled again
     }
     for (int j = 0; j < 4; j++)
         for (int k = 0; k < 4; k++)
@@ -140,7 +148,8 @@ static void matmul_in_use(void) { linear_forward(out.p, x.p, Param{W.p, nullptr,
 static void run(int version) {
     const dim3 grid((int)ceil_div(O, 32), (int)ceil_div(M, 8)), tiles((int)ceil_div(O, SIDE), (int)ceil_div(M, SIDE));
     if (version == 1) matmul_1<<<grid, dim3(32, 8), 0, stream>>>(out.p, x.p, W.p, M, O, I);
-    if (version == 2) matmul_2<<<dim3((int)ceil_div(O, 32), (int)ceil_div(M, 32)), 1024, 0, stream>>>(out.p, x.p, W.p, M, O, I);
+    if (version == 2)
+        matmul_2<<<dim3((int)ceil_div(O, 32), (int)ceil_div(M, 32)), 1024, 0, stream>>>(out.p, x.p, W.p, M, O, I);
     if (version == 3) matmul_3<<<tiles, 256, 0, stream>>>(out.p, x.p, W.p, M, O, I);
     if (version == 4) {
         allow_smem(matmul_4, 2 * sizeof(MatmulTiles));
@@ -167,9 +176,14 @@ static Cost cost(const int *shape) {
 }
 
 int main(int argc, char **argv) {
-    return lab_main({{"matmul", {{"M", 1}, {"O", 8}, {"I", 8}},
+    return lab_main({{"matmul",
+                      {{"M", 1}, {"O", 8}, {"I", 8}},
                       {"a thread a number", "tiles in shared memory", "8 x 8 in registers", "tensor cores, two buffers",
                        "in use: cuBLAS"},
-                      {{1, 8, 8}, {37, 136, 88}, {130, 72, 200}}, {{4096, 4096, 4096}, {32768, 2688, 768}},
-                      setup, run, cost}}, argc, argv);
+                      {{1, 8, 8}, {37, 136, 88}, {130, 72, 200}},
+                      {{4096, 4096, 4096}, {32768, 2688, 768}},
+                      setup,
+                      run,
+                      cost}},
+                    argc, argv);
 }

@@ -4,20 +4,26 @@
 //
 // where h (BT, 5 x 32) is the hidden layer of the low-rank part, h_i its i-th 32 columns, w2 (5, 32, C).
 //
-// Floor: bytes. Forward reads x (and h, 160 numbers a token) and writes 5 outputs: 6 units of BT C floatX. The rank-32 product
-// costs 320 flops a number, little for tensor cores. Backward reads x and 5 gradients and writes dx: 7 units.
+// Floor: bytes. Forward reads x (and h, 160 numbers a token) and writes 5 outputs: 6 units of BT C floatX. The rank-32
+// product costs 320 flops a number, little for tensor cores. Backward reads x and 5 gradients and writes dx: 7 units.
 //
-// Forward:   1 m by cuBLAS, then a launch for each mix, a thread an element: m is written and read, x is read 10 times: 25 units
-//            2 m by cuBLAS, then all five mixes in one pass: a thread owns 8 channels, walks the tokens, and the token before
+// Forward:   1 m by cuBLAS, then a launch for each mix, a thread an element: m is written and read, x is read 10 times:
+// 25 units
+//            2 m by cuBLAS, then all five mixes in one pass: a thread owns 8 channels, walks the tokens, and the token
+//            before
 //              is what it held a moment ago: 16 units
 //            3 the product inside the kernel: m_i goes from the tensor cores through shared memory to the mix: 6 units
-//            4 without the way through shared memory: w2's columns are permuted so that what a lane gets of a result of mma are
-//              8 neighbouring channels, 16 bytes. But a warp waits for its h, then for its x, and has nothing else to do
+//            4 without the way through shared memory: w2's columns are permuted so that what a lane gets of a result of
+//            mma are
+//              8 neighbouring channels, 16 bytes. But a warp waits for its h, then for its x, and has nothing else to
+//              do
 //            5 in use: 4 with h and x of the next 64 tokens on their way into shared memory meanwhile
 // Backward, where dh is given as the gradient before the tanh that made h, times 1 - h^2:
 //            1 m and dm in memory, a thread an element; the sums over tokens by a thread a channel
-//            2 in use: a kernel for dx and dh, where blocks own tokens and walk the channels, and one for dw2 and dmu, where
-//              blocks own channels and walk the tokens. Both read x and the gradients, 13 units in all: one pass would write
+//            2 in use: a kernel for dx and dh, where blocks own tokens and walk the channels, and one for dw2 and dmu,
+//            where
+//              blocks own channels and walk the tokens. Both read x and the gradients, 13 units in all: one pass would
+//              write
 //              and read as many bytes in partial sums of dh (or of dw2, if blocks own tokens)
 //
 // The hidden layer itself comes from one more mix of the same tokens,
@@ -27,7 +33,8 @@
 // Floor: x is read, 1 unit; backward x is read, and the gradient of x is added to what is there, 3 units.
 //
 // Hidden:    1 the mixed x in memory: read, write, read again: 3 units forward. Backward its gradient, too: 8 units
-//            2 in use: the shift is linear, so it comes after the product, where a token has 160 numbers: the floor's units. The
+//            2 in use: the shift is linear, so it comes after the product, where a token has 160 numbers: the floor's
+//            units. The
 //              price is twice the flops, and 320 numbers a token more: bytes of 1.7 units at C = 768, of 0.6 at 2048
 //
 //     make -C dev token_shift_mix && dev/token_shift_mix [VERSION [B T C]]
@@ -36,12 +43,16 @@
 #include "../train_goldfinch.cu"
 #include "common.h"
 
-static const int MIXES = 5, HIDDEN = MIXES * RANK;                        // RANK, the trainer's: 32
+static const int MIXES = 5, HIDDEN = MIXES * RANK; // RANK, the trainer's: 32
 static int B, T, C, BT;
 static Array<floatX> x, h, w2, mu[MIXES], out[MIXES], g[MIXES], m, dm, dx, dh;
 static Array<float> dmu[MIXES], dw2, partial;
 
-struct Five { const floatX *mu[MIXES], *m; floatX *x[MIXES]; };          // m (5, BT, C); x: outputs, backward their gradients
+// m (5, BT, C); x: outputs, backward their gradients
+struct Five {
+    const floatX *mu[MIXES], *m;
+    floatX *x[MIXES];
+};
 
 static Five five(Array<floatX> *to) {
     Five mix = {{}, m.p, {}};
@@ -63,7 +74,7 @@ __global__ void mix_1(floatX *out, const floatX *x, const floatX *mu, const floa
     out[at] = (floatX)(here + (before - here) * ((float)mu[at % C] + (float)m[at]));
 }
 
-static const int ROWS = 8;                                              // tokens that a thread walks
+static const int ROWS = 8; // tokens that a thread walks
 
 __global__ void mix_2(Five mix, const floatX *x, int BT, int T, int C) {
     const int c = threadIdx.x * 8;
@@ -84,16 +95,19 @@ __global__ void mix_2(Five mix, const floatX *x, int BT, int T, int C) {
     }
 }
 
-// A block owns 64 channels, keeps their share of w2 in shared memory and walks 256 tokens, 64 at a time, a warp 16 of them.
+// A block owns 64 channels, keeps their share of w2 in shared memory and walks 256 tokens, 64 at a time, a warp 16 of
+// them.
 static const int WALK = 256, LDH = HIDDEN + PAD, LDW = 64 + PAD, LDM = 64 + 4;
 
 struct MixTile {
     alignas(16) floatX w2[HIDDEN][LDW];
     alignas(16) floatX h[64][LDH];
-    float m[4][16][LDM];                                                // of each warp: 16 tokens x 64 channels of one mix
+    // of each warp: 16 tokens x 64 channels of one mix
+    float m[4][16][LDM];
 };
 
-__global__ void __launch_bounds__(128) mix_3(Five mix, const floatX *x, const floatX *h, const floatX *w2, int BT, int T, int C) {
+__global__ void __launch_bounds__(128)
+    mix_3(Five mix, const floatX *x, const floatX *h, const floatX *w2, int BT, int T, int C) {
     MixTile &s = *dynamic_smem<MixTile>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c0 = blockIdx.x * 64, c = lane % 8 * 8;
     for (int i = threadIdx.x; i < HIDDEN * 8; i += 128)
@@ -117,7 +131,7 @@ __global__ void __launch_bounds__(128) mix_3(Five mix, const floatX *x, const fl
                 for (int e = 0; e < 4; e++) s.m[warp][tile_row(e)][8 * n + tile_col(e)] = product[n].x[e];
             __syncwarp();
             const Pack mu = load(mix.mu[i] + c0 + c);
-            for (int t = lane / 8; t < 16 && t0 + 16 * warp + t < end; t += 4) {    // 8 lanes a row
+            for (int t = lane / 8; t < 16 && t0 + 16 * warp + t < end; t += 4) { // 8 lanes a row
                 const int64_t row = t0 + 16 * warp + t, at = row * C + c0 + c;
                 const Pack here = load(x + at), before = row % T ? load(x + at - C) : zero_pack();
                 Pack v = load(&s.m[warp][t][c]);
@@ -154,7 +168,8 @@ __global__ void __launch_bounds__(128) mix_4(Mixes<MIXES> mix, const floatX *x, 
                 for (int half = 0; half < 2; half++) {
                     const int64_t row = row0 + tile_row(2 * half);
                     Pack v = here[half];
-                    for (int j = 0; j < 8; j++) v.x[j] += (before[half].x[j] - v.x[j]) * amount[j / 2].x[2 * half + j % 2];
+                    for (int j = 0; j < 8; j++)
+                        v.x[j] += (before[half].x[j] - v.x[j]) * amount[j / 2].x[2 * half + j % 2];
                     if (row < BT) store(mix.x[i] + row * C + c, v);
                 }
             }
@@ -178,12 +193,14 @@ static void forward_run(int version) {
     if (version == 2) mix_2<<<(int)ceil_div(BT, ROWS), row_threads(C), 0, stream>>>(five(out), x.p, BT, T, C);
     if (version == 3) {
         allow_smem(mix_3, sizeof(MixTile));
-        mix_3<<<dim3(C / 64, (int)ceil_div(BT, WALK)), 128, sizeof(MixTile), stream>>>(five(out), x.p, h.p, w2.p, BT, T, C);
+        mix_3<<<dim3(C / 64, (int)ceil_div(BT, WALK)), 128, sizeof(MixTile), stream>>>(five(out), x.p, h.p, w2.p, BT, T,
+                                                                                       C);
     }
     if (version == 4) {
         const size_t smem = sizeof(LowRankMixSmem<MIXES>);
         allow_smem(mix_4, smem);
-        mix_4<<<dim3(C / 64, (int)ceil_div(4 * multiprocessors, C / 64)), 128, smem, stream>>>(mixes_in_use(out), x.p, BT, T, C);
+        mix_4<<<dim3(C / 64, (int)ceil_div(4 * multiprocessors, C / 64)), 128, smem, stream>>>(mixes_in_use(out), x.p,
+                                                                                               BT, T, C);
     }
     if (version == 5) mix_forward_in_use();
 }
@@ -207,7 +224,7 @@ __global__ void mix_backward_1(Five mix, floatX *dx, floatX *dm, const floatX *x
     dx[at] = (floatX)sum;
 }
 
-__global__ void mix_backward_sums(Targets dmu, const floatX *dm, int BT, int C) {   // a thread a channel of a mix
+__global__ void mix_backward_sums(Targets dmu, const floatX *dm, int BT, int C) { // a thread a channel of a mix
     const int c = blockIdx.x * blockDim.x + threadIdx.x, i = blockIdx.y;
     if (c >= C) return;
     float sum = 0;
@@ -215,7 +232,7 @@ __global__ void mix_backward_sums(Targets dmu, const floatX *dm, int BT, int C) 
     dmu.g[i][c] += sum;
 }
 
-static void product_gradients(void) {                                   // dh, dw2 from dm
+static void product_gradients(void) { // dh, dw2 from dm
     matmul(dh.p, HIDDEN, rows(dm.p, C, (int64_t)BT * C), columns(w2.p, C, RANK * C), BT, RANK, C, 0, MIXES, RANK);
     tanh_backward<<<pack_blocks((int64_t)BT * HIDDEN), 256, 0, stream>>>(dh.p, h.p, (int64_t)BT * HIDDEN);
     matmul(dw2.p, C, columns(h.p, HIDDEN, RANK), rows(dm.p, C, (int64_t)BT * C), RANK, C, BT, 1, MIXES, RANK * C);
@@ -224,7 +241,8 @@ static void product_gradients(void) {                                   // dh, d
 static Targets dmu_targets(void) { return {{dmu[0].p, dmu[1].p, dmu[2].p, dmu[3].p, dmu[4].p}}; }
 
 static void mix_backward_in_use(void) {
-    mix_backward_low_rank<MIXES, floatX, false>(mixes_in_use(g), dx.p, dh.p, dw2.p, dmu_targets(), partial.p, x.p, BT, T, C);
+    mix_backward_low_rank<MIXES, floatX, false>(mixes_in_use(g), dx.p, dh.p, dw2.p, dmu_targets(), partial.p, x.p, BT,
+                                                T, C);
 }
 
 static void backward_run(int version) {
@@ -250,7 +268,9 @@ static Dims dims(void) {
 }
 static LowRankMix layer(void) { return {both.p, h.p, {z.p, dh.p, dz.p, dboth.p}}; }
 
-static void hidden_in_use(void) { low_rank_mix_hidden(dims(), layer(), {mu_x.p, nullptr, 0}, {w1.p, nullptr, HIDDEN}, MIXES, x.p); }
+static void hidden_in_use(void) {
+    low_rank_mix_hidden(dims(), layer(), {mu_x.p, nullptr, 0}, {w1.p, nullptr, HIDDEN}, MIXES, x.p);
+}
 static void hidden_run(int version) {
     if (version == 1) {
         mix_forward<1>({{mu_x.p}, {}, {xx.p}}, x.p, BT, T, C);
@@ -279,7 +299,8 @@ static void hidden_backward_run(int version) {
 static void inputs(const int *shape) {
     B = shape[0], T = shape[1], C = shape[2], BT = B * T;
     x.random((int64_t)BT * C);
-    h.fill((int64_t)BT * HIDDEN, [](int64_t i) { return (float)(2 * lab_uniform(1, i) - 1); });       // as tanh makes them
+    // as tanh makes them
+    h.fill((int64_t)BT * HIDDEN, [](int64_t i) { return (float)(2 * lab_uniform(1, i) - 1); });
     w2.random(HIDDEN * C, 0.2);
     for (Array<floatX> &each : mu) each.random(C, 0.3, 0.5);
     m.allocate((int64_t)MIXES * BT * C);
@@ -300,7 +321,8 @@ static void forward_setup(const int *shape) {
     for (int i = 0; i < MIXES; i++) {
         out[i].output(names[i], by_precision(1e-5, 2e-2), (int64_t)BT * C);
         for (int64_t row : some)
-            for (int c = 0; c < C; c++) out[i].expect(row * C + c, x[row * C + c] + dx_at(row, c) * coefficient(i, row, c));
+            for (int c = 0; c < C; c++)
+                out[i].expect(row * C + c, x[row * C + c] + dx_at(row, c) * coefficient(i, row, c));
     }
 }
 
@@ -326,7 +348,7 @@ static void backward_setup(const int *shape) {
             dh.expect(row * HIDDEN + l, sum * (1 - pow(h[row * HIDDEN + l], 2)));
         }
     }
-    dw2.random(HIDDEN * C);                                             // gradients are added to what is there
+    dw2.random(HIDDEN * C); // gradients are added to what is there
     dw2.output("dw2", by_precision(1e-4, 1e-2));
     for (int64_t at : sample(HIDDEN * C, 300)) {
         double sum = dw2[at];
@@ -361,7 +383,7 @@ static void hidden_inputs(const int *shape) {
 
 static void hidden_setup(const int *shape) {
     hidden_inputs(shape);
-    h.output("h", by_precision(1e-4, 2e-2), (int64_t)BT * HIDDEN);       // 1e-4: a sum of C products
+    h.output("h", by_precision(1e-4, 2e-2), (int64_t)BT * HIDDEN); // 1e-4: a sum of C products
     for (int64_t row : sample(BT, 50))
         for (int l = 0; l < HIDDEN; l++) {
             double sum = 0;
@@ -372,11 +394,11 @@ static void hidden_setup(const int *shape) {
 
 static void hidden_backward_setup(const int *shape) {
     hidden_inputs(shape);
-    mix_forward<1>({{mu_x.p}, {}, {xx.p}}, x.p, BT, T, C);              // the forward passes left these
+    mix_forward<1>({{mu_x.p}, {}, {xx.p}}, x.p, BT, T, C); // the forward passes left these
     mix_hidden_weights<<<pack_blocks(HIDDEN * C), 256, 0, stream>>>(both.p, w1.p, mu_x.p, C, HIDDEN, HIDDEN);
     partial.allocate((int64_t)row_blocks(BT, C) * C);
     dh.random((int64_t)BT * HIDDEN);
-    dx.random((int64_t)BT * C);                                         // gradients are added to what is there
+    dx.random((int64_t)BT * C); // gradients are added to what is there
     dx.output("dx", by_precision(1e-5, 1e-2));
     auto dxx_at = [&](int64_t row, int c) {
         double sum = 0;
@@ -386,7 +408,7 @@ static void hidden_backward_setup(const int *shape) {
     for (int64_t row : sample(BT, 50))
         for (int c = 0; c < C; c++)
             dx.expect(row * C + c, dx[row * C + c] + dxx_at(row, c) * (1 - mu_x[c]) +
-                                   ((row + 1) % T ? dxx_at(row + 1, c) * mu_x[c] : 0));
+                                       ((row + 1) % T ? dxx_at(row + 1, c) * mu_x[c] : 0));
     dw1.random(HIDDEN * C);
     dw1.output("dw1", by_precision(1e-4, 1e-2));
     for (int64_t at : sample(HIDDEN * C, 300)) {
@@ -413,16 +435,41 @@ static Cost hidden_cost(const int *shape) { return cost(shape, 1, 1); }
 static Cost hidden_backward_cost(const int *shape) { return cost(shape, 3, 2); }
 
 int main(int argc, char **argv) {
-    const Shapes small = {{1, 1, 64}, {3, 37, 192}, {2, 150, 320}, {1, 290, 4096}}, large = {{32, 1024, 768}, {8, 2048, 2048}};
+    const Shapes small = {{1, 1, 64}, {3, 37, 192}, {2, 150, 320}, {1, 290, 4096}},
+                 large = {{32, 1024, 768}, {8, 2048, 2048}};
     const std::vector<Dimension> dimensions = {{"B", 1}, {"T", 1}, {"C", 64}};
-    return lab_main({{"token_shift_mix_forward", dimensions,
+    return lab_main({{"token_shift_mix_forward",
+                      dimensions,
                       {"a launch a mix", "five mixes in one pass", "with the product inside", "and in registers",
                        "in use: loads ahead"},
-                      small, large, forward_setup, forward_run, forward_cost},
-                     {"token_shift_mix_backward", dimensions, {"a thread an element", "in use"},
-                      small, large, backward_setup, backward_run, backward_cost},
-                     {"mix_hidden_forward", dimensions, {"the mix in memory", "in use: the shift after the product"},
-                      small, large, hidden_setup, hidden_run, hidden_cost},
-                     {"mix_hidden_backward", dimensions, {"the mix in memory", "in use: the shift after the product"},
-                      small, large, hidden_backward_setup, hidden_backward_run, hidden_backward_cost}}, argc, argv);
+                      small,
+                      large,
+                      forward_setup,
+                      forward_run,
+                      forward_cost},
+                     {"token_shift_mix_backward",
+                      dimensions,
+                      {"a thread an element", "in use"},
+                      small,
+                      large,
+                      backward_setup,
+                      backward_run,
+                      backward_cost},
+                     {"mix_hidden_forward",
+                      dimensions,
+                      {"the mix in memory", "in use: the shift after the product"},
+                      small,
+                      large,
+                      hidden_setup,
+                      hidden_run,
+                      hidden_cost},
+                     {"mix_hidden_backward",
+                      dimensions,
+                      {"the mix in memory", "in use: the shift after the product"},
+                      small,
+                      large,
+                      hidden_backward_setup,
+                      hidden_backward_run,
+                      hidden_backward_cost}},
+                    argc, argv);
 }

@@ -1,16 +1,19 @@
 // WKV, backward. With S_t the state before token t and dS_t the gradient of the state after it (wkv_forward.cu has the
 // recurrence; e = exp(w), d = exp(-e)):
 //
-//     dr_t[i] = sum_j dy_t[j] (S_t[i][j] + u[i] k_t[i] v_t[j])        dS_t-1 = d_t dS_t + r_t dy_t,  zero after the last token
+//     dr_t[i] = sum_j dy_t[j] (S_t[i][j] + u[i] k_t[i] v_t[j])
+//         dS_t-1 = d_t dS_t + r_t dy_t,  zero after the last token
 //     dk_t[i] = sum_j v_t[j] (dS_t[i][j] + u[i] r_t[i] dy_t[j])       dw_t[i] = -e_t d_t sum_j S_t[i][j] dS_t[i][j]
-//     dv_t[j] = sum_i k_t[i] dS_t[i][j] + dy_t[j] sum_i r_t[i] u[i] k_t[i]      du[i] = sum_t r_t[i] k_t[i] sum_j v_t[j] dy_t[j]
+//     dv_t[j] = sum_i k_t[i] dS_t[i][j] + dy_t[j] sum_i r_t[i] u[i] k_t[i]
+//         du[i] = sum_t r_t[i] k_t[i] sum_j v_t[j] dy_t[j]
 //
 // Floor: bytes. r, k, v, w, dy in and dr, dk, dv, dw out, 9 floatX a number; 14 N flop a number, on tensor cores.
 //
 // The difficulty: dw needs S_t and dS_t at the same time, but one is known from the front, the other from the back, and
 // S_t can't be had from S_t+1 (that would divide by d, which may be 0). So states are kept, and made again in between.
 //
-//     1 three kernels: states every 16 tokens; a thread a key i walks back with its rows of dS in registers, and makes each
+//     1 three kernels: states every 16 tokens; a thread a key i walks back with its rows of dS in registers, and makes
+//     each
 //       S_t again from the last state kept, 7.5 steps on average; a thread a value j walks back once more for dv
 //     2 keys and values in one block of 128 threads, which share what they read: 16 tokens in shared memory
 //     3 in use: 16 tokens at a time by matrix products. How it finds dr and dw without ever having S_t inside a tile is
@@ -26,10 +29,15 @@ static int B, T, H, A;
 static Array<floatX> r, k, v, w, u, y, dy, dr, dk, dv, dw;
 static Array<float> du, dw_sum, states, states16;
 
-static const int TOKENS = 16;               // from one state kept to the next, in 1 and 2
+static const int TOKENS = 16; // from one state kept to the next, in 1 and 2
 
-struct In { const floatX *r, *k, *v, *w, *u, *dy; };
-struct Out { floatX *dr, *dk, *dv, *dw; float *du; };
+struct In {
+    const floatX *r, *k, *v, *w, *u, *dy;
+};
+struct Out {
+    floatX *dr, *dk, *dv, *dw;
+    float *du;
+};
 
 __device__ inline float decay(floatX w) { return expf(-expf((float)w)); }
 
@@ -57,11 +65,12 @@ __global__ void wkv_backward_keys(Out out, In in, const float *states, int T, in
     float dS[N] = {}, du = 0;
     for (int t = T - 1; t >= 0; t--) {
         const int64_t at = ((int64_t)blockIdx.y * T + t) * A + blockIdx.x * N;
-        const float *kept = states + ((((int64_t)blockIdx.y * gridDim.x + blockIdx.x) * chunks + t / TOKENS) * N + i) * N;
+        const float *kept =
+            states + ((((int64_t)blockIdx.y * gridDim.x + blockIdx.x) * chunks + t / TOKENS) * N + i) * N;
         float S[N];
 #pragma unroll
         for (int j = 0; j < N; j++) S[j] = kept[j];
-        for (int s = t / TOKENS * TOKENS; s < t; s++) {                 // S_t again
+        for (int s = t / TOKENS * TOKENS; s < t; s++) { // S_t again
             const int64_t from = at + (int64_t)(s - t) * A;
             const float d = decay(in.w[from + i]), ki = (float)in.k[from + i];
 #pragma unroll
@@ -105,9 +114,12 @@ __global__ void wkv_backward_values(Out out, In in, int T, int A) {
 
 // ---- 2: one kernel, 16 tokens in shared memory ----
 
-struct Tile { float r[TOKENS][N], k[TOKENS][N], v[TOKENS][N], e[TOKENS][N], d[TOKENS][N], dy[TOKENS][N], u[N]; };
+struct Tile {
+    float r[TOKENS][N], k[TOKENS][N], v[TOKENS][N], e[TOKENS][N], d[TOKENS][N], dy[TOKENS][N], u[N];
+};
 
-__device__ inline float backward_of_key(Out out, const Tile &tile, float (&dS)[N], const float *kept, int t, int64_t at, int i) {
+__device__ inline float backward_of_key(Out out, const Tile &tile, float (&dS)[N], const float *kept, int t, int64_t at,
+                                        int i) {
     float S[N], dr = 0, dk = 0, dd = 0, v_dy = 0;
 #pragma unroll
     for (int j = 0; j < N; j++) S[j] = kept[j];
@@ -125,7 +137,7 @@ __device__ inline float backward_of_key(Out out, const Tile &tile, float (&dS)[N
     out.dr[at] = (floatX)(dr + tile.u[i] * tile.k[t][i] * v_dy);
     out.dk[at] = (floatX)(dk + tile.u[i] * tile.r[t][i] * v_dy);
     out.dw[at] = (floatX)(-tile.e[t][i] * tile.d[t][i] * dd);
-    return tile.r[t][i] * tile.k[t][i] * v_dy;                          // to du
+    return tile.r[t][i] * tile.k[t][i] * v_dy; // to du
 }
 
 __device__ inline void backward_of_value(Out out, const Tile &tile, float (&dS)[N], int t, int64_t at, int j) {
@@ -140,7 +152,7 @@ __device__ inline void backward_of_value(Out out, const Tile &tile, float (&dS)[
 
 __global__ void __launch_bounds__(2 * N) wkv_backward_2(Out out, In in, const float *states, int T, int A) {
     __shared__ Tile tile;
-    const int i = threadIdx.x % N, chunks = (T + TOKENS - 1) / TOKENS;  // threads 0..63: key i; 64..127: value i
+    const int i = threadIdx.x % N, chunks = (T + TOKENS - 1) / TOKENS; // threads 0..63: key i; 64..127: value i
     float dS[N] = {}, du = 0;
     if (threadIdx.x < N) tile.u[i] = (float)in.u[blockIdx.x * N + i];
     for (int chunk = chunks - 1; chunk >= 0; chunk--) {
@@ -158,10 +170,9 @@ __global__ void __launch_bounds__(2 * N) wkv_backward_2(Out out, In in, const fl
             tile.d[t][i] = expf(-tile.e[t][i]);
         }
         __syncthreads();
-        for (int t = tokens - 1; t >= 0; t--) {
+        for (int t = tokens - 1; t >= 0; t--)
             if (threadIdx.x < N) du += backward_of_key(out, tile, dS, kept, t, base + (int64_t)t * A, i);
             else backward_of_value(out, tile, dS, t, base + (int64_t)t * A, i);
-        }
     }
     if (threadIdx.x < N) out.du[(int64_t)blockIdx.y * A + blockIdx.x * N + i] = du;
 }
@@ -190,7 +201,7 @@ static void run(int version) {
 
 static void expect_head(int64_t head) {
     const int h = (int)(head % H), b = (int)(head / H);
-    std::vector<double> S((int64_t)(T + 1) * N * N), dS(N * N), du_of(N);        // S of all tokens
+    std::vector<double> S((int64_t)(T + 1) * N * N), dS(N * N), du_of(N); // S of all tokens
     for (int t = 0; t < T; t++)
         for (int64_t i = 0, at = ((int64_t)b * T + t) * A + h * N; i < N; i++)
             for (int j = 0; j < N; j++)
@@ -213,7 +224,8 @@ static void expect_head(int64_t head) {
             }
             dr.expect(at + i, dr_of);
             dk.expect(at + i, dk_of);
-            dw.expect(at + i, -e * d * dd, e * d * sqrt(s2 * ds2 / N));     // a sum of N products of any sign: its usual size
+            // a sum of N products of any sign: its usual size
+            dw.expect(at + i, -e * d * dd, e * d * sqrt(s2 * ds2 / N));
             du_of[i] += ri * ki * v_dy;
         }
         for (int j = 0; j < N; j++) dv.expect(at + j, dv_of[j]);
@@ -226,7 +238,7 @@ static void setup(const int *shape) {
     const int64_t n = (int64_t)B * T * A, heads = (int64_t)B * H;
     for (Array<floatX> *input : {&r, &k, &v, &dy}) input->random(n);
     u.random(A);
-    w.fill(n, [](int64_t i) { return (float)(-10 + 14 * lab_uniform(1, i)); });     // decays from 0.99995 to 0
+    w.fill(n, [](int64_t i) { return (float)(-10 + 14 * lab_uniform(1, i)); }); // decays from 0.99995 to 0
     y.allocate(n);
     states.allocate(heads * ceil_div(T, CHUNK) * N * N);
     states16.allocate(heads * ceil_div(T, TOKENS) * N * N);
@@ -247,7 +259,13 @@ static Cost cost(const int *shape) {
 }
 
 int main(int argc, char **argv) {
-    return lab_main({{"wkv_backward", {{"B", 1}, {"T", 1}, {"H", 1}},
+    return lab_main({{"wkv_backward",
+                      {{"B", 1}, {"T", 1}, {"H", 1}},
                       {"walk back, and forward again", "16 tokens in shared memory", "in use"},
-                      {{2, 1, 3}, {2, 37, 1}, {1, 150, 3}}, {{32, 1024, 12}, {8, 2048, 32}}, setup, run, cost}}, argc, argv);
+                      {{2, 1, 3}, {2, 37, 1}, {1, 150, 3}},
+                      {{32, 1024, 12}, {8, 2048, 32}},
+                      setup,
+                      run,
+                      cost}},
+                    argc, argv);
 }

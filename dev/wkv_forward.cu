@@ -1,17 +1,22 @@
 // WKV, forward: the recurrence at the heart of RWKV-6. Per head, S is (N keys i, N values j), zero at the start:
 //
-//     y_t[j] = sum_i r_t[i] (S[i][j] + u[i] k_t[i] v_t[j]),     S[i][j] <- d_t[i] S[i][j] + k_t[i] v_t[j],     d = exp(-exp(w))
+//     y_t[j] = sum_i r_t[i] (S[i][j] + u[i] k_t[i] v_t[j]),
+//         S[i][j] <- d_t[i] S[i][j] + k_t[i] v_t[j],     d = exp(-exp(w))
 //
-// Floor: r, k, v, w in and y out, 5 floatX a number, and 4 N flop a number (a product with S, an update of S), on tensor
-// cores if they can be brought there: then bytes bind. Token by token they can't: a vector times a matrix, 4 N^2 flop and
-// two exponentials a channel, T times one after the other, and only B H blocks of 64 threads to fill the GPU with.
+// Floor: r, k, v, w in and y out, 5 floatX a number, and 4 N flop a number (a product with S, an update of S), on
+// tensor cores if they can be brought there: then bytes bind. Token by token they can't: a vector times a matrix, 4 N^2
+// flop and two exponentials a channel, T times one after the other, and only B H blocks of 64 threads to fill the GPU
+// with.
 //
-//     1 a thread a value j: its column of S lives in 64 registers; each thread reads r, k, w of all 64 keys from memory and
+//     1 a thread a value j: its column of S lives in 64 registers; each thread reads r, k, w of all 64 keys from memory
+//     and
 //       computes all 64 decays, as its 63 neighbours do
-//     2 the same, 8 tokens at a time in shared memory: a thread brings one key's numbers, a decay is computed once, and the
+//     2 the same, 8 tokens at a time in shared memory: a thread brings one key's numbers, a decay is computed once, and
+//     the
 //       loads of the next 8 tokens are under way while these are used
 //     3 in chunks of 16: what 16 tokens do to S and to each other are matrix products, so tensor cores do it, and S is
-//       touched 16 times less. With P_t[i] the product of the chunk's decays before t, and W(s,t) of those between s and t:
+//       touched 16 times less. With P_t[i] the product of the chunk's decays before t, and W(s,t) of those between s
+//       and t:
 //           a[t][s] = sum_i r_t[i] k_s[i] W(s,t)[i]     (s < t; on the diagonal u instead of W)
 //           y = (r P) S + a v          S <- D S + (k W(s,end))^T v,   D: all of the chunk
 //       W(s,t) is not P_t / P_(s+1): that would overflow where decays are strong. It is multiplied up, pair by pair.
@@ -27,14 +32,16 @@ static int B, T, H, A;
 static Array<floatX> r, k, v, w, u, y;
 static Array<float> states;
 
-struct In { const floatX *r, *k, *v, *w, *u; };
+struct In {
+    const floatX *r, *k, *v, *w, *u;
+};
 
 // ---- 1: token by token ----
 
 __global__ void wkv_1(floatX *y, In in, int T, int A) {
     const floatX *r = in.r, *k = in.k, *v = in.v, *w = in.w, *u = in.u;
     const int h = blockIdx.x, j = threadIdx.x;
-    float S[N] = {};                                                    // column j
+    float S[N] = {}; // column j
     for (int t = 0; t < T; t++) {
         const int64_t at = ((int64_t)blockIdx.y * T + t) * A + h * N;
         const float vj = (float)v[at + j];
@@ -51,7 +58,7 @@ __global__ void wkv_1(floatX *y, In in, int T, int A) {
 
 // ---- 2: shared memory ----
 
-static const int AHEAD = 8;                 // tokens that are loaded together
+static const int AHEAD = 8; // tokens that are loaded together
 
 __global__ void wkv_2(floatX *y, In in, int T, int A) {
     const floatX *r = in.r, *k = in.k, *v = in.v, *w = in.w, *u = in.u;
@@ -62,7 +69,7 @@ __global__ void wkv_2(floatX *y, In in, int T, int A) {
     const int h = blockIdx.x, j = threadIdx.x;
     const int64_t base = (int64_t)blockIdx.y * T * A + h * N + j;
     float S[N] = {};
-    floatX next[4][AHEAD];                                             // r, k, v, w of channel j, the chunk to come
+    floatX next[4][AHEAD]; // r, k, v, w of channel j, the chunk to come
     shared_u[j] = (float)u[h * N + j];
     for (int t0 = -AHEAD; t0 < T; t0 += AHEAD) {
         float vj[AHEAD];
@@ -95,16 +102,17 @@ __global__ void wkv_2(floatX *y, In in, int T, int A) {
 
 // ---- 3: chunks of matrix products ----
 
-static const int TOKENS = 16, WIDTH = N + PAD, SQUARE = TOKENS + PAD;   // tokens of a chunk; rows of operands in shared memory
+// tokens of a chunk; rows of operands in shared memory
+static const int TOKENS = 16, WIDTH = N + PAD, SQUARE = TOKENS + PAD;
 
 struct Chunk {
     float r[TOKENS][N], k[TOKENS][N], d[TOKENS][N], u[N], D[N], S[N][N + 4];
-    float partial[8][TOKENS][TOKENS];                                   // the scores, over 8 channels each
+    float partial[8][TOKENS][TOKENS]; // the scores, over 8 channels each
     alignas(16) floatX v[TOKENS][WIDTH];
     alignas(16) floatX rP[TOKENS][WIDTH];
     alignas(16) floatX kW[TOKENS][WIDTH];
     alignas(16) floatX a[TOKENS][SQUARE];
-    alignas(16) floatX S_operand[N][WIDTH];                             // S, rounded
+    alignas(16) floatX S_operand[N][WIDTH]; // S, rounded
 };
 
 // Thread (s, 8 channels): k_s goes through the tokens after s, and decays on the way.
@@ -138,7 +146,7 @@ __global__ void wkv_3(floatX *y, In in, int T, int A) {
         const int64_t base = ((int64_t)blockIdx.y * T + t0) * A + h * N;
         for (int at = threadIdx.x; at < TOKENS * N; at += blockDim.x) {
             const int t = at / N, i = at % N;
-            const bool inside = t0 + t < T;                             // past the end: r = k = v = 0, d = 1
+            const bool inside = t0 + t < T; // past the end: r = k = v = 0, d = 1
             const int64_t from = base + (int64_t)(inside ? t : 0) * A + i;
             c.r[t][i] = inside ? (float)r[from] : 0;
             c.k[t][i] = inside ? (float)k[from] : 0;
@@ -147,7 +155,7 @@ __global__ void wkv_3(floatX *y, In in, int T, int A) {
         }
         __syncthreads();
         pairs(c);
-        if (threadIdx.x < N) {                                          // thread i: the products of its decays
+        if (threadIdx.x < N) { // thread i: the products of its decays
             float P = 1;
             for (int t = 0; t < TOKENS; t++) {
                 c.rP[t][threadIdx.x] = (floatX)(c.r[t][threadIdx.x] * P);
@@ -162,9 +170,11 @@ __global__ void wkv_3(floatX *y, In in, int T, int A) {
             c.a[at / TOKENS][at % TOKENS] = (floatX)sum;
         }
         __syncthreads();
-        TileC out[2] = {};                                              // (16 tokens x this warp's 16 values) = (r P) S + a v
+        // (16 tokens x this warp's 16 values) = (r P) S + a v
+        TileC out[2] = {};
         for (int i = 0; i < N; i += 16) {
-            const TileB S[2] = {load_b_t(&c.S_operand[i][16 * warp], WIDTH), load_b_t(&c.S_operand[i][16 * warp + 8], WIDTH)};
+            const TileB S[2] = {load_b_t(&c.S_operand[i][16 * warp], WIDTH),
+                                load_b_t(&c.S_operand[i][16 * warp + 8], WIDTH)};
             mma(out, load_a(&c.rP[0][i], WIDTH), S);
         }
         const TileB values[2] = {load_b_t(&c.v[0][16 * warp], WIDTH), load_b_t(&c.v[0][16 * warp + 8], WIDTH)};
@@ -174,7 +184,7 @@ __global__ void wkv_3(floatX *y, In in, int T, int A) {
                 if (t0 + tile_row(e) < T)
                     y[base + (int64_t)tile_row(e) * A + 16 * warp + 8 * n + tile_col(e)] = (floatX)out[n].x[e];
         __syncthreads();
-        const TileA keys = load_a_t(&c.kW[0][16 * warp], WIDTH);           // S: this warp's 16 keys x all values
+        const TileA keys = load_a_t(&c.kW[0][16 * warp], WIDTH); // S: this warp's 16 keys x all values
         for (int n = 0; n < 8; n++) {
             TileC sum[1];
             const TileB value[1] = {load_b_t(&c.v[0][8 * n], WIDTH)};
@@ -216,7 +226,7 @@ static void setup(const int *shape) {
     const int64_t n = (int64_t)B * T * A;
     for (Array<floatX> *input : {&r, &k, &v}) input->random(n);
     u.random(A);
-    w.fill(n, [](int64_t i) { return (float)(-10 + 14 * lab_uniform(1, i)); });     // decays from 0.99995 to 0
+    w.fill(n, [](int64_t i) { return (float)(-10 + 14 * lab_uniform(1, i)); }); // decays from 0.99995 to 0
     states.allocate((int64_t)B * H * ceil_div(T, CHUNK) * N * N);
     y.output("y", by_precision(1e-5, 2e-2), n);
     for (int64_t head : sample((int64_t)B * H, 8)) {
@@ -243,7 +253,14 @@ static Cost cost(const int *shape) {
 }
 
 int main(int argc, char **argv) {
-    return lab_main({{"wkv_forward", {{"B", 1}, {"T", 1}, {"H", 1}},
-                      {"a thread a value, token by token", "8 tokens in shared memory", "chunks on tensor cores", "in use"},
-                      {{2, 1, 3}, {2, 37, 1}, {1, 150, 3}}, {{32, 1024, 12}, {8, 2048, 32}}, setup, run, cost}}, argc, argv);
+    return lab_main({{"wkv_forward",
+                      {{"B", 1}, {"T", 1}, {"H", 1}},
+                      {"a thread a value, token by token", "8 tokens in shared memory", "chunks on tensor cores",
+                       "in use"},
+                      {{2, 1, 3}, {2, 37, 1}, {1, 150, 3}},
+                      {{32, 1024, 12}, {8, 2048, 32}},
+                      setup,
+                      run,
+                      cost}},
+                    argc, argv);
 }

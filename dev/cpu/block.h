@@ -27,10 +27,10 @@ constexpr int warpSize = 32;
 
 namespace cuda_on_cpu {
 
-constexpr int max_threads = 1024;                   // of one block, as on a GPU
+constexpr int max_threads = 1024; // of one block, as on a GPU
 
 #ifdef CUDA_ON_CPU_SANITIZE
-constexpr bool sanitizing = true;                   // then all blocks run on one OS thread
+constexpr bool sanitizing = true; // then all blocks run on one OS thread
 #else
 constexpr bool sanitizing = false;
 #endif
@@ -60,7 +60,7 @@ inline const Order order;
 // New memory, and shared memory at the start of a block, is filled with 0xFF (NaN, -1) where we look for errors.
 inline bool poisoning() { return sanitizing || order.kind != Order::ascending; }
 
-struct Random {                                     // splitmix64
+struct Random { // splitmix64
     uint64_t state;
     uint64_t next() {
         uint64_t z = (state += 0x9E3779B97F4A7C15);
@@ -76,7 +76,7 @@ struct Random {                                     // splitmix64
 // ---------------------------------------------------------------------------------------------------------------------
 // What a block consists of while it runs.
 
-struct Site {                                       // where in the source a barrier stands
+struct Site { // where in the source a barrier stands
     const char *file;
     int line;
     static constexpr Site here(const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
@@ -89,73 +89,73 @@ struct Site {                                       // where in the source a bar
 
 struct AsyncCopy {
     void *to;
-    const void *from;                               // null: zeros
+    const void *from; // null: zeros
     int group;
 };
 
 struct Warp;
 
-struct Fiber {                                      // lies above the top of its stack: a switch touches one page
+struct Fiber { // lies above the top of its stack: a switch touches one page
     Context context;
-    int thread;                                     // index in the block of the thread that runs here
-    int lane;                                       // index in its warp
+    int thread; // index in the block of the thread that runs here
+    int lane;   // index in its warp
     Warp *warp;
-    uint3 index;                                    // the same as threadIdx
-    const char *waits_at;                           // "__syncthreads", or null if it does not wait
+    uint3 index;          // the same as threadIdx
+    const char *waits_at; // "__syncthreads", or null if it does not wait
     Site site;
-    int n_copies, n_groups;                         // async_copy16 in flight, groups committed
+    int n_copies, n_groups; // async_copy16 in flight, groups committed
     AsyncCopy copies[256];
 };
 
-template <int N> struct Rendezvous {                // where N threads or fewer wait for each other
+template <int N> struct Rendezvous { // where N threads or fewer wait for each other
     int arrived = 0, expected = 0;
-    Site site = {};                                 // of the first to arrive
-    Fiber *fibers[N];                               // in the order they arrived
+    Site site = {};   // of the first to arrive
+    Fiber *fibers[N]; // in the order they arrived
 };
 
 struct Warp : Rendezvous<32> {
-    void *lanes[32];                                // each lane's arguments, on its own stack
+    void *lanes[32]; // each lane's arguments, on its own stack
 };
 
-struct Block {                                      // one per OS thread, used for block after block
-    Fiber *self = nullptr;                          // the fiber that runs
+struct Block {             // one per OS thread, used for block after block
+    Fiber *self = nullptr; // the fiber that runs
     int n_threads = 0, started = 0, finished = 0;
-    void (*entry)(void *) = nullptr;                // calls the kernel with its arguments
+    void (*entry)(void *) = nullptr; // calls the kernel with its arguments
     void *arguments = nullptr;
     const char *kernel = "";
 
-    Fiber *ready[max_threads] = {};                 // a queue: fibers that may go on
+    Fiber *ready[max_threads] = {}; // a queue: fibers that may go on
     unsigned ready_head = 0, ready_tail = 0;
-    Fiber *idle[max_threads + 1];                   // a stack: fibers without a thread
+    Fiber *idle[max_threads + 1]; // a stack: fibers without a thread
     int n_idle = 0;
-    Fiber *fibers[max_threads + 1];                 // all of them
+    Fiber *fibers[max_threads + 1]; // all of them
     int n_fibers = 0;
 
     Rendezvous<max_threads> barrier;
     Warp warps[max_threads / 32];
     Context os_thread;
-    int start_order[max_threads];                   // of the threads, when the order is not ascending
+    int start_order[max_threads]; // of the threads, when the order is not ascending
     Random random = {0};
     char *dynamic_smem = nullptr;
     size_t dynamic_smem_bytes = 0, dynamic_smem_capacity = 0;
 
     bool has_ready() const { return ready_head != ready_tail; }
-    Fiber *pop_ready() {                            // and asks for what the two after it will need
+    Fiber *pop_ready() { // and asks for what the two after it will need
         Fiber *first = ready[ready_head++ % max_threads], *second = ready[ready_head % max_threads];
-        __builtin_prefetch(ready[(ready_head + 1) % max_threads]);              // an old one, maybe: no harm
+        __builtin_prefetch(ready[(ready_head + 1) % max_threads]); // an old one, maybe: no harm
         if (second != nullptr) context_prefetch(&second->context);
         return first;
     }
     void push_ready(Fiber *f) { ready[ready_tail++ % max_threads] = f; }
 };
 
-inline thread_local Block *block = nullptr;         // the one that this OS thread works on
-inline thread_local uint64_t blocks_run = 0;        // on this OS thread
+inline thread_local Block *block = nullptr;  // the one that this OS thread works on
+inline thread_local uint64_t blocks_run = 0; // on this OS thread
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Errors end the program at the spot (SIGABRT), so that a debugger stands there.
 
-inline std::mutex failing;                          // kept by the first that fails
+inline std::mutex failing; // kept by the first that fails
 
 [[noreturn]] inline void fail(const char *format, ...) {
     failing.lock();
@@ -163,14 +163,13 @@ inline std::mutex failing;                          // kept by the first that fa
     if (block != nullptr)
         fprintf(stderr, "cuda_on_cpu: kernel %s, block (%u,%u,%u), thread (%u,%u,%u): ", block->kernel, blockIdx.x,
                 blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
-    else
-        fprintf(stderr, "cuda_on_cpu: ");
+    else fprintf(stderr, "cuda_on_cpu: ");
     va_list arguments;
     va_start(arguments, format);
     vfprintf(stderr, format, arguments);
     va_end(arguments);
     fputc('\n', stderr);
-    if (block != nullptr) {                         // who waits where, and who is gone
+    if (block != nullptr) { // who waits where, and who is gone
         for (int i = 0; i < block->n_fibers; i++) {
             Fiber *f = block->fibers[i];
             if (f->waits_at == nullptr) continue;
@@ -288,7 +287,7 @@ template <int N> __attribute__((always_inline)) inline bool arrive(Rendezvous<N>
 }
 
 template <int N> void release(Rendezvous<N> &r) {
-    int others = r.arrived - 1;                     // all but the last, which is running
+    int others = r.arrived - 1; // all but the last, which is running
     r.arrived = 0;
     if (order.kind == Order::shuffled) {
         block->random.shuffle(r.fibers, others + 1);
@@ -309,7 +308,7 @@ template <typename Lane, typename Work> void collective(const char *name, Site s
     release(warp);
 }
 
-}  // namespace cuda_on_cpu
+} // namespace cuda_on_cpu
 
 inline void __syncthreads(cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
     using namespace cuda_on_cpu;

@@ -9,16 +9,25 @@ enum cublasStatus_t { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_INVALID_VALUE = 7
 enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T };
 enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68 };
 enum cublasGemmAlgo_t { CUBLAS_GEMM_DEFAULT = -1 };
-enum cublasMath_t { CUBLAS_DEFAULT_MATH = 0, CUBLAS_PEDANTIC_MATH = 2, CUBLAS_TF32_TENSOR_OP_MATH = 3,
-                    CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION = 16 };
+enum cublasMath_t {
+    CUBLAS_DEFAULT_MATH = 0,
+    CUBLAS_PEDANTIC_MATH = 2,
+    CUBLAS_TF32_TENSOR_OP_MATH = 3,
+    CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION = 16
+};
 enum cudaDataType { CUDA_R_32F = 0, CUDA_R_16BF = 14 };
 using cudaDataType_t = cudaDataType;
 using cublasHandle_t = struct cublasContext *;
 
-inline cublasStatus_t cublasCreate(cublasHandle_t *handle) { *handle = nullptr; return CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasCreate(cublasHandle_t *handle) {
+    *handle = nullptr;
+    return CUBLAS_STATUS_SUCCESS;
+}
 inline cublasStatus_t cublasDestroy(cublasHandle_t) { return CUBLAS_STATUS_SUCCESS; }
 inline cublasStatus_t cublasSetStream(cublasHandle_t, cudaStream_t) { return CUBLAS_STATUS_SUCCESS; }
-namespace cuda_on_cpu { inline void *cublas_workspace = nullptr; }    // kept, for a leak checker to see
+namespace cuda_on_cpu {
+inline void *cublas_workspace = nullptr;
+} // namespace cuda_on_cpu
 inline cublasStatus_t cublasSetWorkspace(cublasHandle_t, void *workspace, size_t) {
     cuda_on_cpu::cublas_workspace = workspace;
     return CUBLAS_STATUS_SUCCESS;
@@ -65,13 +74,14 @@ inline void openblas(bool transA, bool transB, int M, int N, int K, float alpha,
 }
 #endif
 
-}  // namespace cuda_on_cpu
+} // namespace cuda_on_cpu
 
-inline cublasStatus_t cublasGemmStridedBatchedEx(
-    cublasHandle_t, cublasOperation_t opA, cublasOperation_t opB, int M, int N, int K, const void *alpha, const void *A,
-    cudaDataType typeA, int lda, long long strideA, const void *B, cudaDataType typeB, int ldb, long long strideB,
-    const void *beta, void *C, cudaDataType typeC, int ldc, long long strideC, int batches, cublasComputeType_t,
-    cublasGemmAlgo_t) {
+inline cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t, cublasOperation_t opA, cublasOperation_t opB, int M,
+                                                 int N, int K, const void *alpha, const void *A, cudaDataType typeA,
+                                                 int lda, long long strideA, const void *B, cudaDataType typeB, int ldb,
+                                                 long long strideB, const void *beta, void *C, cudaDataType typeC,
+                                                 int ldc, long long strideC, int batches, cublasComputeType_t,
+                                                 cublasGemmAlgo_t) {
     using namespace cuda_on_cpu;
     const bool transA = opA == CUBLAS_OP_T, transB = opB == CUBLAS_OP_T;
     if (M < 0 || N < 0 || K < 0 || batches < 0 || lda < (transA ? K : M) || ldb < (transB ? N : K) || ldc < M)

@@ -7,17 +7,17 @@ namespace cuda_on_cpu {
 
 inline float from_bf16(uint16_t bits) { return __uint_as_float(static_cast<unsigned>(bits) << 16); }
 
-inline uint16_t to_bf16(float x) {                  // to nearest, ties to even; NaN as the device gives it
+inline uint16_t to_bf16(float x) { // to nearest, ties to even; NaN as the device gives it
     unsigned bits = __float_as_uint(x);
     unsigned rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
     return static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FFF : rounded);
 }
 
-}  // namespace cuda_on_cpu
+} // namespace cuda_on_cpu
 
 struct __nv_bfloat16 {
     uint16_t bits;
-    __nv_bfloat16() = default;                      // uninitialized, so that it can lie in shared memory
+    __nv_bfloat16() = default; // uninitialized, so that it can lie in shared memory
     __nv_bfloat16(float x) : bits(cuda_on_cpu::to_bf16(x)) {}
     operator float() const { return cuda_on_cpu::from_bf16(bits); }
 };
@@ -36,7 +36,11 @@ inline float __bfloat162float(__nv_bfloat16 x) { return x; }
 inline __nv_bfloat16 __float2bfloat16(float x) { return x; }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
 inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
-inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) { __nv_bfloat16 x; x.bits = bits; return x; }
+inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) {
+    __nv_bfloat16 x;
+    x.bits = bits;
+    return x;
+}
 
 inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { return {x, y}; }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }

@@ -18,9 +18,10 @@
 
 #define __host__
 #ifdef CUDA_ON_CPU_DEBUG
-#define __device__                                  // functions that a debugger can step over
+#define __device__ // functions that a debugger can step over
 #else
-// As nvcc inlines them; g++ left out `load`: a tenth of a training step. -Wno-attributes: so may those without `inline` be.
+// As nvcc inlines them; g++ left out `load`: a tenth of a training step. -Wno-attributes: so may those without `inline`
+// be.
 #define __device__ __attribute__((always_inline))
 #endif
 #define __global__
@@ -29,7 +30,7 @@
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #ifdef CUDA_ON_CPU_SANITIZE
-#define __shared__ static                           // ASan guards plain static arrays, but no thread_local ones
+#define __shared__ static // ASan guards plain static arrays, but no thread_local ones
 #else
 #define __shared__ static thread_local
 #endif
@@ -37,10 +38,14 @@
 // ---------------------------------------------------------------------------------------------------------------------
 // Vector types, aligned as on the device.
 
-#define CUDA_ON_CPU_VECTORS(T, name)                                                    \
-    struct alignas(8) name##2 { T x, y; };                                              \
-    struct alignas(16) name##4 { T x, y, z, w; };                                       \
-    constexpr name##2 make_##name##2(T x, T y) { return {x, y}; }                       \
+#define CUDA_ON_CPU_VECTORS(T, name) \
+    struct alignas(8) name##2 { \
+        T x, y; \
+    }; \
+    struct alignas(16) name##4 { \
+        T x, y, z, w; \
+    }; \
+    constexpr name##2 make_##name##2(T x, T y) { return {x, y}; } \
     constexpr name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 CUDA_ON_CPU_VECTORS(float, float)
 CUDA_ON_CPU_VECTORS(int, int)
@@ -63,10 +68,26 @@ inline void sincospif(float x, float *sine, float *cosine) {
     *sine = static_cast<float>(sin(M_PI * x));
     *cosine = static_cast<float>(cos(M_PI * x));
 }
-inline int __float_as_int(float x) { int i; memcpy(&i, &x, 4); return i; }
-inline unsigned __float_as_uint(float x) { unsigned i; memcpy(&i, &x, 4); return i; }
-inline float __int_as_float(int i) { float x; memcpy(&x, &i, 4); return x; }
-inline float __uint_as_float(unsigned i) { float x; memcpy(&x, &i, 4); return x; }
+inline int __float_as_int(float x) {
+    int i;
+    memcpy(&i, &x, 4);
+    return i;
+}
+inline unsigned __float_as_uint(float x) {
+    unsigned i;
+    memcpy(&i, &x, 4);
+    return i;
+}
+inline float __int_as_float(int i) {
+    float x;
+    memcpy(&x, &i, 4);
+    return x;
+}
+inline float __uint_as_float(unsigned i) {
+    float x;
+    memcpy(&x, &i, 4);
+    return x;
+}
 inline int __float2int_rn(float x) { return static_cast<int>(rintf(x)); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
@@ -75,8 +96,8 @@ template <typename T> T __ldg(const T *p) { return *p; }
 template <typename T> T __ldcs(const T *p) { return *p; }
 template <typename T> void __stcs(T *p, T x) { *p = x; }
 
-#define CUDA_ON_CPU_MIN_MAX(T)                                 \
-    constexpr T min(T a, T b) { return b < a ? b : a; }        \
+#define CUDA_ON_CPU_MIN_MAX(T) \
+    constexpr T min(T a, T b) { return b < a ? b : a; } \
     constexpr T max(T a, T b) { return a < b ? b : a; }
 CUDA_ON_CPU_MIN_MAX(int)
 CUDA_ON_CPU_MIN_MAX(unsigned)
@@ -85,13 +106,13 @@ CUDA_ON_CPU_MIN_MAX(unsigned long)
 CUDA_ON_CPU_MIN_MAX(long long)
 CUDA_ON_CPU_MIN_MAX(unsigned long long)
 #undef CUDA_ON_CPU_MIN_MAX
-inline float min(float a, float b) { return fminf(a, b); }     // of a number and NaN: the number, as on the device
+inline float min(float a, float b) { return fminf(a, b); } // of a number and NaN: the number, as on the device
 inline float max(float a, float b) { return fmaxf(a, b); }
 inline double min(double a, double b) { return fmin(a, b); }
 inline double max(double a, double b) { return fmax(a, b); }
 
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-inline void __threadfence_block() {}                // one OS thread runs the block
+inline void __threadfence_block() {} // one OS thread runs the block
 
 // Integers only: sums of floats in any order would differ from run to run.
 template <typename T> using AtomicInteger = std::enable_if_t<std::is_integral<T>::value, T>;
@@ -115,7 +136,7 @@ template <typename T> AtomicInteger<T> atomicMin(T *p, T x) {
 namespace cuda_on_cpu {
 
 #ifdef __SANITIZE_ADDRESS__
-constexpr size_t guard_bytes = 256;                 // to leave between tensors that share an allocation
+constexpr size_t guard_bytes = 256; // to leave between tensors that share an allocation
 inline void guard_gap(void *p, size_t bytes) { __asan_poison_memory_region(p, bytes); }
 #else
 constexpr size_t guard_bytes = 0;
@@ -127,10 +148,14 @@ inline cudaError_t result(cudaError_t error) {
     return error;
 }
 
-}  // namespace cuda_on_cpu
+} // namespace cuda_on_cpu
 
 enum cudaMemcpyKind {
-    cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault
+    cudaMemcpyHostToHost,
+    cudaMemcpyHostToDevice,
+    cudaMemcpyDeviceToHost,
+    cudaMemcpyDeviceToDevice,
+    cudaMemcpyDefault
 };
 
 template <typename T> cudaError_t cudaMalloc(T **p, size_t bytes) {
@@ -143,8 +168,14 @@ template <typename T> cudaError_t cudaMalloc(T **p, size_t bytes) {
     return cudaSuccess;
 }
 template <typename T> cudaError_t cudaMallocHost(T **p, size_t bytes) { return cudaMalloc(p, bytes); }
-inline cudaError_t cudaFree(void *p) { free(p); return cudaSuccess; }
-inline cudaError_t cudaFreeHost(void *p) { free(p); return cudaSuccess; }
+inline cudaError_t cudaFree(void *p) {
+    free(p);
+    return cudaSuccess;
+}
+inline cudaError_t cudaFreeHost(void *p) {
+    free(p);
+    return cudaSuccess;
+}
 
 inline cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind) {
     if (bytes > 0) memmove(to, from, bytes);
@@ -162,13 +193,13 @@ inline cudaError_t cudaMemsetAsync(void *p, int byte, size_t bytes, cudaStream_t
     return cudaMemset(p, byte, bytes);
 }
 
-inline cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {   // of the machine's memory
+inline cudaError_t cudaMemGetInfo(size_t *available, size_t *total) { // of the machine's memory
     *total = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
     *available = *total / 2;
     if (FILE *f = fopen("/proc/meminfo", "r")) {
         char line[256];
         size_t kilobytes;
-        while (fgets(line, sizeof line, f))
+        while (fgets(line, sizeof(line), f))
             if (sscanf(line, "MemAvailable: %zu kB", &kilobytes) == 1) *available = kilobytes * 1024;
         fclose(f);
     }
@@ -196,9 +227,15 @@ struct CUevent_st {
 };
 using cudaEvent_t = CUevent_st *;
 
-inline cudaError_t cudaEventCreate(cudaEvent_t *event) { *event = new CUevent_st{0}; return cudaSuccess; }
+inline cudaError_t cudaEventCreate(cudaEvent_t *event) {
+    *event = new CUevent_st{0};
+    return cudaSuccess;
+}
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) { return cudaEventCreate(event); }
-inline cudaError_t cudaEventDestroy(cudaEvent_t event) { delete event; return cudaSuccess; }
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    delete event;
+    return cudaSuccess;
+}
 inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t = nullptr) {
     event->time = cuda_on_cpu::seconds();
     return cudaSuccess;
@@ -222,15 +259,21 @@ struct cudaDeviceProp {
     size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin;
 };
 
-inline cudaError_t cudaGetDeviceCount(int *count) { *count = 1; return cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int *count) {
+    *count = 1;
+    return cudaSuccess;
+}
 inline cudaError_t cudaSetDevice(int device) {
     return device == 0 ? cudaSuccess : cuda_on_cpu::result(cudaErrorInvalidValue);
 }
-inline cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int *device) {
+    *device = 0;
+    return cudaSuccess;
+}
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     *p = cudaDeviceProp();
     strcpy(p->name, "CPU");
-    p->major = 8;                                   // what these headers can do is of that generation
+    p->major = 8; // what these headers can do is of that generation
     p->multiProcessorCount = cuda_on_cpu::sanitizing ? 1 : omp_get_max_threads();
     size_t available;
     cudaMemGetInfo(&available, &p->totalGlobalMem);

@@ -21,20 +21,20 @@
 namespace cuda_on_cpu {
 
 #ifdef __SANITIZE_ADDRESS__
-constexpr size_t stack_bytes = 512 * 1024;          // ASan's frames are several times as large
+constexpr size_t stack_bytes = 512 * 1024; // ASan's frames are several times as large
 #else
 constexpr size_t stack_bytes = 64 * 1024;
 #endif
 
-struct Context {                                    // where a stack was left, and where it lies
+struct Context { // where a stack was left, and where it lies
 #ifdef CUDA_ON_CPU_UCONTEXT
     ucontext_t saved;
 #else
     void *stack_pointer;
 #endif
-    char *bottom;                                   // lowest usable address
+    char *bottom; // lowest usable address
     size_t bytes;
-    void *asan_frames;                              // ASan's own note about a stack that is not running
+    void *asan_frames; // ASan's own note about a stack that is not running
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -59,13 +59,13 @@ cuda_on_cpu_switch:
 
 inline void *fresh_stack(uintptr_t top, void (*entry)()) {
     uintptr_t *p = reinterpret_cast<uintptr_t *>(top & ~uintptr_t{15});
-    *--p = 0;                                       // a caller's address of 0 ends a debugger's backtrace
-    *--p = reinterpret_cast<uintptr_t>(entry);      // what `ret` finds
-    for (int i = 0; i < 6; i++) *--p = 0;           // the six registers
+    *--p = 0;                                  // a caller's address of 0 ends a debugger's backtrace
+    *--p = reinterpret_cast<uintptr_t>(entry); // what `ret` finds
+    for (int i = 0; i < 6; i++) *--p = 0;      // the six registers
     return p;
 }
 
-#elif !defined(CUDA_ON_CPU_UCONTEXT)                // aarch64: x19..x30 and the low halves of v8..v15
+#elif !defined(CUDA_ON_CPU_UCONTEXT) // aarch64: x19..x30 and the low halves of v8..v15
 
 asm(R"(
     .pushsection .text
@@ -92,7 +92,7 @@ cuda_on_cpu_switch:
 inline void *fresh_stack(uintptr_t top, void (*entry)()) {
     uintptr_t *p = reinterpret_cast<uintptr_t *>(top & ~uintptr_t{15}) - 20;
     for (int i = 0; i < 20; i++) p[i] = 0;
-    p[11] = reinterpret_cast<uintptr_t>(entry);     // x30, where `ret` goes
+    p[11] = reinterpret_cast<uintptr_t>(entry); // x30, where `ret` goes
     return p;
 }
 
@@ -102,7 +102,7 @@ inline void *fresh_stack(uintptr_t top, void (*entry)()) {
 extern "C" void cuda_on_cpu_switch(void **save, void *load);
 #endif
 
-inline void context_arrived(Context *c) {           // the first thing on a stack that was switched to
+inline void context_arrived(Context *c) { // the first thing on a stack that was switched to
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(c->asan_frames, nullptr, nullptr);
 #else
@@ -122,8 +122,8 @@ inline void context_switch(Context *from, Context *to) {
     context_arrived(from);
 }
 
-// Asks for the lines that a switch to c reads first. A warp's stacks and data are more than the L1 cache holds; waiting for
-// the L2 cache took 15 % of a training step.
+// Asks for the lines that a switch to c reads first. A warp's stacks and data are more than the L1 cache holds; waiting
+// for the L2 cache took 15 % of a training step.
 inline void context_prefetch(const Context *c) {
 #ifdef CUDA_ON_CPU_UCONTEXT
     (void)c;
@@ -149,7 +149,7 @@ inline Stack stack_create(size_t bytes_above_top, int number) {
         fprintf(stderr, "cuda_on_cpu: no memory for a stack of %zu bytes\n", bytes);
         abort();
     }
-    mprotect(memory, page, PROT_NONE);              // if the system has no mapping left for a guard, we go without
+    mprotect(memory, page, PROT_NONE); // if the system has no mapping left for a guard, we go without
     char *base = static_cast<char *>(memory);
     return {base + page, base + bytes - (bytes_above_top + 63) / 64 * 64 - static_cast<size_t>(number) * 5 % 64 * 64};
 }
@@ -168,12 +168,12 @@ inline void context_create(Context *c, Stack stack, void (*entry)()) {
 #endif
 }
 
-inline void context_of_os_thread(Context *c) {      // the stack we are on; only ASan wants to know its bounds
+inline void context_of_os_thread(Context *c) { // the stack we are on; only ASan wants to know its bounds
     *c = Context{};
 #ifdef __SANITIZE_ADDRESS__
     static thread_local void *bottom = nullptr;
     static thread_local size_t bytes = 0;
-    if (bottom == nullptr) {                        // once: it reads all of /proc/self/maps
+    if (bottom == nullptr) { // once: it reads all of /proc/self/maps
         pthread_attr_t attributes;
         pthread_getattr_np(pthread_self(), &attributes);
         pthread_attr_getstack(&attributes, &bottom, &bytes);
@@ -184,4 +184,4 @@ inline void context_of_os_thread(Context *c) {      // the stack we are on; only
 #endif
 }
 
-}  // namespace cuda_on_cpu
+} // namespace cuda_on_cpu

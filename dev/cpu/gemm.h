@@ -20,10 +20,10 @@ constexpr int NR = 6;
 #endif
 constexpr int MR = 2 * VL;
 
-struct Matrix {                                     // a batch of them: element (i, j) is at data[i + j * ld]
+struct Matrix { // a batch of them: element (i, j) is at data[i + j * ld]
     void *data;
     bool bf16;
-    int64_t ld, stride;                             // stride: from one of the batch to the next
+    int64_t ld, stride; // stride: from one of the batch to the next
 };
 
 inline int64_t panels(int64_t n, int width) { return (n + width - 1) / width; }
@@ -39,7 +39,7 @@ void pack_panel(float *to, const T *p, int64_t si, int64_t sk, int64_t rows, int
         for (int64_t k = 0; k < K; k++)
             for (int i = 0; i < WIDTH; i++) to[k * WIDTH + i] = static_cast<float>(p[i + k * sk]);
     } else {
-        for (int64_t k0 = 0; k0 < K; k0 += 16)      // a transposition, in squares that stay in the L1 cache
+        for (int64_t k0 = 0; k0 < K; k0 += 16) // a transposition, in squares that stay in the L1 cache
             for (int i = 0; i < WIDTH; i++)
                 for (int64_t k = k0; k < std::min(k0 + 16, K); k++)
                     to[k * WIDTH + i] = static_cast<float>(p[i * si + k]);
@@ -65,25 +65,25 @@ inline void multiply_panels(float *sums, const float *a, const float *b, int64_t
             s[j][1] += a1 * b[j];
         }
     }
-    memcpy(sums, s, sizeof s);
+    memcpy(sums, s, sizeof(s));
 }
 
 template <typename T>
 void store(T *c, int64_t ld, const float *sums, int64_t ld_sums, int64_t rows, int64_t columns, float alpha,
            float beta) {
     for (int64_t j = 0; j < columns; j++, c += ld, sums += ld_sums)
-        for (int64_t i = 0; i < rows; i++)          // beta 0 does not read c: it may be uninitialized
+        for (int64_t i = 0; i < rows; i++) // beta 0 does not read c: it may be uninitialized
             c[i] = static_cast<T>(beta == 0 ? alpha * sums[i] : alpha * sums[i] + beta * static_cast<float>(c[i]));
 }
 
 inline void gemm(bool transA, bool transB, int64_t M, int64_t N, int64_t K, float alpha, const Matrix &A,
                  const Matrix &B, float beta, const Matrix &C, int64_t batches) {
     const int64_t a_panels = panels(M, MR), b_panels = panels(N, NR);
-    const int64_t a_size = a_panels * MR * K, b_size = b_panels * NR * K;     // of one of the batch, in floats
-    constexpr int64_t tile_a = 128 / MR, tile_b = 96 / NR;                      // panels of a tile
+    const int64_t a_size = a_panels * MR * K, b_size = b_panels * NR * K; // of one of the batch, in floats
+    constexpr int64_t tile_a = 128 / MR, tile_b = 96 / NR;                // panels of a tile
     const int64_t a_tiles = (a_panels + tile_a - 1) / tile_a, b_tiles = (b_panels + tile_b - 1) / tile_b;
 
-    static float *buffer = nullptr;                 // grows to the largest product
+    static float *buffer = nullptr; // grows to the largest product
     static int64_t capacity = 0;
     const int64_t needed = batches * (a_size + b_size) + 16;
     if (needed > capacity) {
@@ -97,14 +97,16 @@ inline void gemm(bool transA, bool transB, int64_t M, int64_t N, int64_t K, floa
 
     const int os_threads = 2.0 * M * N * K * batches < 2e5 ? 1 : omp_get_max_threads();
     const int64_t panels_of_all = batches * (a_panels + b_panels);
-    parallel(os_threads, panels_of_all, std::max<int64_t>(1, panels_of_all / (os_threads * 8)), [&](auto take) {
-        for (int64_t i, end; take(&i, &end);)
-            for (; i < end; i++) {
-                const int64_t p = i - batches * a_panels;       // A's panels first, then B's
-                if (p < 0) pack<MR>(a_packed + i * MR * K, A, i / a_panels, i % a_panels, transA, M, K);
-                else pack<NR>(b_packed + p * NR * K, B, p / b_panels, p % b_panels, !transB, N, K);
-            }
-    });
+    parallel(
+        os_threads, panels_of_all, std::max<int64_t>(1, panels_of_all / (os_threads * 8)),
+        [&](auto take) {
+            for (int64_t i, end; take(&i, &end);)
+                for (; i < end; i++) {
+                    const int64_t p = i - batches * a_panels; // A's panels first, then B's
+                    if (p < 0) pack<MR>(a_packed + i * MR * K, A, i / a_panels, i % a_panels, transA, M, K);
+                    else pack<NR>(b_packed + p * NR * K, B, p / b_panels, p % b_panels, !transB, N, K);
+                }
+        });
     parallel(os_threads, batches * a_tiles * b_tiles, 1, [&](auto take) {
         for (int64_t tile, end; take(&tile, &end);) {
             const int64_t batch = tile / (a_tiles * b_tiles), ta = tile % a_tiles, tb = tile / a_tiles % b_tiles;
@@ -118,11 +120,10 @@ inline void gemm(bool transA, bool transB, int64_t M, int64_t N, int64_t K, floa
                     const int64_t columns = std::min<int64_t>(NR, N - pb * NR);
                     if (C.bf16)
                         store(static_cast<__nv_bfloat16 *>(C.data) + at, C.ld, sums, MR, rows, columns, alpha, beta);
-                    else
-                        store(static_cast<float *>(C.data) + at, C.ld, sums, MR, rows, columns, alpha, beta);
+                    else store(static_cast<float *>(C.data) + at, C.ld, sums, MR, rows, columns, alpha, beta);
                 }
         }
     });
 }
 
-}  // namespace cuda_on_cpu
+} // namespace cuda_on_cpu

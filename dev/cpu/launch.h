@@ -31,7 +31,7 @@ struct Shape {
     Shape(dim3 grid, dim3 block, size_t smem = 0, cudaStream_t = nullptr) : grid(grid), block(block), smem(smem) {}
 };
 
-struct Kernel {                                     // a launch, with types removed
+struct Kernel { // a launch, with types removed
     const char *name;
     Shape shape;
     void (*entry)(void *);
@@ -66,7 +66,7 @@ inline void worker_begin(const Kernel &kernel) {
     b.kernel = kernel.name;
     context_of_os_thread(&b.os_thread);
     b.dynamic_smem_bytes = kernel.shape.smem;
-    if (sanitizing || b.dynamic_smem_bytes > b.dynamic_smem_capacity) {     // sanitizing: no byte more than asked for
+    if (sanitizing || b.dynamic_smem_bytes > b.dynamic_smem_capacity) { // sanitizing: no byte more than asked for
         free(b.dynamic_smem);
         void *memory = nullptr;
         if (b.dynamic_smem_bytes > 0 && posix_memalign(&memory, 64, b.dynamic_smem_bytes) != 0)
@@ -158,10 +158,10 @@ inline void poison_once_per_block(uint64_t *last, void *p, size_t bytes) {
 
 template <typename T> T *dynamic_smem() { return reinterpret_cast<T *>(block->dynamic_smem); }
 
-}  // namespace cuda_on_cpu
+} // namespace cuda_on_cpu
 
-#define CUDA_ON_CPU_SHARED(x)                                                                      \
-    if (cuda_on_cpu::poisoning()) {                                                                \
-        static thread_local uint64_t last_block = 0;                                               \
-        cuda_on_cpu::poison_once_per_block(&last_block, reinterpret_cast<void *>(&x), sizeof(x));  \
+#define CUDA_ON_CPU_SHARED(x) \
+    if (cuda_on_cpu::poisoning()) { \
+        static thread_local uint64_t last_block = 0; \
+        cuda_on_cpu::poison_once_per_block(&last_block, reinterpret_cast<void *>(&x), sizeof(x)); \
     }

@@ -28,16 +28,16 @@ inline void spin(int turn) {
 }
 
 struct Team {
-    struct Loop {                                   // valid while `open`
+    struct Loop { // valid while `open`
         void (*body)(void *);
         void *argument;
         int64_t n, chunk;
         int threads;
     } loop;
-    std::atomic<int64_t> next{0};                   // the first index that nobody has taken
+    std::atomic<int64_t> next{0}; // the first index that nobody has taken
     std::atomic<bool> open{false};
-    std::atomic<int> active{0};                     // helpers that look at `loop`
-    std::atomic<uint64_t> loops{0};                 // counts them; a change is the signal to come
+    std::atomic<int> active{0};     // helpers that look at `loop`
+    std::atomic<uint64_t> loops{0}; // counts them; a change is the signal to come
     std::atomic<int> asleep{0};
     std::mutex in_use, mutex;
     std::condition_variable wake;
@@ -49,7 +49,7 @@ struct Team {
         return *begin < loop.n;
     }
 
-    void help(int number) {                         // a helper's life
+    void help(int number) { // a helper's life
         for (uint64_t seen = 0;;) {
             for (int turn = 0; turn < 2000 && loops == seen; turn++) spin(turn);
             if (loops == seen) {
@@ -59,7 +59,7 @@ struct Team {
                 asleep--;
             }
             seen = loops;
-            active++;                               // first announced, then looked: `run` closes first, then looks
+            active++; // first announced, then looked: `run` closes first, then looks
             if (open && number < loop.threads - 1) loop.body(loop.argument);
             active--;
         }
@@ -87,7 +87,7 @@ struct Team {
     }
 };
 
-inline Team &team = *new Team;                      // never destroyed: at exit the helpers still look at it
+inline Team &team = *new Team; // never destroyed: at exit the helpers still look at it
 
 // Calls body on up to `threads` OS threads at once, each with a function that hands out the next piece of 0 .. n-1:
 //     parallel(threads, n, chunk, [&](auto take) { for (int64_t i, end; take(&i, &end);) for (; i < end; i++) ...; });
@@ -97,4 +97,4 @@ template <typename Body> void parallel(int threads, int64_t n, int64_t chunk, Bo
     team.run({[](void *p) { (*static_cast<decltype(run) *>(p))(); }, &run, n, chunk, threads});
 }
 
-}  // namespace cuda_on_cpu
+} // namespace cuda_on_cpu

@@ -12,7 +12,7 @@ inline void check_mask(unsigned mask, const char *name) {
 
 template <typename T> struct ShuffleLane {
     T value, result;
-    int source;                                     // a lane number; outside of the warp: the lane's own value
+    int source; // a lane number; outside of the warp: the lane's own value
 };
 
 template <typename T> T shuffle(const char *name, Site site, unsigned mask, T value, int source) {
@@ -48,9 +48,9 @@ template <int COUNT> void shuffle_xor(float (&to)[COUNT], const float (&from)[CO
     struct Numbers {
         float x[COUNT];
     } mine;
-    memcpy(&mine, from, sizeof mine);
+    memcpy(&mine, from, sizeof(mine));
     mine = shuffle("shuffle_xor", site, 0xFFFFFFFFu, mine, lane_number() ^ bits);
-    memcpy(to, &mine, sizeof mine);
+    memcpy(to, &mine, sizeof(mine));
 }
 
 // Sum or maximum of each of `count` numbers over aligned groups of `width` lanes (2, 4, .., 32), for every lane of the
@@ -58,11 +58,12 @@ template <int COUNT> void shuffle_xor(float (&to)[COUNT], const float (&from)[CO
 // width/2, .., 2, 1.
 template <int OFFSET, typename Combine> void butterfly_step(float *x, Combine combine) {
     float old[32];
-    memcpy(old, x, sizeof old);
+    memcpy(old, x, sizeof(old));
     for (int i = 0; i < 32; i++) x[i] = combine(old[i], old[i ^ OFFSET]);
 }
 
-template <typename Combine> void butterfly(const char *name, Site site, int count, float *x, int width, Combine combine) {
+template <typename Combine>
+void butterfly(const char *name, Site site, int count, float *x, int width, Combine combine) {
     struct Lane {
         float *x;
         int count, width;
@@ -86,7 +87,8 @@ template <typename Combine> void butterfly(const char *name, Site site, int coun
 }
 
 inline void warp_sum(int count, float *x, int width, Site site) {
-    butterfly("warp_sum", site, count, x, width, [](float a, float b) { return a + b; });
+    butterfly(
+        "warp_sum", site, count, x, width, [](float a, float b) { return a + b; });
 }
 
 inline float warp_max(float x, int width, Site site) {
@@ -107,21 +109,21 @@ inline float warp_max(float x, int width, Site site) {
 // column k, each number twice, times a pair of numbers of B's row k, over and over.
 
 #if defined(__AVX512F__)
-constexpr int VL = 16;                              // floats in a vector register
+constexpr int VL = 16; // floats in a vector register
 #elif defined(__AVX__)
 constexpr int VL = 8;
 #else
 constexpr int VL = 4;
 #endif
 using Vector = float __attribute__((vector_size(VL * 4)));
-using VectorOfPairs = int64_t __attribute__((vector_size(VL * 4)));     // the same register, two floats at a time
+using VectorOfPairs = int64_t __attribute__((vector_size(VL * 4))); // the same register, two floats at a time
 using Vector4 = float __attribute__((vector_size(16)));
 using Order4 = int __attribute__((vector_size(16)));
 
 inline void mma_product(int n, float *const *c, const float *const *a, const float *const *b) {
-    constexpr int parts = 32 / VL;                  // registers for two columns of D
-    constexpr int pairs = VL == 16 ? 4 : VL == 8 ? 2 : 1;   // of columns at a time: 8 registers of sums
-    alignas(64) Vector4 A[16][8];                   // A[k][g]: rows g, g, g + 8, g + 8 of column k
+    constexpr int parts = 32 / VL;                        // registers for two columns of D
+    constexpr int pairs = VL == 16 ? 4 : VL == 8 ? 2 : 1; // of columns at a time: 8 registers of sums
+    alignas(64) Vector4 A[16][8];                         // A[k][g]: rows g, g, g + 8, g + 8 of column k
     for (int lane = 0; lane < 32; lane++)
         for (int i = 0; i < 8; i += 4) {
             const int g = lane / 4, k = 2 * (lane % 4) + 2 * i;
@@ -132,7 +134,7 @@ inline void mma_product(int n, float *const *c, const float *const *a, const flo
         }
 
     for (int j = 0; j < n; j++) {
-        alignas(64) Vector4 B[2][4][4];             // B[h][t][q]: columns 2q and 2q + 1 of rows 2t + 8h, 2t + 8h + 1
+        alignas(64) Vector4 B[2][4][4]; // B[h][t][q]: columns 2q and 2q + 1 of rows 2t + 8h, 2t + 8h + 1
         for (int t = 0; t < 4; t++)
             for (int q = 0; q < 4; q++) {
                 Vector4 even, odd;
@@ -141,15 +143,15 @@ inline void mma_product(int n, float *const *c, const float *const *a, const flo
                 B[0][t][q] = __builtin_shuffle(even, odd, Order4{0, 4, 1, 5});
                 B[1][t][q] = __builtin_shuffle(even, odd, Order4{2, 6, 3, 7});
             }
-        alignas(64) Vector4 D[4][8];                // D[t][g]: the squares
+        alignas(64) Vector4 D[4][8]; // D[t][g]: the squares
         for (int lane = 0; lane < 32; lane++) memcpy(&D[lane % 4][lane / 4], c[lane] + 4 * j, 16);
         for (int t = 0; t < 4; t += pairs) {
             Vector d[pairs][parts];
-            memcpy(d, D[t], sizeof d);
+            memcpy(d, D[t], sizeof(d));
 #pragma GCC unroll 16
             for (int k = 0; k < 16; k++) {
                 Vector ak[parts];
-                memcpy(ak, A[k], sizeof ak);
+                memcpy(ak, A[k], sizeof(ak));
 #pragma GCC unroll 4
                 for (int q = 0; q < pairs; q++) {
                     int64_t pair;
@@ -159,7 +161,7 @@ inline void mma_product(int n, float *const *c, const float *const *a, const flo
                     for (int p = 0; p < parts; p++) d[q][p] += ak[p] * bk;
                 }
             }
-            memcpy(D[t], d, sizeof d);
+            memcpy(D[t], d, sizeof(d));
         }
         for (int lane = 0; lane < 32; lane++) memcpy(c[lane] + 4 * j, &D[lane % 4][lane / 4], 16);
     }
@@ -195,7 +197,7 @@ inline void mma(int products, int n, float *c, int next_c, const float *a, const
 
 inline void async_copy16(void *smem, const void *src, bool valid) {
     Fiber *self = block->self;
-    constexpr int most = static_cast<int>(sizeof self->copies / sizeof self->copies[0]);
+    constexpr int most = static_cast<int>(sizeof(self->copies) / sizeof(self->copies[0]));
     if (reinterpret_cast<uintptr_t>(smem) % 16 || (valid && reinterpret_cast<uintptr_t>(src) % 16))
         fail("async_copy16 needs addresses that are multiples of 16: %p, %p", smem, src);
     if (self->n_copies == most) fail("more than %d copies of one thread in flight", most);
@@ -205,7 +207,7 @@ inline void async_copy16(void *smem, const void *src, bool valid) {
 
 inline void async_commit() { block->self->n_groups++; }
 
-template <int N> void async_wait() {                // until at most the N newest groups are in flight
+template <int N> void async_wait() { // until at most the N newest groups are in flight
     Fiber *self = block->self;
     int left = 0;
     for (int i = 0; i < self->n_copies; i++) {
@@ -217,7 +219,7 @@ template <int N> void async_wait() {                // until at most the N newes
     self->n_copies = left;
 }
 
-}  // namespace cuda_on_cpu
+} // namespace cuda_on_cpu
 
 // ---------------------------------------------------------------------------------------------------------------------
 // CUDA's names.
@@ -234,7 +236,7 @@ T __shfl_sync(unsigned mask, T x, int source, int width = 32, cuda_on_cpu::Site 
 
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 32, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
-    int lane = cuda_on_cpu::lane_number(), source = lane ^ bits;        // later groups of `width` keep their own value
+    int lane = cuda_on_cpu::lane_number(), source = lane ^ bits; // later groups of `width` keep their own value
     return cuda_on_cpu::shuffle("__shfl_xor_sync", site, mask, x, source / width > lane / width ? lane : source);
 }
 
