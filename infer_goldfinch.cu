@@ -1374,17 +1374,14 @@ static void kept_allocate(Infer *f, int rows) {
 // the memory busy:
 //
 //   - a block a multiprocessor, and each of its 16 warps has 6 to 8 KB of its rows on their way to shared memory: 13 MB
-//   and more
-//     together, where memory that takes 1 us to answer needs 3 to be busy. The rest evens out which warps it serves
-//     first.
+//     and more together, where memory that takes 1 us to answer needs 3 to be busy. The rest evens out which warps it
+//     serves first.
 //   - kernels are launched early: a block takes its place when the one before it there ends, asks for its first rows,
-//   and
-//     only then waits for what other blocks of the kernel before are still making
+//     and only then waits for what other blocks of the kernel before are still making
 //   - what goes on between two products (norm, shift, mix, gate) is done by every block of the next product for itself:
 //     C numbers, from L2, instead of a launch of its own
 //   - what a kernel needs besides comes in one trip to memory where it can: a trip costs about as much as 2 MB of
-//   weights.
-//     The same holds for its code, which is cold at each launch: what can be short is.
+//     weights. The same holds for its code, which is cold at each launch: what can be short is.
 //
 // The residual stream is fp32 here; a product's inputs are rounded to floatX, as everywhere.
 

@@ -11,7 +11,7 @@
 //     1 a thread an element: every load and store moves 4 bytes
 //     2 a thread 8 elements: 16 bytes at a time, seven loads under way before the first is used
 //     3 in use: 2, and one factor on all gradients that the norm's kernel left on the device (clip), for no host waits
-//     on it
+//       on it
 //
 //     make -C dev adamw && dev/adamw [VERSION [PARAMETERS]]
 

@@ -13,13 +13,11 @@
 //
 // Versions:  1 a thread a query for dq, a thread a key for dk and dv; all comes from the cache
 //            2 a block of 64 queries (or keys) copies 64 of the others into shared memory, and all its threads read
-//            them there
+//              them there
 //            3 tensor cores: a warp takes 16 rows. Each fragment loaded from shared memory (256 bytes) feeds one
-//            product of
-//              16x8x16: shared memory (128 bytes a clock) is the bottleneck
+//              product of 16x8x16: shared memory (128 bytes a clock) is the bottleneck
 //            4 in use: a warp takes 32 rows, a fragment feeds two products; what a warp keeps stays in registers;
-//            squares above
-//              the diagonal are left out; the next tile is copied behind one barrier
+//              squares above the diagonal are left out; the next tile is copied behind one barrier
 //
 //     make -C dev attention_backward && dev/attention_backward [VERSION [B H T]]
 

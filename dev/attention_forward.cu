@@ -9,19 +9,16 @@
 // matrix products.
 //
 // Versions:  1 a thread a query, two passes over the keys: first the maximum and the sum, then the values. Two loads
-// from the
-//              cache for each multiplication and addition
+//              from the cache for each multiplication and addition
 //            2 one pass: where a new maximum comes up, what was summed so far is multiplied by exp(old - new). No score
-//            is made
-//              twice, and nothing of the size T is stored: this step makes all that follows possible
+//              is made twice, and nothing of the size T is stored: this step makes all that follows possible
 //            3 a block of 64 queries copies 64 keys and values into shared memory, and all its threads read them there
 //            4 tensor cores: a warp takes 16 queries by 64 keys (FlashAttention-2). Each fragment of keys or values
-//            loaded from
-//              shared memory (256 bytes) feeds one product of 16x8x16: shared memory (128 bytes a clock) is the
-//              bottleneck
+//              loaded from shared memory (256 bytes) feeds one product of 16x8x16: shared memory (128 bytes a clock) is
+//              the bottleneck
 //            5 in use: a warp takes 32 queries by 32 keys, so that a fragment feeds two products; squares above the
-//            diagonal are
-//              left out; copies are two tiles ahead behind one barrier; the maximum moves only when it must
+//              diagonal are left out; copies are two tiles ahead behind one barrier; the maximum moves only when it
+//              must
 //
 //     make -C dev attention_forward && dev/attention_forward [VERSION [B H T]]
 

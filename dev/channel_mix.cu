@@ -10,8 +10,7 @@
 //     1 each operation a kernel, a thread an element: 2 mixes (4 units), square of relu to a place of its own (7),
 //       sigmoid (2), product (3); backward likewise
 //     2 in use: both mixes in one pass, relu^2 in place, gate and product together, 16 bytes a load. (Its relu^2 needs
-//     no
-//       mask for the backward pass: relu is the root of what it left.)
+//       no mask for the backward pass: relu is the root of what it left.)
 //
 //     make -C dev channel_mix && dev/channel_mix [VERSION [B T C]]
 

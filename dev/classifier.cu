@@ -7,12 +7,12 @@
 // head's matrix products: matmul.cu.)
 //
 //     1 three passes over the row, each the obvious way: the maximum, then the sum of exp(z - maximum), then the
-//     gradient
+//       gradient
 //     2 online softmax (arXiv 1805.02867): one pass for both, a running sum that shrinks whenever the maximum grows;
 //       then the gradient
 //     3 the same with 16-byte loads. A row of 65536 is 128 KB in bf16; of blocks of 512 threads four fit a
-//     multiprocessor, so
-//       that 528 rows are under way on an H100, 69 MB: more than its L2 (50 MB) holds until they are read again
+//       multiprocessor, so that 528 rows are under way on an H100, 69 MB: more than its L2 (50 MB) holds until they are
+//       read again
 //     4 in use: the row stays in the registers of 1024 threads: it is read once
 //
 // On an H100, to ask for the next block's row to come to the L2 cache while this one takes exponentials made 4 slower

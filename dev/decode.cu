@@ -7,14 +7,13 @@
 //
 //   1 a thread a row: 32 lanes read 32 rows, so of each 32-byte sector that comes one number is used at a time
 //   2 a warp a row: neighbouring lanes read neighbouring numbers, 2 bytes each; one load is on its way per lane and
-//   turn
+//     turn
 //   3 16-byte loads: eight times fewer loads for the same bytes, so eight times as many bytes on their way
 //   4 early: 2048 numbers of a row, eight loads a lane, are requested at once; x lies in shared memory; and the kernel
 //       starts before the one ahead has ended, so that its first row is on its way while that one finishes
 //   5 in use: what is on its way lands in shared memory, not in registers: 6 to 8 KB a warp, also while it adds up what
-//   has
-//       come and while it still waits for x; 13 MB and more in flight instead of at most 8. Where a warp has one row
-//       (64x2048x2048) there is nothing to stream, and 4 is ahead; in a chain of large and small matrices 5 is.
+//       has come and while it still waits for x; 13 MB and more in flight instead of at most 8. Where a warp has one
+//       row (64x2048x2048) there is nothing to stream, and 4 is ahead; in a chain of large and small matrices 5 is.
 //
 //     make -C dev decode && dev/decode [VERSION [PRODUCTS O I]]
 

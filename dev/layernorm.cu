@@ -8,17 +8,16 @@
 // Backward reads x and dout and writes dx, 3 floatX. So a version's GB/s against the copy's GB/s says all.
 //
 // Forward:   1 a thread a row: right, but 32 lanes read 32 rows at once, so each 32-byte sector that comes from memory
-// is
-//              used 2 bytes at a time, and must survive in the cache until the next 15 come
+//              is used 2 bytes at a time, and must survive in the cache until the next 15 come
 //            2 a warp a row: neighbouring lanes read neighbouring numbers; sums by shuffles; x is read twice (once from
-//            L2)
+//              L2)
 //            3 in use: a block a row, a thread 8 channels by one 16-byte load, which then stay in registers
 // Backward:  1 a thread a row for dx, a thread a column for dgain and dbias: everything is read twice
 //            2 a block walks some rows; the sums over rows stay in registers, and are added up once at the end. Mean,
-//            variance
-//              and the gradient's two means are three sums over the block, one after the other, while nothing is loaded
+//              variance and the gradient's two means are three sums over the block, one after the other, while nothing
+//              is loaded
 //            3 in use: one sum over the block a row, which takes along the next row's mean; the next row is on its way
-//            meanwhile
+//              meanwhile
 //
 //     make -C dev layernorm && dev/layernorm [VERSION [ROWS C]]
 

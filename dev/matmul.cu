@@ -6,17 +6,14 @@
 // takes from memory, and about 60 in the time one takes from shared memory.
 //
 //     1 a thread a number: two loads for every multiply-add, and neighbouring lanes read rows of W that lie I numbers
-//     apart
+//       apart
 //     2 tiles of 32 x 32 in shared memory: each number from memory is used 32 times, but each multiply-add still costs
-//     two
-//       reads from shared memory
+//       two reads from shared memory
 //     3 tiles of 128 x 128, of which a thread computes 8 x 8: 16 reads from shared memory for 64 multiply-adds
 //     4 tensor cores: a warp computes 64 x 32 out of 16x8 tiles; the next 32 columns of x and W are copied in the
-//     background
-//       (cp.async, two buffers) while these are multiplied
+//       background (cp.async, two buffers) while these are multiplied
 //     5 in use: cuBLAS. What it has more on Hopper: copies by the TMA unit and products of four warps at once, which
-//     read
-//       their operands from shared memory themselves (wgmma)
+//       read their operands from shared memory themselves (wgmma)
 //
 //     make -C dev matmul && dev/matmul [VERSION [M O I]]
 

@@ -8,23 +8,19 @@
 // product costs 320 flops a number, little for tensor cores. Backward reads x and 5 gradients and writes dx: 7 units.
 //
 // Forward:   1 m by cuBLAS, then a launch for each mix, a thread an element: m is written and read, x is read 10 times:
-// 25 units
+//              25 units
 //            2 m by cuBLAS, then all five mixes in one pass: a thread owns 8 channels, walks the tokens, and the token
-//            before
-//              is what it held a moment ago: 16 units
+//              before is what it held a moment ago: 16 units
 //            3 the product inside the kernel: m_i goes from the tensor cores through shared memory to the mix: 6 units
 //            4 without the way through shared memory: w2's columns are permuted so that what a lane gets of a result of
-//            mma are
-//              8 neighbouring channels, 16 bytes. But a warp waits for its h, then for its x, and has nothing else to
-//              do
+//              mma are 8 neighbouring channels, 16 bytes. But a warp waits for its h, then for its x, and has nothing
+//              else to do
 //            5 in use: 4 with h and x of the next 64 tokens on their way into shared memory meanwhile
 // Backward, where dh is given as the gradient before the tanh that made h, times 1 - h^2:
 //            1 m and dm in memory, a thread an element; the sums over tokens by a thread a channel
 //            2 in use: a kernel for dx and dh, where blocks own tokens and walk the channels, and one for dw2 and dmu,
-//            where
-//              blocks own channels and walk the tokens. Both read x and the gradients, 13 units in all: one pass would
-//              write
-//              and read as many bytes in partial sums of dh (or of dw2, if blocks own tokens)
+//              where blocks own channels and walk the tokens. Both read x and the gradients, 13 units in all: one pass
+//              would write and read as many bytes in partial sums of dh (or of dw2, if blocks own tokens)
 //
 // The hidden layer itself comes from one more mix of the same tokens,
 //
@@ -34,8 +30,8 @@
 //
 // Hidden:    1 the mixed x in memory: read, write, read again: 3 units forward. Backward its gradient, too: 8 units
 //            2 in use: the shift is linear, so it comes after the product, where a token has 160 numbers: the floor's
-//            units. The
-//              price is twice the flops, and 320 numbers a token more: bytes of 1.7 units at C = 768, of 0.6 at 2048
+//              units. The price is twice the flops, and 320 numbers a token more: bytes of 1.7 units at C = 768, of 0.6
+//              at 2048
 //
 //     make -C dev token_shift_mix && dev/token_shift_mix [VERSION [B T C]]
 

@@ -13,8 +13,7 @@
 // S_t can't be had from S_t+1 (that would divide by d, which may be 0). So states are kept, and made again in between.
 //
 //     1 three kernels: states every 16 tokens; a thread a key i walks back with its rows of dS in registers, and makes
-//     each
-//       S_t again from the last state kept, 7.5 steps on average; a thread a value j walks back once more for dv
+//       each S_t again from the last state kept, 7.5 steps on average; a thread a value j walks back once more for dv
 //     2 keys and values in one block of 128 threads, which share what they read: 16 tokens in shared memory
 //     3 in use: 16 tokens at a time by matrix products. How it finds dr and dw without ever having S_t inside a tile is
 //       told in train_goldfinch.cu, above WkvBackward

@@ -9,11 +9,9 @@
 // with.
 //
 //     1 a thread a value j: its column of S lives in 64 registers; each thread reads r, k, w of all 64 keys from memory
-//     and
-//       computes all 64 decays, as its 63 neighbours do
+//       and computes all 64 decays, as its 63 neighbours do
 //     2 the same, 8 tokens at a time in shared memory: a thread brings one key's numbers, a decay is computed once, and
-//     the
-//       loads of the next 8 tokens are under way while these are used
+//       the loads of the next 8 tokens are under way while these are used
 //     3 in chunks of 16: what 16 tokens do to S and to each other are matrix products, so tensor cores do it, and S is
 //       touched 16 times less. With P_t[i] the product of the chunk's decays before t, and W(s,t) of those between s
 //       and t:
