@@ -2662,8 +2662,9 @@ static void infer_save_state(Infer *f, const char *path) {
     char *header = nullptr;
     size_t length = 0;
     int64_t offset = 0;
-    FILE *text = open_memstream(&header, &length), *out = fopen(path, "wb");
-    if (!out) die(1, "%s: %s", path, strerror(errno));
+    FILE *text = open_memstream(&header, &length);
+    FileOut out;
+    file_begin(&out, path);
     fprintf(text, "{\"__metadata__\":{\"model_hash\":\"%016lx\",\"position\":\"%ld\"}", f->model_hash, f->position);
     for (int i = 0; i < n; i++) {
         const int64_t bytes = list[i].count * list[i].width;
@@ -2674,18 +2675,17 @@ static void infer_save_state(Infer *f, const char *path) {
     fprintf(text, "}");
     fclose(text);
     uint64_t header_length = length;
-    fwrite(&header_length, 8, 1, out);
-    fwrite(header, 1, length, out);
+    file_write(&out, &header_length, 8);
+    file_write(&out, header, length);
     CUDA_CHECK(cudaStreamSynchronize(stream));
     for (int i = 0; i < n; i++) {
         const size_t bytes = (size_t)(list[i].count * list[i].width);
         void *host = malloc(bytes + 1);
         CUDA_CHECK(cudaMemcpy(host, list[i].p, bytes, cudaMemcpyDeviceToHost));
-        fwrite(host, 1, bytes, out);
+        file_write(&out, host, bytes);
         free(host);
     }
-    if (fflush(out) != 0 || ferror(out) || fclose(out) != 0)
-        die(1, "%s: could not be written: %s", path, strerror(errno));
+    file_end(&out);
     free(header);
     free(list);
 }
@@ -3261,52 +3261,6 @@ static int64_t encode(const Tokenizer *t, const uint8_t *text, int64_t n, int *i
         at = mark ? mark + strlen(end_of_text) : end;
     }
     return count;
-}
-
-// ---------------------------------------- ids to text
-
-// A stream of bytes, given out as valid UTF-8 only: bytes wait until their character is complete; U+FFFD takes the
-// place of those that can't become one.
-// n bytes of a character of so many
-typedef struct Utf8 {
-    uint8_t held[4];
-    int n, length;
-} Utf8;
-
-static const char *replacement = "\xEF\xBF\xBD"; // U+FFFD
-
-int utf8_end(Utf8 *u, uint8_t *out) { // what was held will not be completed
-    if (u->n == 0) return 0;
-    u->n = 0;
-    memcpy(out, replacement, 3);
-    return 3;
-}
-
-// out has room for 6 bytes; returns how many were written
-static int utf8_push(Utf8 *u, uint8_t byte, uint8_t *out) {
-    int n = 0;
-    if (u->n > 0) {
-        const uint8_t lead = u->held[0]; // some leads narrow what may come second: no overlong
-        const bool second = u->n == 1;   // forms, no surrogates, nothing above U+10FFFF
-        const uint8_t low = second && lead == 0xE0 ? 0xA0 : second && lead == 0xF0 ? 0x90 : 0x80;
-        const uint8_t high = second && lead == 0xED ? 0x9F : second && lead == 0xF4 ? 0x8F : 0xBF;
-        if (byte >= low && byte <= high) {
-            u->held[u->n++] = byte;
-            if (u->n < u->length) return 0;
-            u->n = 0;
-            memcpy(out, u->held, (size_t)u->length);
-            return u->length;
-        }
-        n = utf8_end(u, out);
-    }
-    if (byte < 0x80) {
-        out[n] = byte;
-        return n + 1;
-    }
-    u->length = byte < 0xC2 || byte > 0xF4 ? 0 : byte < 0xE0 ? 2 : byte < 0xF0 ? 3 : 4;
-    u->n = 1; // held, or to be replaced at once
-    u->held[0] = byte;
-    return u->length ? n : n + utf8_end(u, out + n);
 }
 
 #ifdef GOLDFINCH_TEST
@@ -4128,7 +4082,7 @@ void cache_table(void) { // the families of the paper at its sizes
 
 #if !defined(GOLDFINCH_TEST) && !defined(GOLDFINCH_INFER_NO_MAIN)
 int main(int argc, char **argv) {
-    program_name = "infer_goldfinch";
+    program_begin("infer_goldfinch");
     static Session session; // zeros
     Session *s = &session;
     Options options, *o = &options;

@@ -4471,7 +4471,20 @@ static uint64_t tensor_key(const char *name, uint64_t seed) { // FNV-1a of the n
     return hash ^ (seed * 0xD6E8FEB86659FD93ull);
 }
 
-static void tensor_init(const Model *m, const Tensor *t, float *x, uint64_t key) { // x: host, t->size
+// Floats that orthonormal_rows needs for the largest of the tensors.
+static int64_t init_scratch_floats(const Model *m) {
+    int64_t most = 0;
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor *t = &m->tensors[i];
+        if (t->init.kind != ORTHOGONAL && t->init.kind != HEAD_ORTHOGONAL) continue;
+        const int64_t count = t->shape[0] < t->shape[1] ? t->shape[0] : t->shape[1];
+        if (most < t->size + PANEL * count) most = t->size + PANEL * count;
+    }
+    return most;
+}
+
+// x: host, t->size; scratch: on the device
+static void tensor_init(const Model *m, const Tensor *t, float *x, float *scratch, uint64_t key) {
     const double L = m->d.L, l = t->layer, C = m->d.C, p = m->d.L > 1 ? l / (L - 1) : 0, q = 1 - l / L;
     const int64_t n = t->size, out = t->shape[0], in = t->shape[1];
     switch (t->init.kind) {
@@ -4503,9 +4516,9 @@ static void tensor_init(const Model *m, const Tensor *t, float *x, uint64_t key)
         const double gain = t->init.kind == ORTHOGONAL ? t->init.a : out > in ? 0.5 * sqrt((double)out / in) : 0.5;
         const int64_t count = out < in ? out : in, length = out < in ? in : out;
         float *q = (float *)malloc(n * sizeof(float));
-        orthonormal_rows(m->grads, (int)count, (int)length, key); // gradients are free at this time
+        orthonormal_rows(scratch, (int)count, (int)length, key);
         CUDA_CHECK(cudaStreamSynchronize(stream));
-        CUDA_CHECK(cudaMemcpy(q, m->grads, n * sizeof(float), cudaMemcpyDeviceToHost));
+        CUDA_CHECK(cudaMemcpy(q, scratch, n * sizeof(float), cudaMemcpyDeviceToHost));
 #pragma omp parallel for
         for (int64_t o = 0; o < out; o++)
             for (int64_t i = 0; i < in; i++)
@@ -4524,15 +4537,18 @@ static void model_params_changed(Model *m) {
 }
 
 static void model_init_weights(Model *m, uint64_t seed) {
+    float *scratch;
+    device_alloc((void **)&scratch, init_scratch_floats(m) * sizeof(float));
     for (int i = 0; i < m->n_tensors; i++) {
         const Tensor *t = &m->tensors[i];
         float *x = (float *)malloc(t->size * sizeof(float));
-        tensor_init(m, t, x, tensor_key(t->name, seed));
+        tensor_init(m, t, x, scratch, tensor_key(t->name, seed));
         CUDA_CHECK(cudaMemcpy(m->master + t->offset, x, t->size * sizeof(float), cudaMemcpyHostToDevice));
         CUDA_CHECK(cudaMemset(m->m + t->offset, 0, t->size * sizeof(float)));
         CUDA_CHECK(cudaMemset(m->v + t->offset, 0, t->size * sizeof(float)));
         free(x);
     }
+    CUDA_CHECK(cudaFree(scratch));
     model_params_changed(m);
 }
 
@@ -5182,6 +5198,100 @@ void data_validation_batch(const Data *data, int64_t first, int B, int *tokens) 
 //    state carries its model's hash too. Both are written and synced under temporary names, then the state is renamed,
 //    then the model, and only then the pair before is removed: where a model file stands, its state stands beside it.
 
+// ---------------------------------------- one way to write a file
+
+// What stands under the name stays whole until the new file is: that is written beside it under a temporary name,
+// checked, synced and renamed. Temporary files that don't get so far go when the program ends, however it does that.
+// Devices and pipes are written directly.
+typedef struct FileOut {
+    FILE *stream;
+    char *path, *target, *temporary; // target: path, or where a link leads; temporary: null for devices and pipes
+    struct FileOut *next;            // another one that is not finished
+} FileOut;
+
+static FileOut *unfinished_files = nullptr;
+
+static void remove_unfinished_files(void) {
+    for (const FileOut *f = unfinished_files; f; f = f->next)
+        if (f->temporary) unlink(f->temporary);
+}
+
+static void file_begin(FileOut *f, const char *path) {
+    static bool first = true;
+    struct stat before;
+    memset(f, 0, sizeof(*f));
+    const bool exists = stat(path, &before) == 0;
+    if (exists && S_ISDIR(before.st_mode)) die(2, "%s: expected a file, found a folder", path);
+    f->path = strdup(path);
+    f->target = exists ? realpath(path, nullptr) : strdup(path);
+    if (!f->target) die(1, "%s: %s", path, strerror(errno));
+    if ((!exists || S_ISREG(before.st_mode)) && asprintf(&f->temporary, "%s.%d.tmp", f->target, (int)getpid()) < 0)
+        die(1, "%s: out of memory", path);
+    f->stream = fopen(f->temporary ? f->temporary : path, "wb");
+    if (!f->stream) die(1, "%s: could not be written: %s", path, strerror(errno));
+    if (exists && f->temporary && fchmod(fileno(f->stream), before.st_mode & 0777) != 0)
+        die(1, "%s: could not be written: %s", path, strerror(errno));
+    f->next = unfinished_files;
+    unfinished_files = f;
+    if (first) atexit(remove_unfinished_files);
+    first = false;
+}
+
+static void file_write(FileOut *f, const void *bytes, size_t n) {
+    if (fwrite(bytes, 1, n, f->stream) != n) die(1, "%s: could not be written: %s", f->path, strerror(errno));
+}
+
+// The first half of file_end: all bytes are on the disk, under the temporary name.
+static void file_sync(FileOut *f) {
+    const bool written = fflush(f->stream) == 0 && !ferror(f->stream);
+    if (!written || (f->temporary && fsync(fileno(f->stream)) != 0) || fclose(f->stream) != 0)
+        die(1, "%s: could not be written: %s", f->path, strerror(errno));
+}
+
+// The second half: the file has its name, and the folder with it is on the disk.
+static void file_rename(FileOut *f) {
+    if (f->temporary && rename(f->temporary, f->target) != 0)
+        die(1, "%s: could not be renamed: %s", f->temporary, strerror(errno));
+    FileOut **link = &unfinished_files;
+    while (*link != f) link = &(*link)->next;
+    *link = f->next;
+    char *end = strrchr(f->target, '/');
+    if (end) end[1] = '\0';
+    const int folder = open(end ? f->target : ".", O_RDONLY);
+    if (folder >= 0 && fsync(folder) != 0 && errno == EIO) die(1, "%s: its folder: %s", f->path, strerror(errno));
+    if (folder >= 0) close(folder);
+    free(f->path);
+    free(f->target);
+    free(f->temporary);
+}
+
+static void file_end(FileOut *f) {
+    file_sync(f);
+    file_rename(f);
+}
+
+static void check_stdout(void) { // at the end of the program: what was printed has come to where it goes
+    struct stat status;
+    const bool pipe = fstat(STDOUT_FILENO, &status) == 0 && (S_ISFIFO(status.st_mode) || S_ISSOCK(status.st_mode));
+    const bool failed = ferror(stdout);
+    if ((fclose(stdout) == 0 && !failed) || pipe) return; // a pipe fails where its reader has seen enough
+    fprintf(stderr, "%s: stdout: could not be written: %s\n", program_name, strerror(errno));
+    _exit(1);
+}
+
+// The first call of every main.
+static void program_begin(const char *name) {
+    program_name = name;
+    int null; // a file of ours must not get the number of a closed stdout, where printf would write to it
+    do null = open("/dev/null", O_RDWR);
+    while (null >= 0 && null <= STDERR_FILENO);
+    close(null);
+    signal(SIGXFSZ, SIG_IGN); // too large a file (ulimit -f) is an error like others
+    atexit(check_stdout);
+}
+
+// ---------------------------------------- what a checkpoint's file holds
+
 // The reader of JSON, which section 11 has for config files. Strings are unescaped in place.
 // the text ends with '\0'; part: of the file
 typedef struct Json {
@@ -5388,8 +5498,8 @@ typedef struct Progress {
     int64_t data_tokens;           // of data_file: it must be the same one
 } Progress;
 
-// Writes and syncs a file of blocks; returns the hash of their bytes, which is also the last field of the metadata.
-static uint64_t safetensors_write(const char *path, const Model *m, const Settings *s, const Progress *p,
+// Writes a file of blocks; returns the hash of their bytes, which is also the last field of the metadata.
+static uint64_t safetensors_write(FileOut *out, const Model *m, const Settings *s, const Progress *p,
                                   uint64_t model_hash, const FileBlock *blocks, int n_blocks) {
     char *header = nullptr;
     size_t length = 0;
@@ -5431,11 +5541,9 @@ static uint64_t safetensors_write(const char *path, const Model *m, const Settin
     }
     fclose(text);
 
-    FILE *out = fopen(path, "wb");
-    if (!out) die(1, "%s: %s", path, strerror(errno));
     uint64_t header_length = length, hash = hash_start;
-    fwrite(&header_length, 8, 1, out);
-    fwrite(header, 1, length, out);
+    file_write(out, &header_length, 8);
+    file_write(out, header, length);
     void *host = malloc((size_t)largest);
     for (int b = 0; b < n_blocks; b++) {
         for (int i = 0; i < m->n_tensors; i++) {
@@ -5444,13 +5552,11 @@ static uint64_t safetensors_write(const char *path, const Model *m, const Settin
             CUDA_CHECK(cudaMemcpy(host, (const char *)blocks[b].device + t->offset * blocks[b].width, bytes,
                                   cudaMemcpyDeviceToHost));
             hash = hash_bytes(hash, host, bytes);
-            fwrite(host, 1, bytes, out);
+            file_write(out, host, bytes);
         }
     }
-    fseek(out, hash_at, SEEK_SET);
-    fprintf(out, "%016lx", hash);
-    if (fflush(out) != 0 || ferror(out) || fsync(fileno(out)) != 0 || fclose(out) != 0)
-        die(1, "%s: could not be written: %s", path, strerror(errno));
+    fseek(out->stream, hash_at, SEEK_SET);
+    fprintf(out->stream, "%016lx", hash);
     free(host);
     free(header);
     return hash;
@@ -5541,20 +5647,20 @@ void folder_create(const char *folder) { // with its parents
 }
 
 static void checkpoint_save(const Model *m, const Settings *s, const Progress *p) {
-    LONG_PATH model, model_tmp, state, state_tmp;
+    LONG_PATH model, state;
+    FileOut model_file, state_file;
     checkpoint_path(model, s->out, "model", p->step, "");
-    checkpoint_path(model_tmp, s->out, "model", 0, ".tmp");
     checkpoint_path(state, s->out, "state", p->step, "");
-    checkpoint_path(state_tmp, s->out, "state", 0, ".tmp");
     const FileBlock weights = {"", sizeof(floatX) == 2 ? "BF16" : "F32", m->params, sizeof(floatX)};
     const FileBlock others[] = {{"master.", "F32", m->master, 4}, {"m.", "F32", m->m, 4}, {"v.", "F32", m->v, 4}};
-    uint64_t hash = safetensors_write(model_tmp, m, s, p, 0, &weights, 1);
-    safetensors_write(state_tmp, m, s, p, hash, others, 3);
-    if (rename(state_tmp, state) != 0 || rename(model_tmp, model) != 0)
-        die(1, "%s: could not be renamed: %s", model, strerror(errno));
-    int folder = open(s->out, O_RDONLY);
-    if (folder < 0 || fsync(folder) != 0) die(1, "%s: could not be synced: %s", s->out, strerror(errno));
-    close(folder);
+    file_begin(&model_file, model);
+    file_begin(&state_file, state);
+    const uint64_t hash = safetensors_write(&model_file, m, s, p, 0, &weights, 1);
+    safetensors_write(&state_file, m, s, p, hash, others, 3);
+    file_sync(&model_file);
+    file_sync(&state_file);
+    file_rename(&state_file);
+    file_rename(&model_file);
     struct dirent **names;
     int n = scandir(s->out, &names, is_checkpoint, alphasort); // a model goes before its state
     for (int i = 0; i < n; i++) {
@@ -5733,11 +5839,11 @@ typedef struct Step {              // a step that was queued
 
 // Opens log.csv; a run that goes on after some steps keeps their lines and drops what came after its checkpoint.
 static FILE *log_open(const char *folder, int64_t steps) {
-    LONG_PATH path, tmp;
+    LONG_PATH path;
+    FileOut file;
     snprintf(path, sizeof(path), "%s/log.csv", folder);
-    snprintf(tmp, sizeof(tmp), "%s/log.csv.tmp", folder);
-    FILE *out = fopen(tmp, "w"), *in = steps > 0 ? fopen(path, "r") : nullptr;
-    if (!out) die(1, "%s: %s", tmp, strerror(errno));
+    file_begin(&file, path);
+    FILE *out = file.stream, *in = steps > 0 ? fopen(path, "r") : nullptr;
     fprintf(out, "step,tokens,loss,val_loss,norm,lr,ms,tok_s,peak\n");
     char *line = nullptr;
     size_t room = 0;
@@ -5749,7 +5855,9 @@ static FILE *log_open(const char *folder, int64_t steps) {
     }
     free(line);
     if (in) fclose(in);
-    if (fflush(out) != 0 || rename(tmp, path) != 0) die(1, "%s: could not be written: %s", path, strerror(errno));
+    file_end(&file);
+    out = fopen(path, "a");
+    if (!out) die(1, "%s: %s", path, strerror(errno));
     return out;
 }
 
@@ -5775,6 +5883,49 @@ static void validate(Run *r) {
            100 * (double)correct / targets, targets, seconds_now() - begin);
 }
 
+// A stream of bytes, given out as valid UTF-8 only: bytes wait until their character is complete; U+FFFD takes the
+// place of those that can't become one.
+typedef struct Utf8 {
+    uint8_t held[4];
+    int n, length; // n bytes of a character of `length` are held
+} Utf8;
+
+static const char *replacement = "\xEF\xBF\xBD"; // U+FFFD
+
+int utf8_end(Utf8 *u, uint8_t *out) { // what was held will not be completed
+    if (u->n == 0) return 0;
+    u->n = 0;
+    memcpy(out, replacement, 3);
+    return 3;
+}
+
+// out has room for 6 bytes; returns how many were written
+static int utf8_push(Utf8 *u, uint8_t byte, uint8_t *out) {
+    int n = 0;
+    if (u->n > 0) {
+        const uint8_t lead = u->held[0]; // some leads narrow what may come second: no overlong
+        const bool second = u->n == 1;   // forms, no surrogates, nothing above U+10FFFF
+        const uint8_t low = second && lead == 0xE0 ? 0xA0 : second && lead == 0xF0 ? 0x90 : 0x80;
+        const uint8_t high = second && lead == 0xED ? 0x9F : second && lead == 0xF4 ? 0x8F : 0xBF;
+        if (byte >= low && byte <= high) {
+            u->held[u->n++] = byte;
+            if (u->n < u->length) return 0;
+            u->n = 0;
+            memcpy(out, u->held, (size_t)u->length);
+            return u->length;
+        }
+        n = utf8_end(u, out);
+    }
+    if (byte < 0x80) {
+        out[n] = byte;
+        return n + 1;
+    }
+    u->length = byte < 0xC2 || byte > 0xF4 ? 0 : byte < 0xE0 ? 2 : byte < 0xF0 ? 3 : 4;
+    u->n = 1; // held, or to be replaced at once
+    u->held[0] = byte;
+    return u->length ? n : n + utf8_end(u, out + n);
+}
+
 static const char *demo_sample_prompt = "static void ";
 static const int demo_sample_bytes = 300;
 static const double demo_sample_temperature = 0.7;
@@ -5784,6 +5935,8 @@ static void print_sample(Run *r, int64_t step) {
     const int T = (int)r->s.ctx_len;
     int n = 0, *context = (int *)malloc((size_t)T * sizeof(int));
     float *logits = (float *)malloc((size_t)r->s.vocab_size * sizeof(float));
+    Utf8 utf8 = {};
+    uint8_t text[8];
     uint64_t random = hash_bytes(hash_start, &step, sizeof(step)) ^ (uint64_t)r->s.seed_everything;
     for (const char *c = demo_sample_prompt; *c && n < T; c++) context[n++] = (uint8_t)*c + 1;
     printf("sample, at temperature %g:\n%s", demo_sample_temperature, demo_sample_prompt);
@@ -5800,8 +5953,10 @@ static void print_sample(Run *r, int64_t step) {
         while (id < 256 && rest >= p[id]) rest -= p[id++];
         if (n == T) memmove(context, context + 1, (size_t)(--n) * sizeof(int));
         context[n++] = id;
-        putchar(id - 1 < ' ' && !isspace(id - 1) ? '?' : id - 1);
+        const int shown = id - 1 < ' ' && !isspace(id - 1) ? '?' : id - 1;
+        fwrite(text, 1, (size_t)utf8_push(&utf8, (uint8_t)shown, text), stdout);
     }
+    fwrite(text, 1, (size_t)utf8_end(&utf8, text), stdout);
     printf("\n");
     free(context);
     free(logits);
@@ -5907,6 +6062,7 @@ int main(int argc, char **argv) {
     Run *r = &run;
     Settings *s = &r->s;
     const char **arguments = (const char **)argv + 1;
+    program_begin("train_goldfinch");
     setvbuf(stdout, nullptr, _IOLBF, 0);
 
     // Settings: the table's defaults, what holds without a data_file, the checkpoint's, the command line's.
@@ -5975,10 +6131,10 @@ int main(int argc, char **argv) {
     if (trains) {
         if (r->data.held_back) {
             snprintf(path, sizeof(path), "%s/val.txt", s->out);
-            FILE *file = fopen(path, "wb");
-            size_t n = (size_t)r->data.valid.n_tokens;
-            if (!file || fwrite(r->data.valid.bytes, 1, n, file) != n || fclose(file) != 0)
-                die(1, "%s: could not be written: %s", path, strerror(errno));
+            FileOut file;
+            file_begin(&file, path);
+            file_write(&file, r->data.valid.bytes, (size_t)r->data.valid.n_tokens);
+            file_end(&file);
         }
         r->log = log_open(s->out, r->p.step);
         r->tokens = (int *)malloc((size_t)(s->micro_bsz * (s->ctx_len + 1)) * sizeof(int));

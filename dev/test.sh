@@ -5,9 +5,9 @@
 set -u
 export LC_ALL=C
 program=$(realpath "${1:-./train_goldfinch}")
-text=$(realpath "${BASH_SOURCE[0]}")                    # this script is the training text too
 tmp=$(mktemp -d "${TMPDIR:-/tmp}/goldfinch_test.XXXXXX")
 trap '[ $BASHPID = $$ ] && rm -rf "$tmp"' EXIT           # not where a child is killed before it becomes the program
+head -c 20000 "${BASH_SOURCE[0]}" >"$tmp/text"; text=$tmp/text     # this script is the training text too
 cd "$tmp" || exit 1
 passed=0 failed=0
 export OMP_NUM_THREADS=1                                # models this small gain nothing from more
@@ -77,6 +77,24 @@ head -c 60 "$text" >short.txt
 refused 2 'short.txt: tokens, at least 2 ctx_len \+ 1: expected 65 or more, found 5[0-9]' \
     --train.data_type utf-8 --train.data_file short.txt
 [ ! -e out ]; check "none of these left anything behind" $?
+
+echo "-- what is written"
+for flags in -h --print-config "$utf8 --train.max_steps 1 --train.out full"; do
+    "$program" $tiny $flags >/dev/full 2>err.txt
+    [ $? = 1 ] && grep -q 'stdout: could not be written: No space left' err.txt; check "${flags%% *} into a full disk: exit 1" $?
+done
+"$program" $tiny $utf8 --train.max_steps 1 --train.out full >&- 2>err.txt; check "a closed stdout" $?
+[ "$(wc -l <full/log.csv)" = 2 ]; check "prints into no file of the run" $?
+good "a run" --train.max_steps 1 --train.out limit
+cp -r limit before
+(ulimit -f 64; "$program" $tiny $utf8 --train.max_steps 2 --train.resume 1 --train.out limit >out.txt 2>err.txt)
+[ $? = 1 ] && grep -q 'limit/model_000002.safetensors: could not be written: File too large' err.txt
+check "a checkpoint over ulimit -f: exit 1" $?
+for file in before/*.safetensors; do cmp -s $file limit/${file##*/} || break; done
+check "the one before stays" $?
+[ "$(ls limit)" = "$(ls before)" ]; check "and no temporary file" $?
+good "sample" --train.max_steps 1 --train.sample_every 0 --train.out sample
+! LC_ALL=C.UTF-8 grep -qaxv '.*' out.txt; check "a sample is valid UTF-8" $?
 
 echo "-- configs"
 config() { "$program" "$@" --print-config >out.txt 2>err.txt; }          # config FLAGS...
