@@ -299,7 +299,8 @@ static void cublas_check(cublasStatus_t status, const char *file, int line) {
 static cudaStream_t stream; // everything runs on one stream, in order
 static cublasHandle_t cublas;
 static const size_t CUBLAS_WORKSPACE = 32 << 20;
-static int multiprocessors, compute_capability; // 90 for 9.0
+static int multiprocessors;
+[[maybe_unused]] static int compute_capability; // 90 for 9.0
 [[maybe_unused]] static int block_smem;         // bytes of shared memory that a block can have
 
 static void machine_start(void) { // once, before the first allocation
