@@ -104,7 +104,7 @@ space := $(empty) $(empty)
 ifeq ($(GPU),1)
   VARIANT := gpu-$(PRECISION)-sm$(subst $(space),-,$(strip $(GPU_ARCH)))
   CUFLAGS := -O3 -std=c++17 -lineinfo -Xcompiler -fopenmp,-Wall,-Wextra,$(PARTLY_USED) -diag-suppress 177 \
-             $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a)$(comma)code=sm_$(a)) $(DEFINES)
+             $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a:90=90a)$(comma)code=sm_$(a:90=90a)) $(DEFINES)
   CFLAGS := -O2 -g -std=gnu11 $(WARN) $(DEFINES)
   LINK = $(NVCC) -Xcompiler -fopenmp $^ -o $@ -lcublas -lcublasLt -lm
   SUMMARY := GPU build, $(PRECISION), sm $(GPU_ARCH)

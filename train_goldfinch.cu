@@ -266,6 +266,10 @@ static void settings_print(const Settings *s) {
 // 2. Machine: error checks, the stream, matrix products (cuBLAS), 16-byte loads, sums over threads, warp tiles
 
 #include <cublas_v2.h>
+#ifndef CUDA_ON_CPU
+#include <cuda.h>
+#include <cudaTypedefs.h>
+#endif
 #include <cuda_bf16.h>
 #include <cuda_profiler_api.h>
 #include <cuda_runtime.h>
@@ -296,7 +300,8 @@ static cudaStream_t stream; // everything runs on one stream, in order
 static cublasHandle_t cublas;
 static const size_t CUBLAS_WORKSPACE = 32 << 20;
 static int multiprocessors;
-[[maybe_unused]] static int block_smem; // bytes of shared memory that a block can have
+[[maybe_unused]] static int compute_capability; // 90 for 9.0
+[[maybe_unused]] static int block_smem;         // bytes of shared memory that a block can have
 
 static void machine_start(void) { // once, before the first allocation
     static bool started = false;
@@ -311,6 +316,7 @@ static void machine_start(void) { // once, before the first allocation
     if (device.major < 8)
         die(2, "%s has compute capability %d.%d, expected 8.0 or newer; `make train GPU=0` builds for the CPU",
             device.name, device.major, device.minor);
+    compute_capability = 10 * device.major + device.minor;
     multiprocessors = device.multiProcessorCount, block_smem = (int)device.sharedMemPerBlockOptin;
     CUDA_CHECK(cudaStreamCreate(&stream));
     CUBLAS_CHECK(cublasCreate(&cublas));
@@ -498,7 +504,7 @@ static void guard_gap(void *p, size_t bytes) { cuda_on_cpu::guard_gap(p, bytes);
 #else
 // the block's shared memory whose size is given at launch
 template <typename T> __device__ inline T *dynamic_smem(void) {
-    extern __shared__ __align__(128) unsigned char dynamic_smem_bytes[];
+    extern __shared__ __align__(1024) unsigned char dynamic_smem_bytes[];
     return (T *)dynamic_smem_bytes;
 }
 
@@ -837,6 +843,196 @@ __device__ inline void mma_transposed(TileC (&c)[2], const TileA2 &a, const Tile
 #endif
     mma(c, a, high);
 }
+
+// ---- warpgroup tiles: what Hopper's tensor cores multiply (sm_90a) ----
+//
+// Four warps, a warpgroup, multiply 64 rows at a time (wgmma), each warp 16 of them: C (64 x n, fp32) is n / 8 TileC of
+// each warp. The other operands are tiles in shared memory, rows of N channels. Products run in the background, in
+// groups: warpgroup_begin, products, warpgroup_commit. warpgroup_wait<n> waits for all groups but the n newest; before
+// that nobody may read C or write what is being multiplied, and `hold` keeps the compiler from moving C across it.
+//
+// Tiles come by the copy engine (TMA). One thread asks for them, and a Signal in shared memory (mbarrier) tells all when
+// they are there: it counts arrivals and bytes, and each time that all have come its phase, 0 or 1, ends. The engine
+// stores the eight 16-byte pieces of row r at places piece ^ r % 8, so that the rows of a column of pieces fall into
+// different banks; only products read such tiles.
+
+typedef floatX SharedTile[64][N]; // at a multiple of 1024 bytes
+typedef uint64_t Signal;
+#if defined(CUDA_ON_CPU) || PRECISION_BF16
+#define WARPGROUP_KERNELS 1 // in this build; in fp32 only on the CPU, to check them closely
+#else
+#define WARPGROUP_KERNELS 0
+#endif
+
+#ifdef CUDA_ON_CPU
+#define WARPGROUPS 1 // this compiler pass has them
+struct HeadMap {     // an array (B, T, A), of which the copy engine brings 64 tokens of a head at a time
+    const floatX *p;
+    int T, A;
+};
+static HeadMap head_map(const floatX *p, int, int T, int A) { return {p, T, A}; }
+__device__ inline void signal_init(Signal *s, int arrivals) { cuda_on_cpu::signal_init(s, arrivals); }
+__device__ inline void signal_expect(Signal *s, int bytes) { cuda_on_cpu::signal_arrive(s, bytes); }
+__device__ inline void signal_arrive(Signal *s) { cuda_on_cpu::signal_arrive(s, 0); }
+__device__ inline void signal_wait(Signal *s, int phase, Site site = Site::here()) {
+    cuda_on_cpu::signal_wait(s, phase, site);
+}
+__device__ inline void copy_tile(SharedTile *to, const HeadMap &from, Signal *s, int h, int t, int b) {
+    for (int row = 0; row < 64; row++) {
+        floatX *out = (*to)[row];
+        if (t + row >= from.T) memset(out, 0, sizeof(floatX) * N);
+        else memcpy(out, from.p + ((int64_t)b * from.T + t + row) * from.A + h * N, sizeof(floatX) * N);
+    }
+    cuda_on_cpu::signal_bytes(s, sizeof(SharedTile));
+}
+__device__ inline void warpgroup_begin(void) {}
+__device__ inline void warpgroup_commit(void) {}
+template <int n> __device__ inline void warpgroup_wait(void) {}
+template <int n> __device__ inline void hold(TileC (&)[n]) {}
+template <int n> __device__ inline void registers_more(void) {}
+template <int n> __device__ inline void registers_fewer(void) {}
+
+// A warp's part of the products, at once
+template <int n> __device__ inline void warpgroup_rows(TileC (&c)[n], const SharedTile &a, const SharedTile *b) {
+    for (TileC &tile : c) tile = {};
+    for (int k = 0; k < N; k += 16) {
+        TileB right[n];
+        for (int j = 0; j < n; j++) right[j] = load_b(&b[j / 8][j % 8 * 8][k], N);
+        mma(c, load_a(&a[threadIdx.x % 128 / 32 * 16][k], N), right);
+    }
+}
+template <int k> __device__ inline void warpgroup_columns(TileC (&c)[8], const TileA (&p)[k], const SharedTile *b) {
+    for (int i = 0; i < k; i++) {
+        TileB right[8];
+        for (int j = 0; j < 8; j++) right[j] = load_b_t(&b[i / 4][i % 4 * 16][8 * j], N);
+        mma(c, p[i], right);
+    }
+}
+#elif PRECISION_BF16
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define WARPGROUPS 1
+#endif
+struct HeadMap {
+    CUtensorMap map;
+};
+static HeadMap head_map(const floatX *p, int B, int T, int A) {
+    static PFN_cuTensorMapEncodeTiled_v12000 encode = nullptr;
+    if (!encode) {
+        cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+        CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode, 12000,
+                                                    cudaEnableDefault, &found));
+#else
+        CUDA_CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", (void **)&encode, cudaEnableDefault, &found));
+#endif
+        if (!encode) die(1, "this driver has no cuTensorMapEncodeTiled: expected one of CUDA 12 or newer");
+    }
+    const cuuint64_t size[3] = {(cuuint64_t)A, (cuuint64_t)T, (cuuint64_t)B};
+    const cuuint64_t step[2] = {A * sizeof(floatX), (cuuint64_t)T * A * sizeof(floatX)};
+    const cuuint32_t box[3] = {N, 64, 1}, every[3] = {1, 1, 1};
+    HeadMap m;
+    const CUresult error = encode(&m.map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)p, size, step, box, every,
+                                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (error != CUDA_SUCCESS) die(1, "cuTensorMapEncodeTiled (%d, %d, %d): error %d", B, T, A, (int)error);
+    return m;
+}
+#endif
+
+#if defined(WARPGROUPS) && !defined(CUDA_ON_CPU)
+__device__ inline void signal_init(Signal *s, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n fence.mbarrier_init.release.cluster;" ::"r"(
+                     smem_address(s)),
+                 "r"(arrivals)
+                 : "memory");
+}
+// an arrival that also announces so many bytes
+__device__ inline void signal_expect(Signal *s, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(s)), "r"(bytes)
+                 : "memory");
+}
+__device__ inline void signal_arrive(Signal *s) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(s)) : "memory");
+}
+__device__ inline void signal_wait(Signal *s, int phase) { // until this phase has ended
+    asm volatile(
+        "{\n .reg .pred there;\n"
+        "again_%=:\n mbarrier.try_wait.parity.shared::cta.b64 there, [%0], %1;\n @!there bra again_%=;\n}" ::"r"(
+            smem_address(s)),
+        "r"(phase)
+        : "memory");
+}
+__device__ inline void copy_tile(SharedTile *to, const HeadMap &from, Signal *s, int h, int t, int b) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(smem_address(to)),
+                 "l"(&from.map), "r"(smem_address(s)), "r"(h * N), "r"(t), "r"(b)
+                 : "memory");
+}
+__device__ inline void warpgroup_begin(void) { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void warpgroup_commit(void) { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int n> __device__ inline void warpgroup_wait(void) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(n) : "memory");
+}
+template <int n> __device__ inline void hold(TileC (&c)[n]) {
+#pragma unroll
+    for (int i = 0; i < 4 * n; i++) asm volatile("" : "+f"(c[i / 4].x[i % 4])::"memory");
+}
+// Warpgroups that only copy give registers to those that multiply: n a thread.
+template <int n> __device__ inline void registers_more(void) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(n));
+}
+template <int n> __device__ inline void registers_fewer(void) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(n));
+}
+
+// How wgmma is told of a tile: address / 16; 64 units of 16 bytes from one group of 8 rows to the next; the swizzle.
+__device__ inline uint64_t tile_descriptor(const SharedTile *p) {
+    return (smem_address(p) & 0x3ffff) >> 4 | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62;
+}
+
+// clang-format off
+#define TILES4(c, i) "+f"((c)[i].x[0]), "+f"((c)[i].x[1]), "+f"((c)[i].x[2]), "+f"((c)[i].x[3]), \
+    "+f"((c)[i + 1].x[0]), "+f"((c)[i + 1].x[1]), "+f"((c)[i + 1].x[2]), "+f"((c)[i + 1].x[3]), \
+    "+f"((c)[i + 2].x[0]), "+f"((c)[i + 2].x[1]), "+f"((c)[i + 2].x[2]), "+f"((c)[i + 2].x[3]), \
+    "+f"((c)[i + 3].x[0]), "+f"((c)[i + 3].x[1]), "+f"((c)[i + 3].x[2]), "+f"((c)[i + 3].x[3])
+#define NUMBERS32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define NUMBERS64 NUMBERS32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
+    "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+// clang-format on
+
+// c (64 x 8 n) = a (64 x N) b^T, b: 8 n rows
+__device__ inline void warpgroup_rows(TileC (&c)[8], const SharedTile &a, const SharedTile *b) {
+    const uint64_t left = tile_descriptor(&a), right = tile_descriptor(b);
+#pragma unroll
+    for (int k = 0; k < 4; k++) // 16 channels, 32 bytes, at a time; the first product does not add
+        asm volatile("{\n .reg .pred add;\n setp.ne.b32 add, %34, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NUMBERS32
+                     "}, %32, %33, add, 1, 1, 0, 0;\n}"
+                     : TILES4(c, 0), TILES4(c, 4)
+                     : "l"(left + 2 * k), "l"(right + 2 * k), "r"(k));
+}
+__device__ inline void warpgroup_rows(TileC (&c)[16], const SharedTile &a, const SharedTile *b) {
+    const uint64_t left = tile_descriptor(&a), right = tile_descriptor(b);
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+        asm volatile("{\n .reg .pred add;\n setp.ne.b32 add, %66, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" NUMBERS64
+                     "}, %64, %65, add, 1, 1, 0, 0;\n}"
+                     : TILES4(c, 0), TILES4(c, 4), TILES4(c, 8), TILES4(c, 12)
+                     : "l"(left + 2 * k), "l"(right + 2 * k), "r"(k));
+}
+// c (64 x N) += p (64 x 16 k, in registers) b, b: 16 k rows
+template <int k> __device__ inline void warpgroup_columns(TileC (&c)[8], const TileA (&p)[k], const SharedTile *b) {
+    const uint64_t right = tile_descriptor(b);
+#pragma unroll
+    for (int i = 0; i < k; i++) // 16 rows, 2048 bytes, at a time
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NUMBERS32
+                     "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
+                     : TILES4(c, 0), TILES4(c, 4)
+                     : "r"(p[i].x[0]), "r"(p[i].x[1]), "r"(p[i].x[2]), "r"(p[i].x[3]), "l"(right + 128 * i));
+}
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 3. Tensors: every parameter of the model, named once
@@ -2738,22 +2934,456 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     attention_store(g.dq + head, dq, scale, mine, T, A);
 }
 
-static void attention_forward(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int B, int T,
-                              int H) {
+static void attention_forward_by_warps(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int B,
+                                       int T, int H) {
     allow_smem(attention_forward_kernel, ATTENTION_SMEM);
     const dim3 grid((int)ceil_div(T, ATTENTION_ROWS), H, B);
     attention_forward_kernel<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(y, l, q, k, v, T, H);
 }
 
-static void attention_backward(floatX *dq, floatX *dk, floatX *dv, float *delta, const floatX *dy, const floatX *y,
-                               const float *l, const floatX *q, const floatX *k, const floatX *v, int B, int T, int H) {
+static void attention_backward_by_warps(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int B,
+                                        int T, int H) {
     const dim3 grid((int)ceil_div(T, ATTENTION_ROWS), H, B);
-    const AttentionGradients g = {dq, dk, dv, dy, l, delta};
-    attention_delta<<<B * T, row_threads(H * N), 0, stream>>>(delta, dy, y, T, H);
     allow_smem(attention_backward_kv, ATTENTION_SMEM);
     attention_backward_kv<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(g, q, k, v, T, H);
     allow_smem(attention_backward_q, ATTENTION_SMEM);
     attention_backward_q<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(g, q, k, v, T, H);
+}
+
+// ---- the same attention by warpgroups (sm_90a) ----
+//
+// One warpgroup of the block copies, the others own 64 rows each and multiply. Copies run several tiles ahead through a
+// ring of stages: `there` tells that a stage is full, `free` that all warpgroups are done with it. A warpgroup works
+// while its products run: it takes exponentials of one tile while the tensor cores multiply the tile before, and while
+// it waits others multiply. Backward adds in the same order as the kernels above and gives the same bits.
+//
+// Forward walks the keys from the diagonal down, 128 at a time; S (64 x 128) of the next tile is being multiplied
+// together with p v of this one:
+//
+//     tensor cores     S_1 |     S_2, p_1 v_1     |     S_3, p_2 v_2     | ..
+//     the warpgroup        | exponentials of S_1  | exponentials of S_2  | ..
+//
+// Floor: as above; an exponential takes as long as its pair's products, so half of the time at best if nothing overlaps.
+
+#if WARPGROUP_KERNELS
+static const int STAGES = PRECISION_BF16 ? 3 : 2; // that fit a block's shared memory
+struct AttentionMaps {
+    HeadMap q, k, v, dy;
+};
+struct ForwardTiles { // in shared memory
+    SharedTile q[3], k[STAGES][2], v[STAGES][2];
+    Signal q_there, k_there[STAGES], v_there[STAGES], k_free[STAGES], v_free[STAGES];
+};
+struct KeyValueTiles {
+    SharedTile k[2], v[2], q[STAGES], dy[STAGES];
+    float l[STAGES][64], delta[STAGES][64];
+    Signal own_there, there[STAGES], free[STAGES];
+};
+struct QueryTiles {
+    SharedTile q[3], dy[3], k[STAGES], v[STAGES];
+    Signal own_there, there[STAGES], free[STAGES];
+};
+#ifdef WARPGROUPS
+__device__ inline bool leads_warpgroup(void) { return threadIdx.x % 128 == 0; }
+
+// Row of the block's first token that this lane's x[0] is of, within the warpgroup's 64
+__device__ inline int warpgroup_row(void) { return threadIdx.x % 128 / 32 * 16 + tile_row(0); }
+
+// x (64 x N), times a factor for each of the lane's two rows, to memory; t: of the lane's first row
+__device__ inline void warpgroup_store(floatX *to, const TileC (&x)[8], float upper, float lower, int t, int T, int A) {
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+            if (t + 8 * i < T)
+                store_pair(to + (int64_t)(t + 8 * i) * A + 8 * n + tile_col(0), x[n].x[2 * i] * (i ? lower : upper),
+                           x[n].x[2 * i + 1] * (i ? lower : upper));
+}
+
+// One thread: the queries, then tiles of 128 keys and values, the last ones first.
+__device__ inline void attention_forward_copy(ForwardTiles &s, const AttentionMaps &maps, int h, int b, int t0,
+                                              int tiles) {
+    signal_expect(&s.q_there, sizeof(s.q));
+    for (int i = 0; i < 3; i++) copy_tile(&s.q[i], maps.q, &s.q_there, h, t0 + 64 * i, b);
+    for (int i = 0; i < tiles; i++) {
+        const int stage = i % STAGES, t = (tiles - 1 - i) * 128, phase = (i / STAGES - 1) & 1;
+        if (i >= STAGES) signal_wait(&s.k_free[stage], phase);
+        signal_expect(&s.k_there[stage], sizeof(s.k[0]));
+        for (int j = 0; j < 2; j++) copy_tile(&s.k[stage][j], maps.k, &s.k_there[stage], h, t + 64 * j, b);
+        if (i >= STAGES) signal_wait(&s.v_free[stage], phase);
+        signal_expect(&s.v_there[stage], sizeof(s.v[0]));
+        for (int j = 0; j < 2; j++) copy_tile(&s.v[stage][j], maps.v, &s.v_there[stage], h, t + 64 * j, b);
+    }
+}
+
+// The running softmax of the lane's two rows, as in attention_softmax. `moved`: what was summed so far is still to be
+// multiplied by shrink, when it is not being added to.
+struct SoftmaxRows {
+    float top[2], sum[2], shrink[2];
+    bool moved;
+};
+
+// p (64 x 128): scores, of keys that come after their query, too; `ahead`: by how much the lane's first query is ahead
+// of the first key
+__device__ inline void softmax_rows(SoftmaxRows &s, TileC (&p)[16], int ahead, bool on_diagonal) {
+    if (on_diagonal)
+#pragma unroll
+        for (int i = 0; i < 64; i++)
+            if (8 * (i / 4) + tile_col(i % 4) > ahead + i % 4 / 2 * 8) p[i / 4].x[i % 4] = -INFINITY;
+    float high[2] = {-INFINITY, -INFINITY};
+    bool grows = false;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+#pragma unroll
+        for (int j = 0; j < 16; j++) high[r] = fmaxf(high[r], fmaxf(p[j].x[2 * r], p[j].x[2 * r + 1]));
+        grows |= high[r] * SCALE_LOG2 > s.top[r] + ATTENTION_MARGIN;
+    }
+    s.moved = __any_sync(0xffffffffu, grows);
+    if (s.moved)
+        for (int r = 0; r < 2; r++) {
+            const float top = fmaxf(s.top[r], warp_max(high[r], 4) * SCALE_LOG2);
+            s.shrink[r] = exp2_fast(s.top[r] - top);
+            s.top[r] = top;
+            s.sum[r] *= s.shrink[r];
+        }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const float top = s.top[r] == -INFINITY ? 0 : s.top[r]; // no key of this tile is before these queries
+        float sums[2] = {0, 0};
+#pragma unroll
+        for (int j = 0; j < 32; j++) {
+            float &x = p[j / 2].x[2 * r + j % 2];
+            x = exp2_fast(x * SCALE_LOG2 - top);
+            sums[j % 2] += x;
+        }
+        s.sum[r] += sums[0] + sums[1];
+    }
+}
+
+// A warpgroup's 64 queries
+__device__ inline void attention_forward_group(ForwardTiles &s, floatX *y, float *l, int group, int first_row,
+                                               int tiles, int T, int A) {
+    const int row = first_row + warpgroup_row();
+    TileC p[16], out[8] = {};
+    TileA rounded[8];
+    SoftmaxRows softmax = {{-INFINITY, -INFINITY}, {0, 0}, {0, 0}, false};
+    auto take_exponentials = [&](int tile) {
+        softmax_rows(softmax, p, row - tile * 128, tile * 128 + 127 > first_row);
+    };
+    auto round = [&] {
+#pragma unroll
+        for (int i = 0; i < 8; i++) rounded[i] = to_a(p[2 * i], p[2 * i + 1]);
+    };
+    signal_wait(&s.q_there, 0);
+    signal_wait(&s.k_there[0], 0);
+    warpgroup_begin();
+    warpgroup_rows(p, s.q[group], s.k[0]);
+    warpgroup_commit();
+    warpgroup_wait<0>();
+    hold(p);
+    if (leads_warpgroup()) signal_arrive(&s.k_free[0]);
+    take_exponentials(tiles - 1);
+    round();
+    for (int i = 1; i < tiles; i++) {
+        const int stage = i % STAGES, before = (i - 1) % STAGES;
+        signal_wait(&s.k_there[stage], i / STAGES & 1);
+        warpgroup_begin();
+        warpgroup_rows(p, s.q[group], s.k[stage]);
+        warpgroup_commit();
+        signal_wait(&s.v_there[before], (i - 1) / STAGES & 1);
+        warpgroup_begin();
+        warpgroup_columns(out, rounded, s.v[before]);
+        warpgroup_commit();
+        warpgroup_wait<1>();
+        hold(p);
+        if (leads_warpgroup()) signal_arrive(&s.k_free[stage]);
+        take_exponentials(tiles - 1 - i);
+        warpgroup_wait<0>();
+        hold(out);
+        if (leads_warpgroup()) signal_arrive(&s.v_free[before]);
+        round();
+        if (softmax.moved)
+#pragma unroll
+            for (int j = 0; j < 32; j++) out[j / 4].x[j % 4] *= softmax.shrink[j % 4 / 2];
+    }
+    signal_wait(&s.v_there[(tiles - 1) % STAGES], (tiles - 1) / STAGES & 1);
+    warpgroup_begin();
+    warpgroup_columns(out, rounded, s.v[(tiles - 1) % STAGES]);
+    warpgroup_commit();
+    warp_sum(softmax.sum, 4);
+    warpgroup_wait<0>();
+    hold(out);
+    for (int r = 0; r < 2; r++)
+        if (threadIdx.x % 4 == 0 && row + 8 * r < T) l[row + 8 * r] = softmax.top[r] + log2f(softmax.sum[r]);
+    warpgroup_store(y, out, 1 / softmax.sum[0], 1 / softmax.sum[1], row, T, A);
+}
+
+// A warp: the block's keys and values, then tiles of 64 queries with their dy, l and delta
+__device__ inline void attention_backward_kv_copy(KeyValueTiles &s, const AttentionMaps &maps, const float *l,
+                                                  const float *delta, int h, int b, int k0, int T) {
+    const int lane = threadIdx.x % 32;
+    if (lane == 0) {
+        signal_expect(&s.own_there, sizeof(s.k) + sizeof(s.v));
+        for (int i = 0; i < 2; i++) copy_tile(&s.k[i], maps.k, &s.own_there, h, k0 + 64 * i, b);
+        for (int i = 0; i < 2; i++) copy_tile(&s.v[i], maps.v, &s.own_there, h, k0 + 64 * i, b);
+    }
+    for (int i = 0; k0 + 64 * i < T; i++) {
+        const int stage = i % STAGES, t = k0 + 64 * i;
+        if (i >= STAGES) signal_wait(&s.free[stage], (i / STAGES - 1) & 1);
+        if (lane == 0) {
+            signal_expect(&s.there[stage], 2 * sizeof(SharedTile));
+            copy_tile(&s.q[stage], maps.q, &s.there[stage], h, t, b);
+            copy_tile(&s.dy[stage], maps.dy, &s.there[stage], h, t, b);
+        }
+        for (int j = lane; j < 64; j += 32) { // past the end: p = 0
+            s.l[stage][j] = t + j < T ? l[t + j] : INFINITY;
+            s.delta[stage][j] = t + j < T ? delta[t + j] : 0;
+        }
+        signal_arrive(&s.there[stage]);
+    }
+}
+
+// A warpgroup's 64 keys, from k0 on, against all queries from q0 on: p and ds are transposed, a row a key.
+__device__ inline void attention_backward_kv_group(KeyValueTiles &s, floatX *dk_out, floatX *dv_out, int group, int k0,
+                                                   int q0, int T, int A) {
+    const int row = warpgroup_row();
+    TileC p[8], dp[8], dk[8] = {}, dv[8] = {};
+    TileA left[4];
+    signal_wait(&s.own_there, 0);
+    hold(dk), hold(dv);
+    for (int i = 0; q0 + 64 * i < T; i++) {
+        const int stage = i % STAGES, ahead = q0 + 64 * i - k0; // of the first query to the first key
+        signal_wait(&s.there[stage], i / STAGES & 1);
+        warpgroup_begin();
+        warpgroup_rows(p, s.k[group], &s.q[stage]);
+        warpgroup_commit();
+        warpgroup_rows(dp, s.v[group], &s.dy[stage]);
+        warpgroup_commit();
+        warpgroup_wait<1>(); // p is there, and the tile before is done with
+        hold(p), hold(dk), hold(dv);
+        if (i > 0 && leads_warpgroup()) signal_arrive(&s.free[(i - 1) % STAGES]);
+#pragma unroll
+        for (int j = 0; j < 32; j++) {
+            float &x = p[j / 4].x[j % 4];
+            x = exp2_fast(x * SCALE_LOG2 - s.l[stage][j / 4 * 8 + tile_col(j % 4)]);
+        }
+        if (ahead < 63)
+#pragma unroll
+            for (int j = 0; j < 32; j++)
+                if (ahead + j / 4 * 8 + tile_col(j % 4) < row + j % 4 / 2 * 8) p[j / 4].x[j % 4] = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) left[j] = to_a(p[2 * j], p[2 * j + 1]);
+        warpgroup_begin();
+        warpgroup_columns(dv, left, &s.dy[stage]);
+        warpgroup_commit();
+        warpgroup_wait<1>();
+        hold(dp);
+        TileA ds[4];
+#pragma unroll
+        for (int j = 0; j < 32; j++)
+            p[j / 4].x[j % 4] *= dp[j / 4].x[j % 4] - s.delta[stage][j / 4 * 8 + tile_col(j % 4)];
+#pragma unroll
+        for (int j = 0; j < 4; j++) ds[j] = to_a(p[2 * j], p[2 * j + 1]);
+        warpgroup_begin();
+        warpgroup_columns(dk, ds, &s.q[stage]);
+        warpgroup_commit();
+    }
+    warpgroup_wait<0>();
+    hold(dk), hold(dv);
+    warpgroup_store(dv_out, dv, 1, 1, k0 + row, T, A);
+    warpgroup_store(dk_out, dk, 0.125f, 0.125f, k0 + row, T, A);
+}
+
+// One thread: the block's queries and dy, then tiles of 64 keys and values
+__device__ inline void attention_backward_q_copy(QueryTiles &s, const AttentionMaps &maps, int h, int b, int t0,
+                                                 int tiles) {
+    signal_expect(&s.own_there, sizeof(s.q) + sizeof(s.dy));
+    for (int i = 0; i < 3; i++) copy_tile(&s.q[i], maps.q, &s.own_there, h, t0 + 64 * i, b);
+    for (int i = 0; i < 3; i++) copy_tile(&s.dy[i], maps.dy, &s.own_there, h, t0 + 64 * i, b);
+    for (int i = 0; i < tiles; i++) {
+        const int stage = i % STAGES;
+        if (i >= STAGES) signal_wait(&s.free[stage], (i / STAGES - 1) & 1);
+        signal_expect(&s.there[stage], 2 * sizeof(SharedTile));
+        copy_tile(&s.k[stage], maps.k, &s.there[stage], h, 64 * i, b);
+        copy_tile(&s.v[stage], maps.v, &s.there[stage], h, 64 * i, b);
+    }
+}
+
+// A warpgroup's 64 queries, from first_row on, against all keys before them
+__device__ inline void attention_backward_q_group(QueryTiles &s, floatX *dq_out, const float *l, const float *delta,
+                                                  int group, int first_row, int tiles, int T, int A) {
+    const int row = first_row + warpgroup_row();
+    TileC p[8], dp[8], dq[8] = {};
+    TileA ds[4];
+    float row_l[2], row_delta[2];
+    for (int r = 0; r < 2; r++) {
+        const int t = row + 8 * r;
+        row_l[r] = t < T ? l[t] : INFINITY, row_delta[r] = t < T ? delta[t] : 0;
+    }
+    signal_wait(&s.own_there, 0);
+    hold(dq);
+    for (int i = 0; i < tiles; i++) {
+        const int stage = i % STAGES, ahead = row - 64 * i;
+        signal_wait(&s.there[stage], i / STAGES & 1);
+        warpgroup_begin();
+        warpgroup_rows(p, s.q[group], &s.k[stage]);
+        warpgroup_commit();
+        warpgroup_rows(dp, s.dy[group], &s.v[stage]);
+        warpgroup_commit();
+        warpgroup_wait<1>();
+        hold(p), hold(dq);
+        if (i > 0 && leads_warpgroup()) signal_arrive(&s.free[(i - 1) % STAGES]);
+#pragma unroll
+        for (int j = 0; j < 32; j++) {
+            float &x = p[j / 4].x[j % 4];
+            x = exp2_fast(x * SCALE_LOG2 - row_l[j % 4 / 2]);
+        }
+        if (64 * i + 63 > first_row)
+#pragma unroll
+            for (int j = 0; j < 32; j++)
+                if (j / 4 * 8 + tile_col(j % 4) > ahead + j % 4 / 2 * 8) p[j / 4].x[j % 4] = 0;
+        warpgroup_wait<0>();
+        hold(dp);
+#pragma unroll
+        for (int j = 0; j < 32; j++) p[j / 4].x[j % 4] *= dp[j / 4].x[j % 4] - row_delta[j % 4 / 2];
+#pragma unroll
+        for (int j = 0; j < 4; j++) ds[j] = to_a(p[2 * j], p[2 * j + 1]);
+        warpgroup_begin();
+        warpgroup_columns(dq, ds, &s.k[stage]);
+        warpgroup_commit();
+    }
+    warpgroup_wait<0>();
+    hold(dq);
+    warpgroup_store(dq_out, dq, 0.125f, 0.125f, row, T, A);
+}
+#endif
+
+// Blocks: (heads of all sequences, rows); the first warpgroup copies. The longest rows come first.
+__global__ void __launch_bounds__(512, 1)
+    attention_forward_warpgroups(floatX *y, float *l, const __grid_constant__ AttentionMaps maps, int T, int H) {
+#ifdef WARPGROUPS
+    ForwardTiles &s = *dynamic_smem<ForwardTiles>();
+    const int b = blockIdx.x / H, h = blockIdx.x % H, group = threadIdx.x / 128 - 1;
+    const int t0 = (gridDim.y - 1 - blockIdx.y) * 192, tiles = (min(T, t0 + 192) + 127) / 128;
+    if (threadIdx.x == 0) {
+        signal_init(&s.q_there, 1);
+        for (int i = 0; i < STAGES; i++) {
+            signal_init(&s.k_there[i], 1), signal_init(&s.v_there[i], 1);
+            signal_init(&s.k_free[i], 3), signal_init(&s.v_free[i], 3);
+        }
+    }
+    __syncthreads();
+    if (group < 0) {
+        registers_fewer<32>();
+        if (threadIdx.x == 0) attention_forward_copy(s, maps, h, b, t0, tiles);
+    } else {
+        registers_more<160>();
+        attention_forward_group(s, y + (int64_t)b * T * H * N + h * N, l + (int64_t)blockIdx.x * T, group,
+                                t0 + 64 * group, tiles, T, H * N);
+    }
+#endif
+}
+
+__global__ void __launch_bounds__(384, 1)
+    attention_backward_kv_warpgroups(AttentionGradients g, const __grid_constant__ AttentionMaps maps, int T, int H) {
+#ifdef WARPGROUPS
+    KeyValueTiles &s = *dynamic_smem<KeyValueTiles>();
+    const int b = blockIdx.x / H, h = blockIdx.x % H, group = threadIdx.x / 128 - 1, k0 = blockIdx.y * 128;
+    const int64_t head = (int64_t)b * T * H * N + h * N, row = (int64_t)blockIdx.x * T;
+    if (threadIdx.x == 0) {
+        signal_init(&s.own_there, 1);
+        // a warp's 32 arrivals and one that announces bytes; two warpgroups
+        for (int i = 0; i < STAGES; i++) signal_init(&s.there[i], 33), signal_init(&s.free[i], 2);
+    }
+    __syncthreads();
+    if (group < 0) {
+        registers_fewer<24>();
+        if (threadIdx.x < 32) attention_backward_kv_copy(s, maps, g.l + row, g.delta + row, h, b, k0, T);
+    } else {
+        registers_more<240>();
+        attention_backward_kv_group(s, g.dk + head, g.dv + head, group, k0 + 64 * group, k0, T, H * N);
+    }
+#endif
+}
+
+__global__ void __launch_bounds__(512, 1)
+    attention_backward_q_warpgroups(AttentionGradients g, const __grid_constant__ AttentionMaps maps, int T, int H) {
+#ifdef WARPGROUPS
+    QueryTiles &s = *dynamic_smem<QueryTiles>();
+    const int b = blockIdx.x / H, h = blockIdx.x % H, group = threadIdx.x / 128 - 1;
+    const int t0 = (gridDim.y - 1 - blockIdx.y) * 192, tiles = (min(T, t0 + 192) + 63) / 64;
+    const int64_t row = (int64_t)blockIdx.x * T;
+    if (threadIdx.x == 0) {
+        signal_init(&s.own_there, 1);
+        for (int i = 0; i < STAGES; i++) signal_init(&s.there[i], 1), signal_init(&s.free[i], 3);
+    }
+    __syncthreads();
+    if (group < 0) {
+        registers_fewer<32>();
+        if (threadIdx.x == 0) attention_backward_q_copy(s, maps, h, b, t0, tiles);
+    } else {
+        registers_more<160>();
+        attention_backward_q_group(s, g.dq + (int64_t)b * T * H * N + h * N, g.l + row, g.delta + row, group,
+                                   t0 + 64 * group, tiles, T, H * N);
+    }
+#endif
+}
+
+// Whether this GPU and this build have warpgroups: compute capability 9.0, and code that was made for it.
+static bool has_warpgroups(void) {
+#ifdef CUDA_ON_CPU
+    return false; // the lab checks them here; the model takes what is quicker to emulate
+#else
+    static int known = -1;
+    if (known < 0) {
+        cudaFuncAttributes code;
+        CUDA_CHECK(cudaFuncGetAttributes(&code, attention_forward_warpgroups));
+        known = compute_capability == 90 && code.ptxVersion >= 90;
+    }
+    return known;
+#endif
+}
+
+static void attention_forward_by_warpgroups(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v,
+                                            int B, int T, int H) {
+    const int A = H * N;
+    const size_t smem = sizeof(ForwardTiles);
+    const AttentionMaps maps = {head_map(q, B, T, A), head_map(k, B, T, A), head_map(v, B, T, A), {}};
+    allow_smem(attention_forward_warpgroups, smem);
+    attention_forward_warpgroups<<<dim3(B * H, (int)ceil_div(T, 192)), 512, smem, stream>>>(y, l, maps, T, H);
+}
+
+static void attention_backward_by_warpgroups(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v,
+                                             int B, int T, int H) {
+    const int A = H * N;
+    const AttentionMaps maps = {head_map(q, B, T, A), head_map(k, B, T, A), head_map(v, B, T, A),
+                                head_map(g.dy, B, T, A)};
+    allow_smem(attention_backward_kv_warpgroups, sizeof(KeyValueTiles));
+    attention_backward_kv_warpgroups<<<dim3(B * H, (int)ceil_div(T, 128)), 384, sizeof(KeyValueTiles), stream>>>(g,
+                                                                                                                 maps,
+                                                                                                                 T, H);
+    allow_smem(attention_backward_q_warpgroups, sizeof(QueryTiles));
+    attention_backward_q_warpgroups<<<dim3(B * H, (int)ceil_div(T, 192)), 512, sizeof(QueryTiles), stream>>>(g, maps, T,
+                                                                                                             H);
+}
+#endif
+
+static void attention_forward(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int B, int T,
+                              int H) {
+#if WARPGROUP_KERNELS
+    if (has_warpgroups()) return attention_forward_by_warpgroups(y, l, q, k, v, B, T, H);
+#endif
+    attention_forward_by_warps(y, l, q, k, v, B, T, H);
+}
+
+static void attention_backward(floatX *dq, floatX *dk, floatX *dv, float *delta, const floatX *dy, const floatX *y,
+                               const float *l, const floatX *q, const floatX *k, const floatX *v, int B, int T, int H) {
+    const AttentionGradients g = {dq, dk, dv, dy, l, delta};
+    attention_delta<<<B * T, row_threads(H * N), 0, stream>>>(delta, dy, y, T, H);
+#if WARPGROUP_KERNELS
+    if (has_warpgroups()) return attention_backward_by_warpgroups(g, q, k, v, B, T, H);
+#endif
+    attention_backward_by_warps(g, q, k, v, B, T, H);
 }
 
 // ---- channel mix (spec section 4) ----

@@ -241,11 +241,11 @@ static void run(int version) {
     const dim3 grid((int)ceil_div(T, 64), H, B);
     const size_t smem = 256 * sizeof(HeadRow);
     const AttentionGradients g = {dq.p, dk.p, dv.p, dy.p, l.p, delta.p};
-    if (version == 4) {
-        attention_backward(dq.p, dk.p, dv.p, delta.p, dy.p, y.p, l.p, q.p, k.p, v.p, B, T, H);
-        return;
-    }
     attention_delta<<<B * T, row_threads(H * N), 0, stream>>>(delta.p, dy.p, y.p, T, H);
+    if (version == 4) attention_backward_by_warps(g, q.p, k.p, v.p, B, T, H);
+#if WARPGROUP_KERNELS
+    if (version == 5) attention_backward_by_warpgroups(g, q.p, k.p, v.p, B, T, H);
+#endif
     if (version == 1) {
         attention_backward_q_1<<<grid, 64, 0, stream>>>(g, q.p, k.p, v.p, T, H);
         attention_backward_kv_1<<<grid, 64, 0, stream>>>(g, q.p, k.p, v.p, T, H);
@@ -325,10 +325,12 @@ static Cost cost(const int *shape) {
 }
 
 int main(int argc, char **argv) {
+    std::vector<const char *> versions = {"a thread a row", "tiles in shared memory", "tensor cores, 16 rows a warp",
+                                          "in use: 32 rows a warp"};
+    if (lab_has_warpgroups()) versions.push_back("in use on Hopper: warpgroups");
     return lab_main({{"attention_backward",
                       {{"B", 1}, {"H", 1}, {"T", 1}},
-                      {"a thread a row", "tiles in shared memory", "tensor cores, 16 rows a warp",
-                       "in use: 32 rows a warp"},
+                      versions,
                       {{1, 2, 5}, {2, 1, 77}, {1, 1, 128}, {2, 2, 333}},
                       {{8, 32, 2048}, {32, 12, 1024}, {4, 32, 4096}},
                       setup,

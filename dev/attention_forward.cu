@@ -199,7 +199,10 @@ static void run(int version) {
         allow_smem(attention_forward_4, smem);
         attention_forward_4<<<grid, 128, smem, stream>>>(y.p, l.p, q.p, k.p, v.p, T, H);
     }
-    if (version == 5) attention_forward(y.p, l.p, q.p, k.p, v.p, B, T, H);
+    if (version == 5) attention_forward_by_warps(y.p, l.p, q.p, k.p, v.p, B, T, H);
+#if WARPGROUP_KERNELS
+    if (version == 6) attention_forward_by_warpgroups(y.p, l.p, q.p, k.p, v.p, B, T, H);
+#endif
 }
 
 static void setup(const int *shape) {
@@ -238,11 +241,13 @@ static Cost cost(const int *shape) {
 }
 
 int main(int argc, char **argv) {
+    std::vector<const char *> versions = {"a thread a query, two passes", "one pass: the online softmax",
+                                          "keys and values in shared memory", "tensor cores, 16 queries a warp",
+                                          "in use: 32 queries a warp"};
+    if (lab_has_warpgroups()) versions.push_back("in use on Hopper: warpgroups");
     return lab_main({{"attention_forward",
                       {{"B", 1}, {"H", 1}, {"T", 1}},
-                      {"a thread a query, two passes", "one pass: the online softmax",
-                       "keys and values in shared memory", "tensor cores, 16 queries a warp",
-                       "in use: 32 queries a warp"},
+                      versions,
                       {{1, 2, 1}, {2, 1, 77}, {1, 1, 128}, {2, 3, 333}},
                       {{8, 32, 2048}, {32, 12, 1024}, {4, 32, 4096}},
                       setup,

@@ -214,6 +214,16 @@ static Cost machine_rates(void) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The program
 
+// Whether versions for Hopper's warpgroups run here: on such a GPU, and on the CPU.
+static bool lab_has_warpgroups(void) {
+#if WARPGROUP_KERNELS
+    machine_start();
+    return !ON_GPU || has_warpgroups();
+#else
+    return false;
+#endif
+}
+
 // of a shape, and what it must be a multiple of
 struct Dimension {
     const char *name;

@@ -11,6 +11,7 @@
 
 #include "block.h"
 #include "launch.h"
+#include "arrivals.h"
 #include "warp.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -25,6 +26,7 @@
 #define __device__ __attribute__((always_inline))
 #endif
 #define __global__
+#define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
