@@ -9,7 +9,7 @@ define HELP
 make [train]           build ./train_goldfinch: for the GPU if nvcc and a GPU (sm_80 or newer) are here, else the CPU
 make infer             build ./infer_goldfinch
 make test_goldfinch    build ./test_goldfinch, the checks; run it alone or with golden tables: ./test_goldfinch FILE...
-make test              build all, run ./test_goldfinch and dev/test.sh
+make test              build all, run ./test_goldfinch and the scripts dev/test*.sh
 make dev/NAME          build one program of the kernel lab (dev/README.md), or bench_infer: inference in figures
 make cache-table       print how large the caches of the paper's models are, from 1 k to 1 M tokens
 make clean             remove what was built (not out/ and data/)
@@ -18,10 +18,12 @@ GPU=0                  the same kernels on the CPU; needs g++ only, no CUDA tool
 GPU=1                  a GPU build even if there is no GPU here
 PRECISION=BF16|FP32    storage of weights and activations; default BF16 on a GPU, FP32 on the CPU
 GPU_ARCH=90            the GPU's architecture, or several: "80 90"; default: this machine's, or 80 and 90 without a GPU
+CUDA=FOLDER            the toolkit to build with; default: that of the nvcc on the PATH, or /usr/local/cuda
 SANITIZE=address,undefined   CPU build that stops at the first out-of-bounds access or undefined operation
 DEBUG=1                CPU build for stepping through kernels in gdb
 BLAS=openblas          CPU build with OpenBLAS in place of our own matrix products
-NVCC=, CXX=, CC=       other compilers
+MARCH=native           whose instructions a CPU build may use, as g++ names it; MARCH= for any CPU of the kind
+NVCC=, CXX=, CC=       other compilers: CXX=clang++ CC=clang, or a cross compiler with MARCH=
 
 Each combination has its own folder in build/; the programs here at the top are those that were asked for last.
 endef
@@ -45,30 +47,42 @@ ifeq ($(origin CXX),default)
 CXX := g++
 endif
 ifeq ($(origin NVCC),undefined)
-NVCC := $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
+  ifneq ($(CUDA),)
+    NVCC := $(wildcard $(CUDA)/bin/nvcc)
+    ifeq ($(NVCC),)
+      $(error CUDA=$(CUDA): expected bin/nvcc in this folder, found none)
+    endif
+  else
+    NVCC := $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
+  endif
 endif
 
 ifneq ($(filter cache-table,$(MAKECMDGOALS)),)
 PRECISION ?= BF16
 endif
 ifneq ($(GPU),0)
-# "90" for every kind of GPU here, the oldest first; empty without one
-FOUND := $(shell nvidia-smi -L >/dev/null 2>&1 && \
-    nvidia-smi --query-gpu=compute_cap --format=csv,noheader | tr -d '. ' | sort -nu)
+# Of each GPU here, as nvidia-smi says it: new-90, or old-61, or junk where it says something else
+GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d ' \r' | \
+    awk -F. '{ print /^[0-9]+[.][0-9]$$/ ? ($$1 >= 8 ? "new-" : "old-") $$1 $$2 : "junk" }' | sort -t - -k 2 -nu)
+FOUND := $(patsubst new-%,%,$(filter new-%,$(GPUS)))
+OLD := $(patsubst old-%,sm_%,$(filter old-%,$(GPUS)))
 endif
 ifeq ($(GPU),)
   ifeq ($(NVCC),)
     override GPU := 0
     WHY := no nvcc on the PATH
-  else ifeq ($(FOUND),)
+  else ifneq ($(FOUND),)
+    override GPU := 1
+    WHY := nvcc and a GPU are here$(if $(OLD), ($(OLD) beside it: older than sm_80))
+  else ifneq ($(OLD),)
+    override GPU := 0
+    WHY := the GPU here is $(firstword $(OLD)), older than sm_80
+  else ifneq ($(GPUS),)
+    override GPU := 0
+    WHY := nvcc is here, but what nvidia-smi says of compute capabilities is no number
+  else
     override GPU := 0
     WHY := nvcc is here, but nvidia-smi finds no GPU
-  else ifeq ($(shell [ $(firstword $(FOUND)) -ge 80 ] && echo ok),)
-    override GPU := 0
-    WHY := the GPU here is sm_$(firstword $(FOUND)), older than sm_80
-  else
-    override GPU := 1
-    WHY := nvcc and a GPU are here
   endif
   WHY += (GPU=$(if $(filter 0,$(GPU)),1,0) overrides)
 else ifneq ($(filter 0 1,$(GPU)),)
@@ -103,28 +117,41 @@ space := $(empty) $(empty)
 
 ifeq ($(GPU),1)
   VARIANT := gpu-$(PRECISION)-sm$(subst $(space),-,$(strip $(GPU_ARCH)))
+  # machine code for these, and PTX of the newest, of which a driver makes code for GPUs that are newer still
+  NEWEST := $(shell printf '%s\n' $(GPU_ARCH) | sort -n | tail -n 1)
   CUFLAGS := -O3 -std=c++17 -lineinfo -Xcompiler -fopenmp,-Wall,-Wextra,$(PARTLY_USED) -diag-suppress 177 \
-             $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a:90=90a)$(comma)code=sm_$(a:90=90a)) $(DEFINES)
+             $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a:90=90a)$(comma)code=sm_$(a:90=90a)) \
+             -gencode arch=compute_$(NEWEST),code=compute_$(NEWEST) -DGPU_ARCH='"$(strip $(GPU_ARCH))"' $(DEFINES)
   CFLAGS := -O2 -g -std=gnu11 $(WARN) $(DEFINES)
-  LINK = $(NVCC) -Xcompiler -fopenmp $^ -o $@ -lcublas -lcublasLt -lm
+  # The toolkit's libraries; of pip's packages, which hold libcublas.so.13 but no libcublas.so, by their files' names
+  LIB = $(firstword $(wildcard $(CUDA)/lib64/lib$(1).so $(CUDA)/lib/lib$(1).so) \
+        $(lastword $(sort $(wildcard $(CUDA)/lib/lib$(1).so.*))))
+  LIBRARIES := $(foreach name,cublas cublasLt,-l$(if $(CUDA),:$(notdir $(or $(call LIB,$(name)),\
+               $(error CUDA=$(CUDA): expected lib$(name).so in its lib/, found none))),$(name)))
+  SEARCHED := $(if $(CUDA),$(foreach folder,$(wildcard $(CUDA)/lib64 $(CUDA)/lib),\
+              -L$(folder) -Xlinker -rpath=$(abspath $(folder))))
+  LINK = $(NVCC) -Xcompiler -fopenmp $^ -o $@ $(SEARCHED) $(LIBRARIES) -lm
   SUMMARY := GPU build, $(PRECISION), sm $(GPU_ARCH)
 else
-  VARIANT := cpu-$(PRECISION)$(addprefix -,$(subst $(comma),-,$(SANITIZE)) $(if $(DEBUG),debug) $(BLAS))
+  MARCH ?= native
+  VARIANT := cpu-$(PRECISION)$(addprefix -,$(subst $(comma),-,$(SANITIZE)) $(if $(DEBUG),debug) $(BLAS) \
+             $(filter-out g++,$(notdir $(CXX))) $(or $(filter-out native,$(MARCH)),$(if $(MARCH),,any)))
   VARIANT := $(subst $(space),,$(VARIANT))
-  OPTIMIZE := -O3 -march=native
+  TARGET := $(addprefix -march=,$(MARCH))
+  OPTIMIZE := -O3 $(TARGET)
   ifneq ($(DEBUG),)
-    OPTIMIZE := -Og -march=native
+    OPTIMIZE := -Og $(TARGET)
     DEFINES += -DCUDA_ON_CPU_DEBUG
   endif
   ifneq ($(SANITIZE),)
-    OPTIMIZE := -O1 -march=native -fno-omit-frame-pointer -fsanitize=$(SANITIZE) -fno-sanitize-recover=all
+    OPTIMIZE := -O1 $(TARGET) -fno-omit-frame-pointer -fsanitize=$(SANITIZE) -fno-sanitize-recover=all
     DEFINES += -DCUDA_ON_CPU_SANITIZE
   endif
   ifneq ($(BLAS),)
     DEFINES += -DCUDA_ON_CPU_OPENBLAS
   endif
   CUFLAGS := $(OPTIMIZE) -g -std=c++17 -fno-strict-aliasing -fopenmp $(WARN) $(PARTLY_USED) -Wno-unknown-pragmas \
-             -Wno-attributes -iquote . -Idev/cpu -DCUDA_ON_CPU $(DEFINES)
+             -Wno-attributes $(if $(findstring clang,$(CXX)),-Wno-pass-failed) -iquote . -Idev/cpu -DCUDA_ON_CPU $(DEFINES)
   CFLAGS := $(if $(DEBUG)$(SANITIZE),$(OPTIMIZE),-O2) -g -std=gnu11 $(WARN) $(DEFINES)
   LINK = $(CXX) $(OPTIMIZE) -fopenmp $^ -o $@ $(if $(BLAS),-l$(BLAS)) -lm
   LAB_FLAGS := -iquote dev $(if $(DEBUG)$(SANITIZE),,-O1)
@@ -132,18 +159,28 @@ else
 endif
 DIR := build/$(VARIANT)
 $(info $(SUMMARY): $(WHY))
+# Whoever changes a flag (OPTIMIZE=-O2) or the compiler gets what was asked for: all objects depend on this file.
+COMMANDS := $(CXX) $(NVCC) $(CUFLAGS) $(LAB_FLAGS) $(CC) $(CFLAGS)
+ifneq ($(file <$(DIR)/commands),$(COMMANDS))
+  $(shell mkdir -p $(DIR))
+  $(file >$(DIR)/commands,$(COMMANDS))
+endif
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What to build
 
+# a second name for the file, or a copy where the system does not allow one, as with another user's build
+TO_THE_TOP = ln -f $< $@ 2>/dev/null || cp --remove-destination $< $@
+
 train: train_goldfinch
 infer: infer_goldfinch
 train_goldfinch infer_goldfinch test_goldfinch fuzz_config: %: $(DIR)/%
-	@ln -f $< $@
+	@$(TO_THE_TOP)
 
 test: train_goldfinch infer_goldfinch test_goldfinch
 	./test_goldfinch
 	dev/test.sh
+	dev/test_make.sh
 
 cache-table: $(DIR)/infer_goldfinch
 	@$< --cache-table
@@ -152,22 +189,22 @@ $(DIR)/train_goldfinch $(DIR)/infer_goldfinch $(DIR)/fuzz_config: %: %.o
 	$(LINK)
 .PHONY: $(DEV:%=dev/%)
 $(DEV:%=dev/%): %: $(DIR)/%
-	@ln -f $< $@
+	@$(TO_THE_TOP)
 $(DEV:%=$(DIR)/dev/%): %: %.o
 	$(LINK)
 $(DEV:%=$(DIR)/dev/%.o): CUFLAGS += $(LAB_FLAGS)
 $(DEV:%=$(DIR)/dev/%.o): | $(DIR)/dev
 $(DIR)/test_goldfinch: $(DIR)/test_goldfinch.o $(DIR)/kernels_for_test.o
 	$(LINK)
-$(DIR)/test_goldfinch.o: test_goldfinch.c Makefile | $(DIR)
+$(DIR)/test_goldfinch.o: test_goldfinch.c Makefile $(DIR)/commands | $(DIR)
 	$(CC) $(CFLAGS) -MMD -c $< -o $@
 $(DIR) $(DIR)/dev:
 	@mkdir -p $@
 
 ifeq ($(GPU),1)
-$(DIR)/%.o: %.cu Makefile | $(DIR)
+$(DIR)/%.o: %.cu Makefile $(DIR)/commands | $(DIR)
 	$(NVCC) $(CUFLAGS) -MMD -c $< -o $@
-$(DIR)/kernels_for_test.o: infer_goldfinch.cu Makefile | $(DIR)
+$(DIR)/kernels_for_test.o: infer_goldfinch.cu Makefile $(DIR)/commands | $(DIR)
 	$(NVCC) $(CUFLAGS) -DGOLDFINCH_TEST -MMD -c $< -o $@
 else
 # g++ does not know `kernel<<<shape>>>(arguments);`. One sed expression makes a call of it (dev/cpu/launch.h), another
@@ -187,9 +224,9 @@ vpath %.cu dev
 build/cpp/%.cu.cpp: %.cu Makefile
 	@mkdir -p $(@D)
 	@(echo '#line 1 "$<"'; $(CU_TO_CPP)) > $@
-$(DIR)/%.o: build/cpp/%.cu.cpp | $(DIR) $(patsubst %,build/cpp/%.cpp,$(wildcard *.cu))
+$(DIR)/%.o: build/cpp/%.cu.cpp $(DIR)/commands | $(DIR) $(patsubst %,build/cpp/%.cpp,$(wildcard *.cu))
 	$(CXX) $(CUFLAGS) -MMD -c $< -o $@
-$(DIR)/kernels_for_test.o: build/cpp/infer_goldfinch.cu.cpp build/cpp/train_goldfinch.cu.cpp | $(DIR)
+$(DIR)/kernels_for_test.o: build/cpp/infer_goldfinch.cu.cpp build/cpp/train_goldfinch.cu.cpp $(DIR)/commands | $(DIR)
 	$(CXX) $(CUFLAGS) -DGOLDFINCH_TEST -MMD -c $< -o $@
 endif
 

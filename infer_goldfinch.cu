@@ -3819,13 +3819,9 @@ static void default_model(char *path) {
 
 // The World vocabulary in the working directory or beside the program.
 static const char *find_vocabulary(void) {
-    static LONG_PATH path;
+    static PATH path;
     if (access(default_vocabulary, R_OK) == 0) return default_vocabulary;
-    const ssize_t n = readlink("/proc/self/exe", path, sizeof(PATH) - 1);
-    char *slash = n > 0 ? (char *)memrchr(path, '/', (size_t)n) : nullptr;
-    if (!slash) slash = path;
-    snprintf(slash, sizeof(path) - (size_t)(slash - path), "%s%s", slash > path ? "/" : "", default_vocabulary);
-    if (access(path, R_OK) == 0) return path;
+    if (beside_program(path, default_vocabulary)) return path;
     die(2, "%s: expected here or beside the program, found in neither place; --vocab FILE names it",
         default_vocabulary);
 }
@@ -4110,6 +4106,7 @@ int main(int argc, char **argv) {
         cache_table_row("this one", &settings, (KvKind)kind);
         return 0;
     }
+    machine_start();
     model_tokenizer(&s->tokenizer, model, o->vocab, &s->vocab_size);
 
     // The text first: its length says how much context is needed.

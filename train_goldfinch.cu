@@ -303,6 +303,10 @@ static int multiprocessors;
 [[maybe_unused]] static int compute_capability; // 90 for 9.0
 [[maybe_unused]] static int block_smem;         // bytes of shared memory that a block can have
 
+#ifdef GPU_ARCH
+__global__ void no_work(void) {}
+#endif
+
 static void machine_start(void) { // once, before the first allocation
     static bool started = false;
     if (started) return;
@@ -317,6 +321,15 @@ static void machine_start(void) { // once, before the first allocation
         die(2, "%s has compute capability %d.%d, expected 8.0 or newer; `make train GPU=0` builds for the CPU",
             device.name, device.major, device.minor);
     compute_capability = 10 * device.major + device.minor;
+#ifdef GPU_ARCH // what the Makefile built for
+    cudaFuncAttributes attributes;
+    const cudaError_t code = cudaFuncGetAttributes(&attributes, no_work);
+    if (code != cudaSuccess)
+        die(2,
+            "%s is sm_%d%d, and this build, made with GPU_ARCH=\"%s\", holds no code for it (%s); "
+            "`make GPU_ARCH=%d%d` makes one that does",
+            device.name, device.major, device.minor, GPU_ARCH, cudaGetErrorString(code), device.major, device.minor);
+#endif
     multiprocessors = device.multiProcessorCount, block_smem = (int)device.sharedMemPerBlockOptin;
     CUDA_CHECK(cudaStreamCreate(&stream));
     CUBLAS_CHECK(cublasCreate(&cublas));
@@ -5662,17 +5675,36 @@ static int64_t sample_start(int64_t prime, int64_t ctx_len, int64_t i) {
 
 // ---------------------------------------- the demo's text and other texts
 
-// The project's source text beside the executable, in a fixed order.
+// The path of a file of the project: in the folder of the program, or one or two above it, as for a program in
+// build/VARIANT. If it is in none of them, the program's folder and false.
+static bool beside_program(PATH path, const char *name) {
+    PATH folder;
+    const ssize_t n = readlink("/proc/self/exe", folder, sizeof(folder) - 1);
+    folder[n > 0 ? n : 0] = '\0';
+    for (int up = 0; up < 3; up++) {
+        char *slash = strrchr(folder, '/');
+        if (!slash) break;
+        *slash = '\0';
+        if (up == 0) snprintf(path, sizeof(PATH), "%s", folder);
+        LONG_PATH there;
+        snprintf(there, sizeof(there), "%s/%s", folder, name);
+        if (access(there, R_OK) != 0 || strlen(there) >= sizeof(PATH)) continue;
+        snprintf(path, sizeof(PATH), "%s", there);
+        return true;
+    }
+    return false;
+}
+
+// The project's source text, in a fixed order.
 static uint8_t *demo_text(int64_t *size) {
     const char *patterns[] = {
         "{train_goldfinch.cu,infer_goldfinch.cu,test_goldfinch.c,prepro_minipile.py,Makefile,README.md}",
         "dev/{,cpu/}{Makefile,*.md,*.cu,*.h,*.c,*.cpp,*.py,*.sh}"};
     PATH folder;
-    ssize_t n = readlink("/proc/self/exe", folder, sizeof(folder) - 1);
-    folder[n > 0 ? n : 0] = '\0';
-    char *slash = strrchr(folder, '/');
-    if (slash) *slash = '\0';
-    else strcpy(folder, ".");
+    if (!beside_program(folder, "train_goldfinch.cu"))
+        die(2, "--train.data_file: expected one, as the project's source text is not in the program's folder, %s",
+            folder);
+    *strrchr(folder, '/') = '\0';
     uint8_t *text = nullptr;
     *size = 0;
     for (size_t i = 0; i < sizeof(patterns) / sizeof(patterns[0]); i++) {
@@ -5690,7 +5722,6 @@ static uint8_t *demo_text(int64_t *size) {
         }
         globfree(&found);
     }
-    if (!text) die(2, "--train.data_file: expected one, as %s holds no source text of the project", folder);
     return text;
 }
 
@@ -6571,9 +6602,10 @@ static void print_sample(Run *r, int64_t step) {
     for (const char *c = demo_sample_prompt; *c && n < T; c++) context[n++] = (uint8_t)*c + 1;
     printf("sample, at temperature %g:\n%s", demo_sample_temperature, demo_sample_prompt);
     for (int i = 0; i < demo_sample_bytes; i++) {
-        double p[257], total = 0, largest = -INFINITY;
+        double p[257], total = 0;
+        float largest = -INFINITY; // float: g++ 12 for aarch64 fails on fmax of doubles here
         model_logits_last(&r->m, context, n, logits);
-        for (int id = 1; id <= 256; id++) largest = fmax(largest, logits[id]);
+        for (int id = 1; id <= 256; id++) largest = fmaxf(largest, logits[id]);
         for (int id = 1; id <= 256; id++) total += p[id] = exp((logits[id] - largest) / demo_sample_temperature);
         uint64_t z = random += 0x9E3779B97F4A7C15ull; // splitmix64
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
@@ -6722,6 +6754,7 @@ int main(int argc, char **argv) {
         settings_print_config(s);
         return 0;
     }
+    machine_start();
     const bool trains = s->train_stage != 1;
     if (trains) {
         data_open(&r->data, s);

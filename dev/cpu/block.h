@@ -19,8 +19,8 @@ struct dim3 {
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-// Variables as in CUDA: a debugger shows them. A block never changes its OS thread, so thread_local is right, and code
-// that has looked up their address stays right when fibers are switched.
+// Variables as in CUDA: a debugger shows them. A block never changes its OS thread while it runs, so thread_local is
+// right, and a kernel that has looked up their address stays right when fibers are switched.
 inline thread_local uint3 threadIdx = {0, 0, 0}, blockIdx = {0, 0, 0};
 inline thread_local dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
@@ -221,36 +221,40 @@ __attribute__((always_inline)) inline void wait_here() {
     context_switch(&from->context, &to->context);
 }
 
-// A fiber's life: start threads while there are any, then make room for those that wait; later blocks wake it again.
+// Starts threads while there are any, then makes room for those that wait. Returns when a later block wakes the fiber,
+// perhaps on another OS thread: a function of its own, since it may keep the addresses of thread-local variables only
+// until then.
+[[gnu::noinline]] inline void fiber_turn(Fiber *self) {
+    while (block->started < block->n_threads) {
+        int t = block->started++;
+        if (order.kind != Order::ascending) t = block->start_order[t];
+        self->thread = t;
+        self->lane = t % 32;
+        self->warp = &block->warps[t / 32];
+        self->n_copies = self->n_groups = 0;
+        unsigned u = static_cast<unsigned>(t), xy = blockDim.x * blockDim.y;
+        if (u >= blockDim.x) self->index = {u % blockDim.x, u % xy / blockDim.x, u / xy};
+        else self->index = {u, 0, 0};
+        threadIdx = self->index;
+        block->entry(block->arguments);
+        block->finished++;
+    }
+    block->idle[block->n_idle++] = self;
+    Context *to = &block->os_thread;
+    if (block->has_ready()) {
+        block->self = block->pop_ready();
+        threadIdx = block->self->index;
+        to = &block->self->context;
+    } else if (block->finished < block->n_threads) {
+        nobody_can_go_on();
+    }
+    context_switch(&self->context, to);
+}
+
 inline void fiber_main() {
     Fiber *self = block->self;
     context_arrived(&self->context);
-    for (;;) {
-        while (block->started < block->n_threads) {
-            int t = block->started++;
-            if (order.kind != Order::ascending) t = block->start_order[t];
-            self->thread = t;
-            self->lane = t % 32;
-            self->warp = &block->warps[t / 32];
-            self->n_copies = self->n_groups = 0;
-            unsigned u = static_cast<unsigned>(t), xy = blockDim.x * blockDim.y;
-            if (u >= blockDim.x) self->index = {u % blockDim.x, u % xy / blockDim.x, u / xy};
-            else self->index = {u, 0, 0};
-            threadIdx = self->index;
-            block->entry(block->arguments);
-            block->finished++;
-        }
-        block->idle[block->n_idle++] = self;
-        Context *to = &block->os_thread;
-        if (block->has_ready()) {
-            block->self = block->pop_ready();
-            threadIdx = block->self->index;
-            to = &block->self->context;
-        } else if (block->finished < block->n_threads) {
-            nobody_can_go_on();
-        }
-        context_switch(&self->context, to);
-    }
+    for (;;) fiber_turn(self);
 }
 
 inline void run_block(uint3 index, uint64_t seed) {

@@ -195,7 +195,7 @@ inline cudaError_t cudaMemsetAsync(void *p, int byte, size_t bytes, cudaStream_t
     return cudaMemset(p, byte, bytes);
 }
 
-inline cudaError_t cudaMemGetInfo(size_t *available, size_t *total) { // of the machine's memory
+inline cudaError_t cudaMemGetInfo(size_t *available, size_t *total) { // of the machine's memory, or the container's
     *total = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
     *available = *total / 2;
     if (FILE *f = fopen("/proc/meminfo", "r")) {
@@ -205,6 +205,10 @@ inline cudaError_t cudaMemGetInfo(size_t *available, size_t *total) { // of the 
             if (sscanf(line, "MemAvailable: %zu kB", &kilobytes) == 1) *available = kilobytes * 1024;
         fclose(f);
     }
+    const cuda_on_cpu::Container container = cuda_on_cpu::container_now();
+    if (container.memory < static_cast<double>(*total)) *total = static_cast<size_t>(container.memory);
+    if (container.memory_left < static_cast<double>(*available))
+        *available = static_cast<size_t>(container.memory_left);
     return cudaSuccess;
 }
 
@@ -276,7 +280,7 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     *p = cudaDeviceProp();
     strcpy(p->name, "CPU");
     p->major = 8; // what these headers can do is of that generation
-    p->multiProcessorCount = cuda_on_cpu::sanitizing ? 1 : omp_get_max_threads();
+    p->multiProcessorCount = cuda_on_cpu::sanitizing ? 1 : cuda_on_cpu::os_threads_here();
     size_t available;
     cudaMemGetInfo(&available, &p->totalGlobalMem);
     p->sharedMemPerBlock = 48 * 1024;

@@ -95,7 +95,7 @@ inline void gemm(bool transA, bool transB, int64_t M, int64_t N, int64_t K, floa
     }
     float *const a_packed = buffer, *const b_packed = buffer + batches * a_size;
 
-    const int os_threads = 2.0 * M * N * K * batches < 2e5 ? 1 : omp_get_max_threads();
+    const int os_threads = 2.0 * M * N * K * batches < 2e5 ? 1 : os_threads_here();
     const int64_t panels_of_all = batches * (a_panels + b_panels);
     parallel(
         os_threads, panels_of_all, std::max<int64_t>(1, panels_of_all / (os_threads * 8)),

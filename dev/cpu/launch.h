@@ -113,7 +113,7 @@ inline void run_grid(const Kernel &kernel, double *cost) {
     if (block != nullptr) fail("a kernel launches kernel %s", kernel.name);
 
     const BlockOrder nth(blocks);
-    int os_threads = sanitizing || blocks == 1 ? 1 : omp_get_max_threads();
+    int os_threads = sanitizing || blocks == 1 ? 1 : os_threads_here();
     if (*cost >= 0 && *cost * static_cast<double>(blocks) < 10e-6) os_threads = 1;
     const int64_t n = static_cast<int64_t>(blocks), chunk = std::max<int64_t>(1, n / (os_threads * 16));
     std::atomic<int64_t> nanoseconds{0};

@@ -1,4 +1,4 @@
-// Loops over several OS threads: as many as OpenMP would use (OMP_NUM_THREADS, or the CPUs we may run on), but not its
+// Loops over several OS threads: as many as OpenMP would use (OMP_NUM_THREADS, or the CPUs we may have), but not its
 // own. OpenMP's threads all wait for each other at the end of a loop and spin for milliseconds meanwhile; where other
 // programs wanted the same cores, a training step took several times as long. Here the caller waits only for threads
 // that took part, and the others soon go to sleep.
@@ -9,9 +9,10 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
-#include <omp.h>
 #include <sched.h>
 #include <thread>
+
+#include "container.h"
 
 namespace cuda_on_cpu {
 

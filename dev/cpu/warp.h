@@ -120,6 +120,15 @@ using VectorOfPairs = int64_t __attribute__((vector_size(VL * 4))); // the same 
 using Vector4 = float __attribute__((vector_size(16)));
 using Order4 = int __attribute__((vector_size(16)));
 
+// The numbers a, b, c and d of x and, from 4 on, of y: one instruction, which g++ and clang have under different names.
+template <int a, int b, int c, int d> inline Vector4 pick(Vector4 x, Vector4 y) {
+#if defined(__clang__)
+    return __builtin_shufflevector(x, y, a, b, c, d);
+#else
+    return __builtin_shuffle(x, y, Order4{a, b, c, d});
+#endif
+}
+
 inline void mma_product(int n, float *const *c, const float *const *a, const float *const *b) {
     constexpr int parts = 32 / VL;                        // registers for two columns of D
     constexpr int pairs = VL == 16 ? 4 : VL == 8 ? 2 : 1; // of columns at a time: 8 registers of sums
@@ -129,8 +138,8 @@ inline void mma_product(int n, float *const *c, const float *const *a, const flo
             const int g = lane / 4, k = 2 * (lane % 4) + 2 * i;
             Vector4 square;
             memcpy(&square, a[lane] + i, 16);
-            A[k][g] = __builtin_shuffle(square, Order4{0, 0, 2, 2});
-            A[k + 1][g] = __builtin_shuffle(square, Order4{1, 1, 3, 3});
+            A[k][g] = pick<0, 0, 2, 2>(square, square);
+            A[k + 1][g] = pick<1, 1, 3, 3>(square, square);
         }
 
     for (int j = 0; j < n; j++) {
@@ -140,8 +149,8 @@ inline void mma_product(int n, float *const *c, const float *const *a, const flo
                 Vector4 even, odd;
                 memcpy(&even, b[8 * q + t] + 4 * j, 16);
                 memcpy(&odd, b[8 * q + t + 4] + 4 * j, 16);
-                B[0][t][q] = __builtin_shuffle(even, odd, Order4{0, 4, 1, 5});
-                B[1][t][q] = __builtin_shuffle(even, odd, Order4{2, 6, 3, 7});
+                B[0][t][q] = pick<0, 4, 1, 5>(even, odd);
+                B[1][t][q] = pick<2, 6, 3, 7>(even, odd);
             }
         alignas(64) Vector4 D[4][8]; // D[t][g]: the squares
         for (int lane = 0; lane < 32; lane++) memcpy(&D[lane % 4][lane / 4], c[lane] + 4 * j, 16);
