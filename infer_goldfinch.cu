@@ -2409,11 +2409,7 @@ static void settings_from_tensors(Settings *s, const SafeTensors *file) {
     else s->inv_other_layer_ratio = (double)L / ((double)(L - G0) - 0.5); // rounds to G0, whatever L is
     if (shape_of(file, "w_kv_cache_a.weight", 0))
         s->kv_cache_compression_ratio = (double)s->n_embd / (double)shape_of(file, "w_kv_cache_a.weight", 0);
-    if (find_mixer(TIME_MIXERS, s->tmix)->keeps_kv) {
-        s->rope.base = 10000;
-        fprintf(stderr, "%s says nothing of positions: taking rope.base 10000, as in the paper's %s\n", file->path,
-                s->tmix);
-    }
+    if (find_mixer(TIME_MIXERS, s->tmix)->keeps_kv) s->rope.base = 10000; // as in the paper's models
 }
 
 // ---- the window ----
@@ -2548,11 +2544,12 @@ static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity
 
 // Our checkpoints carry their settings; a file by others tells most of them by its tensors.
 static void settings_of_model(Settings *s, const SafeTensors *file) {
-    if (safetensors_metadata(file, "model.n_layer")) {
+    if (safetensors_has_settings(file)) {
         settings_default(s);
-        settings_load(s, file);
+        settings_load(s, file, true);
     } else {
         settings_from_tensors(s, file);
+        settings_assumed(s, file->path);
     }
     settings_check(s);
 }
@@ -2697,8 +2694,10 @@ static void infer_load_state(Infer *f, const char *path) {
     snprintf(hash, sizeof(hash), "%016lx", f->model_hash);
     const char *found = safetensors_metadata(&file, "model_hash");
     if (!found || strcmp(found, hash) != 0)
-        die(2, "%s: metadata, field model_hash: expected %s, this model's, found %s", path, hash,
-            found ? found : "nothing");
+        die(2,
+            "%s: metadata, field model_hash: expected %s, this model's, found %s: it was made with other weights, and "
+            "must be made anew with these: --save-state",
+            path, hash, found ? found : "nothing");
     infer_reset(f);
     f->position = safetensors_number(&file, "position");
     expect(path, "position", -1, 0, f->capacity, f->position);
@@ -3007,17 +3006,6 @@ typedef struct Literal { // where the parser stands
 [[noreturn]] static void literal_fail(const Literal *l, const char *expected) {
     const int left = (int)(l->end - l->at < 24 ? l->end - l->at : 24);
     die(2, "%s: line %ld: expected %s, found \"%.*s\"", l->path, l->line, expected, left, l->at);
-}
-
-int utf8_encode(uint32_t code, uint8_t *out) { // returns the number of bytes
-    if (code < 0x80) {
-        out[0] = (uint8_t)code;
-        return 1;
-    }
-    const int n = code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
-    for (int i = n - 1; i > 0; i--, code >>= 6) out[i] = (uint8_t)(0x80 | (code & 0x3F));
-    out[0] = (uint8_t)((n == 2 ? 0xC0 : n == 3 ? 0xE0 : 0xF0) | code);
-    return n;
 }
 
 static uint32_t literal_digits(Literal *l, int least, int most, int base) {

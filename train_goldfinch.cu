@@ -16,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -56,7 +57,7 @@ static void expect(const char *file, const char *field, int64_t index, int64_t l
     X(model, INT,  n_layer, "12", 1, 4096, 1, "layers") \
     X(model, INT,  n_embd, "768", 64, 65536, 64, "channels C") \
     X(model, INT,  ctx_len, "1024", 1, 4194304, 1, "tokens of one training sequence") \
-    X(model, INT,  vocab_size, "65536", 8, 16777216, 8, "token ids V") \
+    X(model, INT,  vocab_size, "65536", 8, 16777208, 8, "token ids V") \
     X(model, INT,  head_size, "64", 64, 64, 64, "channels of a head; only 64") \
     X(model, INT,  dim_att, "0", 0, 65536, 64, "channels inside a time mixer (0: n_embd)") \
     X(model, INT,  dim_ffn, "0", 0, 1048576, 32, "channels inside a channel mixer (0: 3.5 n_embd)") \
@@ -81,14 +82,14 @@ static void expect(const char *file, const char *field, int64_t index, int64_t l
     X(optimizer, REAL, lr_final, "2e-4", 0, 1e38, 0, "learning rate at my_exit_tokens") \
     X(optimizer, WORD, lr_decay_type, "cos", 0, 0, 0, "cos, linear, exp or oneminussqrt") \
     X(optimizer, REAL, lr_wait, "0", 0, 0.999, 0, "fraction of my_exit_tokens before the decay begins") \
-    X(optimizer, INT,  warmup_steps, "10", 0, 1e9, 1, "steps from a fifth of the learning rate to all of it") \
+    X(optimizer, INT,  warmup_steps, "10", -1, 1e9, 1, "steps from a fifth of the learning rate to all of it (-1: 10)") \
     X(optimizer, INT,  my_exit_tokens, "0", 0, 1e15, 1, "tokens of the run and its schedule (0: data_file's size)") \
     X(optimizer, REAL, beta1, "0.9", 0, 0.999999, 0, "decay of AdamW's first moment") \
     X(optimizer, REAL, beta2, "0.99", 0, 0.999999, 0, "decay of AdamW's second moment") \
     X(optimizer, REAL, adam_eps, "1e-8", 1e-30, 1, 0, "AdamW's epsilon") \
     X(optimizer, REAL, weight_decay, "0.001", 0, 1e3, 0, "of the matrices") \
     X(optimizer, REAL, weight_decay_final, "-1", -1, 1e3, 0, "weight decay at my_exit_tokens (0 or less: no change)") \
-    X(optimizer, REAL, gradient_clip_val, "1", 1e-9, 1e9, 0, "largest norm of the gradient") \
+    X(optimizer, REAL, gradient_clip_val, "1", 0, 1e9, 0, "largest norm of the gradient (0: any)") \
     X(optimizer, INT,  layerwise_lr, "1", 0, 1, 1, "groups have their own factors on the learning rate") \
     X(optimizer, INT,  grad_cp, "0", 0, 2, 1, "recompute in backward: 0 nothing, 2 what is cheap, 1 whole layers") \
     X(optimizer, INT,  train_stage, "3", 1, 3, 1, "1: initialize, save, stop; 2: train, own rate factors; 3: train") \
@@ -101,6 +102,8 @@ static void expect(const char *file, const char *field, int64_t index, int64_t l
     X(data, INT,  sample_every, "0", -1, 1e15, 1, "steps between samples, utf-8 only (0: one at the end; -1: none)") \
     X(start, INT,  max_steps, "0", 0, 1e15, 1, "stop after so many steps; the schedule stays (0: at my_exit_tokens)") \
     X(start, INT,  save_every, "1000", 0, 1e15, 1, "steps between checkpoints (0: only at the end)") \
+    X(start, INT,  keep_every, "0", 0, 1e15, 1, "steps between checkpoints that stay when newer ones come (0: none)") \
+    X(start, INT,  keep_best, "1", 0, 1, 1, "model_best.safetensors: the weights of the lowest validation loss") \
     X(start, INT,  profile_step, "0", 0, 1e15, 1, "step that a profiler records (ncu --profile-from-start off)") \
     X(start, PATH, out, "", 0, 0, 0, "folder of the run (empty: proj_dir/proj_name-proj_suffix, or out)") \
     X(start, PATH, proj_dir, "", 0, 0, 0, "folder of runs (empty: out); with one of these three set and no out,") \
@@ -171,13 +174,21 @@ static const char *setting_set(Settings *s, const Setting *row, const char *text
         memcpy(field, text, strlen(text));
         return nullptr;
     }
+    char number[64]; // without the underscores of 10_000
+    size_t length = 0;
+    for (const char *t = text; *t; t++) {
+        const bool between = *t == '_' && t > text && isdigit((unsigned char)t[-1]) && isdigit((unsigned char)t[1]);
+        if (!between && length + 1 < sizeof(number)) number[length++] = *t;
+    }
+    number[length] = '\0';
     int n = snprintf(expected, sizeof(expected), "a %snumber from %.10g to %.10g", whole ? "whole " : "", row->low,
                      row->high);
     if (row->multiple > 1) snprintf(expected + n, sizeof(expected) - n, ", a multiple of %.0f", row->multiple);
-    const int64_t integer = whole ? strtoll(text, &end, 10) : 0;
-    const double value = whole ? (double)integer : strtod(text, &end);
+    const int64_t integer = whole ? strtoll(number, &end, 10) : 0;
+    const double value = whole ? (double)integer : strtod(number, &end);
     const bool in_range = value >= row->low && value <= row->high; // not so if it is nan
-    if (end == text || *end || !in_range || (whole && integer % (int64_t)row->multiple != 0)) return expected;
+    if (end == number || *end || !in_range || (whole && integer % (int64_t)row->multiple != 0)) return expected;
+    if (value != 0 && fabs(value) < FLT_MIN) return "0 or a number that a float holds (1.2e-38 or more)";
     memcpy(field, whole ? (const void *)&integer : (const void *)&value, row->size);
     return nullptr;
 }
@@ -202,17 +213,24 @@ static void settings_preset(Settings *s);                             // what ho
 static void settings_parse(Settings *s, int argc, const char **argv); // argv without the program's name
 static void settings_print_config(const Settings *s);                 // in a form that -c reads back
 static bool print_config = false;                                     // --print-config: print all settings and stop
+static bool names_config(int argc, const char **argv);                // whether there is a -c
+static int64_t paper_batch(int argc, const char **argv); // sequences of the paper's step, 0 without a named training
 
 static void settings_default(Settings *s) {
     memset(s, 0, sizeof(*s));
     for (int i = 0; i < n_settings; i++) setting_set(s, &settings_table[i], settings_table[i].initial);
 }
 
-// Derives what is 0 by default and turns away what can't work together, before anything is allocated.
-static void settings_check(Settings *s) {
-    const char *type = s->lr_decay_type;
+static void settings_derive(Settings *s) { // what stands for a default that depends on others
+    if (s->warmup_steps < 0) s->warmup_steps = 10;
     if (s->dim_att == 0) s->dim_att = s->n_embd;
     if (s->dim_ffn == 0) s->dim_ffn = (int64_t)(s->n_embd * 3.5) / 32 * 32;
+}
+
+// Turns away what can't work together, before anything is allocated.
+static void settings_check(Settings *s) {
+    const char *type = s->lr_decay_type;
+    settings_derive(s);
     if (s->kv_cache_compression_ratio > (double)s->n_embd) {
         die(2, "--model.kv_cache_compression_ratio: expected at most n_embd %ld, found %g", s->n_embd,
             s->kv_cache_compression_ratio);
@@ -5394,7 +5412,8 @@ static void model_update(Model *m, int64_t step, double lr, double weight_decay)
     const Settings &s = m->s;
     NamedRange range("optimizer");
     squares_of_pieces<<<m->n_pieces, 256, 0, stream>>>(m->squares, m->grads, m->pieces);
-    const float per_target = (float)(1.0 / m->targets_in_step), limit = (float)s.gradient_clip_val;
+    const float per_target = (float)(1.0 / m->targets_in_step),
+                limit = s.gradient_clip_val > 0 ? (float)s.gradient_clip_val : FLT_MAX;
     norm_and_clip<<<1, 256, 0, stream>>>(m->state, m->squares, m->n_pieces, m->totals, per_target, limit);
     const AdamW a = {(float)lr,
                      (float)s.beta1,
@@ -5559,11 +5578,30 @@ typedef struct Dataset {
     LONG_PATH name;       // of the file, for messages
     const uint8_t *bytes; // tokens back to back, little-endian
     int64_t n_tokens, n_documents;
-    int code; // data type as in .idx; 0: text, an id is a byte + 1
+    int code;              // data type as in .idx; 0: text, an id is a byte + 1
+    bool had_mark;         // of a text: a byte order mark was left out
+    int64_t returns, ends; // of a text: carriage returns before a newline, left out; "<|endoftext|>"
 } Dataset;
 
 // Bytes of a token by .idx's data type code (1 u8, 2 i8, 3 i16, 4 i32, 5 i64, 8 u16); 0: can't hold tokens.
 static const int dataset_token_size[9] = {1, 1, 1, 2, 4, 8, 0, 0, 2};
+
+// Says what a file is that can't be what was asked for: one that others' tools put in its place.
+static void refuse_stand_ins(const char *path, const uint8_t *bytes, int64_t size) {
+    const char *pointer = "version https://git-lfs.github.com/spec/";
+    if (size < 1024 && size > (int64_t)strlen(pointer) && memcmp(bytes, pointer, strlen(pointer)) == 0)
+        die(2, "%s: expected the file itself, found a pointer of Git LFS to it: `git lfs pull` brings it", path);
+}
+
+// As well for a file that begins as no text and no safetensors file does.
+static void refuse_archives(const char *path, const uint8_t *bytes, int64_t size) {
+    if (size >= 4 && (memcmp(bytes, "PK\3\4", 4) == 0 || memcmp(bytes, "\x80\x02\x8a\x0a", 4) == 0))
+        die(2,
+            "%s: expected no archive, found a zip or a PyTorch checkpoint: dev/convert.py makes .safetensors of .pth",
+            path);
+    if (size >= 2 && memcmp(bytes, "\x1f\x8b", 2) == 0)
+        die(2, "%s: expected no archive, found a compressed file: `gunzip` opens it", path);
+}
 
 // The whole file, read-only.
 static const uint8_t *map_file(const char *path, int64_t *size) {
@@ -5576,6 +5614,7 @@ static const uint8_t *map_file(const char *path, int64_t *size) {
     void *bytes = mmap(nullptr, (size_t)*size, PROT_READ, MAP_PRIVATE, fd, 0);
     if (bytes == MAP_FAILED) die(1, "%s: %s", path, strerror(errno));
     close(fd);
+    refuse_stand_ins(path, (const uint8_t *)bytes, *size);
     return (const uint8_t *)bytes;
 }
 
@@ -5585,8 +5624,21 @@ static uint64_t read_u64(const uint8_t *p) {
     return x;
 }
 
-// PREFIX.idx: "MMIDIDX\0\0", u64 version, u8 data type, u64 n, u64 n + 1, i32 sizes[n] in tokens, i64 offsets[n] in
-// bytes, i64 documents[n + 1]. All of it is checked against itself and against the size of PREFIX.bin.
+// FNV-1a over 8-byte words, its high bits folded back. It tells damaged and mixed up files, not forged ones.
+static const uint64_t hash_start = 0xCBF29CE484222325ull;
+static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n) {
+    for (size_t i = 0; i < n; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, (const uint8_t *)bytes + i, n - i < 8 ? n - i : 8);
+        hash = (hash ^ word) * 0x100000001B3ull;
+        hash ^= hash >> 29;
+    }
+    return hash;
+}
+
+// PREFIX.idx: "MMIDIDX\0\0", u64 version, u8 data type, u64 n sequences, u64 m marks, i32 sizes[n] in tokens, i64
+// offsets[n] in bytes, i64 marks[m]: a document is the sequences from one mark to the next, often one, or none. All of it
+// is checked against itself and against the size of PREFIX.bin.
 static void dataset_open_binidx(Dataset *d, const char *prefix) {
     LONG_PATH path;
     int64_t size, bin_size;
@@ -5599,9 +5651,10 @@ static void dataset_open_binidx(Dataset *d, const char *prefix) {
     if (d->code < 1 || d->code > 8 || dataset_token_size[d->code] == 0)
         die(2, "%s: data type: expected 1, 2, 3, 4, 5 or 8 (whole numbers), found %d", path, d->code);
     const int64_t n = (int64_t)read_u64(idx + 18), width = dataset_token_size[d->code];
-    expect(path, "sequences", -1, 0, size / 20, n);
-    expect(path, "document marks", -1, n + 1, n + 1, (int64_t)read_u64(idx + 26));
-    expect(path, "size", -1, 42 + 20 * n, 42 + 20 * n, size);
+    expect(path, "sequences", -1, 0, size / 12, n);
+    const int64_t n_marks = (int64_t)read_u64(idx + 26);
+    expect(path, "document marks", -1, 1, size / 8, n_marks);
+    expect(path, "size", -1, 34 + 12 * n + 8 * n_marks, 34 + 12 * n + 8 * n_marks, size);
     const uint8_t *sizes = idx + 34, *offsets = sizes + 4 * n, *marks = offsets + 8 * n;
     int64_t tokens = 0, mark = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -5611,17 +5664,21 @@ static void dataset_open_binidx(Dataset *d, const char *prefix) {
         expect(path, "offsets", i, tokens * width, tokens * width, (int64_t)read_u64(offsets + 8 * i));
         tokens += length;
     }
-    for (int64_t i = 0; i <= n; i++) {
+    for (int64_t i = 0; i < n_marks; i++) {
         expect(path, "documents", i, mark, i ? n : 0, (int64_t)read_u64(marks + 8 * i));
         mark = (int64_t)read_u64(marks + 8 * i);
     }
+    if (mark < n)
+        die(2,
+            "%s: documents: expected marks up to the last sequence, %ld, found them to end at %ld (lost by a merge?)",
+            path, n, mark);
     munmap((void *)idx, (size_t)size);
     snprintf(path, sizeof(path), "%s.bin", prefix);
     d->bytes = map_file(path, &bin_size);
     expect(path, "size", -1, tokens * width, tokens * width, bin_size);
     snprintf(d->name, sizeof(d->name), "%s", path);
     d->n_tokens = tokens;
-    d->n_documents = n;
+    d->n_documents = n_marks - 1;
 }
 
 // count tokens from position start. Ids are checked here, as they are used: reading 3 GB at the start would take long.
@@ -5663,6 +5720,14 @@ static int64_t magic_prime(int64_t n_tokens, int64_t ctx_len) {
         for (int64_t q = 2; prime && q * q <= p; q++) prime = p % q != 0;
         if (prime) return p;
     }
+    return 0;
+}
+
+// A ctx_len near this one with which the sampler sees at least 0.99 of the tokens; 0 if there is none.
+static int64_t better_ctx_len(int64_t n_tokens, int64_t ctx_len) {
+    for (int64_t d = 1; d <= ctx_len / 2; d++)
+        for (int64_t other : {ctx_len - d, ctx_len + d})
+            if (100 * magic_prime(n_tokens, other) * other >= 99 * n_tokens) return other;
     return 0;
 }
 
@@ -5785,17 +5850,49 @@ static double order2_loss(const Dataset *train, const Dataset *text) {
 typedef struct Data {
     Dataset train, valid;                            // valid.n_tokens is 0 where there is none
     int64_t file_tokens, ctx_len, vocab_size, prime; // file_tokens: data_file's, what is held back included
+    uint64_t hash;                                   // of data_file
     bool text, held_back;                            // held_back: valid was cut out of data_file
 } Data;
 
+// A text, as UTF-8 with "\n" at the end of a line: a byte order mark and the "\r" of every "\r\n" are left out.
+static void dataset_open_text(Dataset *d, const char *name) {
+    const char *end_of_text = "<|endoftext|>";
+    int64_t size;
+    const uint8_t *file = map_file(name, &size);
+    snprintf(d->name, sizeof(d->name), "%s", name);
+    refuse_archives(name, file, size);
+    if (size >= 2 && (memcmp(file, "\xFF\xFE", 2) == 0 || memcmp(file, "\xFE\xFF", 2) == 0))
+        die(2, "%s: expected UTF-8, found UTF-16: `iconv -f UTF-16 -t UTF-8` turns it", name);
+    d->had_mark = size >= 3 && memcmp(file, "\xEF\xBB\xBF", 3) == 0;
+    const uint8_t *from = file + (d->had_mark ? 3 : 0), *end = file + size;
+    for (const uint8_t *at = from; (at = (const uint8_t *)memmem(at, (size_t)(end - at), "\r\n", 2)); at++)
+        d->returns++;
+    for (const uint8_t *at = from; (at = (const uint8_t *)memmem(at, (size_t)(end - at), end_of_text, 13)); at++)
+        d->ends++;
+    d->bytes = from;
+    d->n_tokens = end - from - d->returns;
+    if (d->returns == 0) return;
+    uint8_t *text = (uint8_t *)malloc((size_t)d->n_tokens), *to = text;
+    for (; from < end; from++)
+        if (from[0] != '\r' || from + 1 == end || from[1] != '\n') *to++ = *from;
+    munmap((void *)file, (size_t)size);
+    d->bytes = text;
+}
+
 static void dataset_open(Dataset *d, const Settings *s, const char *name) {
     memset(d, 0, sizeof(*d));
-    if (strcmp(s->data_type, "binidx") == 0) {
-        dataset_open_binidx(d, name);
-    } else {
-        snprintf(d->name, sizeof(d->name), "%s", name);
-        d->bytes = map_file(name, &d->n_tokens);
-    }
+    if (strcmp(s->data_type, "binidx") == 0) dataset_open_binidx(d, name);
+    else dataset_open_text(d, name);
+}
+
+// Of 64 places of 4 KiB, evenly spread, or of all where that is less: tells that a file was changed, most of the time.
+static uint64_t dataset_hash(const Dataset *d) {
+    const int64_t n = d->n_tokens * dataset_token_size[d->code], places = 64, length = 4096;
+    if (n <= places * length) return hash_bytes(hash_start, d->bytes, (size_t)n);
+    uint64_t hash = hash_start;
+    for (int64_t i = 0; i < places; i++)
+        hash = hash_bytes(hash, d->bytes + (n - length) / (places - 1) * i, (size_t)length);
+    return hash;
 }
 
 static void data_open(Data *data, const Settings *s) {
@@ -5812,12 +5909,14 @@ static void data_open(Data *data, const Settings *s) {
         die(2, "--train.data_file: expected the PREFIX of a binidx pair, found nothing");
     }
     data->file_tokens = data->train.n_tokens;
+    data->hash = dataset_hash(&data->train);
     if (s->validation_data_file[0]) {
         dataset_open(&data->valid, s, s->validation_data_file);
     } else if (data->text) {
-        Dataset text = data->train;
-        text_split(&text, &data->train, &data->valid);
-        data->held_back = true;
+        Dataset train, valid;
+        text_split(&data->train, &train, &valid);
+        data->held_back = valid.n_tokens > s->ctx_len; // fewer could not be used
+        if (data->held_back) data->train = train, data->valid = valid;
     }
     expect(data->train.name, "tokens, at least 2 ctx_len + 1", -1, 2 * s->ctx_len + 1, INT64_MAX, data->train.n_tokens);
     if (s->validation_data_file[0])
@@ -5825,13 +5924,32 @@ static void data_open(Data *data, const Settings *s) {
     data->prime = magic_prime(data->train.n_tokens, s->ctx_len);
 }
 
+static void dataset_print_changes(const Dataset *d) { // what a reader of the file might not expect
+    if (d->had_mark) printf("           %s: its byte order mark is left out\n", d->name);
+    if (d->returns) printf("           %s: %ld times \\r\\n, taken as \\n\n", d->name, d->returns);
+    if (d->ends)
+        printf("           %s: %ld times <|endoftext|>, which is text like other text here\n", d->name, d->ends);
+}
+
 static void data_print(const Data *data) {
-    printf("data       %s: %ld tokens", data->train.name, data->train.n_tokens);
-    if (data->train.n_documents) printf(" in %ld documents", data->train.n_documents);
+    const Dataset *train = &data->train, *valid = &data->valid;
+    printf("data       %s: %ld tokens", train->name, train->n_tokens);
+    if (train->n_documents) printf(" in %ld documents", train->n_documents);
     printf(", magic prime %ld; validation: ", data->prime);
-    if (data->held_back) printf("%ld tokens held back\n", data->valid.n_tokens);
-    else if (data->valid.n_tokens) printf("%s, %ld tokens\n", data->valid.name, data->valid.n_tokens);
+    if (data->held_back) printf("%ld tokens held back\n", valid->n_tokens);
+    else if (valid->n_tokens) printf("%s, %ld tokens\n", valid->name, valid->n_tokens);
+    else if (data->text) printf("none, as a tenth of the text is less than ctx_len + 1 tokens\n");
     else printf("none\n");
+    dataset_print_changes(train);
+    if (valid->n_tokens && !data->held_back) dataset_print_changes(valid);
+
+    const int64_t slots = (train->n_tokens - 1) / data->ctx_len;
+    if (100 * data->prime >= 99 * slots) return;
+    const int64_t other = better_ctx_len(train->n_tokens, data->ctx_len);
+    char remedy[64] = "more text helps";
+    if (other) snprintf(remedy, sizeof(remedy), "--model.ctx_len %ld would see nearly all", other);
+    fprintf(stderr, "%s: %s: the sampler sees %ld of %ld stretches of ctx_len tokens, a prime number of them; %s\n",
+            program_name, train->name, data->prime, slots, remedy);
 }
 
 // B training samples, number first, first + 1, .. (from 1, over the whole run): tokens (B, ctx_len + 1).
@@ -5982,18 +6100,6 @@ typedef struct SafeTensors {
     int64_t file_size, data_size;
 } SafeTensors;
 
-// FNV-1a over 8-byte words, its high bits folded back. It tells damaged files and mixed up pairs, not forged ones.
-static const uint64_t hash_start = 0xCBF29CE484222325ull;
-static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n) {
-    for (size_t i = 0; i < n; i += 8) {
-        uint64_t word = 0;
-        memcpy(&word, (const uint8_t *)bytes + i, n - i < 8 ? n - i : 8);
-        hash = (hash ^ word) * 0x100000001B3ull;
-        hash ^= hash >> 29;
-    }
-    return hash;
-}
-
 static int64_t dtype_size(const char *dtype) { // bytes; 0 if unknown
     const char *names[] = {"F64", "I64", "U64", "F32", "I32", "U32", "F16", "BF16", "I16", "U16", "I8", "U8", "BOOL"};
     const int sizes[] = {8, 8, 8, 4, 4, 4, 2, 2, 2, 2, 1, 1, 1};
@@ -6067,6 +6173,7 @@ static void safetensors_open(SafeTensors *f, const char *path) {
     memset(f, 0, sizeof(*f));
     snprintf(f->path, sizeof(f->path), "%s", path);
     f->file = map_file(path, &f->file_size);
+    refuse_archives(path, f->file, f->file_size);
     expect(path, "size", -1, 10, INT64_MAX, f->file_size);
     const int64_t length = (int64_t)read_u64(f->file);
     expect(path, "header length", -1, 2, f->file_size - 8, length);
@@ -6120,15 +6227,17 @@ static void safetensors_open(SafeTensors *f, const char *path) {
         position = t->end;
     }
     expect(path, "bytes of data", -1, position, position, f->data_size);
-    const char *hash = safetensors_metadata(f, "hash"); // files written by others have none
-    char found[17];
-    if (hash) {
-        uint64_t h = hash_start;
-        for (int i = 0; i < f->n_tensors; i++)
-            h = hash_bytes(h, f->data + f->tensors[i].begin, (size_t)(f->tensors[i].end - f->tensors[i].begin));
-        snprintf(found, sizeof(found), "%016lx", h);
-        if (strcmp(hash, found) != 0) die(2, "%s: hash of the data: expected %s, found %s", path, hash, found);
-    }
+}
+
+// Whether the data's hash is the one in the metadata; true for files by others, which have none. found: room for 17.
+static bool safetensors_intact(const SafeTensors *f, char *found) {
+    const char *hash = safetensors_metadata(f, "hash");
+    uint64_t h = hash_start;
+    if (!hash) return true;
+    for (int i = 0; i < f->n_tensors; i++)
+        h = hash_bytes(h, f->data + f->tensors[i].begin, (size_t)(f->tensors[i].end - f->tensors[i].begin));
+    snprintf(found, 17, "%016lx", h);
+    return strcmp(hash, found) == 0;
 }
 
 static void safetensors_close(SafeTensors *f) {
@@ -6155,8 +6264,11 @@ static void json_print(FILE *out, const char *text) {
 }
 
 typedef struct Progress {
-    int64_t step, samples, tokens; // done so far
+    int64_t step, samples, tokens; // done so far; samples: tokens / ctx_len
+    int64_t step_tokens;           // of a step when the run began: what warmup_steps counts
     int64_t data_tokens;           // of data_file: it must be the same one
+    uint64_t data_hash;            // as well; 0 in older checkpoints
+    double best_loss;              // of all validations, INFINITY before the first
 } Progress;
 
 // Writes a file of blocks; returns the hash of their bytes, which is also the last field of the metadata.
@@ -6189,8 +6301,10 @@ static uint64_t safetensors_write(FileOut *out, const Model *m, const Settings *
         json_print(text, value);
         fprintf(text, ",");
     }
-    fprintf(text, "\"step\":\"%ld\",\"samples\":\"%ld\",\"tokens\":\"%ld\",\"data_tokens\":\"%ld\",", p->step,
-            p->samples, p->tokens, p->data_tokens);
+    fprintf(text, "\"step\":\"%ld\",\"samples\":\"%ld\",\"tokens\":\"%ld\",\"step_tokens\":\"%ld\",", p->step,
+            p->samples, p->tokens, p->step_tokens);
+    fprintf(text, "\"data_tokens\":\"%ld\",\"data_hash\":\"%016lx\",\"best_loss\":\"%.17g\",", p->data_tokens,
+            p->data_hash, p->best_loss);
     fprintf(text, "\"model_hash\":\"%016lx\",\"hash\":\"", model_hash);
     fflush(text);
     const long hash_at = 8 + (long)length;
@@ -6239,19 +6353,28 @@ static int64_t checkpoint_step(const char *name, const char *kind) {
     return strcmp(name, expected) == 0 ? step : -1;
 }
 
-// Filters for scandir, which sorts the names: models, both halves of checkpoints, all of a run's files, its *.old ones.
+static const char *best_name = "model_best.safetensors";
+
+// Filters for scandir, which sorts the names: models; both halves of checkpoints; these and the best model; all of a
+// run's files; its *.old ones; those that a killed program left half written.
 static int is_model(const struct dirent *e) { return checkpoint_step(e->d_name, "model") >= 0; }
 static int is_checkpoint(const struct dirent *e) { return is_model(e) || checkpoint_step(e->d_name, "state") >= 0; }
+static int is_weights(const struct dirent *e) { return is_checkpoint(e) || strcmp(e->d_name, best_name) == 0; }
 static int is_run_file(const struct dirent *e) {
-    return is_checkpoint(e) || strcmp(e->d_name, "log.csv") == 0 || strcmp(e->d_name, "val.txt") == 0;
+    return is_weights(e) || strcmp(e->d_name, "log.csv") == 0 || strcmp(e->d_name, "val.txt") == 0;
 }
-static int is_old_file(const struct dirent *e) {
+static int is_run_file_with(const struct dirent *e, const char *suffix, const char *number) {
     struct dirent without = {};
-    const size_t n = strlen(e->d_name);
-    if (n <= 4 || strcmp(e->d_name + n - 4, ".old") != 0) return 0;
-    memcpy(without.d_name, e->d_name, n - 4);
+    size_t n = strlen(e->d_name), k = strlen(suffix);
+    if (n <= k || strcmp(e->d_name + n - k, suffix) != 0) return 0;
+    n -= k;
+    while (*number && n > 1 && isdigit((unsigned char)e->d_name[n - 1])) n--;
+    if (*number && e->d_name[n - 1] == '.') n--;
+    memcpy(without.d_name, e->d_name, n);
     return is_run_file(&without);
 }
+static int is_old_file(const struct dirent *e) { return is_run_file_with(e, ".old", ""); }
+static int is_temporary(const struct dirent *e) { return is_run_file_with(e, ".tmp", ".PID"); }
 
 static void names_free(struct dirent **names, int n) {
     for (int i = 0; i < n; i++) free(names[i]);
@@ -6271,16 +6394,46 @@ static int64_t checkpoint_newest(const char *folder) {
     return newest;
 }
 
+static void folder_remove(const char *folder, int (*filter)(const struct dirent *)) { // what the filter lets through
+    struct dirent **names;
+    const int n = scandir(folder, &names, filter, alphasort);
+    for (int i = 0; i < n; i++) {
+        LONG_PATH path;
+        snprintf(path, sizeof(path), "%s/%s", folder, names[i]->d_name);
+        unlink(path);
+    }
+    names_free(names, n);
+}
+
+// One run at a time writes to a folder: it holds a lock on a file there, which ends with the program.
+static void folder_lock(const char *folder) {
+    LONG_PATH path;
+    char host[256] = "", holder[300] = "another program";
+    static bool held = false; // a lock stands in the way of a second one, even of the same program's
+    if (held) return;
+    held = true;
+    snprintf(path, sizeof(path), "%s/.lock", folder);
+    const int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    if (fd < 0) die(2, "%s: %s", path, strerror(errno));
+    const bool locked = flock(fd, LOCK_EX | LOCK_NB) == 0;
+    if (!locked && errno != EWOULDBLOCK) {
+        fprintf(stderr, "%s: %s: %s; take care that no other run writes there\n", program_name, path, strerror(errno));
+    } else if (!locked) {
+        const ssize_t n = read(fd, holder, sizeof(holder) - 1);
+        if (n > 0) holder[n] = '\0';
+        die(1, "%s/ is in use by another run, %s; choose another folder: --train.out", folder, holder);
+    }
+    gethostname(host, sizeof(host) - 1);
+    if (ftruncate(fd, 0) == 0) dprintf(fd, "process %d on %s", (int)getpid(), host);
+    folder_remove(folder, is_temporary);
+}
+
 // A new run keeps the files of the one before as *.old, for one generation.
 static void folder_begin(const char *folder) {
-    struct dirent **old, **names;
+    struct dirent **names;
     LONG_PATH from, to;
     const int n = scandir(folder, &names, is_run_file, alphasort);
-    const int n_old = n > 0 ? scandir(folder, &old, is_old_file, alphasort) : -1;
-    for (int i = 0; i < n_old; i++) {
-        snprintf(from, sizeof(from), "%s/%s", folder, old[i]->d_name);
-        unlink(from);
-    }
+    if (n > 0) folder_remove(folder, is_old_file);
     for (int i = 0; i < n; i++) {
         snprintf(from, sizeof(from), "%s/%s", folder, names[i]->d_name);
         snprintf(to, sizeof(to), "%s/%s.old", folder, names[i]->d_name);
@@ -6288,7 +6441,6 @@ static void folder_begin(const char *folder) {
     }
     if (n > 0) printf("%s/ held a run: its %d files are now *.old (resume 1 would go on with it)\n", folder, n);
     names_free(names, n);
-    names_free(old, n_old);
 }
 
 void folder_create(const char *folder) { // with its parents
@@ -6307,29 +6459,50 @@ void folder_create(const char *folder) { // with its parents
     if (access(folder, W_OK | X_OK) != 0) die(2, "--train.out %s: %s", folder, strerror(errno));
 }
 
+static FileBlock weights_block(const Model *m) {
+    return {"", sizeof(floatX) == 2 ? "BF16" : "F32", m->params, sizeof(floatX)};
+}
+
+static bool due(int64_t steps, int64_t every) { return every > 0 && steps % every == 0; }
+
+// The pair of this step; then the pairs before it go, but for those that keep_every keeps.
 static void checkpoint_save(const Model *m, const Settings *s, const Progress *p) {
-    LONG_PATH model, state;
-    FileOut model_file, state_file;
-    checkpoint_path(model, s->out, "model", p->step, "");
-    checkpoint_path(state, s->out, "state", p->step, "");
-    const FileBlock weights = {"", sizeof(floatX) == 2 ? "BF16" : "F32", m->params, sizeof(floatX)};
+    LONG_PATH path;
+    FileOut model, state;
+    const FileBlock weights = weights_block(m);
     const FileBlock others[] = {{"master.", "F32", m->master, 4}, {"m.", "F32", m->m, 4}, {"v.", "F32", m->v, 4}};
-    file_begin(&model_file, model);
-    file_begin(&state_file, state);
-    const uint64_t hash = safetensors_write(&model_file, m, s, p, 0, &weights, 1);
-    safetensors_write(&state_file, m, s, p, hash, others, 3);
-    file_sync(&model_file);
-    file_sync(&state_file);
-    file_rename(&state_file);
-    file_rename(&model_file);
+    checkpoint_path(path, s->out, "model", p->step, "");
+    file_begin(&model, path);
+    checkpoint_path(path, s->out, "state", p->step, "");
+    file_begin(&state, path);
+    const uint64_t hash = safetensors_write(&model, m, s, p, 0, &weights, 1);
+    safetensors_write(&state, m, s, p, hash, others, 3);
+    file_sync(&model);
+    file_sync(&state);
+    file_rename(&state);
+    file_rename(&model);
+
     struct dirent **names;
-    int n = scandir(s->out, &names, is_checkpoint, alphasort); // a model goes before its state
+    const int n = scandir(s->out, &names, is_checkpoint, alphasort); // a model goes before its state
     for (int i = 0; i < n; i++) {
-        LONG_PATH other;
-        snprintf(other, sizeof(other), "%s/%s", s->out, names[i]->d_name);
-        if (strcmp(other, model) != 0 && strcmp(other, state) != 0) unlink(other);
+        const char *name = names[i]->d_name;
+        int64_t step = checkpoint_step(name, "model");
+        if (step < 0) step = checkpoint_step(name, "state");
+        snprintf(path, sizeof(path), "%s/%s", s->out, name);
+        if (step != p->step && !due(step, s->keep_every)) unlink(path);
     }
     names_free(names, n);
+}
+
+// Beside the checkpoints: the weights with the lowest validation loss so far.
+static void checkpoint_save_best(const Model *m, const Settings *s, const Progress *p) {
+    LONG_PATH path;
+    FileOut model;
+    const FileBlock weights = weights_block(m);
+    snprintf(path, sizeof(path), "%s/%s", s->out, best_name);
+    file_begin(&model, path);
+    safetensors_write(&model, m, s, p, 0, &weights, 1);
+    file_end(&model);
 }
 
 // ---------------------------------------- reading
@@ -6345,7 +6518,9 @@ static const FileTensor *tensor_fitting(const SafeTensors *f, const char *name, 
     const FileTensor *found = safetensors_find(f, name);
     int n = snprintf(problem, sizeof(PATH) - 500, "tensor %s: ", name);
     if (!found) {
-        sprintf(problem + n, "expected in the file, found none");
+        const char *tied =
+            strcmp(name, "head.weight") == 0 ? " (a tied head? then save emb.weight as head.weight, too)" : "";
+        sprintf(problem + n, "expected in the file, found none%s", tied);
     } else if (found->ndim != t->ndim || memcmp(found->shape, t->shape, (size_t)t->ndim * sizeof(int64_t)) != 0) {
         n += sprintf(problem + n, "shape: expected ");
         n += shape_text(problem + n, t->ndim, t->shape);
@@ -6391,7 +6566,14 @@ static int block_load(const Model *m, const SafeTensors *f, const char *prefix, 
 // Weights by the reference's names; partial takes those that fit and lists the others of both sides.
 int load_weights(Model *m, const char *path, bool partial) { // returns how many tensors were taken
     SafeTensors f;
+    char found[17];
     safetensors_open(&f, path);
+    if (!safetensors_intact(&f, found)) {
+        fprintf(stderr,
+                "%s: %s: not the bytes that were saved here (hash %s, now %s): fine if another program saved the "
+                "file again, else it is damaged\n",
+                program_name, path, safetensors_metadata(&f, "hash"), found);
+    }
     const int taken = block_load(m, &f, "", m->master, partial);
     for (int i = 0; i < f.n_tensors; i++) {
         const char *name = f.tensors[i].name;
@@ -6405,38 +6587,99 @@ int load_weights(Model *m, const char *path, bool partial) { // returns how many
     return taken;
 }
 
-// The settings a file of ours carries replace those in s.
-static void settings_load(Settings *s, const SafeTensors *f) {
+// The settings a file of ours carries replace those in s: all of them, or the model's alone.
+static void settings_load(Settings *s, const SafeTensors *f, bool model_only) {
     for (int i = 0; i < n_settings; i++) {
         PATH key;
-        if (!setting_in_checkpoint(&settings_table[i])) continue;
+        const bool model = strcmp(settings_table[i].part, "model") == 0;
+        if (!setting_in_checkpoint(&settings_table[i]) || (model_only && !model)) continue;
         setting_key(&settings_table[i], key);
         const char *value = safetensors_metadata(f, key);
+        if (!value && !model) continue; // the file is older than the setting
         const char *expected = value ? setting_set(s, &settings_table[i], value) : "a value";
         if (!expected) continue;
         die(2, "%s: metadata, field %s: expected %s, found %s", f->path, key, expected, value ? value : "none");
     }
 }
 
+static bool safetensors_has_settings(const SafeTensors *f) {
+    return safetensors_metadata(f, "model.n_layer") != nullptr;
+}
+
+// Says of a file without settings what none of its tensors shows.
+static void settings_assumed(const Settings *s, const char *path) {
+    fprintf(stderr, "%s: %s: no settings in its metadata, so these were assumed:", program_name, path);
+    for (int i = 0; i < n_settings; i++) {
+        const Setting *row = &settings_table[i];
+        PATH value;
+        bool hidden = strchr(row->name, '.') != nullptr; // rope.base and the like
+        for (const char *name : {"use_one_minus_w", "use_v2", "parallel", "head_size_divisor"})
+            hidden = hidden || strcmp(row->name, name) == 0;
+        setting_get(s, row, value);
+        if (hidden) fprintf(stderr, " %s %s", row->name, value);
+    }
+    fprintf(stderr, "\n");
+}
+
+// A model is what its file says: dies where a flag or a config says something else. ctx_len is the training's own.
+static void settings_agree(const Settings *s, const Settings *in_file, const char *path) {
+    for (int i = 0; i < n_settings; i++) {
+        PATH key, expected, found;
+        if (strcmp(settings_table[i].part, "model") != 0) continue;
+        setting_key(&settings_table[i], key);
+        setting_get(in_file, &settings_table[i], expected);
+        setting_get(s, &settings_table[i], found);
+        if (strcmp(expected, found) == 0) continue;
+        if (strcmp(key, "model.ctx_len") != 0)
+            die(2, "--%s: expected %s, as in %s, found %s", key, expected[0] ? expected : "\"\"", path,
+                found[0] ? found : "\"\"");
+        if (s->brope.rescale > 0)
+            fprintf(stderr, "%s: --%s %s: with brope another one than %s, as in %s, gives other positions\n",
+                    program_name, key, found, expected, path);
+    }
+}
+
+// Opens one half of a checkpoint.
+static void checkpoint_open_half(SafeTensors *f, const char *folder, const char *kind, int64_t step) {
+    LONG_PATH path;
+    char found[17];
+    checkpoint_path(path, folder, kind, step, "");
+    if (access(path, F_OK) != 0)
+        die(2,
+            "%s: %s, so this checkpoint can't be gone on with: put the file back, or --train.load_model %s/model_%06ld.safetensors "
+            "begins a new run with its weights",
+            path, strerror(errno), folder, step);
+    safetensors_open(f, path);
+    if (safetensors_intact(f, found)) return;
+    die(2,
+        "%s: hash of the data: expected %s, found %s: damaged, or saved again by another program; as weights of a new run: "
+        "--train.load_model",
+        path, safetensors_metadata(f, "hash"), found);
+}
+
 // Opens the pair of a step and checks that its halves belong together.
 static void checkpoint_open(SafeTensors *state, const char *folder, int64_t step, Progress *p) {
-    LONG_PATH path;
     SafeTensors model;
-    checkpoint_path(path, folder, "model", step, "");
-    safetensors_open(&model, path);
-    checkpoint_path(path, folder, "state", step, "");
-    safetensors_open(state, path);
+    checkpoint_open_half(&model, folder, "model", step);
+    checkpoint_open_half(state, folder, "state", step);
     const char *hash = safetensors_metadata(&model, "hash"), *bound_to = safetensors_metadata(state, "model_hash");
     if (!hash || !bound_to || strcmp(hash, bound_to) != 0) {
-        die(2, "%s: metadata, field model_hash: expected %s as in %s, found %s", path, hash ? hash : "a hash",
-            model.path, bound_to ? bound_to : "none");
+        die(2,
+            "%s: metadata, field model_hash: expected %s as in %s, found %s: they are of two runs, or the model was "
+            "saved again by another program; as weights of a new run: --train.load_model %s",
+            state->path, hash ? hash : "a hash", model.path, bound_to ? bound_to : "none", model.path);
     }
     safetensors_close(&model);
     p->step = safetensors_number(state, "step");
-    p->samples = safetensors_number(state, "samples");
     p->tokens = safetensors_number(state, "tokens");
     p->data_tokens = safetensors_number(state, "data_tokens");
-    expect(path, "metadata, field step", -1, step, step, p->step);
+    expect(state->path, "metadata, field step", -1, step, step, p->step);
+    // older checkpoints lack these
+    const char *best = safetensors_metadata(state, "best_loss"), *data = safetensors_metadata(state, "data_hash");
+    const bool knows = safetensors_metadata(state, "step_tokens") != nullptr;
+    p->step_tokens = knows ? safetensors_number(state, "step_tokens") : p->step > 0 ? p->tokens / p->step : 0;
+    p->best_loss = best ? strtod(best, nullptr) : INFINITY;
+    p->data_hash = data ? strtoull(data, nullptr, 16) : 0;
 }
 
 static void checkpoint_load(Model *m, SafeTensors *state) {
@@ -6451,28 +6694,33 @@ static void checkpoint_load(Model *m, SafeTensors *state) {
 // ---------------------------------------------------------------------------------------------------------------------
 // 10. main: schedules, validation, samples, the log, and the loop over steps.
 
+static int64_t tokens_per_step(const Settings *s) { return s->micro_bsz * s->accumulate_grad_batches * s->ctx_len; }
+
+// Schedules go by the tokens done before a step, as a step's size may change when a run goes on. warmup_steps are steps
+// of step_tokens tokens: the size that the run began with.
+
 // 0 at the start of the decay, 1 at its end.
-static double schedule_progress(const Settings *s, int64_t step) {
-    const double step_tokens = (double)(s->ctx_len * s->micro_bsz * s->accumulate_grad_batches);
-    const double wait = (double)s->warmup_steps * step_tokens + s->lr_wait * (double)s->my_exit_tokens;
-    const double left = (double)s->my_exit_tokens - wait, done = (double)step * step_tokens - wait;
+static double schedule_progress(const Settings *s, int64_t tokens, int64_t step_tokens) {
+    const double wait = (double)s->warmup_steps * (double)step_tokens + s->lr_wait * (double)s->my_exit_tokens;
+    const double left = (double)s->my_exit_tokens - wait, done = (double)tokens - wait;
     if (done <= 0) return 0;
     return done >= left ? 1 : done / left;
 }
 
-double learning_rate(const Settings *s, int64_t step) { // step counts from 0
-    const double progress = schedule_progress(s, step), range = s->lr_init - s->lr_final;
+double learning_rate(const Settings *s, int64_t tokens, int64_t step_tokens) {
+    const double progress = schedule_progress(s, tokens, step_tokens), range = s->lr_init - s->lr_final;
+    const double steps = (double)tokens / (double)step_tokens;
     double lr;
     if (strcmp(s->lr_decay_type, "cos") == 0) lr = s->lr_final + range * cos(M_PI / 2 * progress);
     else if (strcmp(s->lr_decay_type, "linear") == 0) lr = s->lr_final + range * (1 - progress);
     else if (strcmp(s->lr_decay_type, "exp") == 0) lr = s->lr_init * pow(s->lr_final / s->lr_init, progress);
     else lr = s->lr_final + range * (1 - sqrt(progress));
-    return step < s->warmup_steps ? lr * (0.2 + 0.8 * (double)step / (double)s->warmup_steps) : lr;
+    return steps < (double)s->warmup_steps ? lr * (0.2 + 0.8 * steps / (double)s->warmup_steps) : lr;
 }
 
-double weight_decay(const Settings *s, int64_t step) { // falls by equal factors
+double weight_decay(const Settings *s, int64_t tokens, int64_t step_tokens) { // falls by equal factors
     if (s->weight_decay_final <= 0) return s->weight_decay;
-    return s->weight_decay * pow(s->weight_decay_final / s->weight_decay, schedule_progress(s, step));
+    return s->weight_decay * pow(s->weight_decay_final / s->weight_decay, schedule_progress(s, tokens, step_tokens));
 }
 
 static double seconds_now(void) {
@@ -6486,6 +6734,9 @@ typedef struct Run {
     Model m;
     Data data;
     Progress p;
+    SafeTensors state; // of the checkpoint that the run goes on from
+    int64_t resumed;   // its step; -1 for a new run
+    int64_t saved;     // step of the newest checkpoint, -1 if there is none
     FILE *log;
     int64_t n_steps;     // of the whole run
     int *tokens;         // (micro_bsz, ctx_len + 1)
@@ -6522,14 +6773,38 @@ static FILE *log_open(const char *folder, int64_t steps) {
     return out;
 }
 
-// Mean loss and accuracy over the validation set, or the first val_batches of it.
-static void validate(Run *r) {
+static volatile sig_atomic_t stop_requested = 0;
+
+// The first signal asks the run to end and save; the ones that follow must not keep it from that.
+static void request_stop(int signal) {
+    static const char text[] = "stopping, as soon as all is saved (Ctrl-\\ ends the program at once)\n";
+    if (stop_requested && signal != SIGPIPE && write(STDERR_FILENO, text, sizeof(text) - 1) < 0) return;
+    stop_requested = 1;
+}
+
+static void catch_signals(void) {
+    struct sigaction action, before;
+    memset(&action, 0, sizeof(action));
+    action.sa_handler = request_stop;
+    action.sa_flags = SA_RESTART;
+    for (int signal : {SIGINT, SIGTERM, SIGPIPE}) // SIGPIPE: Ctrl-C may end the reader of our output before us
+        sigaction(signal, &action, nullptr);
+    if (sigaction(SIGHUP, nullptr, &before) == 0 && before.sa_handler != SIG_IGN) // not so under nohup
+        sigaction(SIGHUP, &action, nullptr);
+}
+
+// Mean loss and accuracy over the validation set, or the first val_batches of it; false if a signal came before the end.
+static bool validate(Run *r) {
     const double begin = seconds_now();
     const int64_t all = data_validation_samples(&r->data), some = r->s.val_batches * r->s.micro_bsz;
     const int64_t samples = some > 0 && some < all ? some : all;
     int64_t correct = 0;
     double loss = 0;
     for (int64_t i = 0; i < samples; i += r->s.micro_bsz) {
+        if (stop_requested) {
+            printf("validation: ended by a signal after %ld of %ld samples\n", i, samples);
+            return false;
+        }
         int B = (int)(samples - i < r->s.micro_bsz ? samples - i : r->s.micro_bsz);
         double batch_loss = 0;
         int64_t batch_correct = 0;
@@ -6542,6 +6817,7 @@ static void validate(Run *r) {
     r->val_loss = loss / targets;
     printf("validation: loss %.4f, accuracy %.1f %%, %.0f tokens, %.1f s\n", r->val_loss,
            100 * (double)correct / targets, targets, seconds_now() - begin);
+    return true;
 }
 
 // A stream of bytes, given out as valid UTF-8 only: bytes wait until their character is complete; U+FFFD takes the
@@ -6601,7 +6877,7 @@ static void print_sample(Run *r, int64_t step) {
     uint64_t random = hash_bytes(hash_start, &step, sizeof(step)) ^ (uint64_t)r->s.seed_everything;
     for (const char *c = demo_sample_prompt; *c && n < T; c++) context[n++] = (uint8_t)*c + 1;
     printf("sample, at temperature %g:\n%s", demo_sample_temperature, demo_sample_prompt);
-    for (int i = 0; i < demo_sample_bytes; i++) {
+    for (int i = 0; i < demo_sample_bytes && !stop_requested; i++) {
         double p[257], total = 0;
         float largest = -INFINITY; // float: g++ 12 for aarch64 fails on fmax of doubles here
         model_logits_last(&r->m, context, n, logits);
@@ -6642,20 +6918,23 @@ static void print_sample(Run *r, int64_t step) {
         step->step + 1, norm, found, kept);
 }
 
-// Queues a step on the device; nothing is waited for.
-static Step begin_step(Run *r) {
+// Queues a step on the device; nothing is waited for. False if a signal came between its micro-batches: it never was.
+static bool begin_step(Run *r, Step *step) {
     const int B = (int)r->s.micro_bsz, accumulate = (int)r->s.accumulate_grad_batches;
-    const Step step = {r->p.step, r->p.samples, r->p.tokens, learning_rate(&r->s, r->p.step), seconds_now()};
+    const double lr = learning_rate(&r->s, r->p.tokens, r->p.step_tokens);
+    const double decay = weight_decay(&r->s, r->p.tokens, r->p.step_tokens);
+    *step = {r->p.step, r->p.samples, r->p.tokens, lr, seconds_now()};
     model_step_begin(&r->m);
     for (int micro = 0; micro < accumulate; micro++) {
-        data_batch(&r->data, r->p.samples + 1, B, r->tokens);
+        if (micro > 0 && stop_requested) return false;
+        data_batch(&r->data, step->samples + (int64_t)micro * B + 1, B, r->tokens);
         model_micro_step(&r->m, r->tokens, B, (int)r->s.ctx_len, accumulate);
-        r->p.samples += B;
     }
-    model_update(&r->m, step.step, step.lr, weight_decay(&r->s, step.step));
+    model_update(&r->m, step->step, lr, decay);
     r->p.step++;
-    r->p.tokens += r->s.ctx_len * B * accumulate;
-    return step;
+    r->p.samples += (int64_t)B * accumulate;
+    r->p.tokens += tokens_per_step(&r->s);
+    return true;
 }
 
 // Waits for a step's numbers; prints and logs them, after a validation if one is due.
@@ -6665,7 +6944,7 @@ static void end_step(Run *r, const Step *step, bool validation) {
     double seconds = seconds_now() - step->begin;
     // too long after a pause
     if (r->step_seconds > 0) seconds = fmin(seconds, seconds_since_last_step(&r->m, step->step));
-    const int64_t tokens = r->s.micro_bsz * r->s.accumulate_grad_batches * r->s.ctx_len;
+    const int64_t tokens = tokens_per_step(&r->s);
     const double speed = (double)tokens / seconds; // tokens per second
     const double peak = 100 * speed * model_flops_per_token(&r->m) / machine_peak_flops();
     r->step_seconds = r->step_seconds > 0 ? 0.95 * r->step_seconds + 0.05 * seconds : seconds;
@@ -6678,9 +6957,11 @@ static void end_step(Run *r, const Step *step, bool validation) {
     printf("step %5ld of %ld | loss %.4f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s%s | %ldh%02ldm%02lds left\n",
            step->step + 1, r->n_steps, result.loss, result.norm, step->lr, 1e3 * seconds, speed, peak_column,
            left / 3600, left / 60 % 60, left % 60);
-    if (validation && isfinite(result.norm)) {
-        validate(r);
+    if (validation && isfinite(result.norm) && validate(r)) {
         snprintf(val_text, sizeof(val_text), "%.9g", r->val_loss);
+        const bool best = r->val_loss < r->p.best_loss;
+        if (best) r->p.best_loss = r->val_loss;
+        if (best && r->s.keep_best) checkpoint_save_best(&r->m, &r->s, &r->p);
     }
     fprintf(r->log, "%ld,%ld,%.9g,%s,%.9g,%.9g,%.2f,%.0f,%s\n", step->step + 1, step->tokens + tokens, result.loss,
             val_text, result.norm, step->lr, 1e3 * seconds, speed, peak_text);
@@ -6688,37 +6969,194 @@ static void end_step(Run *r, const Step *step, bool validation) {
     if (!isfinite(result.norm) || !isfinite(result.loss)) stop_nonfinite(r, step, result.norm);
 }
 
-static volatile sig_atomic_t stop_requested = 0;
-static void request_stop(int) { stop_requested = 1; }
+static void run_save(Run *r) {
+    checkpoint_save(&r->m, &r->s, &r->p);
+    r->saved = r->p.step;
+}
 
-static bool due(int64_t steps, int64_t every) { return every > 0 && steps % every == 0; }
-
-// Trains until the run ends or a signal asks to stop; true if it came to its end.
-static bool train(Run *r) {
+// Trains until the run ends or a signal asks to stop; all that was done is saved.
+static void train(Run *r) {
     const bool validates = r->s.val_every > 0 && data_validation_samples(&r->data) > 0;
-    bool first = true, waiting = false, stop = false;
-    Step late; // if waiting: the step whose result is still to be read
-    while (r->p.step < r->n_steps && !stop) {
+    bool first = true, waiting = false;
+    Step step, late; // late: if waiting, the step whose result is still to be read
+    while (r->p.step < r->n_steps && !stop_requested) {
         const bool profiled = r->p.step + 1 == r->s.profile_step;
         if (profiled) profile_begin();
-        const Step step = begin_step(r);
+        const bool begun = begin_step(r, &step);
         if (profiled) profile_end();
         if (waiting) end_step(r, &late, false);
-        stop = stop_requested;
-        const bool last = r->p.step == r->n_steps, saves = last || stop || due(r->p.step, r->s.save_every);
+        waiting = false;
+        if (!begun) break;
+        const bool last = r->p.step == r->n_steps;
+        const bool saves = last || due(r->p.step, r->s.save_every) || due(r->p.step, r->s.keep_every);
         const bool validation = validates && (last || due(r->p.step, r->s.val_every));
         const bool samples = r->data.text && !last && due(r->p.step, r->s.sample_every);
         waiting = !(first || saves || validation || samples || model_step_done(&r->m, step.step));
         late = step;
         first = false;
         if (!waiting) end_step(r, &step, validation);
-        if (saves) checkpoint_save(&r->m, &r->s, &r->p);
+        if (saves) run_save(r);
         if (samples) print_sample(r, r->p.step);
     }
-    return r->p.step == r->n_steps;
+    if (waiting) end_step(r, &late, false);
+    if (r->saved != r->p.step) run_save(r);
 }
 
 #if !defined(GOLDFINCH_TEST) && !defined(GOLDFINCH_NO_MAIN)
+
+// The step to go on from. Where there is none, -1: the run is to begin, which needs to be told what it trains on, lest a
+// folder's misspelt name starts a demo. Files that are of no use without others are left alone.
+static int64_t find_resumed(const Settings *s, bool says_what) {
+    struct dirent **names;
+    struct stat status;
+    const int64_t newest = checkpoint_newest(s->out);
+    if (newest >= 0) return newest;
+    const int n = scandir(s->out, &names, is_weights, alphasort);
+    if (n > 0)
+        die(2,
+            "--train.resume 1: %s/ holds %s, but no model_*.safetensors to go on from: put it back, or choose another "
+            "--train.out",
+            s->out, names[n - 1]->d_name);
+    const bool exists = stat(s->out, &status) == 0;
+    if (!says_what)
+        die(2, "--train.resume 1: %s/ %s; to begin a run there, say what it trains on (-c or --train.data_file)",
+            s->out, exists ? "holds no checkpoint" : "does not exist");
+    return -1;
+}
+
+// The settings, each on top of the ones before: the table's defaults, what holds without a data_file, those of the
+// checkpoint to go on from or of the model to begin with, the command line's.
+static void run_settings(Run *r, int argc, const char **argv) {
+    Settings *s = &r->s, base;
+    SafeTensors file;
+    LONG_PATH path = "";
+    PATH folder;
+    settings_default(s);
+    settings_parse(s, argc, argv);
+    const bool says_what = s->data_file[0] || names_config(argc, argv);
+    settings_default(&base);
+    if (!s->data_file[0]) settings_preset(&base);
+    *s = base;
+    settings_parse(s, argc, argv);
+    settings_folder(s);
+    snprintf(folder, sizeof(folder), "%s", s->out);
+    if (s->resume && access(folder, F_OK) == 0 && !print_config) folder_lock(folder);
+    r->resumed = s->resume ? find_resumed(s, says_what) : -1;
+    r->saved = r->resumed;
+    r->p.best_loss = INFINITY;
+
+    const bool resumes = r->resumed >= 0, loads = !resumes && s->load_model[0], partial = loads && s->load_partial;
+    bool in_file = false; // whether a file says what the model is
+    if (resumes) {
+        checkpoint_open(&r->state, folder, r->resumed, &r->p);
+        snprintf(path, sizeof(path), "%s", r->state.path);
+        settings_default(&base);
+        settings_load(&base, &r->state, false);
+        if (base.train_stage == 1) base.train_stage = 3; // it was initialized; now train
+        in_file = true;
+    } else if (loads) {
+        safetensors_open(&file, s->load_model);
+        snprintf(path, sizeof(path), "%s", s->load_model);
+        in_file = safetensors_has_settings(&file);
+        if (in_file) settings_load(&base, &file, true);
+        safetensors_close(&file);
+    }
+    *s = base;
+    settings_parse(s, argc, argv);
+    snprintf(s->out, sizeof(s->out), "%s", folder);
+    settings_check(s);
+    settings_check_mixers(s);
+    settings_derive(&base);
+    if (in_file && !partial) settings_agree(s, &base, path);
+    if (loads && !in_file) settings_assumed(s, path);
+}
+
+// Opens the data and counts what is left to do.
+static void run_data(Run *r) {
+    Settings *s = &r->s;
+    Progress *p = &r->p;
+    data_open(&r->data, s);
+    const int64_t n = r->data.file_tokens, step = tokens_per_step(s);
+    const char *name = r->data.train.name;
+    if (p->data_tokens) expect(name, "tokens, as before in this run", -1, p->data_tokens, p->data_tokens, n);
+    if (p->data_hash && p->data_hash != r->data.hash)
+        die(2,
+            "%s: expected the data of this run's beginning, found as many tokens, but other ones; a new run on them may "
+            "begin with --train.load_model",
+            name);
+    p->data_tokens = n;
+    p->data_hash = r->data.hash;
+    if (s->my_exit_tokens == 0) s->my_exit_tokens = n;
+    if (p->step == 0 || p->step_tokens == 0) p->step_tokens = step;
+    p->samples = p->tokens / s->ctx_len;
+    const int64_t left = s->my_exit_tokens - p->tokens;
+    r->n_steps = p->step + (left > 0 ? (left + step - 1) / step : 0);
+    if (s->max_steps && s->max_steps < r->n_steps) r->n_steps = s->max_steps;
+}
+
+static void run_print(const Run *r, int64_t paper) { // paper: sequences of the paper's step, if known
+    const int64_t ours = r->s.micro_bsz * r->s.accumulate_grad_batches;
+    settings_print(&r->s);
+    if (r->data.train.bytes) data_print(&r->data);
+    if (paper && paper != ours) {
+        printf("batch      %ld sequences a step, %.3g of the paper's %ld", ours, (double)ours / (double)paper, paper);
+        if (paper % ours == 0)
+            printf(": --train.accumulate_grad_batches %ld makes it whole", r->s.accumulate_grad_batches * paper / ours);
+        printf("\n");
+    }
+    printf("machine    %s\n", machine_name());
+    model_print_memory(&r->m);
+}
+
+static void run_resume(Run *r) {
+    const bool counts_on = safetensors_number(&r->state, "samples") == r->p.samples || r->s.train_stage == 1;
+    checkpoint_load(&r->m, &r->state);
+    printf("goes on after step %ld of %s/, %ld of %ld tokens\n", r->resumed, r->s.out, r->p.tokens,
+           r->s.my_exit_tokens);
+    if (!counts_on)
+        printf("ctx_len was another one: the order of the samples is another one from here on, and parts come twice\n");
+}
+
+static void run_begin(Run *r) {
+    const Settings *s = &r->s;
+    if (s->resume) printf("no checkpoint in %s/, starting at the first step\n", s->out);
+    if (!s->load_model[0] || s->load_partial) model_init_weights(&r->m, (uint64_t)s->seed_everything);
+    if (s->load_model[0]) {
+        const int taken = load_weights(&r->m, s->load_model, s->load_partial);
+        printf("%s: %d of the model's %d tensors loaded\n", s->load_model, taken, r->m.n_tensors);
+    }
+    catch_signals(); // from here on there is something to lose
+    folder_begin(s->out);
+}
+
+static void run_train(Run *r) {
+    const Settings *s = &r->s;
+    if (r->data.held_back) {
+        LONG_PATH path;
+        FileOut file;
+        snprintf(path, sizeof(path), "%s/val.txt", s->out);
+        file_begin(&file, path);
+        file_write(&file, r->data.valid.bytes, (size_t)r->data.valid.n_tokens);
+        file_end(&file);
+    }
+    r->log = log_open(s->out, r->p.step);
+    r->tokens = (int *)malloc((size_t)(s->micro_bsz * (s->ctx_len + 1)) * sizeof(int));
+    train(r);
+    if (stop_requested) printf("stopped by a signal; --train.resume 1 goes on\n");
+}
+
+static void run_close(Run *r) { // what is there at the end
+    LONG_PATH path;
+    checkpoint_path(path, r->s.out, "model", r->p.step, "");
+    printf("checkpoint %s\n", path);
+    if (!r->data.text || r->p.step < r->n_steps || stop_requested) return;
+    if (r->s.sample_every >= 0) print_sample(r, r->p.step);
+    if (r->val_loss > 0 && !stop_requested) {
+        printf("validation loss: %.4f nats per byte; what an order-2 byte count gets on the same text: %.4f\n",
+               r->val_loss, order2_loss(&r->data.train, &r->data.valid));
+    }
+}
+
 int main(int argc, char **argv) {
     static Run run; // zeros
     Run *r = &run;
@@ -6726,102 +7164,29 @@ int main(int argc, char **argv) {
     const char **arguments = (const char **)argv + 1;
     program_begin("train_goldfinch");
     setvbuf(stdout, nullptr, _IOLBF, 0);
-
-    // Settings: the table's defaults, what holds without a data_file, the checkpoint's, the command line's.
-    settings_default(s);
-    settings_parse(s, argc - 1, arguments);
-    if (!s->data_file[0]) {
-        settings_default(s);
-        settings_preset(s);
-        settings_parse(s, argc - 1, arguments);
-    }
-    settings_folder(s);
-    SafeTensors state;
-    const int64_t resumed = s->resume ? checkpoint_newest(s->out) : -1;
-    if (resumed >= 0) {
-        PATH folder;
-        snprintf(folder, sizeof(folder), "%s", s->out);
-        settings_default(s);
-        checkpoint_open(&state, folder, resumed, &r->p);
-        settings_load(s, &state);
-        s->train_stage = s->train_stage == 1 ? 3 : s->train_stage; // it was initialized; now train
-        settings_parse(s, argc - 1, arguments);
-        snprintf(s->out, sizeof(s->out), "%s", folder);
-    }
-    settings_check(s);
-    settings_check_mixers(s);
+    run_settings(r, argc - 1, arguments);
     if (print_config) {
         settings_print_config(s);
         return 0;
     }
     machine_start();
     const bool trains = s->train_stage != 1;
-    if (trains) {
-        data_open(&r->data, s);
-        const int64_t before = r->p.data_tokens, n = r->data.file_tokens;
-        if (before) expect(r->data.train.name, "tokens, as before in this run", -1, before, before, n);
-        r->p.data_tokens = n;
-        if (s->my_exit_tokens == 0) s->my_exit_tokens = n;
-        const int64_t step_tokens = s->micro_bsz * s->accumulate_grad_batches * s->ctx_len;
-        r->n_steps = (s->my_exit_tokens + step_tokens - 1) / step_tokens;
-        if (s->max_steps && s->max_steps < r->n_steps) r->n_steps = s->max_steps;
-    }
+    if (trains) run_data(r);
     model_plan(&r->m, s, (int)s->micro_bsz, (int)s->ctx_len);
-    settings_print(s);
-    if (trains) data_print(&r->data);
-    printf("machine    %s\n", machine_name());
-    model_print_memory(&r->m);
-
+    run_print(r, paper_batch(argc - 1, arguments));
     folder_create(s->out);
+    folder_lock(s->out);
     model_allocate(&r->m);
-    if (resumed >= 0) {
-        checkpoint_load(&r->m, &state);
-        printf("goes on after step %ld of %s/\n", resumed, s->out);
-        if (trains && r->p.step >= r->n_steps) {
-            printf("nothing to do: the run ends at step %ld\n", r->n_steps);
-            return 0;
-        }
-    } else {
-        if (s->resume) printf("no checkpoint in %s/, starting at the first step\n", s->out);
-        if (!s->load_model[0] || s->load_partial) model_init_weights(&r->m, (uint64_t)s->seed_everything);
-        if (s->load_model[0]) {
-            const int taken = load_weights(&r->m, s->load_model, s->load_partial);
-            printf("%s: %d of the model's %d tensors loaded\n", s->load_model, taken, r->m.n_tensors);
-        }
-        folder_begin(s->out);
+    if (r->resumed >= 0) run_resume(r);
+    else run_begin(r);
+    if (trains && r->p.step >= r->n_steps) {
+        printf("nothing to do: the run ends at step %ld\n", r->n_steps);
+        return 0;
     }
-    LONG_PATH path;
-    if (trains) {
-        if (r->data.held_back) {
-            snprintf(path, sizeof(path), "%s/val.txt", s->out);
-            FileOut file;
-            file_begin(&file, path);
-            file_write(&file, r->data.valid.bytes, (size_t)r->data.valid.n_tokens);
-            file_end(&file);
-        }
-        r->log = log_open(s->out, r->p.step);
-        r->tokens = (int *)malloc((size_t)(s->micro_bsz * (s->ctx_len + 1)) * sizeof(int));
-        struct sigaction action;
-        memset(&action, 0, sizeof(action));
-        action.sa_handler = request_stop;
-        action.sa_flags = SA_RESTART;
-        sigaction(SIGPIPE, &action, nullptr); // Ctrl-C may end the reader of our output before us
-        action.sa_flags |= (int)SA_RESETHAND; // a second Ctrl-C ends the program at once
-        sigaction(SIGINT, &action, nullptr);
-        sigaction(SIGTERM, &action, nullptr);
-        if (!train(r)) printf("stopped by a signal; --train.resume 1 goes on\n");
-    } else {
-        checkpoint_save(&r->m, s, &r->p);
-    }
-    checkpoint_path(path, s->out, "model", r->p.step, "");
-    printf("checkpoint %s\n", path);
-    if (!trains || !r->data.text || r->p.step < r->n_steps) return 0;
-
-    if (s->sample_every >= 0) print_sample(r, r->p.step);
-    if (r->val_loss > 0) {
-        printf("validation loss: %.4f nats per byte; what an order-2 byte count gets on the same text: %.4f\n",
-               r->val_loss, order2_loss(&r->data.train, &r->data.valid));
-    }
+    catch_signals();
+    if (trains) run_train(r);
+    else run_save(r);
+    run_close(r);
     return 0;
 }
 #endif
@@ -6855,33 +7220,37 @@ static void settings_preset(Settings *s) {
 }
 
 // Built-in configs: models, then trainings, under the names of the reference's files.
-const struct {
+typedef struct BuiltIn {
     const char *name, *yaml;
-} built_in_configs[] = {
-    {"goldfinch", "model:\n  tmix: x060c2\n  tmix2: gold\n  inv_other_layer_ratio: 3\n"},
-    {"goldfinch_ablation_gold_invratio_2", "model:\n  tmix: x060c2\n  tmix2: gold\n  inv_other_layer_ratio: 2\n"},
-    {"goldfinch_ablation_gold_invratio_6", "model:\n  tmix: x060c2\n  tmix2: gold\n  inv_other_layer_ratio: 6\n"},
-    {"goldfinch_ablation_gptalpha", "model:\n  tmix: x060c2\n  tmix2: gptalpha\n  inv_other_layer_ratio: 3\n"},
+    int64_t batch; // of a training: sequences of a step, on all GPUs of the paper
+} BuiltIn;
+static const BuiltIn built_in_configs[] = {
+    {"goldfinch", "model:\n  tmix: x060c2\n  tmix2: gold\n  inv_other_layer_ratio: 3\n", 0},
+    {"goldfinch_ablation_gold_invratio_2", "model:\n  tmix: x060c2\n  tmix2: gold\n  inv_other_layer_ratio: 2\n", 0},
+    {"goldfinch_ablation_gold_invratio_6", "model:\n  tmix: x060c2\n  tmix2: gold\n  inv_other_layer_ratio: 6\n", 0},
+    {"goldfinch_ablation_gptalpha", "model:\n  tmix: x060c2\n  tmix2: gptalpha\n  inv_other_layer_ratio: 3\n", 0},
     {"goldfinch_ablation_rope10k",
-     "model:\n  tmix: x060c2\n  tmix2: gold\n  inv_other_layer_ratio: 3\n  rope:\n    base: 10000\n"},
-    {"goldfinch_upgrade", "model:\n  tmix: x060\n  tmix2: gold\n  inv_other_layer_ratio: 6\n"
-                          "train:\n  load_partial: 1\n  lr_final: 1e-5\n"},
-    {"finch", "model:\n  tmix: x060\n"},
-    {"finchc2", "model:\n  tmix: x060c2\n"},
-    {"finchc2_ablation_no_one_minus_w", "model:\n  tmix: x060c2\n  use_one_minus_w: 0\n"},
-    {"finchc2_ablation_no_v2", "model:\n  tmix: x060c2\n  use_v2: 0\n"},
-    {"gptalpha", "model:\n  tmix: gptalpha\n  rope:\n    base: 10000\n"},
-    {"llama", "model:\n  tmix: llama\n  cmix: llama\n  rope:\n    base: 10000\n"},
+     "model:\n  tmix: x060c2\n  tmix2: gold\n  inv_other_layer_ratio: 3\n  rope:\n    base: 10000\n", 0},
+    {"goldfinch_upgrade",
+     "model:\n  tmix: x060\n  tmix2: gold\n  inv_other_layer_ratio: 6\n"
+     "train:\n  load_partial: 1\n  lr_final: 1e-5\n",
+     0},
+    {"finch", "model:\n  tmix: x060\n", 0},
+    {"finchc2", "model:\n  tmix: x060c2\n", 0},
+    {"finchc2_ablation_no_one_minus_w", "model:\n  tmix: x060c2\n  use_one_minus_w: 0\n", 0},
+    {"finchc2_ablation_no_v2", "model:\n  tmix: x060c2\n  use_v2: 0\n", 0},
+    {"gptalpha", "model:\n  tmix: gptalpha\n  rope:\n    base: 10000\n", 0},
+    {"llama", "model:\n  tmix: llama\n  cmix: llama\n  rope:\n    base: 10000\n", 0},
 #define MINIPILE(layers, width, context, first, last, micro, accumulate) \
     "model:\n  n_layer: " #layers "\n  n_embd: " #width "\n  ctx_len: " #context "\n  vocab_size: 65536\n" \
     "train:\n  data_type: binidx\n  data_file: data/minipile\n  validation_data_file: data/minipile_validation\n" \
     "  val_check_interval: 100\n  my_exit_tokens: 1498226207\n  lr_init: " #first "\n  lr_final: " #last "\n" \
     "  warmup_steps: 10\n  beta1: 0.9\n  beta2: 0.99\n  adam_eps: 1e-8\n  weight_decay: 0.001\n" \
     "  micro_bsz: " #micro "\n  accumulate_grad_batches: " #accumulate "\n  grad_cp: 1\n  proj_dir: out\n"
-    {"L6D768minipile", MINIPILE(6, 768, 512, 6e-4, 2e-4, 64, 1)},
-    {"L12D768ctx1024minipile", MINIPILE(12, 768, 1024, 6e-4, 2e-4, 32, 1)},
-    {"L24D2048ctx2048minipile", MINIPILE(24, 2048, 2048, 3e-4, 1e-4, 8, 4)},
-    {"L24D2048ctx4096minipile", MINIPILE(24, 2048, 4096, 3e-4, 1e-4, 4, 8)},
+    {"L6D768minipile", MINIPILE(6, 768, 512, 6e-4, 2e-4, 64, 1), 64},
+    {"L12D768ctx1024minipile", MINIPILE(12, 768, 1024, 6e-4, 2e-4, 32, 1), 64},
+    {"L24D2048ctx2048minipile", MINIPILE(24, 2048, 2048, 3e-4, 1e-4, 8, 4), 128},
+    {"L24D2048ctx4096minipile", MINIPILE(24, 2048, 4096, 3e-4, 1e-4, 4, 8), 128},
 #undef MINIPILE
 };
 
@@ -6890,7 +7259,7 @@ static void settings_help(void) {
            "A config is a file (YAML or JSON, in the layout of the reference) or a built-in one, later ones win:\n",
            program_name);
     int column = 0;
-    for (const auto &known : built_in_configs) {
+    for (const BuiltIn &known : built_in_configs) {
         if (column + strlen(known.name) > 108) {
             column = 0;
             printf("\n");
@@ -6955,6 +7324,25 @@ static int64_t json_integer(Json *j) {
     return value;
 }
 
+int utf8_encode(uint32_t code, uint8_t *out) { // returns the number of bytes
+    if (code < 0x80) {
+        out[0] = (uint8_t)code;
+        return 1;
+    }
+    const int n = code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+    for (int i = n - 1; i > 0; i--, code >>= 6) out[i] = (uint8_t)(0x80 | (code & 0x3F));
+    out[0] = (uint8_t)((n == 2 ? 0xC0 : n == 3 ? 0xE0 : 0xF0) | code);
+    return n;
+}
+
+static uint32_t json_hex(Json *j) { // the number of an escape, from its u on
+    if (*j->at != 'u' || strspn(j->at + 1, "0123456789abcdefABCDEF") < 4) json_fail(j, "an escape");
+    char digits[5] = "";
+    memcpy(digits, j->at + 1, 4);
+    j->at += 5;
+    return (uint32_t)strtoul(digits, nullptr, 16);
+}
+
 char *json_string(Json *j) { // unescaped in place
     json_expect(j, '"');
     char *text = j->at, *out = text;
@@ -6973,17 +7361,16 @@ char *json_string(Json *j) { // unescaped in place
             j->at++;
             continue;
         }
-        unsigned code;
-        if (sscanf(j->at, "u%4x", &code) != 1 || strspn(j->at + 1, "0123456789abcdefABCDEF") < 4 || code == 0)
-            json_fail(j, "an escape");
-        if (code >= 0x800) {
-            *out++ = (char)(0xE0 | code >> 12);
-            *out++ = (char)(0x80 | (code >> 6 & 0x3F));
-        } else if (code >= 0x80) {
-            *out++ = (char)(0xC0 | code >> 6);
+        uint32_t code = json_hex(j);
+        if (code == 0) json_fail(j, "an escape");
+        if (code >= 0xD800 && code < 0xE000) { // half of a character past U+FFFF
+            if (code >= 0xDC00 || *j->at != '\\') json_fail(j, "both halves of a character, \\ud8.. \\udc..");
+            j->at++;
+            const uint32_t low = json_hex(j);
+            if (low < 0xDC00 || low > 0xDFFF) json_fail(j, "both halves of a character, \\ud8.. \\udc..");
+            code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
         }
-        *out++ = (char)(code < 0x80 ? code : 0x80 | (code & 0x3F));
-        j->at += 5;
+        out += utf8_encode(code, (uint8_t *)out);
     }
     j->at++;
     *out = '\0';
@@ -7008,6 +7395,17 @@ typedef struct Config { // a file that is being read
     bool seen[sizeof(settings_table) / sizeof(settings_table[0])];
 } Config;
 
+static bool config_unused(const char *key) {
+    bool unused = strncmp(key, "runtime.", 8) == 0;
+    for (const char *name : unused_keys) unused = unused || strcmp(name, key) == 0;
+    return unused;
+}
+
+// The reference's name for one of our keys.
+static const char *config_key(const char *key) {
+    return strcmp(key, "train.val_check_interval") == 0 ? "train.val_every" : key;
+}
+
 [[noreturn]] static void config_fail(const Config *c, const char *key, const char *expected, const char *found) {
     die(2, "%s: line %d: %s%sexpected %s, found %s%s%s", c->path, c->line, key, *key ? ": " : "", expected,
         *found ? "\"" : "", *found ? found : "nothing", *found ? "\"" : "");
@@ -7030,10 +7428,12 @@ static void config_set(Config *c, const char *key, const char *value) {
         for (const char *section : {"model", "train", "model.rope", "model.brope"})
             if (strlen(section) == n - type && strncmp(key, section, n - type) == 0) return;
     }
-    if (strcmp(key, "train.val_check_interval") == 0) key = "train.val_every";
-    bool unused = strncmp(key, "runtime.", 8) == 0;
-    for (const char *name : unused_keys) unused = unused || strcmp(name, key) == 0;
-    if (unused) {
+    if (strcmp(key, "model.alibi") == 0) {
+        if (*value) config_fail(c, key, "null, as there is none here", value);
+        return;
+    }
+    key = config_key(key);
+    if (config_unused(key)) {
         if (!c->read_before) fprintf(stderr, "%s: line %d: %s is not used here\n", c->path, c->line, key);
         return;
     }
@@ -7163,13 +7563,43 @@ static void config_json(Config *c, Json *j, PATH path) { // a map; path: where i
     path[n] = '\0';
 }
 
+// The built-in config of this name; also of a file's name, as in configs/goldfinch.yaml, where no such file is.
+static const BuiltIn *built_in_find(const char *name) {
+    const char *slash = strrchr(name, '/'), *base = slash ? slash + 1 : name, *dot = strrchr(base, '.');
+    const bool file = dot && (strcmp(dot, ".yaml") == 0 || strcmp(dot, ".yml") == 0) && access(name, F_OK) != 0;
+    for (const BuiltIn &known : built_in_configs) {
+        if (strcmp(known.name, name) == 0) return &known;
+        if (file && strlen(known.name) == (size_t)(dot - base) && strncmp(known.name, base, dot - base) == 0)
+            return &known;
+    }
+    return nullptr;
+}
+
+static bool names_config(int argc, const char **argv) {
+    for (int i = 0; i + 1 < argc; i++)
+        if (strcmp(argv[i], "-c") == 0) return true;
+    return false;
+}
+
+static int64_t paper_batch(int argc, const char **argv) {
+    int64_t batch = 0;
+    for (int i = 0; i + 1 < argc; i++) {
+        const BuiltIn *known = strcmp(argv[i], "-c") == 0 ? built_in_find(argv[i + 1]) : nullptr;
+        if (known && known->batch) batch = known->batch;
+    }
+    return batch;
+}
+
 // A built-in config, or a file in YAML or JSON, on top of what s holds.
 static void config_read(Settings *s, const char *name, bool read_before) {
     Config config = {s, name, 0, read_before, false, false, false, false, {}}, *c = &config;
     char *text = nullptr;
-    for (const auto &known : built_in_configs)
-        if (strcmp(known.name, name) == 0) text = strdup(known.yaml);
-    if (!text) {
+    const BuiltIn *known = built_in_find(name);
+    if (known) {
+        text = strdup(known->yaml);
+        if (strcmp(known->name, name) != 0 && !read_before)
+            fprintf(stderr, "-c %s: no such file here, so the built-in config %s\n", name, known->name);
+    } else {
         FILE *file = fopen(name, "rb");
         if (!file) die(2, "-c %s: no built-in config, and no file: %s", name, strerror(errno));
         size_t room = 1 << 20, n;
@@ -7181,13 +7611,14 @@ static void config_read(Settings *s, const char *name, bool read_before) {
         if (!whole) die(2, "%s: expected a file of less than 1 MiB", name);
         if (strlen(text) != n) die(2, "%s: expected text, found a zero byte", name);
     }
-    if (text[strspn(text, " \t\r\n")] == '{') {
-        Json json = {text, text, name, ""};
+    char *content = text + (strncmp(text, "\xEF\xBB\xBF", 3) == 0 ? 3 : 0); // without a byte order mark
+    if (content[strspn(content, " \t\r\n")] == '{') {
+        Json json = {content, content, name, ""};
         PATH path = "";
         config_json(c, &json, path);
         if (json_peek(&json) != '\0') json_fail(&json, "the end");
     } else {
-        config_yaml(c, text);
+        config_yaml(c, content);
     }
     // the reference's default: one mixer everywhere
     if (c->tmix && !c->tmix2) memset(s->tmix2, 0, sizeof(s->tmix2));
@@ -7237,12 +7668,14 @@ static void settings_parse(Settings *s, int argc, const char **argv) {
                 i--;
                 continue;
             }
-            const bool config = strcmp(argv[i], "-c") == 0;
-            const Setting *row = strncmp(argv[i], "--", 2) == 0 ? setting_find(argv[i] + 2) : nullptr;
-            if (!row && !config) die(2, "unknown setting \"%s\" (-h lists them all)", argv[i]);
+            const bool config = strcmp(argv[i], "-c") == 0, key = strncmp(argv[i], "--", 2) == 0;
+            const bool unused = key && config_unused(argv[i] + 2);
+            const Setting *row = key ? setting_find(config_key(argv[i] + 2)) : nullptr;
+            if (!row && !config && !unused) die(2, "unknown setting \"%s\" (-h lists them all)", argv[i]);
             if (i + 1 == argc) die(2, "%s: a value is missing", argv[i]);
             if (config && pass == 0) config_read(s, argv[i + 1], read_before);
-            if (config || pass == 0) continue;
+            if (unused && pass == 0 && !read_before) fprintf(stderr, "%s is not used here\n", argv[i]);
+            if (config || unused || pass == 0) continue;
             const char *expected = setting_set(s, row, argv[i + 1]);
             if (expected) die(2, "%s: expected %s, found \"%s\"", argv[i], expected, argv[i + 1]);
         }
@@ -7259,7 +7692,7 @@ double gf_learning_rate(int argc, const char **argv, int64_t step) {
     settings_default(&s);
     settings_parse(&s, argc, argv);
     settings_check(&s);
-    return learning_rate(&s, step);
+    return learning_rate(&s, step * tokens_per_step(&s), tokens_per_step(&s));
 }
 
 void gf_sampler(int64_t n_tokens, int64_t ctx_len, int64_t *prime, int n, int64_t *offsets) {
