@@ -1206,16 +1206,20 @@ static void gold_cached_forward(Model *m, Layer *layer, floatX *out, const float
     const Dims &d = m->d;
     const int64_t lead = d.lead * (int64_t)d.C;
     gold_queries(m, layer, x);
-    const int M = d.BT - d.lead, needed = 2 * (d.L - layer->l), skip = f->last_only && M > needed ? M - needed : 0;
+    const int M = d.BT - d.lead, needed = 2 * (d.L - layer->index), skip = f->last_only && M > needed ? M - needed : 0;
     WindowTask task = {};
     task.query.q = layer->gold.q + lead;
     CUDA_CHECK(cudaMemsetAsync(layer->gold.y, 0, (d.lead + skip) * (int64_t)d.C * sizeof(floatX), stream));
-    gold_attention(f, f->sources[layer->l - d.G0], layer->gold.y + lead, task, skip, M);
+    gold_attention(f, f->sources[layer->index - d.G0], layer->gold.y + lead, task, skip, M);
     gold_output(m, layer, out);
 }
 
-static const Mixer GOLD_FROM_CACHE = {"gold",  GOLD,   0, true, false, false, gold_plan, gold_cached_forward,
-                                      nullptr, nullptr};
+static Mixer gold_from_cache(void) { // the trainer's row, but for the forward pass
+    Mixer row = *find_mixer(TIME_MIXERS, "gold");
+    row.forward = gold_cached_forward, row.backward = nullptr, row.remake = nullptr;
+    return row;
+}
+static const Mixer GOLD_FROM_CACHE = gold_from_cache();
 
 // ---- attention of layers that keep their own keys and values (gptalpha, llama) ----
 //
@@ -1333,7 +1337,7 @@ static void attend_kept(Model *m, Layer *layer) {
     Infer *f = (Infer *)m;
     const Dims &d = m->d;
     const Attention &a = layer->attention;
-    const KeptKv &kv = f->kept[layer->l];
+    const KeptKv &kv = f->kept[layer->index];
     const int M = d.BT - d.lead, A = d.A, groups = (int)ceil_div(M, KEPT_QUERIES);
     const int64_t first = d.first + d.lead, lead = d.lead * (int64_t)A, tiles = ceil_div(first + M, KEPT_TILE);
     const size_t bytes = (size_t)M * A * sizeof(floatX);
@@ -1995,7 +1999,7 @@ __global__ void __launch_bounds__(MV_THREADS)
 template <typename Job> static void tmix_out_decode(Infer *f, Layer *layer, Job job) {
     const Params &p = layer->p;
     const Row &row = f->row;
-    job.x = row.y, job.gain = p.ln_x_weight.w, job.bias = p.ln_x_bias.w, job.w = p.output.w;
+    job.x = row.y, job.gain = p.ln_x.gain.w, job.bias = p.ln_x.bias.w, job.w = p.output.w;
     job.end = {row.x, nullptr, row.ln, layer->tmix_shift, row.x_mid}, job.rows = f->m.d.C, job.K = f->m.d.A;
     matvec(job, 2 * job.K);
 }
@@ -2004,15 +2008,15 @@ static void mix_hidden_decode(Infer *f, Layer *layer, int mixes) {
     const Dims &d = f->m.d;
     const Params &p = layer->p;
     MixHidden job = {};
-    job.mix = {f->row.x, p.ln1_weight.w, p.ln1_bias.w, layer->tmix_shift, {p.time_maa_x.w}, f->row.ln};
-    job.w = f->packed[layer->l].mix_w1, job.hidden = f->row.hidden, job.rows = 32 * mixes, job.K = d.C;
+    job.mix = {f->row.x, p.ln1.gain.w, p.ln1.bias.w, layer->tmix_shift, {p.time_maa_x.w}, f->row.ln};
+    job.w = f->packed[layer->index].mix_w1, job.hidden = f->row.hidden, job.rows = 32 * mixes, job.K = d.C;
     matvec(job, job.mix.vectors(d.C));
 }
 
 static void finch_c2_decode(Infer *f, Layer *layer) {
     const Dims &d = f->m.d;
     const Params &p = layer->p;
-    const Packed &packed = f->packed[layer->l];
+    const Packed &packed = f->packed[layer->index];
     const Row &row = f->row;
     const bool v2 = f->m.s.use_v2;
     const int mixes = v2 ? 5 : 4;
@@ -2078,7 +2082,7 @@ static void gold_decode(Infer *f, Layer *layer) {
     const Dims &d = f->m.d;
     const Params &p = layer->p;
     const Row &row = f->row;
-    const GoldSource &g = f->sources[layer->l - d.G0];
+    const GoldSource &g = f->sources[layer->index - d.G0];
     mix_hidden_decode(f, layer, 1);
     const Mixed mixed = {row.ln, layer->tmix_shift, {p.time_maa_q.w}, p.time_maa_q_w2.w, row.hidden, row.xs};
     launch_early(decode_mixes, dim3((int)ceil_div(d.C, 256), 1), 128, 0, mixed, d.C);
@@ -2086,7 +2090,7 @@ static void gold_decode(Infer *f, Layer *layer) {
     query.x = row.xs, query.w = p.query.w, query.out = row.q, query.rows = d.C, query.K = d.C;
     matvec(query, d.C);
     WindowTask task = {};
-    task.query = {nullptr, row.q, p.ln_q_weight.w, p.ln_q_bias.w, &f->device_sources[layer->l - d.G0].rope, f->place};
+    task.query = {nullptr, row.q, p.ln_q.gain.w, p.ln_q.bias.w, &f->device_sources[layer->index - d.G0].rope, f->place};
     const bool in_splits = f->window_begin == 0;
     gold_attention(f, g, in_splits ? nullptr : row.y, task, 0, 1);
     GoldOut out = {};
@@ -2100,7 +2104,7 @@ static void cmix_decode(Infer *f, Layer *layer) { // row.x = row.x_mid + ..
     const Params &p = layer->p;
     const Row &row = f->row;
     CmixIn in = {};
-    in.mix = {f->m.s.parallel ? row.x : row.x_mid,      p.ln2_weight.w, p.ln2_bias.w, layer->cmix_shift,
+    in.mix = {f->m.s.parallel ? row.x : row.x_mid,      p.ln2.gain.w, p.ln2.bias.w, layer->cmix_shift,
               {p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, row.ln};
     in.key = p.ffn_key.w, in.receptance = p.ffn_receptance.w, in.k = row.ffn, in.gate = row.gate;
     in.F = d.F, in.rows = d.F + d.C, in.K = d.C;
@@ -2133,8 +2137,8 @@ static void queue_step(Infer *f, const int *token) {
     const Dims &d = m->d;
     const Row &row = f->row;
     const Params &top = m->top, &first = m->layers[0].p;
-    decode_begin<<<1, MV_THREADS, 0, stream>>>(row.x, f->place, f->ids, token, top.emb.w, first.ln0_weight.w,
-                                               first.ln0_bias.w, f->window, d.C);
+    decode_begin<<<1, MV_THREADS, 0, stream>>>(row.x, f->place, f->ids, token, top.emb.w, first.ln0.gain.w,
+                                               first.ln0.bias.w, f->window, d.C);
     for (int l = 0; l < d.L; l++) {
         Layer *layer = &f->m.layers[l];
         if (f->G && l == d.G0) cache_decode(f);
@@ -2142,7 +2146,7 @@ static void queue_step(Infer *f, const int *token) {
         find_decoder(CHANNEL_DECODERS, layer->cmix->name)->decode(f, layer);
     }
     Head head = {};
-    head.x = row.x, head.gain = top.ln_out_weight.w, head.bias = top.ln_out_bias.w, head.w = top.head.w,
+    head.x = row.x, head.gain = top.ln_out.gain.w, head.bias = top.ln_out.bias.w, head.w = top.head.w,
     head.logits = f->logits;
     head.rows = d.V, head.K = d.C;
     matvec(head, 2 * d.C);
@@ -2312,7 +2316,7 @@ static void prepare_gold(Infer *f) {
     const int R32 = multiple_of_32(d.R), rank = gold_rank(d), rank_pad = padded_rank(rank);
     const int largest = R32 > rank_pad ? R32 : rank_pad;
     const Param W = m->top.w_kv_cache_b;
-    f->w_c = packed(d.A, R32, columns_from(W, C), d.A, d.R, false);
+    f->w_c = packed(d.A, R32, columns_of(W, d.C, d.R), d.A, d.R, false);
     alloc_floats(&f->id_k0, V * C);
     alloc_floats(&f->id_xo, V * C);
     alloc_floats(&f->id_c, V * R32);
@@ -2331,9 +2335,9 @@ static void prepare_gold(Infer *f) {
         g.id_h = id_h, g.id_h_before = id_h_before;
         g.w_c = f->w_c, g.c_gram = f->c_gram;
         g.rope = m->rope, g.C = d.C, g.H = d.H, g.R = d.R, g.R32 = R32, g.rank_pad = rank_pad;
-        g.k.mu = p.time_maa_k.w, g.k.mix = p.time_maa_kv_w2.w, g.k.gain = p.ln_k_weight.w, g.k.bias = p.ln_k_bias.w;
-        g.v.mu = p.time_maa_v.w, g.v.mix = p.time_maa_kv_w2.w + 32 * C, g.v.gain = p.ln_v_weight.w,
-        g.v.bias = p.ln_v_bias.w;
+        g.k.mu = p.time_maa_k.w, g.k.mix = p.time_maa_kv_w2.w, g.k.gain = p.ln_k.gain.w, g.k.bias = p.ln_k.bias.w;
+        g.v.mu = p.time_maa_v.w, g.v.mix = p.time_maa_kv_w2.w + 32 * C, g.v.gain = p.ln_v.gain.w,
+        g.v.bias = p.ln_v.bias.w;
         prepare_side(g, g.k, true, p.time_key_w1, p.time_key_w2, rank, scratch);
         prepare_side(g, g.v, false, p.time_value_w1, p.time_value_w2, rank, scratch);
         if (g.rope.used) prepare_turned(g);
@@ -2349,7 +2353,7 @@ static void prepare_gold(Infer *f) {
             model_embed(m);
             if (i == 0) {
                 append_floats<<<blocks_of(here * C), 256, 0, stream>>>(f->id_xo + first * C, m->xo, here * C);
-                linear_forward(f->id_k0 + first * C, m->x0, W, here, d.A, d.C);
+                linear_forward(f->id_k0 + first * C, m->x0, columns_of(W, 0, d.C), here);
             }
             matmul(id_h + first * 64, 64, rows(m->xo, C), rows(w1[0], 64), here, 64, d.C);
             matmul(id_h_before + first * 64, 64, rows(m->xo, C), rows(w1[1], 64), here, 64, d.C);
@@ -2375,11 +2379,15 @@ template <size_t n> static const char *mixer_from_tensors(const Mixer (&table)[n
     for (const Mixer &mixer : table) {
         bool all = true;
         char full[96];
-#define ROW(field, name, s0, s1, s2, init, group, places) \
+#define ROW(field, name, sizes, init, group, places) \
     snprintf(full, sizeof(full), "blocks.%d.%s", l, name); \
     all = all && (!((places)&mixer.tensors) || safetensors_find(file, full));
-        TENSORS(ROW)
-        VARIANTS(ROW)
+#define NORM_ROW(field, name, sizes, init, places) \
+    ROW(field, name ".weight", sizes, init, VECTOR, places) \
+    ROW(field, name ".bias", sizes, init, VECTOR, places)
+        TENSORS(ROW, NORM_ROW)
+        VARIANTS(ROW, NORM_ROW)
+#undef NORM_ROW
 #undef ROW
         if (all) return mixer.name;
     }
@@ -2438,8 +2446,8 @@ static void fill_window(Infer *f, int64_t begin, int64_t end) {
         set_batch(m, 1, n + 1);
         read_cache_rows<<<n + 1, 128, 0, stream>>>(m->cache, m->tokens, f->sources[0], at - 1);
         model_embed(m);
-        linear_forward(m->k0_sum, m->x0, W, d.BT, d.A, d.C);
-        linear_forward(m->k0_sum, m->cache, columns_from(W, d.C), d.BT, d.A, d.R, 1);
+        linear_forward(m->k0_sum, m->x0, columns_of(W, 0, d.C), d.BT);
+        linear_forward(m->k0_sum, m->cache, columns_of(W, d.C, d.R), d.BT, 1);
         rms_norm_forward<<<d.BT, row_threads(d.A), 0, stream>>>(m->k0, m->k0_sum, d.A);
         for (floatX *row : {m->k0, m->xo}) // before the first token there is nothing
             if (at == 0) CUDA_CHECK(cudaMemsetAsync(row, 0, d.C * sizeof(floatX), stream));
@@ -2752,7 +2760,7 @@ static void append_to_cache(Infer *f, const floatX *x, int n) {
     const Dims &d = m->d;
     const int64_t at = f->position;
     append_tokens<<<blocks_of(n), 256, 0, stream>>>(f->ids + at, m->tokens + 1, n);
-    linear_forward(m->cache, x + d.C, m->top.w_kv_cache_a, n, d.R, d.C);
+    linear_forward(m->cache, x + d.C, m->top.w_kv_cache_a, n);
     if (f->kv == KV_INT8) append_int8<<<n, 32, 0, stream>>>(f->c8 + at * d.R, f->scales + at, m->cache, d.R);
     else append_floats<<<blocks_of((int64_t)n * d.R), 256, 0, stream>>>(f->c + at * d.R, m->cache, (int64_t)n * d.R);
 }

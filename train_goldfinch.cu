@@ -1069,7 +1069,7 @@ template <int k> __device__ inline void warpgroup_columns(TileC (&c)[8], const T
 // 3. Tensors: every parameter of the model, named once
 
 // Initial values (spec section 7). For layer l: p = l/(L-1), q = 1 - l/L; d = i/C over channels.
-enum InitKind { CONSTANT, CURVE, POWER, UNIFORM, ORTHOGONAL, HEAD_ORTHOGONAL, TIME_DECAY, TIME_FAAAA, LN_X_GAIN };
+enum InitKind { CONSTANT, CURVE, POWER, UNIFORM, ORTHOGONAL, HEAD_ORTHO, TIME_DECAY, TIME_FAAAA, LN_X_GAIN };
 typedef struct Init {
     InitKind kind;
     double a, b;
@@ -1081,108 +1081,117 @@ static Init uniform(double range) { return {UNIFORM, range, 0}; }
 static Init orthogonal(double gain) { return {ORTHOGONAL, gain, 0}; }
 static Init rule(InitKind kind) { return {kind, 0, 0}; }
 
-// Optimizer groups (spec section 8): only matrices decay; lr factors in train_stage 1 and 2 are {1, 1}, {1, 2}, {2, 3},
-// {1, 1}.
-enum Group { VECTOR, SHIFT, DECAY, MATRIX };
-static const double GROUP_LR[4][2] = {{1, 1}, {1, 2}, {2, 3}, {1, 1}};
+// Optimizer groups (spec section 8), and who is in them. A matrix with a dimension of 1 gets no weight decay either.
+enum Group { MATRIX, SHIFT, WKV_DECAY, VECTOR };
+static const struct {
+    bool weight_decay;
+    double rate, rate_stage_2; // factors on the learning rate (1 with layerwise_lr 0): usually; with train_stage 2
+} GROUPS[4] = {
+    {true, 1, 1},  // MATRIX: of linear layers, embedding, head
+    {false, 1, 2}, // SHIFT: time_maa, time_mix, time_faaaa
+    {false, 2, 3}, // WKV_DECAY: time_decay
+    {false, 1, 1}, // VECTOR: all others, that is norms and the low-rank w1 and w2
+};
 
 // Which layers have a tensor: once at the top; once with TokenCat; in block 0; in every block; or in blocks of a mixer.
 // clang-format off
 enum Where {
     TOP = 1, KV = 2, FIRST = 4, BLOCK = 8,
-    FINCH_C2 = 16, GOLD = 32, FINCH = 64, FINCH_B = 128, EAGLE = 256, GPTALPHA = 512, LLAMA = 1024,     // time mixers
-    // channel mixers
-    CMIX = 2048, CMIX_EAGLE = 4096, CMIX_LLAMA = 8192,
+    FINCH_C2 = 16, GOLD = 32, FINCH = 64, FINCH_B = 128, EAGLE = 256, GPTALPHA = 512, LLAMA = 1024, // time mixers
+    CMIX = 2048, CMIX_EAGLE = 4096, CMIX_LLAMA = 8192, CMIXES = CMIX | CMIX_EAGLE,                  // channel mixers
     FINCHES = FINCH_C2 | FINCH | FINCH_B, RWKV = FINCHES | EAGLE, NOT_LLAMA = RWKV | GOLD | GPTALPHA,
     MIXED = FINCH_C2 | FINCH | GPTALPHA, SHIFTED = MIXED | FINCH_B
 };
 // clang-format on
 
+typedef struct Shape {
+    int ndim;
+    int64_t size[3]; // 1 beyond ndim
+} Shape;
+static Shape shape(int64_t a) { return {1, {a, 1, 1}}; }
+static Shape shape(int64_t a, int64_t b) { return {2, {a, b, 1}}; }
+static Shape shape(int64_t a, int64_t b, int64_t c) { return {3, {a, b, c}}; }
+
+static const int MIX_RANK = 32;                     // of a mix
+static const int DECAY_RANK = 64, VALUE2_RANK = 64; // of what depends on the data in w and v2
+
 // The table: field, name in a checkpoint, shape, initial values, group, where. Letters as in the spec, beside
 // R: numbers per token in the cache; mixes: how many inputs a time mixer mixes; rank: of GOLD's key and value;
-// FL: width of Llama's channel mixer.
+// FL: width of Llama's channel mixer. A NORM is two tensors of the group VECTOR, NAME.weight with these initial values
+// and NAME.bias with zeros. The slices of time_maa_w2 (and time_maa_w1's groups of 32 columns) belong to the mixed
+// inputs in this order: r, k, v, w, v2 of Finch-C2; w, k, v, r, g of Finch; r, k, v, w of Finch without a gate;
+// r (which makes the queries), k, v of GPTAlpha; k, v of GOLD's time_maa_kv_w2.
 // clang-format off
-//    field             name in a checkpoint     shape             initial values         group   where
-#define TENSORS(X) \
-    X(emb,              "emb.weight",            V, C, 1,          uniform(1e-4),         MATRIX, TOP) \
-    X(head,             "head.weight",           V, C, 1,          rule(HEAD_ORTHOGONAL), MATRIX, TOP) \
-    X(ln_out_weight,    "ln_out.weight",         C, 0, 0,          constant(1),           VECTOR, TOP) \
-    X(ln_out_bias,      "ln_out.bias",           C, 0, 0,          constant(0),           VECTOR, TOP) \
-    X(w_kv_cache_a,     "w_kv_cache_a.weight",   R, C, 1,          orthogonal(1),         MATRIX, KV) \
-    X(w_kv_cache_b,     "w_kv_cache_b.weight",   A, C + R, 1,      orthogonal(1),         MATRIX, KV) \
-    X(ln0_weight,       "ln0.weight",            C, 0, 0,          constant(1),           VECTOR, FIRST) \
-    X(ln0_bias,         "ln0.bias",              C, 0, 0,          constant(0),           VECTOR, FIRST) \
-    X(ln1_weight,       "ln1.weight",            C, 0, 0,          constant(1),           VECTOR, BLOCK) \
-    X(ln1_bias,         "ln1.bias",              C, 0, 0,          constant(0),           VECTOR, BLOCK) \
-    X(ln2_weight,       "ln2.weight",            C, 0, 0,          constant(1),           VECTOR, BLOCK) \
-    X(ln2_bias,         "ln2.bias",              C, 0, 0,          constant(0),           VECTOR, BLOCK) \
-    X(time_maa_x,       "att.time_maa_x",        1, 1, C,          curve(1, 0),           SHIFT,  SHIFTED | GOLD) \
-    X(time_maa_r,       "att.time_maa_r",        1, 1, C,          curve(0.5, 0),         SHIFT,  SHIFTED) \
-    X(time_maa_q,       "att.time_maa_q",        1, 1, C,          curve(0.5, 0),         SHIFT,  GOLD) \
-    X(time_maa_v_cache, "att.time_maa_v_cache",  1, 1, C,          curve(1, 0),           SHIFT,  GOLD) \
-    X(time_maa_k,       "att.time_maa_k",        1, 1, C,          curve(1, 0),           SHIFT,  SHIFTED | GOLD) \
-    X(time_maa_v,       "att.time_maa_v",        1, 1, C,          curve(1, 0.3),         SHIFT,  SHIFTED | GOLD) \
-    X(time_maa_w,       "att.time_maa_w",        1, 1, C,          curve(1, 0),           SHIFT,  FINCHES) \
-    X(time_maa_g,       "att.time_maa_g",        1, 1, C,          curve(0.5, 0),         SHIFT,  FINCH) \
-    X(time_maa_v2,      "att.time_maa_v2",       1, 1, C,          curve(1, 0.3),         SHIFT,  FINCH_C2) \
-    X(time_maa_w1,      "att.time_maa_w1",       C, 32 * mixes, 1, constant(0),           VECTOR, MIXED) \
-    X(time_maa_w2,      "att.time_maa_w2",       mixes, 32, C,     uniform(0.01),         VECTOR, MIXED) \
-    X(time_maa_q_w1,    "att.time_maa_q_w1",     C, 32, 1,         constant(0),           VECTOR, GOLD) \
-    X(time_maa_q_w2,    "att.time_maa_q_w2",     32, C, 1,         uniform(0.01),         VECTOR, GOLD) \
-    X(time_maa_kv_w1,   "att.time_maa_kv_w1",    C, 64, 1,         constant(0),           VECTOR, GOLD) \
-    X(time_maa_kv_w2,   "att.time_maa_kv_w2",    2, 32, C,         uniform(0.01),         VECTOR, GOLD) \
-    X(time_decay,       "att.time_decay",        1, 1, A,          rule(TIME_DECAY),      DECAY,  FINCHES) \
-    X(time_decay_w1,    "att.time_decay_w1",     C, 64, 1,         constant(0),           VECTOR, FINCHES) \
-    X(time_decay_w2,    "att.time_decay_w2",     64, A, 1,         uniform(0.01),         VECTOR, FINCHES) \
-    X(time_value2_w1,   "att.time_value2_w1",    C, 64, 1,         constant(0),           VECTOR, FINCH_C2) \
-    X(time_value2_w2,   "att.time_value2_w2",    64, A, 1,         uniform(0.01),         VECTOR, FINCH_C2) \
-    X(time_faaaa,       "att.time_faaaa",        H, 64, 1,         rule(TIME_FAAAA),      SHIFT,  RWKV) \
-    X(time_key_w1,      "att.time_key_w1",       C, rank, 1,       constant(0),           VECTOR, GOLD) \
-    X(time_key_w2,      "att.time_key_w2",       rank, C, 1,       uniform(0.01),         VECTOR, GOLD) \
-    X(time_value_w1,    "att.time_value_w1",     C, rank, 1,       constant(0),           VECTOR, GOLD) \
-    X(time_value_w2,    "att.time_value_w2",     rank, C, 1,       uniform(0.01),         VECTOR, GOLD) \
-    X(receptance,       "att.receptance.weight", A, C, 1,          orthogonal(1),         MATRIX, RWKV) \
-    X(key,              "att.key.weight",        A, C, 1,          orthogonal(0.1),       MATRIX, RWKV | GPTALPHA) \
-    X(value,            "att.value.weight",      A, C, 1,          orthogonal(1),         MATRIX, RWKV | GPTALPHA) \
-    X(query,            "att.query.weight",      A, C, 1,          orthogonal(1),         MATRIX, GOLD | GPTALPHA) \
-    X(gate,             "att.gate.weight",       A, C, 1,          orthogonal(0.1),       MATRIX, FINCH | EAGLE) \
-    X(output,           "att.output.weight",     C, A, 1,          constant(0),           MATRIX, NOT_LLAMA) \
-    X(ln_q_weight,      "att.ln_q.weight",       A, 0, 0,          constant(1),           VECTOR, GOLD) \
-    X(ln_q_bias,        "att.ln_q.bias",         A, 0, 0,          constant(0),           VECTOR, GOLD) \
-    X(ln_k_weight,      "att.ln_k.weight",       A, 0, 0,          constant(1),           VECTOR, GOLD | GPTALPHA) \
-    X(ln_k_bias,        "att.ln_k.bias",         A, 0, 0,          constant(0),           VECTOR, GOLD | GPTALPHA) \
-    X(ln_v_weight,      "att.ln_v.weight",       A, 0, 0,          constant(1),           VECTOR, GOLD | GPTALPHA) \
-    X(ln_v_bias,        "att.ln_v.bias",         A, 0, 0,          constant(0),           VECTOR, GOLD | GPTALPHA) \
-    X(ln_x_weight,      "att.ln_x.weight",       A, 0, 0,          rule(LN_X_GAIN),       VECTOR, NOT_LLAMA) \
-    X(ln_x_bias,        "att.ln_x.bias",         A, 0, 0,          constant(0),           VECTOR, NOT_LLAMA) \
-    X(ffn_time_maa_k,   "ffn.time_maa_k",        1, 1, C,          curve(1, 0),           SHIFT,  CMIX) \
-    X(ffn_time_maa_r,   "ffn.time_maa_r",        1, 1, C,          curve(1, 0),           SHIFT,  CMIX) \
-    X(ffn_key,          "ffn.key.weight",        F, C, 1,          orthogonal(1),         MATRIX, CMIX | CMIX_EAGLE) \
-    X(ffn_receptance,   "ffn.receptance.weight", C, C, 1,          constant(0),           MATRIX, CMIX | CMIX_EAGLE) \
-    X(ffn_value,        "ffn.value.weight",      C, F, 1,          constant(0),           MATRIX, CMIX | CMIX_EAGLE) \
-    X(ffn_w1,           "ffn.w1.weight",         FL, C, 1,         orthogonal(1),         MATRIX, CMIX_LLAMA) \
-    X(ffn_w2,           "ffn.w2.weight",         C, FL, 1,         orthogonal(1),         MATRIX, CMIX_LLAMA) \
-    X(ffn_w3,           "ffn.w3.weight",         FL, C, 1,         orthogonal(1),         MATRIX, CMIX_LLAMA)
-// clang-format on
+//    field             name in a checkpoint     shape                  initial values    group      where
+#define TENSORS(X, NORM) \
+    X(emb,              "emb.weight",            (V, C),                uniform(1e-4),    MATRIX,    TOP) \
+    X(head,             "head.weight",           (V, C),                rule(HEAD_ORTHO), MATRIX,    TOP) \
+    NORM(ln_out,        "ln_out",                (C),                   constant(1),                 TOP) \
+    X(w_kv_cache_a,     "w_kv_cache_a.weight",   (R, C),                orthogonal(1),    MATRIX,    KV) \
+    X(w_kv_cache_b,     "w_kv_cache_b.weight",   (A, C + R),            orthogonal(1),    MATRIX,    KV) \
+    NORM(ln0,           "ln0",                   (C),                   constant(1),                 FIRST) \
+    NORM(ln1,           "ln1",                   (C),                   constant(1),                 BLOCK) \
+    NORM(ln2,           "ln2",                   (C),                   constant(1),                 BLOCK) \
+    X(time_maa_x,       "att.time_maa_x",        (1, 1, C),             curve(1, 0),      SHIFT,     SHIFTED | GOLD) \
+    X(time_maa_r,       "att.time_maa_r",        (1, 1, C),             curve(0.5, 0),    SHIFT,     SHIFTED) \
+    X(time_maa_q,       "att.time_maa_q",        (1, 1, C),             curve(0.5, 0),    SHIFT,     GOLD) \
+    X(time_maa_v_cache, "att.time_maa_v_cache",  (1, 1, C),             curve(1, 0),      SHIFT,     GOLD) \
+    X(time_maa_k,       "att.time_maa_k",        (1, 1, C),             curve(1, 0),      SHIFT,     SHIFTED | GOLD) \
+    X(time_maa_v,       "att.time_maa_v",        (1, 1, C),             curve(1, 0.3),    SHIFT,     SHIFTED | GOLD) \
+    X(time_maa_w,       "att.time_maa_w",        (1, 1, C),             curve(1, 0),      SHIFT,     FINCHES) \
+    X(time_maa_g,       "att.time_maa_g",        (1, 1, C),             curve(0.5, 0),    SHIFT,     FINCH) \
+    X(time_maa_v2,      "att.time_maa_v2",       (1, 1, C),             curve(1, 0.3),    SHIFT,     FINCH_C2) \
+    X(time_maa_w1,      "att.time_maa_w1",       (C, MIX_RANK * mixes), constant(0),      VECTOR,    MIXED) \
+    X(time_maa_w2,      "att.time_maa_w2",       (mixes, MIX_RANK, C),  uniform(0.01),    VECTOR,    MIXED) \
+    X(time_maa_q_w1,    "att.time_maa_q_w1",     (C, MIX_RANK),         constant(0),      VECTOR,    GOLD) \
+    X(time_maa_q_w2,    "att.time_maa_q_w2",     (MIX_RANK, C),         uniform(0.01),    VECTOR,    GOLD) \
+    X(time_maa_kv_w1,   "att.time_maa_kv_w1",    (C, 2 * MIX_RANK),     constant(0),      VECTOR,    GOLD) \
+    X(time_maa_kv_w2,   "att.time_maa_kv_w2",    (2, MIX_RANK, C),      uniform(0.01),    VECTOR,    GOLD) \
+    X(time_decay,       "att.time_decay",        (1, 1, A),             rule(TIME_DECAY), WKV_DECAY, FINCHES) \
+    X(time_decay_w1,    "att.time_decay_w1",     (C, DECAY_RANK),       constant(0),      VECTOR,    FINCHES) \
+    X(time_decay_w2,    "att.time_decay_w2",     (DECAY_RANK, A),       uniform(0.01),    VECTOR,    FINCHES) \
+    X(time_value2_w1,   "att.time_value2_w1",    (C, VALUE2_RANK),      constant(0),      VECTOR,    FINCH_C2) \
+    X(time_value2_w2,   "att.time_value2_w2",    (VALUE2_RANK, A),      uniform(0.01),    VECTOR,    FINCH_C2) \
+    X(time_faaaa,       "att.time_faaaa",        (H, N),                rule(TIME_FAAAA), SHIFT,     RWKV) \
+    X(time_key_w1,      "att.time_key_w1",       (C, rank),             constant(0),      VECTOR,    GOLD) \
+    X(time_key_w2,      "att.time_key_w2",       (rank, C),             uniform(0.01),    VECTOR,    GOLD) \
+    X(time_value_w1,    "att.time_value_w1",     (C, rank),             constant(0),      VECTOR,    GOLD) \
+    X(time_value_w2,    "att.time_value_w2",     (rank, C),             uniform(0.01),    VECTOR,    GOLD) \
+    X(receptance,       "att.receptance.weight", (A, C),                orthogonal(1),    MATRIX,    RWKV) \
+    X(key,              "att.key.weight",        (A, C),                orthogonal(0.1),  MATRIX,    RWKV | GPTALPHA) \
+    X(value,            "att.value.weight",      (A, C),                orthogonal(1),    MATRIX,    RWKV | GPTALPHA) \
+    X(query,            "att.query.weight",      (A, C),                orthogonal(1),    MATRIX,    GOLD | GPTALPHA) \
+    X(gate,             "att.gate.weight",       (A, C),                orthogonal(0.1),  MATRIX,    FINCH | EAGLE) \
+    X(output,           "att.output.weight",     (C, A),                constant(0),      MATRIX,    NOT_LLAMA) \
+    NORM(ln_q,          "att.ln_q",              (A),                   constant(1),                 GOLD) \
+    NORM(ln_k,          "att.ln_k",              (A),                   constant(1),                 GOLD | GPTALPHA) \
+    NORM(ln_v,          "att.ln_v",              (A),                   constant(1),                 GOLD | GPTALPHA) \
+    NORM(ln_x,          "att.ln_x",              (A),                   rule(LN_X_GAIN),             NOT_LLAMA) \
+    X(ffn_time_maa_k,   "ffn.time_maa_k",        (1, 1, C),             curve(1, 0),      SHIFT,     CMIX) \
+    X(ffn_time_maa_r,   "ffn.time_maa_r",        (1, 1, C),             curve(1, 0),      SHIFT,     CMIX) \
+    X(ffn_key,          "ffn.key.weight",        (F, C),                orthogonal(1),    MATRIX,    CMIXES) \
+    X(ffn_receptance,   "ffn.receptance.weight", (C, C),                constant(0),      MATRIX,    CMIXES) \
+    X(ffn_value,        "ffn.value.weight",      (C, F),                constant(0),      MATRIX,    CMIXES) \
+    X(ffn_w1,           "ffn.w1.weight",         (FL, C),               orthogonal(1),    MATRIX,    CMIX_LLAMA) \
+    X(ffn_w2,           "ffn.w2.weight",         (C, FL),               orthogonal(1),    MATRIX,    CMIX_LLAMA) \
+    X(ffn_w3,           "ffn.w3.weight",         (FL, C),               orthogonal(1),    MATRIX,    CMIX_LLAMA)
 
 // Fields that have another name, shape or beginning in some models.
-// clang-format off
-#define VARIANTS(X) \
-    X(time_maa_w1,    "att.time_maa_rkvw_w1", C, 32 * mixes, 1, constant(0),      VECTOR, FINCH_B) \
-    X(time_maa_w2,    "att.time_maa_rkvw_w2", mixes, 32, C,     uniform(0.01),    VECTOR, FINCH_B) \
-    X(time_maa_r,     "att.time_mix_r",       1, 1, C,          power(0.5, 0),    SHIFT,  EAGLE) \
-    X(time_maa_k,     "att.time_mix_k",       1, 1, C,          power(1, 0),      SHIFT,  EAGLE) \
-    X(time_maa_v,     "att.time_mix_v",       1, 1, C,          power(1, 0.3),    SHIFT,  EAGLE) \
-    X(time_maa_g,     "att.time_mix_g",       1, 1, C,          power(0.5, 0),    SHIFT,  EAGLE) \
-    X(time_decay,     "att.time_decay",       H, 64, 1,         rule(TIME_DECAY), DECAY,  EAGLE) \
-    X(ln_q_weight,    "att.ln_r.weight",      A, 0, 0,          constant(1),      VECTOR, GPTALPHA) \
-    X(ln_q_bias,      "att.ln_r.bias",        A, 0, 0,          constant(0),      VECTOR, GPTALPHA) \
-    X(query,          "att.wq.weight",        A, C, 1,          orthogonal(1),    MATRIX, LLAMA) \
-    X(key,            "att.wk.weight",        A, C, 1,          orthogonal(1),    MATRIX, LLAMA) \
-    X(value,          "att.wv.weight",        A, C, 1,          orthogonal(1),    MATRIX, LLAMA) \
-    X(output,         "att.wo.weight",        C, A, 1,          orthogonal(1),    MATRIX, LLAMA) \
-    X(ffn_time_maa_k, "ffn.time_mix_k",       1, 1, C,          power(1, 0),      SHIFT,  CMIX_EAGLE) \
-    X(ffn_time_maa_r, "ffn.time_mix_r",       1, 1, C,          power(1, 0),      SHIFT,  CMIX_EAGLE)
+#define VARIANTS(X, NORM) \
+    X(time_maa_w1,      "att.time_maa_rkvw_w1",  (C, MIX_RANK * mixes), constant(0),      VECTOR,    FINCH_B) \
+    X(time_maa_w2,      "att.time_maa_rkvw_w2",  (mixes, MIX_RANK, C),  uniform(0.01),    VECTOR,    FINCH_B) \
+    X(time_maa_r,       "att.time_mix_r",        (1, 1, C),             power(0.5, 0),    SHIFT,     EAGLE) \
+    X(time_maa_k,       "att.time_mix_k",        (1, 1, C),             power(1, 0),      SHIFT,     EAGLE) \
+    X(time_maa_v,       "att.time_mix_v",        (1, 1, C),             power(1, 0.3),    SHIFT,     EAGLE) \
+    X(time_maa_g,       "att.time_mix_g",        (1, 1, C),             power(0.5, 0),    SHIFT,     EAGLE) \
+    X(time_decay,       "att.time_decay",        (H, N),                rule(TIME_DECAY), WKV_DECAY, EAGLE) \
+    NORM(ln_q,          "att.ln_r",              (A),                   constant(1),                 GPTALPHA) \
+    X(query,            "att.wq.weight",         (A, C),                orthogonal(1),    MATRIX,    LLAMA) \
+    X(key,              "att.wk.weight",         (A, C),                orthogonal(1),    MATRIX,    LLAMA) \
+    X(value,            "att.wv.weight",         (A, C),                orthogonal(1),    MATRIX,    LLAMA) \
+    X(output,           "att.wo.weight",         (C, A),                orthogonal(1),    MATRIX,    LLAMA) \
+    X(ffn_time_maa_k,   "ffn.time_mix_k",        (1, 1, C),             power(1, 0),      SHIFT,     CMIX_EAGLE) \
+    X(ffn_time_maa_r,   "ffn.time_mix_r",        (1, 1, C),             power(1, 0),      SHIFT,     CMIX_EAGLE)
 // clang-format on
 
 // One tensor of this model. offset: in elements, the same in the blocks of weights, gradients, masters and moments.
@@ -1195,19 +1204,26 @@ typedef struct Tensor {
     int decay;       // 1: weight decay applies
 } Tensor;
 
-// weights, gradients, length of a row
+// Weights and gradients, as a matrix: `rows` rows of `columns` numbers, ld apart (all dimensions but the last: rows).
 typedef struct Param {
     floatX *w;
     float *g;
+    int rows, columns;
     int64_t ld;
 } Param;
 
+typedef struct LayerNorm {
+    Param gain, bias;
+} LayerNorm;
+
 // All tensors of one layer (or of the top) by field; those that it does not have are null.
 #define FIELD(field, ...) Param field;
+#define NORM_FIELD(field, ...) LayerNorm field;
 typedef struct Params {
-    TENSORS(FIELD)
+    TENSORS(FIELD, NORM_FIELD)
 } Params;
 #undef FIELD
+#undef NORM_FIELD
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 4. Kernels, forward beside backward, in the order a token meets them
@@ -1298,9 +1314,25 @@ __global__ void layernorm_forward_kernel(floatX *out, floatX *sum, const floatX 
     store(out + row * C + c, v);
 }
 
-static void layernorm_forward(floatX *out, floatX *sum, const floatX *x, const int *index, const floatX *branch,
-                              Param gain, Param bias, int rows, int C) {
-    layernorm_forward_kernel<<<rows, row_threads(C), 0, stream>>>(out, sum, x, index, branch, gain.w, bias.w, C);
+static void layernorm_forward(floatX *out, const floatX *x, const LayerNorm &ln, int rows) {
+    const int C = ln.gain.columns;
+    layernorm_forward_kernel<<<rows, row_threads(C), 0, stream>>>(out, nullptr, x, nullptr, nullptr, ln.gain.w,
+                                                                  ln.bias.w, C);
+}
+
+// sum = x + branch,  out = LayerNorm(sum)
+static void add_layernorm_forward(floatX *out, floatX *sum, const floatX *x, const floatX *branch, const LayerNorm &ln,
+                                  int rows) {
+    const int C = ln.gain.columns;
+    layernorm_forward_kernel<<<rows, row_threads(C), 0, stream>>>(out, sum, x, nullptr, branch, ln.gain.w, ln.bias.w,
+                                                                  C);
+}
+
+// out = LayerNorm(emb[id])
+static void embedding_layernorm_forward(floatX *out, const floatX *emb, const int *ids, const LayerNorm &ln, int rows) {
+    const int C = ln.gain.columns;
+    layernorm_forward_kernel<<<rows, row_threads(C), 0, stream>>>(out, nullptr, emb, ids, nullptr, ln.gain.w, ln.bias.w,
+                                                                  C);
 }
 
 // dx = (dn - mean(dn) - n mean(dn n)) / sqrt(var + eps),  n = (x - mean) / sqrt(var + eps),  dn = dout * gain;
@@ -1363,12 +1395,29 @@ __global__ void __launch_bounds__(PRECISION_BF16 ? 768 : MAX_C / 8)
 }
 
 template <bool accumulate>
-static void layernorm_backward(floatX *dx, float *partial, const floatX *dout, const floatX *x, const int *index,
-                               Param gain, Param bias, int rows, int C) {
-    const int blocks = row_blocks(rows, C), per = rows_per_block(rows, C), threads = row_threads(C);
+static void layernorm_backward_launch(floatX *dx, const floatX *dout, const floatX *x, const int *index,
+                                      const LayerNorm &ln, float *partial, int rows) {
+    const int C = ln.gain.columns, blocks = row_blocks(rows, C), per = rows_per_block(rows, C);
     layernorm_backward_kernel<accumulate>
-        <<<blocks, threads, 0, stream>>>(dx, partial, dout, x, index, gain.w, rows, per, C);
-    add_partials({{gain.g, bias.g}}, partial, blocks, 2, C);
+        <<<blocks, row_threads(C), 0, stream>>>(dx, partial, dout, x, index, ln.gain.w, rows, per, C);
+    add_partials({{ln.gain.g, ln.bias.g}}, partial, blocks, 2, C);
+}
+
+static void layernorm_backward(floatX *dx, const floatX *dout, const floatX *x, const LayerNorm &ln, float *partial,
+                               int rows) {
+    layernorm_backward_launch<false>(dx, dout, x, nullptr, ln, partial, rows);
+}
+
+// dx += ..: the sum's gradient, where that of the branch has come by another way
+static void add_layernorm_backward(floatX *dx, const floatX *dout, const floatX *sum, const LayerNorm &ln,
+                                   float *partial, int rows) {
+    layernorm_backward_launch<true>(dx, dout, sum, nullptr, ln, partial, rows);
+}
+
+// dx: of the rows emb[id]
+static void embedding_layernorm_backward(floatX *dx, const floatX *dout, const floatX *emb, const int *ids,
+                                         const LayerNorm &ln, float *partial, int rows) {
+    layernorm_backward_launch<false>(dx, dout, emb, ids, ln, partial, rows);
 }
 
 // ---- rms norm, without parameters ----
@@ -1434,34 +1483,36 @@ __global__ void embedding_backward(float *demb, const floatX *dx, const int *ids
 
 // ---- token shift and its mixes (spec section 2) ----
 //
-//     dx = shift(x) - x,  shift(x)_t = x_{t-1}, zero before a sequence
-//     out_i = x + dx * (mu_i + m_i)          n mixes of one x in one pass
-//     m_i   = h_i @ w2_i                     low rank: h_i (BT, 32) @ w2_i (32, C); or no m
+//     diff  = shift(x) - x,  shift(x)_t = x_{t-1}, zero before a sequence
+//     out_i = x + diff * (mu_i + m_i)        n mixes of one x in one pass
+//     m_i   = h_i @ w2_i                     ddlerp: h_i (BT, 32) @ w2_i (32, C); lerp: no m
 //
-// Bytes a row: C (1 + n) floatX, and with low ranks 32 n more: m is made on the fly by tensor cores, never written.
-static const int RANK = 32; // of a mix
-
-template <int n> struct Mixes {
+// The names are the RWKV-6 paper's: lerp mixes by amounts that are parameters (Eagle, the channel mixers), ddlerp by
+// amounts that depend on the data. On each level one: lerp_forward_kernel, ddlerp_forward_kernel are kernels;
+// lerp_forward, ddlerp_forward launch them; and mixed_inputs_forward (section 5) makes all the inputs of a mixer.
+//
+// Bytes a row: C (1 + n) floatX, and for ddlerp 32 n more: m is made on the fly by tensor cores, never written.
+template <int n> struct MixTask {
     const floatX *mu[n];
-    // h_i at columns 32 i of h (BT, ld); w2 (n, 32, C); or nulls
     struct {
-        const floatX *h;
+        const floatX *h; // h_i at columns 32 i of (BT, ld)
         int ld;
-        const floatX *w2;
-    } low;
+        const floatX *w2;    // (n, 32, C)
+    } low;                   // ddlerp alone
     floatX *x[n];            // the outputs; in the backward pass their gradients
     bool complement = false; // Eagle: the parameters are 1 - mu
 };
 
-// Without low ranks a thread walks down a few rows of its 8 channels.
-template <int n> __device__ inline Pack load_mu(const Mixes<n> &mix, int i, int c) {
+// ---- lerp: a thread walks down a few rows of its 8 channels ----
+
+template <int n> __device__ inline Pack load_mu(const MixTask<n> &mix, int i, int c) {
     Pack mu = load(mix.mu[i] + c);
     for (int j = 0; j < 8 && mix.complement; j++) mu.x[j] = 1 - mu.x[j];
     return mu;
 }
 
 template <int n>
-__global__ void token_shift_mix_forward(Mixes<n> mix, const floatX *x, int BT, int T, int C, int rows_per_block) {
+__global__ void lerp_forward_kernel(MixTask<n> mix, const floatX *x, int BT, int T, int C, int rows_per_block) {
     const int c = threadIdx.x * 8;
     if (c >= C) return;
     Pack mu[n];
@@ -1481,152 +1532,22 @@ __global__ void token_shift_mix_forward(Mixes<n> mix, const floatX *x, int BT, i
     }
 }
 
-// A tile to shared memory in the background; rows not in [0, limit) become zeros, nothing is read where they would lie.
-// `from`: the tile's columns in row 0.
-template <int rows, int columns, int threads>
-__device__ inline void async_tile(floatX *to, const floatX *from, int row0, int limit, int ld) {
-    const int step = 16 / sizeof(floatX), per_row = columns / step, at_once = threads / per_row; // at_once: rows
-    const int first = threadIdx.x / per_row, column = threadIdx.x % per_row * step;
-    if (threads % per_row && first >= at_once) return;
-#pragma unroll
-    for (int i = 0; i < rows; i += at_once) {
-        const int row = row0 + i + first;
-        if (rows % at_once && i + first >= rows) break;
-        const bool inside = (unsigned)row < (unsigned)limit;
-        async_copy16(to + (i + first) * (columns + PAD) + column, from + (int64_t)row * ld + column, inside);
-    }
-}
-
-// With low ranks a block owns 64 channels, keeps their part of w2 in shared memory and walks down the rows, 64 at a
-// time (32 in FP32); a warp takes 16 of them and 32 channels, c_i = mu_i + m_i being a result of mma. w2's columns are
-// permuted so that a lane gets 8 neighbouring channels of a row, 16 bytes: column 8 j + 2 l + e of 32 is channel 8 l +
-// 2 j + e. x and h of the next rows come by asynchronous copies meanwhile (bf16): 30 KB a block at n = 5, two blocks a
-// multiprocessor.
-static const int MIX_STAGES = PRECISION_BF16 ? 2 : 1; // tiles of rows in shared memory
-static const int MIX_CHANNELS = 64, MIX_FORWARD_ROWS = PRECISION_BF16 ? 64 : 32,
-                 MIX_FORWARD_THREADS = 4 * MIX_FORWARD_ROWS;
-
-template <int n> struct LowRankMixSmem {
-    alignas(16) floatX w2[n][RANK][LD];
-    alignas(16) float mu[n][MIX_CHANNELS]; // permuted like w2
-};
-
-// of channel c of 64
-__device__ inline int mix_column(int c) { return c / 32 * 32 + c % 2 + c % 32 / 8 * 2 + c % 8 / 2 * 8; }
-
-template <int n> __device__ inline void mix_load_w2(LowRankMixSmem<n> &s, const Mixes<n> &mix, int first, int C) {
-    for (int i = threadIdx.x; i < n * RANK * MIX_CHANNELS / 8; i += blockDim.x) {
-        const int c = i % (MIX_CHANNELS / 8) * 8, k = i / (MIX_CHANNELS / 8);
-        const Pack w = load(mix.low.w2 + (int64_t)k * C + first + c);
-        for (int j = 0; j < 8; j += 2) store_pair(&s.w2[0][0][0] + k * LD + mix_column(c + j), w.x[j], w.x[j + 1]);
-    }
-#pragma unroll
-    for (int i = 0; i < n; i++)
-        for (int c = threadIdx.x; c < MIX_CHANNELS; c += blockDim.x)
-            s.mu[i][mix_column(c)] = (float)mix.mu[i][first + c];
-}
-
-// c (16 tokens x 32 permuted channels from `group` on) = mu_i + h_i w2_i
-template <int n>
-__device__ inline void mix_amounts(TileC (&c)[4], const LowRankMixSmem<n> &s, int i, int group, const TileA (&h)[2]) {
-    for (int j = 0; j < 4; j++) {
-        const float2 mu = *(const float2 *)&s.mu[i][group + 8 * j + tile_col(0)];
-        c[j] = {{mu.x, mu.y, mu.x, mu.y}};
-    }
-    TileB b[2][4];
-    for (int k = 0; k < 2; k++)
-        for (int j = 0; j < 4; j += 2) load_b_pair_t(&b[k][j], &s.w2[i][16 * k][group + 8 * j], LD);
-    mma(c, h, b);
-}
-
-template <int n> struct LowRankMixRows {
-    alignas(16) floatX x[1 + MIX_FORWARD_ROWS][LD], h[MIX_FORWARD_ROWS][RANK * n + PAD]; // x from the row before on
-};
-
-template <int n> struct LowRankMixForward {
-    LowRankMixSmem<n> w;
-    LowRankMixRows<n> rows[MIX_STAGES];
-};
-
-template <int n>
-__device__ inline void mix_copy_rows(LowRankMixRows<n> &s, const Mixes<n> &mix, const floatX *x, int row0, int BT,
-                                     int first, int C) {
-    async_tile<1 + MIX_FORWARD_ROWS, MIX_CHANNELS, MIX_FORWARD_THREADS>(&s.x[0][0], x + first, row0 - 1, BT, C);
-    async_tile<MIX_FORWARD_ROWS, RANK * n, MIX_FORWARD_THREADS>(&s.h[0][0], mix.low.h, row0, BT, mix.low.ld);
-    async_commit();
-}
-
-template <int n>
-__global__ void __launch_bounds__(MIX_FORWARD_THREADS, 2)
-    low_rank_mix_forward_kernel(Mixes<n> mix, const floatX *x, int BT, int T, int C) {
-    LowRankMixForward<n> &s = *dynamic_smem<LowRankMixForward<n>>();
-    const int first = blockIdx.x * MIX_CHANNELS, warp = threadIdx.x / 32, step = gridDim.y * MIX_FORWARD_ROWS;
-    // the warp's
-    const int strip = warp % (MIX_FORWARD_ROWS / 16) * 16, group = warp / (MIX_FORWARD_ROWS / 16) * 32;
-    const int c = group + threadIdx.x % 4 * 8;
-    mix_copy_rows(s.rows[0], mix, x, blockIdx.y * MIX_FORWARD_ROWS, BT, first, C);
-    mix_load_w2(s.w, mix, first, C);
-    for (int row0 = blockIdx.y * MIX_FORWARD_ROWS, turn = 0; row0 < BT; row0 += step, turn++) {
-        const LowRankMixRows<n> &here = s.rows[turn % MIX_STAGES];
-        async_wait<0>();
-        // nor does anyone read the other tile any more
-        __syncthreads();
-        if (MIX_STAGES > 1 && row0 + step < BT)
-            mix_copy_rows(s.rows[(turn + 1) % MIX_STAGES], mix, x, row0 + step, BT, first, C);
-        Pack v[2], delta[2]; // x and shift(x) - x, of two rows
-        for (int half = 0; half < 2; half++) {
-            const int local = strip + tile_row(2 * half);
-            v[half] = load(&here.x[1 + local][c]);
-            delta[half] = (row0 + local) % T ? load(&here.x[local][c]) : zero_pack();
-            for (int j = 0; j < 8; j++) delta[half].x[j] -= v[half].x[j];
-        }
-#pragma unroll
-        for (int i = 0; i < n; i++) {
-            TileA h[2];
-            for (int k = 0; k < 2; k++) h[k] = load_a(&here.h[strip][RANK * i + 16 * k], RANK * n + PAD);
-            TileC amount[4];
-            mix_amounts(amount, s.w, i, group, h);
-            for (int half = 0; half < 2; half++) {
-                const int64_t row = row0 + strip + tile_row(2 * half);
-                Pack out;
-                for (int j = 0; j < 8; j++)
-                    out.x[j] = v[half].x[j] + delta[half].x[j] * amount[j / 2].x[2 * half + j % 2];
-                if (row < BT) store(mix.x[i] + row * C + first + c, out);
-            }
-        }
-        if (MIX_STAGES == 1 && row0 + step < BT) {
-            __syncthreads();
-            mix_copy_rows(s.rows[0], mix, x, row0 + step, BT, first, C);
-        }
-    }
-}
-
-// no low ranks
-template <int n> static void mix_forward(Mixes<n> mix, const floatX *x, int BT, int T, int C) {
+template <int n> static void lerp_forward(MixTask<n> mix, const floatX *x, int BT, int T, int C) {
     // so few that multiprocessors do not wait long for the last block
     const int per = 4, blocks = (int)ceil_div(BT, per);
-    token_shift_mix_forward<n><<<blocks, row_threads(C), 0, stream>>>(mix, x, BT, T, C, per);
-}
-
-template <int n> static void mix_forward_low_rank(Mixes<n> mix, const floatX *x, int BT, int T, int C) {
-    const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_FORWARD_ROWS);
-    // two blocks a multiprocessor
-    const int split = slices < 2 * multiprocessors ? 2 * multiprocessors / slices : 1;
-    const dim3 grid(slices, split < tiles ? split : tiles);
-    const size_t smem = sizeof(LowRankMixForward<n>);
-    allow_smem(low_rank_mix_forward_kernel<n>, smem);
-    low_rank_mix_forward_kernel<n><<<grid, MIX_FORWARD_THREADS, smem, stream>>>(mix, x, BT, T, C);
+    lerp_forward_kernel<n><<<blocks, row_threads(C), 0, stream>>>(mix, x, BT, T, C, per);
 }
 
 // With c_i = mu_i + m_i and g_i the gradient of out_i:
 //     dx_t = sum_i g_i,t (1 - c_i,t)  +  sum_i g_i,t+1 c_i,t+1 (of the next token, if it is in the same sequence)
 //     dm_i = g_i * (x_{t-1} - x_t),   dmu_i = the sum of dm_i over all tokens
 //     dh_i = dm_i w2_i^T,             dw2_i = h_i^T dm_i
+// (lerp: no m, h and w2)
 //
-// Without low ranks rows are walked backwards, so the next token's part is at hand. partial (blocks, n, C).
+// Backward, rows are walked from last to first, so that the next token's part is at hand. partial (blocks, n, C).
 template <int n>
-__global__ void token_shift_mix_backward(Mixes<n> mix, floatX *dx, float *partial, const floatX *x, int BT, int T,
-                                         int C, int rows_per_block) {
+__global__ void lerp_backward_kernel(MixTask<n> mix, floatX *dx, float *partial, const floatX *x, int BT, int T, int C,
+                                     int rows_per_block) {
     const int c = threadIdx.x * 8;
     if (c >= C) return;
     Pack mu[n], dmu[n], later = zero_pack(); // later: what the next token gives to this one
@@ -1665,7 +1586,149 @@ __global__ void token_shift_mix_backward(Mixes<n> mix, floatX *dx, float *partia
     }
 }
 
-// With low ranks, first dx and dh: a block takes 64 rows, a warp 16 of them, and walks over all channels, 32 at a time,
+template <int n>
+static void lerp_backward(MixTask<n> mix, floatX *dx, Targets dmu, float *partial, const floatX *x, int BT, int T,
+                          int C) {
+    const int blocks = row_blocks(BT, C), per = rows_per_block(BT, C), threads = row_threads(C);
+    lerp_backward_kernel<n><<<blocks, threads, 0, stream>>>(mix, dx, partial, x, BT, T, C, per);
+    add_partials(dmu, partial, blocks, n, C);
+}
+
+// ---- ddlerp ----
+
+// A tile to shared memory in the background; rows not in [0, limit) become zeros, nothing is read where they would lie.
+// `from`: the tile's columns in row 0.
+template <int rows, int columns, int threads>
+__device__ inline void async_tile(floatX *to, const floatX *from, int row0, int limit, int ld) {
+    const int step = 16 / sizeof(floatX), per_row = columns / step, at_once = threads / per_row; // at_once: rows
+    const int first = threadIdx.x / per_row, column = threadIdx.x % per_row * step;
+    if (threads % per_row && first >= at_once) return;
+#pragma unroll
+    for (int i = 0; i < rows; i += at_once) {
+        const int row = row0 + i + first;
+        if (rows % at_once && i + first >= rows) break;
+        const bool inside = (unsigned)row < (unsigned)limit;
+        async_copy16(to + (i + first) * (columns + PAD) + column, from + (int64_t)row * ld + column, inside);
+    }
+}
+
+// Forward, a block owns 64 channels, keeps their part of w2 in shared memory and walks down the rows, 64 at a
+// time (32 in FP32); a warp takes 16 of them and 32 channels, c_i = mu_i + m_i being a result of mma. w2's columns are
+// permuted so that a lane gets 8 neighbouring channels of a row, 16 bytes: column 8 j + 2 l + e of 32 is channel 8 l +
+// 2 j + e. x and h of the next rows come by asynchronous copies meanwhile (bf16): 30 KB a block at n = 5, two blocks a
+// multiprocessor.
+static const int MIX_STAGES = PRECISION_BF16 ? 2 : 1; // tiles of rows in shared memory
+static const int MIX_CHANNELS = 64, MIX_FORWARD_ROWS = PRECISION_BF16 ? 64 : 32,
+                 MIX_FORWARD_THREADS = 4 * MIX_FORWARD_ROWS;
+
+template <int n> struct DdlerpWeights {
+    alignas(16) floatX w2[n][MIX_RANK][LD];
+    alignas(16) float mu[n][MIX_CHANNELS]; // permuted like w2
+};
+
+// of channel c of 64
+__device__ inline int ddlerp_column(int c) { return c / 32 * 32 + c % 2 + c % 32 / 8 * 2 + c % 8 / 2 * 8; }
+
+template <int n>
+__device__ inline void ddlerp_load_weights(DdlerpWeights<n> &s, const MixTask<n> &mix, int first, int C) {
+    for (int i = threadIdx.x; i < n * MIX_RANK * MIX_CHANNELS / 8; i += blockDim.x) {
+        const int c = i % (MIX_CHANNELS / 8) * 8, k = i / (MIX_CHANNELS / 8);
+        const Pack w = load(mix.low.w2 + (int64_t)k * C + first + c);
+        for (int j = 0; j < 8; j += 2) store_pair(&s.w2[0][0][0] + k * LD + ddlerp_column(c + j), w.x[j], w.x[j + 1]);
+    }
+#pragma unroll
+    for (int i = 0; i < n; i++)
+        for (int c = threadIdx.x; c < MIX_CHANNELS; c += blockDim.x)
+            s.mu[i][ddlerp_column(c)] = (float)mix.mu[i][first + c];
+}
+
+// c (16 tokens x 32 permuted channels from `group` on) = mu_i + h_i w2_i
+template <int n>
+__device__ inline void ddlerp_amounts(TileC (&c)[4], const DdlerpWeights<n> &s, int i, int group, const TileA (&h)[2]) {
+    for (int j = 0; j < 4; j++) {
+        const float2 mu = *(const float2 *)&s.mu[i][group + 8 * j + tile_col(0)];
+        c[j] = {{mu.x, mu.y, mu.x, mu.y}};
+    }
+    TileB b[2][4];
+    for (int k = 0; k < 2; k++)
+        for (int j = 0; j < 4; j += 2) load_b_pair_t(&b[k][j], &s.w2[i][16 * k][group + 8 * j], LD);
+    mma(c, h, b);
+}
+
+template <int n> struct DdlerpRows {
+    alignas(16) floatX x[1 + MIX_FORWARD_ROWS][LD],
+        h[MIX_FORWARD_ROWS][MIX_RANK * n + PAD]; // x from the row before on
+};
+
+template <int n> struct DdlerpForward {
+    DdlerpWeights<n> w;
+    DdlerpRows<n> rows[MIX_STAGES];
+};
+
+template <int n>
+__device__ inline void ddlerp_copy_rows(DdlerpRows<n> &s, const MixTask<n> &mix, const floatX *x, int row0, int BT,
+                                        int first, int C) {
+    async_tile<1 + MIX_FORWARD_ROWS, MIX_CHANNELS, MIX_FORWARD_THREADS>(&s.x[0][0], x + first, row0 - 1, BT, C);
+    async_tile<MIX_FORWARD_ROWS, MIX_RANK * n, MIX_FORWARD_THREADS>(&s.h[0][0], mix.low.h, row0, BT, mix.low.ld);
+    async_commit();
+}
+
+template <int n>
+__global__ void __launch_bounds__(MIX_FORWARD_THREADS, 2)
+    ddlerp_forward_kernel(MixTask<n> mix, const floatX *x, int BT, int T, int C) {
+    DdlerpForward<n> &s = *dynamic_smem<DdlerpForward<n>>();
+    const int first = blockIdx.x * MIX_CHANNELS, warp = threadIdx.x / 32, step = gridDim.y * MIX_FORWARD_ROWS;
+    // the warp's
+    const int strip = warp % (MIX_FORWARD_ROWS / 16) * 16, group = warp / (MIX_FORWARD_ROWS / 16) * 32;
+    const int c = group + threadIdx.x % 4 * 8;
+    ddlerp_copy_rows(s.rows[0], mix, x, blockIdx.y * MIX_FORWARD_ROWS, BT, first, C);
+    ddlerp_load_weights(s.w, mix, first, C);
+    for (int row0 = blockIdx.y * MIX_FORWARD_ROWS, turn = 0; row0 < BT; row0 += step, turn++) {
+        const DdlerpRows<n> &here = s.rows[turn % MIX_STAGES];
+        async_wait<0>();
+        // nor does anyone read the other tile any more
+        __syncthreads();
+        if (MIX_STAGES > 1 && row0 + step < BT)
+            ddlerp_copy_rows(s.rows[(turn + 1) % MIX_STAGES], mix, x, row0 + step, BT, first, C);
+        Pack v[2], diff[2]; // x and shift(x) - x, of two rows
+        for (int half = 0; half < 2; half++) {
+            const int local = strip + tile_row(2 * half);
+            v[half] = load(&here.x[1 + local][c]);
+            diff[half] = (row0 + local) % T ? load(&here.x[local][c]) : zero_pack();
+            for (int j = 0; j < 8; j++) diff[half].x[j] -= v[half].x[j];
+        }
+#pragma unroll
+        for (int i = 0; i < n; i++) {
+            TileA h[2];
+            for (int k = 0; k < 2; k++) h[k] = load_a(&here.h[strip][MIX_RANK * i + 16 * k], MIX_RANK * n + PAD);
+            TileC amount[4];
+            ddlerp_amounts(amount, s.w, i, group, h);
+            for (int half = 0; half < 2; half++) {
+                const int64_t row = row0 + strip + tile_row(2 * half);
+                Pack out;
+                for (int j = 0; j < 8; j++)
+                    out.x[j] = v[half].x[j] + diff[half].x[j] * amount[j / 2].x[2 * half + j % 2];
+                if (row < BT) store(mix.x[i] + row * C + first + c, out);
+            }
+        }
+        if (MIX_STAGES == 1 && row0 + step < BT) {
+            __syncthreads();
+            ddlerp_copy_rows(s.rows[0], mix, x, row0 + step, BT, first, C);
+        }
+    }
+}
+
+template <int n> static void ddlerp_forward(MixTask<n> mix, const floatX *x, int BT, int T, int C) {
+    const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_FORWARD_ROWS);
+    // two blocks a multiprocessor
+    const int split = slices < 2 * multiprocessors ? 2 * multiprocessors / slices : 1;
+    const dim3 grid(slices, split < tiles ? split : tiles);
+    const size_t smem = sizeof(DdlerpForward<n>);
+    allow_smem(ddlerp_forward_kernel<n>, smem);
+    ddlerp_forward_kernel<n><<<grid, MIX_FORWARD_THREADS, smem, stream>>>(mix, x, BT, T, C);
+}
+
+// Backward, first dx and dh: a block takes 64 rows, a warp 16 of them, and walks over all channels, 32 at a time,
 // its part of dh in registers. All that a slice of channels takes comes by asynchronous copies while the one before is
 // worked on: 44 KB a block and two blocks a multiprocessor at n = 5, where 18 KB must be on their way to be as fast as
 // the memory (3 TB/s, which answers in 0.8 us).
@@ -1675,41 +1738,41 @@ __global__ void token_shift_mix_backward(Mixes<n> mix, floatX *dx, float *partia
 static const int MIX_THREADS = 128, MIX_ROWS = MIX_THREADS / 2, MIX_SLICE = PRECISION_BF16 ? 32 : 16,
                  LD_SLICE = MIX_SLICE + PAD;
 
-template <int n> struct LowRankMixSlice {
+template <int n> struct DdlerpSlice {
     alignas(16) floatX g[n][MIX_ROWS][LD_SLICE], x[1 + MIX_ROWS][LD_SLICE]; // x from the row before on
-    alignas(16) floatX w2[n * RANK][LD_SLICE], mu[n][LD_SLICE];
+    alignas(16) floatX w2[n * MIX_RANK][LD_SLICE], mu[n][LD_SLICE];
 };
 
-template <int n> struct LowRankMixBackward {
-    LowRankMixSlice<n> slice[2];
+template <int n> struct DdlerpBackward {
+    DdlerpSlice<n> slice[2];
     alignas(16) float shifted[MIX_ROWS][MIX_SLICE + 8]; // sum_i g_i c_i
 };
 
 template <int n>
-__device__ inline void mix_copy_slice(LowRankMixSlice<n> &s, const Mixes<n> &mix, const floatX *x, int row0, int first,
-                                      int BT, int C) {
+__device__ inline void ddlerp_copy_slice(DdlerpSlice<n> &s, const MixTask<n> &mix, const floatX *x, int row0, int first,
+                                         int BT, int C) {
 #pragma unroll
     for (int i = 0; i < n; i++) {
         async_tile<MIX_ROWS, MIX_SLICE, MIX_THREADS>(&s.g[i][0][0], mix.x[i] + first, row0, BT, C);
         async_tile<1, MIX_SLICE, MIX_THREADS>(s.mu[i], mix.mu[i] + first, 0, 1, C);
     }
     async_tile<1 + MIX_ROWS, MIX_SLICE, MIX_THREADS>(&s.x[0][0], x + first, row0 - 1, BT, C);
-    async_tile<n * RANK, MIX_SLICE, MIX_THREADS>(&s.w2[0][0], mix.low.w2 + first, 0, n * RANK, C);
+    async_tile<n * MIX_RANK, MIX_SLICE, MIX_THREADS>(&s.w2[0][0], mix.low.w2 + first, 0, n * MIX_RANK, C);
     async_commit();
 }
 
 // 16 rows x 16 channels from c on, of a warp: sum_i g_i c_i, and what they add to dh
 template <int n>
-__device__ inline void mix_backward_16(TileC (&shifted)[2], TileC (&dhidden)[n][4], const LowRankMixSlice<n> &s,
-                                       const TileA (&h)[n][2], const float (&inside)[2], int c) {
+__device__ inline void ddlerp_backward_16(TileC (&shifted)[2], TileC (&dhidden)[n][4], const DdlerpSlice<n> &s,
+                                          const TileA (&h)[n][2], const float (&inside)[2], int c) {
     const int row = threadIdx.x / 32 * 16 + tile_row(0), column = c + tile_col(0); // of x[0]; x[2]: 8 rows down
-    TileC delta[2];                                                                // shift(x) - x
+    TileC diff[2];                                                                 // shift(x) - x
     for (int j = 0; j < 2; j++)
         for (int e = 0; e < 4; e += 2) {
             const Pair before = load_pair(&s.x[row + 4 * e][column + 8 * j]);
             const Pair now = load_pair(&s.x[1 + row + 4 * e][column + 8 * j]);
-            delta[j].x[e] = inside[e / 2] * first_of(before) - first_of(now);
-            delta[j].x[e + 1] = inside[e / 2] * second_of(before) - second_of(now);
+            diff[j].x[e] = inside[e / 2] * first_of(before) - first_of(now);
+            diff[j].x[e + 1] = inside[e / 2] * second_of(before) - second_of(now);
         }
 #pragma unroll
     for (int i = 0; i < n; i++) {
@@ -1719,18 +1782,18 @@ __device__ inline void mix_backward_16(TileC (&shifted)[2], TileC (&dhidden)[n][
             amount[j] = {{first_of(mu), second_of(mu), first_of(mu), second_of(mu)}};
         }
         TileB w2[2][2];
-        for (int k = 0; k < 2; k++) load_b_pair_t(w2[k], &s.w2[RANK * i + 16 * k][c], LD_SLICE);
+        for (int k = 0; k < 2; k++) load_b_pair_t(w2[k], &s.w2[MIX_RANK * i + 16 * k][c], LD_SLICE);
         mma(amount, h[i], w2);
         for (int j = 0; j < 2; j++)
             for (int e = 0; e < 4; e += 2) {
                 const Pair g = load_pair(&s.g[i][row + 4 * e][column + 8 * j]);
                 shifted[j].x[e] += first_of(g) * amount[j].x[e];
                 shifted[j].x[e + 1] += second_of(g) * amount[j].x[e + 1];
-                amount[j].x[e] = first_of(g) * delta[j].x[e];
-                amount[j].x[e + 1] = second_of(g) * delta[j].x[e + 1];
+                amount[j].x[e] = first_of(g) * diff[j].x[e];
+                amount[j].x[e + 1] = second_of(g) * diff[j].x[e + 1];
             }
         TileB b[4];
-        for (int j = 0; j < 4; j += 2) load_b_pair(&b[j], &s.w2[RANK * i + 8 * j][c], LD_SLICE);
+        for (int j = 0; j < 4; j += 2) load_b_pair(&b[j], &s.w2[MIX_RANK * i + 8 * j][c], LD_SLICE);
         mma(dhidden[i], to_a(amount[0], amount[1]), b);
     }
 }
@@ -1738,19 +1801,19 @@ __device__ inline void mix_backward_16(TileC (&shifted)[2], TileC (&dhidden)[n][
 // TX: floatX, or float where layers add up
 template <int n, typename TX, bool accumulate>
 __global__ void __launch_bounds__(MIX_THREADS, 2)
-    low_rank_mix_backward_dx(Mixes<n> mix, TX *dx, floatX *dh, const floatX *x, int BT, int T, int C) {
-    LowRankMixBackward<n> &s = *dynamic_smem<LowRankMixBackward<n>>();
+    ddlerp_backward_x_kernel(MixTask<n> mix, TX *dx, floatX *dh, const floatX *x, int BT, int T, int C) {
+    DdlerpBackward<n> &s = *dynamic_smem<DdlerpBackward<n>>();
     // the block's first row, the warp's
     const int row0 = blockIdx.x * (MIX_ROWS - 1), own = row0 + threadIdx.x / 32 * 16;
     // of a row; of a thread in a slice
     const int packs = MIX_SLICE / 8, turns = MIX_ROWS * packs / MIX_THREADS;
-    mix_copy_slice(s.slice[0], mix, x, row0, 0, BT, C);
+    ddlerp_copy_slice(s.slice[0], mix, x, row0, 0, BT, C);
     TileA h[n][2];
     TileC dhidden[n][4] = {};
 #pragma unroll
     for (int i = 0; i < n; i++)
         for (int k = 0; k < 2; k++)
-            h[i][k] = load_a_global(mix.low.h + (int64_t)own * mix.low.ld + RANK * i + 16 * k,
+            h[i][k] = load_a_global(mix.low.h + (int64_t)own * mix.low.ld + MIX_RANK * i + 16 * k,
                                     // past the end: the last row's, times g, which is zero
                                     mix.low.ld, BT - own);
     const float inside[2] = {(own + tile_row(0)) % T ? 1.f : 0.f, (own + tile_row(2)) % T ? 1.f : 0.f};
@@ -1761,11 +1824,11 @@ __global__ void __launch_bounds__(MIX_THREADS, 2)
         shifts[k] = mine[k] && (row0 + local + 1) % T;
     }
     for (int first = 0, turn = 0; first < C; first += MIX_SLICE, turn++) {
-        const LowRankMixSlice<n> &here = s.slice[turn % 2];
+        const DdlerpSlice<n> &here = s.slice[turn % 2];
         async_wait<0>();
         // nor does anyone read the other slice any more
         __syncthreads();
-        if (first + MIX_SLICE < C) mix_copy_slice(s.slice[(turn + 1) % 2], mix, x, row0, first + MIX_SLICE, BT, C);
+        if (first + MIX_SLICE < C) ddlerp_copy_slice(s.slice[(turn + 1) % 2], mix, x, row0, first + MIX_SLICE, BT, C);
         const int c = threadIdx.x % packs * 8;
         Pack out[turns];
         for (int k = 0; k < turns; k++) {
@@ -1774,7 +1837,7 @@ __global__ void __launch_bounds__(MIX_THREADS, 2)
         }
         for (int c16 = 0; c16 < MIX_SLICE; c16 += 16) {
             TileC shifted[2] = {};
-            mix_backward_16(shifted, dhidden, here, h, inside, c16);
+            ddlerp_backward_16(shifted, dhidden, here, h, inside, c16);
             for (int j = 0; j < 2; j++)
                 for (int e = 0; e < 4; e += 2)
                     store_pair(&s.shifted[own - row0 + tile_row(e)][c16 + 8 * j + tile_col(e)], shifted[j].x[e],
@@ -1798,7 +1861,7 @@ __global__ void __launch_bounds__(MIX_THREADS, 2)
     for (int i = 0; i < n; i++)
         for (int j = 0; j < 4; j++)
             for (int e = 0; e < 4; e += 2) {
-                const int64_t row = own + tile_row(e), k = RANK * i + 8 * j + tile_col(e);
+                const int64_t row = own + tile_row(e), k = MIX_RANK * i + 8 * j + tile_col(e);
                 if (row >= BT || row == row0 + MIX_ROWS - 1) continue;
                 const Pair tanh = load_pair(mix.low.h + row * mix.low.ld + k);
                 const float h0 = first_of(tanh), h1 = second_of(tanh);
@@ -1811,97 +1874,95 @@ __global__ void __launch_bounds__(MIX_THREADS, 2)
 // partial (blocks of rows, 32 n + n, C): dw2's rows, then dmu's.
 static const int MIX_W2_THREADS = 256, MIX_W2_ROWS = 32;
 
-template <int n> struct LowRankMixTile {
+template <int n> struct DdlerpTile {
     alignas(16) floatX g[n][MIX_W2_ROWS][LD], x[1 + MIX_W2_ROWS][LD]; // x from the row before on
-    alignas(16) floatX h[MIX_W2_ROWS][RANK * n + PAD];
+    alignas(16) floatX h[MIX_W2_ROWS][MIX_RANK * n + PAD];
 };
 
 template <int n>
-__device__ inline void mix_copy_tile(LowRankMixTile<n> &s, const Mixes<n> &mix, const floatX *x, int row0, int BT,
-                                     int first, int C) {
+__device__ inline void ddlerp_copy_tile(DdlerpTile<n> &s, const MixTask<n> &mix, const floatX *x, int row0, int BT,
+                                        int first, int C) {
     async_tile<1 + MIX_W2_ROWS, MIX_CHANNELS, MIX_W2_THREADS>(&s.x[0][0], x + first, row0 - 1, BT, C);
 #pragma unroll
     for (int i = 0; i < n; i++)
         async_tile<MIX_W2_ROWS, MIX_CHANNELS, MIX_W2_THREADS>(&s.g[i][0][0], mix.x[i] + first, row0, BT, C);
-    async_tile<MIX_W2_ROWS, RANK * n, MIX_W2_THREADS>(&s.h[0][0], mix.low.h, row0, BT, mix.low.ld);
+    async_tile<MIX_W2_ROWS, MIX_RANK * n, MIX_W2_THREADS>(&s.h[0][0], mix.low.h, row0, BT, mix.low.ld);
     async_commit();
 }
 
 template <int n>
 __global__ void __launch_bounds__(MIX_W2_THREADS)
-    low_rank_mix_backward_w2(Mixes<n> mix, float *partial, const floatX *x, int BT, int T, int C) {
-    LowRankMixTile<n> *tiles = dynamic_smem<LowRankMixTile<n>>();
+    ddlerp_backward_w2_kernel(MixTask<n> mix, float *partial, const floatX *x, int BT, int T, int C) {
+    DdlerpTile<n> *tiles = dynamic_smem<DdlerpTile<n>>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * MIX_CHANNELS,
               step = gridDim.y * MIX_W2_ROWS;
     TileC dw2[n][2][1] = {};
     float dmu[n] = {};
-    mix_copy_tile(tiles[0], mix, x, blockIdx.y * MIX_W2_ROWS, BT, first, C);
+    ddlerp_copy_tile(tiles[0], mix, x, blockIdx.y * MIX_W2_ROWS, BT, first, C);
     for (int row0 = blockIdx.y * MIX_W2_ROWS, turn = 0; row0 < BT; row0 += step, turn++) {
-        LowRankMixTile<n> &s = tiles[turn % MIX_STAGES];
-        if (MIX_STAGES > 1) mix_copy_tile(tiles[(turn + 1) % MIX_STAGES], mix, x, row0 + step, BT, first, C);
+        DdlerpTile<n> &s = tiles[turn % MIX_STAGES];
+        if (MIX_STAGES > 1) ddlerp_copy_tile(tiles[(turn + 1) % MIX_STAGES], mix, x, row0 + step, BT, first, C);
         async_wait<MIX_STAGES - 1>();
         __syncthreads();
         for (int r = 0; r < MIX_W2_ROWS; r += 16) {
-            float delta[4], now[4]; // of the rows in this lane
+            float diff[4], now[4]; // of the rows in this lane
             to_floats(now, load_b_t(&s.x[1 + r][8 * warp], LD));
-            to_floats(delta, load_b_t(&s.x[r][8 * warp], LD));
-            for (int e = 0; e < 4; e++) delta[e] = ((row0 + r + tile_k(e)) % T ? delta[e] : 0) - now[e];
+            to_floats(diff, load_b_t(&s.x[r][8 * warp], LD));
+            for (int e = 0; e < 4; e++) diff[e] = ((row0 + r + tile_k(e)) % T ? diff[e] : 0) - now[e];
 #pragma unroll
             for (int i = 0; i < n; i++) {
                 float dm[4];
                 to_floats(dm, load_b_t(&s.g[i][r][8 * warp], LD));
                 for (int e = 0; e < 4; e++) {
-                    dm[e] *= delta[e];
+                    dm[e] *= diff[e];
                     dmu[i] += dm[e];
                 }
                 const TileB b[1] = {make_b(dm[0], dm[1], dm[2], dm[3])};
-                const int ld = RANK * n + PAD;
-                const TileA h[2] = {load_a_t(&s.h[r][RANK * i], ld), load_a_t(&s.h[r][RANK * i + 16], ld)};
+                const int ld = MIX_RANK * n + PAD;
+                const TileA h[2] = {load_a_t(&s.h[r][MIX_RANK * i], ld), load_a_t(&s.h[r][MIX_RANK * i + 16], ld)};
                 mma(dw2[i], h, b);
             }
         }
         __syncthreads();
-        if (MIX_STAGES == 1) mix_copy_tile(tiles[0], mix, x, row0 + step, BT, first, C);
+        if (MIX_STAGES == 1) ddlerp_copy_tile(tiles[0], mix, x, row0 + step, BT, first, C);
     }
-    float *to = partial + (int64_t)blockIdx.y * (RANK + 1) * n * C + first + 8 * warp;
+    float *to = partial + (int64_t)blockIdx.y * (MIX_RANK + 1) * n * C + first + 8 * warp;
     warp_sum(dmu, 4);
     for (int i = 0; i < n; i++) {
         for (int k = 0; k < 2; k++)
             for (int e = 0; e < 4; e += 2)
-                store_pair(to + (int64_t)(RANK * i + 16 * k + tile_row(e)) * C + tile_col(e), dw2[i][k][0].x[e],
+                store_pair(to + (int64_t)(MIX_RANK * i + 16 * k + tile_row(e)) * C + tile_col(e), dw2[i][k][0].x[e],
                            dw2[i][k][0].x[e + 1]);
-        if (lane % 4 == 0) to[(int64_t)(RANK * n + i) * C + lane / 4] = dmu[i];
+        if (lane % 4 == 0) to[(int64_t)(MIX_RANK * n + i) * C + lane / 4] = dmu[i];
     }
 }
 
 // Blocks of rows for dw2, the same for every GPU, as it says how sums are split: so that in all there are twice as many
 // blocks as an H100 holds at a time at n = 5.
-static int mix_splits(int C) { return 4 * 132 * MIX_CHANNELS / C; }
+static int ddlerp_splits(int C) { return 4 * 132 * MIX_CHANNELS / C; }
 
-static int64_t mix_partial_floats(int C) { return (int64_t)mix_splits(C) * (RANK + 1) * 5 * C; }
+static int64_t ddlerp_partial_floats(int C) { return (int64_t)ddlerp_splits(C) * (MIX_RANK + 1) * 5 * C; }
 
-template <int n> // no low ranks
-static void mix_backward(Mixes<n> mix, floatX *dx, Targets dmu, float *partial, const floatX *x, int BT, int T, int C) {
-    const int blocks = row_blocks(BT, C), per = rows_per_block(BT, C), threads = row_threads(C);
-    token_shift_mix_backward<n><<<blocks, threads, 0, stream>>>(mix, dx, partial, x, BT, T, C, per);
-    add_partials(dmu, partial, blocks, n, C);
-}
+struct DdlerpGradients { // of the hidden layer before its tanh; of w2; of the mu_i
+    floatX *dh;
+    float *dw2;
+    Targets dmu;
+};
 
 template <int n, typename TX, bool accumulate>
-static void mix_backward_low_rank(Mixes<n> mix, TX *dx, floatX *dh, float *dw2, Targets dmu, float *partial,
-                                  const floatX *x, int BT, int T, int C) {
+static void ddlerp_backward(const MixTask<n> &mix, const DdlerpGradients &g, TX *dx, const floatX *x, float *partial,
+                            int BT, int T, int C) {
     const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_W2_ROWS);
-    const int split = tiles < mix_splits(C) ? tiles : mix_splits(C);
-    const size_t smem = sizeof(LowRankMixBackward<n>), smem_w2 = MIX_STAGES * sizeof(LowRankMixTile<n>);
-    const int blocks = (int)ceil_div(BT, MIX_ROWS - 1);
-    allow_smem(low_rank_mix_backward_dx<n, TX, accumulate>, smem);
-    low_rank_mix_backward_dx<n, TX, accumulate><<<blocks, MIX_THREADS, smem, stream>>>(mix, dx, dh, x, BT, T, C);
-    allow_smem(low_rank_mix_backward_w2<n>, smem_w2);
-    low_rank_mix_backward_w2<n><<<dim3(slices, split), MIX_W2_THREADS, smem_w2, stream>>>(mix, partial, x, BT, T, C);
-    add_partials(dmu, partial, split, n, C, dw2, RANK * n);
+    const int split = tiles < ddlerp_splits(C) ? tiles : ddlerp_splits(C), blocks = (int)ceil_div(BT, MIX_ROWS - 1);
+    const size_t smem = sizeof(DdlerpBackward<n>), smem_w2 = MIX_STAGES * sizeof(DdlerpTile<n>);
+    allow_smem(ddlerp_backward_x_kernel<n, TX, accumulate>, smem);
+    ddlerp_backward_x_kernel<n, TX, accumulate><<<blocks, MIX_THREADS, smem, stream>>>(mix, dx, g.dh, x, BT, T, C);
+    allow_smem(ddlerp_backward_w2_kernel<n>, smem_w2);
+    ddlerp_backward_w2_kernel<n><<<dim3(slices, split), MIX_W2_THREADS, smem_w2, stream>>>(mix, partial, x, BT, T, C);
+    add_partials(g.dmu, partial, split, n, C, g.dw2, MIX_RANK * n);
 }
 
-// ---- the mixes' hidden layer ----
+// ---- ddlerp's hidden layer ----
 //
 //     h = tanh((x + (shift(x) - x) * mu) @ w1)              w1: the first R = 32 n columns of (C, ld)
 //
@@ -1920,7 +1981,7 @@ static void mix_backward_low_rank(Mixes<n> mix, TX *dx, floatX *dh, float *dw2, 
 // So x + dx * mu and its gradient are never written: of BT C floatX, 1 unit goes through memory forward and 3 backward.
 // The price: twice the flops, and z and dz (at C = 768, n = 5 the bytes of 1.7 units, and of 1.2). The products are
 // cuBLAS'.
-__global__ void mix_hidden_weights(floatX *both, const floatX *w1, const floatX *mu, int C, int R, int ld) {
+__global__ void ddlerp_hidden_weights_kernel(floatX *both, const floatX *w1, const floatX *mu, int C, int R, int ld) {
     const int at = (blockIdx.x * blockDim.x + threadIdx.x) * 8, c = at / R, r = at % R;
     if (c >= C) return;
     const Pack v = load(w1 + (int64_t)c * ld + r);
@@ -1933,7 +1994,7 @@ __global__ void mix_hidden_weights(floatX *both, const floatX *w1, const floatX 
     store(both + (int64_t)c * 2 * R + R + r, next);
 }
 
-__global__ void mix_hidden_forward(floatX *h, const float *z, int BT, int T, int R) {
+__global__ void ddlerp_hidden_forward_kernel(floatX *h, const float *z, int BT, int T, int R) {
     const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8, row = at / R;
     if (row >= BT) return;
     Pack v = load(z + row * R + at); // row * 2R + column
@@ -1942,7 +2003,7 @@ __global__ void mix_hidden_forward(floatX *h, const float *z, int BT, int T, int
     store(h + at, v);
 }
 
-__global__ void mix_hidden_backward(floatX *dz, const floatX *dh, int BT, int T, int R) {
+__global__ void ddlerp_hidden_backward_kernel(floatX *dz, const floatX *dh, int BT, int T, int R) {
     const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8, row = at / R;
     if (row >= BT) return;
     store(dz + row * R + at, load(dh + at));
@@ -1950,8 +2011,8 @@ __global__ void mix_hidden_backward(floatX *dz, const floatX *dh, int BT, int T,
 }
 
 // dw1 and dmu, which are added to, from dboth: a warp a channel
-__global__ void mix_hidden_weights_backward(float *dw1, float *dmu, const float *dboth, const floatX *w1,
-                                            const floatX *mu, int C, int R, int ld) {
+__global__ void ddlerp_hidden_weights_backward_kernel(float *dw1, float *dmu, const float *dboth, const floatX *w1,
+                                                      const floatX *mu, int C, int R, int ld) {
     const int c = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
     if (c >= C) return;
     float sum = 0;
@@ -3538,9 +3599,10 @@ __global__ void gated_group_norm_forward_kernel(floatX *out, const floatX *y, co
     store(out + at, n);
 }
 
-static void gated_group_norm_forward(floatX *out, const floatX *y, const floatX *g, Param gain, Param bias, float eps,
-                                     int rows, int A) {
-    gated_group_norm_forward_kernel<<<rows, row_threads(A), 0, stream>>>(out, y, g, gain.w, bias.w, eps, A);
+static void gated_group_norm_forward(floatX *out, const floatX *y, const floatX *g, const LayerNorm &ln, float eps,
+                                     int rows) {
+    const int A = ln.gain.columns;
+    gated_group_norm_forward_kernel<<<rows, row_threads(A), 0, stream>>>(out, y, g, ln.gain.w, ln.bias.w, eps, A);
 }
 
 // With d = dout silu(g), n = the head's norm, dn = d gain:   dy = (dn - mean(dn) - n mean(dn n)) rstd,
@@ -3579,13 +3641,13 @@ __global__ void gated_group_norm_backward_kernel(floatX *dy, floatX *dg, float *
     store(partial + (int64_t)blockIdx.x * 2 * A + A + c, dbias);
 }
 
-static void gated_group_norm_backward(floatX *dy, floatX *dg, float *partial, const floatX *dout, const floatX *y,
-                                      const floatX *g, Param gain, Param bias, float eps, int rows, int A) {
-    const int blocks = row_blocks(rows, A), per = rows_per_block(rows, A);
+static void gated_group_norm_backward(floatX *dy, floatX *dg, const floatX *dout, const floatX *y, const floatX *g,
+                                      const LayerNorm &ln, float eps, float *partial, int rows) {
+    const int A = ln.gain.columns, blocks = row_blocks(rows, A), per = rows_per_block(rows, A);
     const dim3 grid(blocks, (int)ceil_div(A, 8 * 128));
-    gated_group_norm_backward_kernel<<<grid, 128, 0, stream>>>(dy, dg, partial, dout, y, g, gain.w, bias.w, eps, rows,
-                                                               per, A);
-    add_partials({{gain.g, bias.g}}, partial, blocks, 2, A);
+    gated_group_norm_backward_kernel<<<grid, 128, 0, stream>>>(dy, dg, partial, dout, y, g, ln.gain.w, ln.bias.w, eps,
+                                                               rows, per, A);
+    add_partials({{ln.gain.g, ln.bias.g}}, partial, blocks, 2, A);
 }
 
 // ---- Llama's gate ----
@@ -3820,18 +3882,27 @@ template <typename T> static void take(Arena *arena, T **p, int64_t count) {
     if (arena->base && arena->once) guard_gap(end, arena->base + arena->used - end);
 }
 
-typedef struct LowRankMix { // mixes whose amounts depend on the data, of n inputs
-    floatX *both, *h;       // (C, 64 n), (BT, 32 n): w1 times 1 - mu_x and mu_x; hidden layer
-    // (BT, 64 n), (BT, 32 n), (BT, 64 n), (C, 64 n)
-    struct {
+// The inputs of a mixer that mix a token with the one before (section 4), in the order of time_maa_w2's slices. What
+// is pointed to are fields of the layer, which change with the micro-batch at hand.
+struct MixedInput {
+    const Param *mu;  // time_maa_..
+    floatX **x, **dx; // (BT, C): the input, and its gradient
+};
+typedef struct MixedInputs {
+    int n = 0;
+    MixedInput input[5] = {};
+    const Param *mu_x = nullptr, *w1 = nullptr, *w2 = nullptr; // ddlerp: time_maa_x, _w1, _w2; lerp: null
+    bool complement = false;                                   // lerp: the parameters are 1 - mu
+    floatX *both = nullptr, *h = nullptr; // ddlerp: (C, 64 n): w1 times 1 - mu_x | mu_x; (BT, 32 n)
+    struct {                              // (BT, 64 n), (BT, 32 n), (BT, 64 n), (C, 64 n)
         float *z;
         floatX *dh, *dz;
         float *dboth;
-    } tmp;
-} LowRankMix;
+    } tmp = {};
+} MixedInputs;
 
 typedef struct FinchC2 {
-    LowRankMix mix;
+    MixedInputs mixed;
     floatX *xr, *xk, *xw, *xv, *xv2; // (BT, C) each; xv and xv2 adjacent
     floatX *r, *k, *w, *v, *v2;      // (BT, A) each; v and v2 adjacent
     floatX *hw, *hv2;                // (BT, 64): hidden layers of w and v2
@@ -3839,19 +3910,20 @@ typedef struct FinchC2 {
     float *states;                   // WKV's states at the start of every chunk
     struct {
         floatX *dxr, *dxk, *dxw, *dxv, *dxv2; // (BT, C); dxv and dxv2 adjacent
-        floatX *dr, *dk, *dw, *dv, *dy, *dyn; // (BT, A); dv and dy (which is dv2) adjacent
+        floatX *dr, *dk, *dw, *dv, *dv2;      // (BT, A); dv and dv2 adjacent
+        floatX *dy, *dyn;                     // (BT, A); dy is dv2: v2 is added to y, so their gradients are one
         floatX *dh;                           // (BT, 64)
         float *dw_sum, *du;                   // (B, A)
     } tmp;
 } FinchC2;
 
 typedef struct Gold {
-    LowRankMix mix_q, mix_kv; // of x; of xo, two mixes
-    floatX *xq, *q0, *q;      // queries: mixed, query x_q, normed
-    floatX *k1, *hk, *k2, *k; // keys: mixed, hidden layer (BT, rank), + low rank, normed
-    floatX *v1, *hv, *v2, *v; // values, likewise
-    floatX *y, *yn;           // attention's output, and normed
-    float *l;                 // (B, H, T): attention's log sums
+    MixedInputs mixed_q, mixed_kv; // q from x; k and v by amounts that depend on xo
+    floatX *xq, *q0, *q;           // queries: mixed, query x_q, normed
+    floatX *k1, *hk, *k2, *k;      // keys: mixed, hidden layer (BT, rank), + low rank, normed
+    floatX *v1, *hv, *v2, *v;      // values, likewise
+    floatX *y, *yn;                // attention's output, and normed
+    float *l;                      // (B, H, T): attention's log sums
     struct {
         floatX *low_rank;                // (BT, C)
         floatX *dq, *dk, *dv, *dy, *dyn; // (BT, A)
@@ -3863,6 +3935,7 @@ typedef struct Gold {
 } Gold;
 
 typedef struct Cmix {
+    MixedInputs mixed;
     floatX *xk, *xr, *k, *v, *r; // (BT, C) but k (BT, F): relu squared
     struct {
         floatX *dxk, *dxr, *dk, *dv, *dr;
@@ -3876,8 +3949,8 @@ typedef struct CmixLlama {
     } tmp;
 } CmixLlama;
 
-typedef struct Finch {              // Finch, its gateless variant and Eagle
-    LowRankMix mix;                 // not Eagle's
+typedef struct Finch { // Finch, its gateless variant and Eagle
+    MixedInputs mixed;
     floatX *xr, *xk, *xv, *xw, *xg; // (BT, C)
     floatX *r, *k, *v, *w, *g;      // (BT, A)
     floatX *hw;                     // (BT, 64): hidden layer of w
@@ -3891,13 +3964,12 @@ typedef struct Finch {              // Finch, its gateless variant and Eagle
     } tmp;
 } Finch;
 
-typedef struct Attention { // GPTAlpha and Llama
-    // GPTAlpha: the mix, mixed inputs, queries, keys and values before their norms
-    LowRankMix mix;
-    floatX *xq, *xk, *xv, *q0, *k0, *v0;
-    floatX *q, *k, *v; // (BT, A), q and k rotated
-    floatX *y, *yn;    // (BT, A): attention's output; GPTAlpha: normed
-    float *l;          // (B, H, T): attention's log sums
+typedef struct Attention {               // GPTAlpha and Llama
+    MixedInputs mixed;                   // GPTAlpha
+    floatX *xq, *xk, *xv, *q0, *k0, *v0; // GPTAlpha: mixed inputs; queries, keys and values before their norms
+    floatX *q, *k, *v;                   // (BT, A), q and k rotated
+    floatX *y, *yn;                      // (BT, A): attention's output; GPTAlpha: normed
+    float *l;                            // (B, H, T): attention's log sums
     struct {
         floatX *dxq, *dxk, *dxv, *dq0, *dk0, *dv0;
         floatX *dq, *dk, *dv, *dy, *dyn;
@@ -3908,7 +3980,7 @@ typedef struct Attention { // GPTAlpha and Llama
 struct Mixer;
 struct Model;
 typedef struct Layer {
-    int l;
+    int index;
     const struct Mixer *tmix, *cmix;
     Params p;
     // (BT, C): residual stream before the layer, normed; after its time mixer, normed
@@ -3932,6 +4004,7 @@ typedef struct Model {
     Tensor *tensors;
     Param **fields; // where the layers keep each tensor's pointers
     int n_tensors;
+    bool first_micro_batch; // of a step: gradients of matrices are written, not added to (weight_backward)
     // n_block: elements of a block of parameters, gaps (sanitizers only) included
     int64_t n_parameters, n_block;
     Params top;
@@ -3968,52 +4041,57 @@ typedef struct Model {
 
 typedef struct Mixer {
     const char *name;
-    int tensors, mixes; // mixes: inputs mixed by time_maa_w1
-    bool needs_cache;   // K0, so layers before it
-    bool keeps_kv;      // attention with its own keys and values
-    bool complement;    // its time_mix is 1 - time_maa
+    int tensors;              // which (enum Where)
+    int mixes = 0;            // inputs mixed by time_maa_w1 and _w2
+    bool needs_cache = false; // K0, so layers before it
+    bool keeps_kv = false;    // attention with its own keys and values
+    bool complement = false;  // its time_mix is 1 - time_maa
     void (*plan)(Model *, Layer *, Arena *kept, Arena *scratch);
     void (*forward)(Model *, Layer *, floatX *out, const floatX *x);
     void (*backward)(Model *, Layer *, floatX *dx, const floatX *dout, const floatX *x);
-    // grad_cp 2: what was not kept for the backward pass; null: all was
-    void (*remake)(Model *, Layer *, const floatX *x);
+    void (*remake)(Model *, Layer *, const floatX *x) = nullptr; // grad_cp 2: what was not kept; null: all was
 } Mixer;
 
 // ---- products with weights ----
 
-// 0 in a step's first micro-batch, then 1: so the gradients of what linear_backward serves, the matrices, need not be
-// cleared.
-static float matrix_gradients_add = 1;
-
 // out (M, O) = x (M, I) W^T + beta out, W (O, I)
-static void linear_forward(floatX *out, const floatX *x, Param W, int M, int O, int I, float beta = 0) {
-    matmul(out, O, rows(x, I), columns(W.w, W.ld), M, O, I, beta);
+static void linear_forward(floatX *out, const floatX *x, Param W, int M, float beta = 0) {
+    matmul(out, W.rows, rows(x, W.columns), columns(W.w, W.ld), M, W.rows, W.columns, beta);
 }
 
-// dx (M, I) = dout (M, O) W + beta dx;   dW += dout^T x, or dW = dout^T x in a step's first micro-batch
-// (matrix_gradients_add)
-static void linear_backward(floatX *dx, const floatX *dout, const floatX *x, Param W, int M, int O, int I,
+// dW += dout^T x; or dW = dout^T x where it is the first of a step, so that gradients of matrices need not be cleared
+static void weight_backward(Param W, const floatX *dout, const floatX *x, int M, bool first) {
+    matmul(W.g, W.ld, columns(dout, W.rows), rows(x, W.columns), W.rows, W.columns, M, first ? 0 : 1);
+}
+
+// dx (M, I) = dout (M, O) W + beta dx
+template <typename TX> static void input_backward(TX *dx, const floatX *dout, Param W, int M, float beta = 0) {
+    matmul(dx, W.columns, rows(dout, W.rows), rows(W.w, W.ld), M, W.columns, W.rows, beta);
+}
+
+static void linear_backward(const Model *m, floatX *dx, const floatX *dout, const floatX *x, Param W, int M,
                             float beta = 0) {
-    matmul(W.g, W.ld, columns(dout, O), rows(x, I), O, I, M, matrix_gradients_add);
-    matmul(dx, I, rows(dout, O), rows(W.w, W.ld), M, I, O, beta);
+    weight_backward(W, dout, x, M, m->first_micro_batch);
+    input_backward(dx, dout, W, M, beta);
 }
 
 // out (M, O) = tanh(x (M, I) w1) w2 + beta out: w1 (I, R), w2 (R, O). h (M, R): the hidden layer, kept.
-static void low_rank_forward(floatX *out, floatX *h, const floatX *x, Param w1, Param w2, int M, int I, int R, int O,
-                             float beta = 0) {
-    matmul(h, R, rows(x, I), rows(w1.w, w1.ld), M, R, I);
+static void low_rank_forward(floatX *out, floatX *h, const floatX *x, Param w1, Param w2, int M, float beta = 0) {
+    const int I = w1.rows, R = w1.columns, O = w2.columns;
+    matmul(h, R, rows(x, I), rows(w1.w, R), M, R, I);
     tanh_forward<<<pack_blocks((int64_t)M * R), 256, 0, stream>>>(h, (int64_t)M * R);
-    matmul(out, O, rows(h, R), rows(w2.w, w2.ld), M, O, R, beta);
+    matmul(out, O, rows(h, R), rows(w2.w, O), M, O, R, beta);
 }
 
 // dx = d(hidden layer's input) w1^T + beta dx. dx may be dout itself (it is written last). dh (M, R): scratch.
 static void low_rank_backward(floatX *dx, floatX *dh, const floatX *dout, const floatX *h, const floatX *x, Param w1,
-                              Param w2, int M, int I, int R, int O, float beta = 0) {
-    matmul(dh, R, rows(dout, O), columns(w2.w, w2.ld), M, R, O);
-    matmul(w2.g, w2.ld, columns(h, R), rows(dout, O), R, O, M, 1);
+                              Param w2, int M, float beta = 0) {
+    const int I = w1.rows, R = w1.columns, O = w2.columns;
+    matmul(dh, R, rows(dout, O), columns(w2.w, O), M, R, O);
+    matmul(w2.g, O, columns(h, R), rows(dout, O), R, O, M, 1);
     tanh_backward<<<pack_blocks((int64_t)M * R), 256, 0, stream>>>(dh, h, (int64_t)M * R);
-    matmul(w1.g, w1.ld, columns(x, I), rows(dh, R), I, R, M, 1);
-    matmul(dx, I, rows(dh, R), columns(w1.w, w1.ld), M, I, R, beta);
+    matmul(w1.g, R, columns(x, I), rows(dh, R), I, R, M, 1);
+    matmul(dx, I, rows(dh, R), columns(w1.w, R), M, I, R, beta);
 }
 
 // ---- positions: q and k (BT, A) of an attention turn in place, their gradients turn back ----
@@ -4025,15 +4103,16 @@ static void rope_turn(const Model *m, floatX *x, float direction) {
 static void rope_forward(const Model *m, floatX *q_or_k) { rope_turn(m, q_or_k, 1); }
 static void rope_backward(const Model *m, floatX *gradient) { rope_turn(m, gradient, -1); }
 
-// ---- mixes by low-rank functions of the data, which most time mixers begin with ----
+// ---- mixed inputs: what most mixers begin with ----
 //
-//     h
-//         = tanh((x + dx * mu_x) @ w1);  m_i = h[:, 32 i : 32 i + 32] @ w2[i],  i = 0 .. n-1
-//             w1 (C, 32 n), w2 (n, 32, C)
-//     x_i = x + dx * (mu_i + m_i)
+//     x_i = x + diff * mu_i                     lerp
+//     x_i = x + diff * (mu_i + m_i)             ddlerp
+//     m_i = h[:, 32 i : 32 i + 32] @ w2[i],     h = tanh((x + diff * mu_x) @ w1)        w1 (C, 32 n), w2 (n, 32, C)
+//
+// with diff = shift(x) - x and i = 0 .. n-1.
 
-static void low_rank_mix_plan(const Dims &d, LowRankMix *a, int n, Arena *kept, Arena *scratch) {
-    const int hidden = RANK * n;
+static void mixed_inputs_plan(const Dims &d, MixedInputs *a, Arena *kept, Arena *scratch) { // ddlerp's hidden layer
+    const int hidden = a->w1->columns;
     take(kept, &a->both, (int64_t)d.C * 2 * hidden);
     take(kept, &a->h, (int64_t)d.BT * hidden);
     take(scratch, &a->tmp.z, (int64_t)d.BT * 2 * hidden);
@@ -4042,65 +4121,92 @@ static void low_rank_mix_plan(const Dims &d, LowRankMix *a, int n, Arena *kept, 
     take(scratch, &a->tmp.dboth, (int64_t)d.C * 2 * hidden);
 }
 
-// h, for n mixes
-static void low_rank_mix_hidden(const Dims &d, const LowRankMix &a, Param mu_x, Param w1, int n, const floatX *x) {
-    const int hidden = RANK * n, ld = (int)w1.ld;
-    mix_hidden_weights<<<pack_blocks((int64_t)d.C * hidden), 256, 0, stream>>>(a.both, w1.w, mu_x.w, d.C, hidden, ld);
+template <int n> static MixTask<n> mix_task(const Dims &d, const MixedInputs &a, int first) {
+    MixTask<n> task = {};
+    for (int i = 0; i < n; i++) task.mu[i] = a.input[first + i].mu->w, task.x[i] = *a.input[first + i].x;
+    if (a.w2) task.low = {a.h + MIX_RANK * first, MIX_RANK * a.n, a.w2->w + (int64_t)MIX_RANK * d.C * first};
+    task.complement = a.complement;
+    return task;
+}
+template <int n> static MixTask<n> mix_backward_task(const Dims &d, const MixedInputs &a, int first, Targets *dmu) {
+    MixTask<n> task = mix_task<n>(d, a, first);
+    for (int i = 0; i < n; i++) task.x[i] = *a.input[first + i].dx, dmu->g[i] = a.input[first + i].mu->g;
+    return task;
+}
+
+static void mixed_inputs_hidden(const Dims &d, const MixedInputs &a, const floatX *x) { // h
+    const int hidden = MIX_RANK * a.n, ld = (int)a.w1->ld, blocks = pack_blocks((int64_t)d.C * hidden);
+    ddlerp_hidden_weights_kernel<<<blocks, 256, 0, stream>>>(a.both, a.w1->w, a.mu_x->w, d.C, hidden, ld);
     matmul(a.tmp.z, 2 * hidden, rows(x, d.C), rows(a.both, 2 * hidden), d.BT, 2 * hidden, d.C);
-    mix_hidden_forward<<<pack_blocks((int64_t)d.BT * hidden), 256, 0, stream>>>(a.h, a.tmp.z, d.BT, d.T, hidden);
+    ddlerp_hidden_forward_kernel<<<pack_blocks((int64_t)d.BT * hidden), 256, 0, stream>>>(a.h, a.tmp.z, d.BT, d.T,
+                                                                                          hidden);
 }
 
 // From tmp.dh: w1's and mu_x's gradients; adds x's to dx.
 template <typename TX>
-static void low_rank_mix_hidden_backward(const Dims &d, const LowRankMix &a, Param mu_x, Param w1, int n, TX *dx,
-                                         const floatX *x) {
-    const int hidden = RANK * n, ld = (int)w1.ld, blocks = (int)ceil_div(d.C, 8);
-    const auto &t = a.tmp;
-    mix_hidden_backward<<<pack_blocks((int64_t)d.BT * hidden), 256, 0, stream>>>(t.dz, t.dh, d.BT, d.T, hidden);
-    matmul(t.dboth, 2 * hidden, columns(x, d.C), rows(t.dz, 2 * hidden), d.C, 2 * hidden, d.BT);
-    mix_hidden_weights_backward<<<blocks, 256, 0, stream>>>(w1.g, mu_x.g, t.dboth, w1.w, mu_x.w, d.C, hidden, ld);
-    matmul(dx, d.C, rows(t.dz, 2 * hidden), columns(a.both, 2 * hidden), d.BT, d.C, 2 * hidden, 1);
+static void mixed_inputs_hidden_backward(const Dims &d, const MixedInputs &a, TX *dx, const floatX *x) {
+    const int hidden = MIX_RANK * a.n, ld = (int)a.w1->ld, blocks = (int)ceil_div(d.C, 8);
+    const auto &tmp = a.tmp;
+    ddlerp_hidden_backward_kernel<<<pack_blocks((int64_t)d.BT * hidden), 256, 0, stream>>>(tmp.dz, tmp.dh, d.BT, d.T,
+                                                                                           hidden);
+    matmul(tmp.dboth, 2 * hidden, columns(x, d.C), rows(tmp.dz, 2 * hidden), d.C, 2 * hidden, d.BT);
+    ddlerp_hidden_weights_backward_kernel<<<blocks, 256, 0, stream>>>(a.w1->g, a.mu_x->g, tmp.dboth, a.w1->w, a.mu_x->w,
+                                                                      d.C, hidden, ld);
+    matmul(dx, d.C, rows(tmp.dz, 2 * hidden), columns(a.both, 2 * hidden), d.BT, d.C, 2 * hidden, 1);
 }
 
-// Mix `first` of n and those after it, where all read the same x
+// n inputs, which mix the same x, from `first` on; the hidden layer is there
 template <int n>
-static void low_rank_mix_outputs(const Dims &d, const LowRankMix &a, Param w2, int of, int first, Mixes<n> mix,
-                                 const floatX *x) {
-    mix.low = {a.h + RANK * first, RANK * of, w2.w + (int64_t)RANK * d.C * first};
-    mix_forward_low_rank<n>(mix, x, d.BT, d.T, d.C);
+static void mixed_inputs_part_forward(const Dims &d, const MixedInputs &a, const floatX *x, int first = 0) {
+    ddlerp_forward(mix_task<n>(d, a, first), x, d.BT, d.T, d.C);
 }
 
+// Their gradients to the hidden layer's, w2's and mu's, and to dx, which is added to if `accumulate`.
 template <int n, typename TX, bool accumulate>
-static void low_rank_mix_outputs_backward(Model *m, const LowRankMix &a, Param w2, int of, int first, Mixes<n> mix,
-                                          Targets dmu, TX *dx, const floatX *x) {
+static void mixed_inputs_part_backward(const Model *m, const MixedInputs &a, TX *dx, const floatX *x, int first = 0) {
     const Dims &d = m->d;
-    const int64_t from = (int64_t)RANK * d.C * first;
-    mix.low = {a.h + RANK * first, RANK * of, w2.w + from};
-    mix_backward_low_rank<n, TX, accumulate>(mix, dx, a.tmp.dh + RANK * first, w2.g + from, dmu, m->partial, x, d.BT,
-                                             d.T, d.C);
+    DdlerpGradients g = {a.tmp.dh + MIX_RANK * first, a.w2->g + (int64_t)MIX_RANK * d.C * first, {}};
+    const MixTask<n> task = mix_backward_task<n>(d, a, first, &g.dmu);
+    ddlerp_backward<n, TX, accumulate>(task, g, dx, x, m->partial, d.BT, d.T, d.C);
 }
 
-// The whole of it, with time_maa_x, _w1 and _w2; again: h is there already.
-template <int n>
-static void low_rank_mix_forward(const Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix, const floatX *x,
-                                 bool again = false) {
-    if (!again) low_rank_mix_hidden(m->d, a, p.time_maa_x, p.time_maa_w1, n, x);
-    low_rank_mix_outputs<n>(m->d, a, p.time_maa_w2, n, 0, mix, x);
+// All inputs, where the hidden layer is there. Kernels are compiled for as many as the mixers have.
+static void mixed_inputs_remake(const Dims &d, const MixedInputs &a, const floatX *x) {
+    const bool lerp = !a.w2;
+    if (lerp && a.n == 2) lerp_forward(mix_task<2>(d, a, 0), x, d.BT, d.T, d.C);
+    if (lerp && a.n == 4) lerp_forward(mix_task<4>(d, a, 0), x, d.BT, d.T, d.C);
+    if (!lerp && a.n == 1) mixed_inputs_part_forward<1>(d, a, x);
+    if (!lerp && a.n == 3) mixed_inputs_part_forward<3>(d, a, x);
+    if (!lerp && a.n == 4) mixed_inputs_part_forward<4>(d, a, x);
+    if (!lerp && a.n == 5) mixed_inputs_part_forward<5>(d, a, x);
 }
 
-template <int n>
-static void low_rank_mix_backward(Model *m, const Params &p, const LowRankMix &a, Mixes<n> mix, Targets dmu, floatX *dx,
-                                  const floatX *x) {
-    low_rank_mix_outputs_backward<n, floatX, false>(m, a, p.time_maa_w2, n, 0, mix, dmu, dx, x);
-    low_rank_mix_hidden_backward(m->d, a, p.time_maa_x, p.time_maa_w1, n, dx, x);
+static void mixed_inputs_forward(const Dims &d, const MixedInputs &a, const floatX *x) {
+    if (a.w2) mixed_inputs_hidden(d, a, x);
+    mixed_inputs_remake(d, a, x);
+}
+
+template <int n> static void lerp_inputs_backward(const Model *m, const MixedInputs &a, floatX *dx, const floatX *x) {
+    const Dims &d = m->d;
+    Targets dmu = {};
+    const MixTask<n> task = mix_backward_task<n>(d, a, 0, &dmu);
+    lerp_backward(task, dx, dmu, m->partial, x, d.BT, d.T, d.C);
+}
+
+static void mixed_inputs_backward(const Model *m, const MixedInputs &a, floatX *dx, const floatX *x) {
+    const bool lerp = !a.w2;
+    if (lerp && a.n == 2) lerp_inputs_backward<2>(m, a, dx, x);
+    if (lerp && a.n == 4) lerp_inputs_backward<4>(m, a, dx, x);
+    if (!lerp && a.n == 1) mixed_inputs_part_backward<1, floatX, false>(m, a, dx, x);
+    if (!lerp && a.n == 3) mixed_inputs_part_backward<3, floatX, false>(m, a, dx, x);
+    if (!lerp && a.n == 4) mixed_inputs_part_backward<4, floatX, false>(m, a, dx, x);
+    if (!lerp && a.n == 5) mixed_inputs_part_backward<5, floatX, false>(m, a, dx, x);
+    if (!lerp) mixed_inputs_hidden_backward(m->d, a, dx, x);
 }
 
 // ---- Finch-C2 time mix, x060c2 ----
 //
-//     m
-//         = tanh((x + dx * time_maa_x) @ time_maa_w1);  m_i = m[:, 32 i : 32 i + 32] @ time_maa_w2[i],  i: r, k, v, w,
-//         v2
-//     x_i = x + dx * (time_maa_i + m_i)
+//     x_i = mixed inputs, i: r, k, v, w, v2
 //     r = receptance x_r;  k = key x_k;  v = value x_v;  v2 = value x_v2 + tanh(x_v2 @ time_value2_w1) @ time_value2_w2
 //     w = time_decay + tanh(x_w @ time_decay_w1) @ time_decay_w2
 //     k = k * (1 - exp(-exp(w)))                               if use_one_minus_w
@@ -4109,22 +4215,34 @@ static void low_rank_mix_backward(Model *m, const Params &p, const LowRankMix &a
 
 static void finch_c2_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
     const Dims &d = m->d;
+    const Params &p = layer->p;
     FinchC2 &a = layer->finch_c2;
+    auto &tmp = a.tmp;
+    a.mixed = {.n = m->s.use_v2 ? 5 : 4,
+               .input = {{&p.time_maa_r, &a.xr, &tmp.dxr},
+                         {&p.time_maa_k, &a.xk, &tmp.dxk},
+                         {&p.time_maa_v, &a.xv, &tmp.dxv},
+                         {&p.time_maa_w, &a.xw, &tmp.dxw},
+                         {&p.time_maa_v2, &a.xv2, &tmp.dxv2}},
+               .mu_x = &p.time_maa_x,
+               .w1 = &p.time_maa_w1,
+               .w2 = &p.time_maa_w2};
     Arena *again = m->s.grad_cp == 2 ? scratch : kept;
     const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
-    low_rank_mix_plan(d, &a.mix, 5, kept, scratch);
-    for (floatX **p : {&a.xr, &a.xk, &a.xw}) take(again, p, E);
+    mixed_inputs_plan(d, &a.mixed, kept, scratch);
+    for (floatX **to : {&a.xr, &a.xk, &a.xw}) take(again, to, E);
     take(again, &a.xv, 2 * E);
-    for (floatX **p : {&a.r, &a.k, &a.w, &a.y, &a.yn}) take(kept, p, EA);
+    for (floatX **to : {&a.r, &a.k, &a.w, &a.y, &a.yn}) take(kept, to, EA);
     take(kept, &a.v, 2 * EA);
-    for (floatX **p : {&a.hw, &a.hv2}) take(kept, p, (int64_t)d.BT * 64);
+    take(kept, &a.hw, (int64_t)d.BT * DECAY_RANK);
+    take(kept, &a.hv2, (int64_t)d.BT * VALUE2_RANK);
     take(kept, &a.states, d.B * d.H * ceil_div(d.T, CHUNK) * N * N);
-    for (floatX **p : {&a.tmp.dxr, &a.tmp.dxk, &a.tmp.dxw}) take(scratch, p, E);
-    take(scratch, &a.tmp.dxv, 2 * E);
-    for (floatX **p : {&a.tmp.dr, &a.tmp.dk, &a.tmp.dw, &a.tmp.dyn}) take(scratch, p, EA);
-    take(scratch, &a.tmp.dv, 2 * EA);
-    take(scratch, &a.tmp.dh, (int64_t)d.BT * 64);
-    for (float **p : {&a.tmp.dw_sum, &a.tmp.du}) take(scratch, p, (int64_t)d.B * d.A);
+    for (floatX **to : {&tmp.dxr, &tmp.dxk, &tmp.dxw}) take(scratch, to, E);
+    take(scratch, &tmp.dxv, 2 * E);
+    for (floatX **to : {&tmp.dr, &tmp.dk, &tmp.dw, &tmp.dyn}) take(scratch, to, EA);
+    take(scratch, &tmp.dv, 2 * EA);
+    take(scratch, &tmp.dh, (int64_t)d.BT * DECAY_RANK);
+    for (float **to : {&tmp.dw_sum, &tmp.du}) take(scratch, to, (int64_t)d.B * d.A);
 }
 
 // The tensors that lie behind one another, for the micro-batch at hand.
@@ -4132,40 +4250,25 @@ static void finch_c2_adjacent(const Dims &d, FinchC2 &a) {
     a.xv2 = a.xv + (int64_t)d.BT * d.C;
     a.v2 = a.v + (int64_t)d.BT * d.A;
     a.tmp.dxv2 = a.tmp.dxv + (int64_t)d.BT * d.C;
-    a.tmp.dy = a.tmp.dv + (int64_t)d.BT * d.A;
+    a.tmp.dy = a.tmp.dv2 = a.tmp.dv + (int64_t)d.BT * d.A;
 }
 
 static Wkv finch_c2_wkv(const Model *m, const Layer *layer) {
     const FinchC2 &a = layer->finch_c2;
     const bool v2 = m->s.use_v2;
     const int64_t lead = m->d.lead * (int64_t)m->d.A;
-    return {a.r + lead,
-            a.k + lead,
-            a.v + lead,
-            a.w + lead,
-            layer->p.time_decay.w,
-            v2 ? nullptr : layer->p.time_faaaa.w,
-            v2 ? a.v2 + lead : nullptr,
-            m->s.use_one_minus_w != 0,
-            layer->wkv_state ? nullptr : a.states,
-            layer->wkv_state,
-            m->d.T - m->d.lead,
-            m->d.H};
-}
-
-static void finch_c2_mixes(Model *m, Layer *layer, const floatX *x, bool again) {
-    const Params &p = layer->p;
-    const FinchC2 &a = layer->finch_c2;
-    if (m->s.use_v2)
-        low_rank_mix_forward<5>(m, p, a.mix,
-                                {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w, p.time_maa_v2.w},
-                                 {},
-                                 {a.xr, a.xk, a.xv, a.xw, a.xv2}},
-                                x, again);
-    else
-        low_rank_mix_forward<4>(
-            m, p, a.mix,
-            {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {}, {a.xr, a.xk, a.xv, a.xw}}, x, again);
+    return {.r = a.r + lead,
+            .k = a.k + lead,
+            .v = a.v + lead,
+            .w = a.w + lead,
+            .time_decay = layer->p.time_decay.w,
+            .u = v2 ? nullptr : layer->p.time_faaaa.w,
+            .v2 = v2 ? a.v2 + lead : nullptr,
+            .one_minus_w = m->s.use_one_minus_w != 0,
+            .states = layer->wkv_state ? nullptr : a.states,
+            .carry = layer->wkv_state,
+            .T = m->d.T - m->d.lead,
+            .H = m->d.H};
 }
 
 static void finch_c2_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
@@ -4174,50 +4277,39 @@ static void finch_c2_forward(Model *m, Layer *layer, floatX *out, const floatX *
     FinchC2 &a = layer->finch_c2;
     const bool v2 = m->s.use_v2;
     finch_c2_adjacent(d, a);
-    finch_c2_mixes(m, layer, x, false);
-    linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
-    linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
-    linear_forward(a.v, a.xv, p.value, v2 ? 2 * d.BT : d.BT, d.A, d.C); // x_v and x_v2 in one product
-    if (v2) low_rank_forward(a.v2, a.hv2, a.xv2, p.time_value2_w1, p.time_value2_w2, d.BT, d.C, 64, d.A, 1);
-    low_rank_forward(a.w, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
+    mixed_inputs_forward(d, a.mixed, x);
+    linear_forward(a.r, a.xr, p.receptance, d.BT);
+    linear_forward(a.k, a.xk, p.key, d.BT);
+    linear_forward(a.v, a.xv, p.value, v2 ? 2 * d.BT : d.BT); // x_v and x_v2 in one product
+    if (v2) low_rank_forward(a.v2, a.hv2, a.xv2, p.time_value2_w1, p.time_value2_w2, d.BT, 1);
+    low_rank_forward(a.w, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT);
     wkv_forward(a.y + d.lead * (int64_t)d.A, finch_c2_wkv(m, layer), d.B);
-    layernorm_forward(a.yn, nullptr, a.y, nullptr, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
-    linear_forward(out, a.yn, p.output, d.BT, d.C, d.A);
+    layernorm_forward(a.yn, a.y, p.ln_x, d.BT);
+    linear_forward(out, a.yn, p.output, d.BT);
 }
 
-static void finch_c2_remake(Model *m, Layer *layer, const floatX *x) { finch_c2_mixes(m, layer, x, true); }
+static void finch_c2_remake(Model *m, Layer *layer, const floatX *x) {
+    mixed_inputs_remake(m->d, layer->finch_c2.mixed, x);
+}
 
 static void finch_c2_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
     const Dims &d = m->d;
     const Params &p = layer->p;
     FinchC2 &a = layer->finch_c2;
-    auto &t = a.tmp;
+    auto &tmp = a.tmp;
     const bool v2 = m->s.use_v2;
     finch_c2_adjacent(d, a);
-    linear_backward(t.dyn, dout, a.yn, p.output, d.BT, d.C, d.A);
-    layernorm_backward<false>(t.dy, m->partial, t.dyn, a.y, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
-    wkv_backward({t.dy, t.dr, t.dk, t.dv, t.dw, t.dw_sum, t.du}, finch_c2_wkv(m, layer), d.B);
-    add_partials({{p.time_decay.g}}, t.dw_sum, d.B, 1, d.A);
-    if (!v2) add_partials({{p.time_faaaa.g}}, t.du, d.B, 1, d.A);
-    linear_backward(t.dxr, t.dr, a.xr, p.receptance, d.BT, d.A, d.C);
-    linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
-    linear_backward(t.dxv, t.dv, a.xv, p.value, v2 ? 2 * d.BT : d.BT, d.A, d.C);
-    if (v2)
-        low_rank_backward(t.dxv2, t.dh, t.dy, a.hv2, a.xv2, p.time_value2_w1, p.time_value2_w2, d.BT, d.C, 64, d.A, 1);
-    low_rank_backward(t.dxw, t.dh, t.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
-    if (v2)
-        low_rank_mix_backward<5>(m, p, a.mix,
-                                 {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w, p.time_maa_v2.w},
-                                  {},
-                                  {t.dxr, t.dxk, t.dxv, t.dxw, t.dxv2}},
-                                 {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g, p.time_maa_v2.g}},
-                                 dx, x);
-    else
-        low_rank_mix_backward<4>(m, p, a.mix,
-                                 {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w},
-                                  {},
-                                  {t.dxr, t.dxk, t.dxv, t.dxw}},
-                                 {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g}}, dx, x);
+    linear_backward(m, tmp.dyn, dout, a.yn, p.output, d.BT);
+    layernorm_backward(tmp.dy, tmp.dyn, a.y, p.ln_x, m->partial, d.BT);
+    wkv_backward({tmp.dy, tmp.dr, tmp.dk, tmp.dv, tmp.dw, tmp.dw_sum, tmp.du}, finch_c2_wkv(m, layer), d.B);
+    add_partials({{p.time_decay.g}}, tmp.dw_sum, d.B, 1, d.A);
+    if (!v2) add_partials({{p.time_faaaa.g}}, tmp.du, d.B, 1, d.A);
+    linear_backward(m, tmp.dxr, tmp.dr, a.xr, p.receptance, d.BT);
+    linear_backward(m, tmp.dxk, tmp.dk, a.xk, p.key, d.BT);
+    linear_backward(m, tmp.dxv, tmp.dv, a.xv, p.value, v2 ? 2 * d.BT : d.BT); // and with dv2 that of x_v2
+    if (v2) low_rank_backward(tmp.dxv2, tmp.dh, tmp.dv2, a.hv2, a.xv2, p.time_value2_w1, p.time_value2_w2, d.BT, 1);
+    low_rank_backward(tmp.dxw, tmp.dh, tmp.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT);
+    mixed_inputs_backward(m, a.mixed, dx, x);
 }
 
 // ---- TokenCat: the compressed key cache (spec section 1) ----
@@ -4227,85 +4319,91 @@ static void finch_c2_backward(Model *m, Layer *layer, floatX *dx, const floatX *
 //
 // [x0; c] is never written: the product splits by its inputs, w_kv_cache_b = [W_x | W_c].
 
-static Param columns_from(Param W, int64_t column) { return {W.w + column, W.g + column, W.ld}; }
+static Param columns_of(Param W, int first, int count) { return {W.w + first, W.g + first, W.rows, count, W.ld}; }
 
 static void token_cat_forward(Model *m, const floatX *x) {
     const Dims &d = m->d;
-    const Param W = m->top.w_kv_cache_b;
-    linear_forward(m->cache, x, m->top.w_kv_cache_a, d.BT, d.R, d.C);
-    linear_forward(m->k0_sum, m->x0, W, d.BT, d.A, d.C);
-    linear_forward(m->k0_sum, m->cache, columns_from(W, d.C), d.BT, d.A, d.R, 1);
+    const Param W = m->top.w_kv_cache_b, W_x = columns_of(W, 0, d.C), W_c = columns_of(W, d.C, d.R);
+    linear_forward(m->cache, x, m->top.w_kv_cache_a, d.BT);
+    linear_forward(m->k0_sum, m->x0, W_x, d.BT);
+    linear_forward(m->k0_sum, m->cache, W_c, d.BT, 1);
     rms_norm_forward<<<d.BT, row_threads(d.A), 0, stream>>>(m->k0, m->k0_sum, d.A);
 }
 
 // Adds to dx, the gradient of x; x0's share goes to dx0 in fp32.
 static void token_cat_backward(Model *m, floatX *dx, const floatX *x) {
     const Dims &d = m->d;
-    const Param W = m->top.w_kv_cache_b;
+    const Param W = m->top.w_kv_cache_b, W_x = columns_of(W, 0, d.C), W_c = columns_of(W, d.C, d.R);
     rms_norm_backward<false>
         <<<d.BT, row_threads(d.A), 0, stream>>>(m->dk0_sum, m->dk0, (const float *)nullptr, m->k0_sum, d.A);
-    linear_backward(m->dcache, m->dk0_sum, m->cache, columns_from(W, d.C), d.BT, d.A, d.R);
-    matmul(W.g, W.ld, columns(m->dk0_sum, d.A), rows(m->x0, d.C), d.A, d.C, d.BT, matrix_gradients_add);
-    matmul(m->dx0, d.C, rows(m->dk0_sum, d.A), rows(W.w, W.ld), d.BT, d.C, d.A);
-    linear_backward(dx, m->dcache, x, m->top.w_kv_cache_a, d.BT, d.R, d.C, 1);
+    linear_backward(m, m->dcache, m->dk0_sum, m->cache, W_c, d.BT);
+    weight_backward(W_x, m->dk0_sum, m->x0, d.BT, m->first_micro_batch);
+    input_backward(m->dx0, m->dk0_sum, W_x, d.BT);
+    linear_backward(m, dx, m->dcache, x, m->top.w_kv_cache_a, d.BT, 1);
 }
 
 // ---- the GOLD attention, gold ----
 //
-//     x_q: m_q = tanh((x + dx * time_maa_x) @ time_maa_q_w1) @ time_maa_q_w2
-//         q   = LayerNorm_ln_q(query (x + dx * (time_maa_q + m_q)))
-//     xo  = rms_norm(x0);  dxo = shift(xo) - xo
-//         m
-//             = tanh((xo + dxo * time_maa_v_cache) @ time_maa_kv_w1);  m_k = m[:, :32] @ time_maa_kv_w2[0];  m_v = m[:,
-//             32:] @ ..[1]
-//     k   = K0 + (shift(K0) - K0) * (time_maa_k + m_k);   v = xo + dxo * (time_maa_v + m_v)
-//     k
-//         = LayerNorm_ln_k(k + tanh(k @ time_key_w1) @ time_key_w2);
-//             v = LayerNorm_ln_v(v + tanh(v @ time_value_w1) @ time_value_w2)
-//     out = output LayerNorm_ln_x(causal_attention(q, k, v))                 with rope, q and k are turned first
+//     x_q = x + diff * (time_maa_q + m_q)                          the one mixed input from x: time_maa_q_w1, _w2
+//     q   = LayerNorm_ln_q(query x_q)
+//     xo  = rms_norm(x0)
+//     k   = K0 + (shift(K0) - K0) * (time_maa_k + m_k)             m_k, m_v from xo: time_maa_v_cache in time_maa_x's
+//     v   = xo + (shift(xo) - xo) * (time_maa_v + m_v)             place, time_maa_kv_w1, _w2
+//     k   = LayerNorm_ln_k(k + tanh(k @ time_key_w1) @ time_key_w2)
+//     v   = LayerNorm_ln_v(v + tanh(v @ time_value_w1) @ time_value_w2)
+//     out = output LayerNorm_ln_x(causal_attention(q, k, v))       with rope, q and k are rotated first
 //
 // No key or value projection: k and v depend on K0 and the token ids alone.
 
-static int gold_rank(const Dims &d) { return d.C / 16 > 64 ? d.C / 16 : 64; }
+// of time_key_w1 .. time_value_w2; a sixteenth whatever the cache's compression is
+static int gold_rank(const Dims &d) {
+    const int least = 64, sixteenth = d.C / 16;
+    return sixteenth > least ? sixteenth : least;
+}
 
 static void gold_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
     const Dims &d = m->d;
+    const Params &p = layer->p;
     Gold &a = layer->gold;
+    auto &tmp = a.tmp;
+    a.mixed_q = {.n = 1,
+                 .input = {{&p.time_maa_q, &a.xq, &tmp.dxq}},
+                 .mu_x = &p.time_maa_x,
+                 .w1 = &p.time_maa_q_w1,
+                 .w2 = &p.time_maa_q_w2};
+    a.mixed_kv = {.n = 2,
+                  .input = {{&p.time_maa_k, &a.k1, &tmp.dk2}, {&p.time_maa_v, &a.v1, &tmp.dv2}},
+                  .mu_x = &p.time_maa_v_cache,
+                  .w1 = &p.time_maa_kv_w1,
+                  .w2 = &p.time_maa_kv_w2};
     Arena *again = m->s.grad_cp == 2 ? scratch : kept;
     const int64_t E = (int64_t)d.BT * d.C; // A = C in this layer
-    low_rank_mix_plan(d, &a.mix_q, 1, kept, scratch);
-    low_rank_mix_plan(d, &a.mix_kv, 2, kept, scratch);
-    for (floatX **p : {&a.q0, &a.k2, &a.v2, &a.y, &a.yn}) take(kept, p, E);
-    for (floatX **p : {&a.xq, &a.q, &a.k1, &a.k, &a.v1, &a.v}) take(again, p, E);
-    for (floatX **p : {&a.hk, &a.hv}) take(kept, p, (int64_t)d.BT * gold_rank(d));
+    mixed_inputs_plan(d, &a.mixed_q, kept, scratch);
+    mixed_inputs_plan(d, &a.mixed_kv, kept, scratch);
+    for (floatX **to : {&a.q0, &a.k2, &a.v2, &a.y, &a.yn}) take(kept, to, E);
+    for (floatX **to : {&a.xq, &a.q, &a.k1, &a.k, &a.v1, &a.v}) take(again, to, E);
+    for (floatX **to : {&a.hk, &a.hv}) take(kept, to, (int64_t)d.BT * gold_rank(d));
     take(kept, &a.l, (int64_t)d.BT * d.H);
-    auto &t = a.tmp;
-    for (floatX **p : {&t.low_rank, &t.dq, &t.dk, &t.dv, &t.dy, &t.dyn, &t.dq0, &t.dk2, &t.dv2, &t.dxq})
-        take(scratch, p, E);
-    take(scratch, &t.dh, (int64_t)d.BT * gold_rank(d));
-    take(scratch, &t.delta, (int64_t)d.BT * d.H);
-}
-
-static void gold_mix_q(const Dims &d, const Layer *layer, const floatX *x) { // a.xq
-    low_rank_mix_outputs<1>(d, layer->gold.mix_q, layer->p.time_maa_q_w2, 1, 0,
-                            {{layer->p.time_maa_q.w}, {}, {layer->gold.xq}}, x);
+    for (floatX **to :
+         {&tmp.low_rank, &tmp.dq, &tmp.dk, &tmp.dv, &tmp.dy, &tmp.dyn, &tmp.dq0, &tmp.dk2, &tmp.dv2, &tmp.dxq})
+        take(scratch, to, E);
+    take(scratch, &tmp.dh, (int64_t)d.BT * gold_rank(d));
+    take(scratch, &tmp.delta, (int64_t)d.BT * d.H);
 }
 
 static void gold_mix_kv(const Model *m, const Layer *layer) { // a.k1, a.v1 from m->k0 and m->xo
-    const Gold &a = layer->gold;
-    const Params &p = layer->p;
-    low_rank_mix_outputs<1>(m->d, a.mix_kv, p.time_maa_kv_w2, 2, 0, {{p.time_maa_k.w}, {}, {a.k1}}, m->k0);
-    low_rank_mix_outputs<1>(m->d, a.mix_kv, p.time_maa_kv_w2, 2, 1, {{p.time_maa_v.w}, {}, {a.v1}}, m->xo);
+    const MixedInputs &mixed = layer->gold.mixed_kv;
+    mixed_inputs_part_forward<1>(m->d, mixed, m->k0, 0);
+    mixed_inputs_part_forward<1>(m->d, mixed, m->xo, 1);
 }
 
 static void gold_queries(Model *m, Layer *layer, const floatX *x) { // a.q
     const Dims &d = m->d;
     const Params &p = layer->p;
     Gold &a = layer->gold;
-    low_rank_mix_hidden(d, a.mix_q, p.time_maa_x, p.time_maa_q_w1, 1, x);
-    gold_mix_q(d, layer, x);
-    linear_forward(a.q0, a.xq, p.query, d.BT, d.A, d.C);
-    layernorm_forward(a.q, nullptr, a.q0, nullptr, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
+    mixed_inputs_forward(d, a.mixed_q, x);
+    linear_forward(a.q0, a.xq, p.query, d.BT);
+    layernorm_forward(a.q, a.q0, p.ln_q, d.BT);
     rope_forward(m, a.q);
 }
 
@@ -4313,22 +4411,21 @@ static void gold_keys_values(Model *m, Layer *layer) { // a.k, a.v from m->k0 an
     const Dims &d = m->d;
     const Params &p = layer->p;
     Gold &a = layer->gold;
-    const int rank = gold_rank(d);
-    low_rank_mix_hidden(d, a.mix_kv, p.time_maa_v_cache, p.time_maa_kv_w1, 2, m->xo);
+    mixed_inputs_hidden(d, a.mixed_kv, m->xo);
     gold_mix_kv(m, layer);
-    low_rank_forward(a.tmp.low_rank, a.hk, a.k1, p.time_key_w1, p.time_key_w2, d.BT, d.C, rank, d.C);
-    layernorm_forward(a.k, a.k2, a.k1, nullptr, a.tmp.low_rank, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
+    low_rank_forward(a.tmp.low_rank, a.hk, a.k1, p.time_key_w1, p.time_key_w2, d.BT);
+    add_layernorm_forward(a.k, a.k2, a.k1, a.tmp.low_rank, p.ln_k, d.BT);
     rope_forward(m, a.k);
-    low_rank_forward(a.tmp.low_rank, a.hv, a.v1, p.time_value_w1, p.time_value_w2, d.BT, d.C, rank, d.C);
-    layernorm_forward(a.v, a.v2, a.v1, nullptr, a.tmp.low_rank, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
+    low_rank_forward(a.tmp.low_rank, a.hv, a.v1, p.time_value_w1, p.time_value_w2, d.BT);
+    add_layernorm_forward(a.v, a.v2, a.v1, a.tmp.low_rank, p.ln_v, d.BT);
 }
 
 static void gold_output(Model *m, Layer *layer, floatX *out) { // from a.y
     const Dims &d = m->d;
     const Params &p = layer->p;
     Gold &a = layer->gold;
-    layernorm_forward(a.yn, nullptr, a.y, nullptr, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
-    linear_forward(out, a.yn, p.output, d.BT, d.C, d.A);
+    layernorm_forward(a.yn, a.y, p.ln_x, d.BT);
+    linear_forward(out, a.yn, p.output, d.BT);
 }
 
 static void gold_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
@@ -4344,11 +4441,11 @@ static void gold_remake(Model *m, Layer *layer, const floatX *x) {
     const Dims &d = m->d;
     const Params &p = layer->p;
     Gold &a = layer->gold;
-    gold_mix_q(d, layer, x);
+    mixed_inputs_remake(d, a.mixed_q, x);
     gold_mix_kv(m, layer);
-    layernorm_forward(a.q, nullptr, a.q0, nullptr, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
-    layernorm_forward(a.k, nullptr, a.k2, nullptr, nullptr, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
-    layernorm_forward(a.v, nullptr, a.v2, nullptr, nullptr, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
+    layernorm_forward(a.q, a.q0, p.ln_q, d.BT);
+    layernorm_forward(a.k, a.k2, p.ln_k, d.BT);
+    layernorm_forward(a.v, a.v2, p.ln_v, d.BT);
     for (floatX *rotated : {a.q, a.k}) rope_forward(m, rotated);
 }
 
@@ -4356,43 +4453,43 @@ static void gold_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
     const Dims &d = m->d;
     const Params &p = layer->p;
     Gold &a = layer->gold;
-    auto &t = a.tmp;
-    const int rank = gold_rank(d);
-    linear_backward(t.dyn, dout, a.yn, p.output, d.BT, d.C, d.A);
-    layernorm_backward<false>(t.dy, m->partial, t.dyn, a.y, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
-    attention_backward(t.dq, t.dk, t.dv, t.delta, t.dy, a.y, a.l, a.q, a.k, a.v, d.B, d.T, d.H);
-    for (floatX *gradient : {t.dq, t.dk}) rope_backward(m, gradient);
+    auto &tmp = a.tmp;
+    linear_backward(m, tmp.dyn, dout, a.yn, p.output, d.BT);
+    layernorm_backward(tmp.dy, tmp.dyn, a.y, p.ln_x, m->partial, d.BT);
+    attention_backward(tmp.dq, tmp.dk, tmp.dv, tmp.delta, tmp.dy, a.y, a.l, a.q, a.k, a.v, d.B, d.T, d.H);
+    for (floatX *gradient : {tmp.dq, tmp.dk}) rope_backward(m, gradient);
 
-    layernorm_backward<false>(t.dk2, m->partial, t.dk, a.k2, nullptr, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
-    layernorm_backward<false>(t.dv2, m->partial, t.dv, a.v2, nullptr, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
-    low_rank_backward(t.dk2, t.dh, t.dk2, a.hk, a.k1, p.time_key_w1, p.time_key_w2, d.BT, d.C, rank, d.C, 1);
-    low_rank_backward(t.dv2, t.dh, t.dv2, a.hv, a.v1, p.time_value_w1, p.time_value_w2, d.BT, d.C, rank, d.C, 1);
-    low_rank_mix_outputs_backward<1, float, true>(m, a.mix_kv, p.time_maa_kv_w2, 2, 0, {{p.time_maa_k.w}, {}, {t.dk2}},
-                                                  {{p.time_maa_k.g}}, m->dk0, m->k0);
-    low_rank_mix_outputs_backward<1, float, true>(m, a.mix_kv, p.time_maa_kv_w2, 2, 1, {{p.time_maa_v.w}, {}, {t.dv2}},
-                                                  {{p.time_maa_v.g}}, m->dxo, m->xo);
-    low_rank_mix_hidden_backward(d, a.mix_kv, p.time_maa_v_cache, p.time_maa_kv_w1, 2, m->dxo, m->xo);
+    layernorm_backward(tmp.dk2, tmp.dk, a.k2, p.ln_k, m->partial, d.BT);
+    layernorm_backward(tmp.dv2, tmp.dv, a.v2, p.ln_v, m->partial, d.BT);
+    low_rank_backward(tmp.dk2, tmp.dh, tmp.dk2, a.hk, a.k1, p.time_key_w1, p.time_key_w2, d.BT, 1);
+    low_rank_backward(tmp.dv2, tmp.dh, tmp.dv2, a.hv, a.v1, p.time_value_w1, p.time_value_w2, d.BT, 1);
+    mixed_inputs_part_backward<1, float, true>(m, a.mixed_kv, m->dk0, m->k0, 0);
+    mixed_inputs_part_backward<1, float, true>(m, a.mixed_kv, m->dxo, m->xo, 1);
+    mixed_inputs_hidden_backward(d, a.mixed_kv, m->dxo, m->xo);
 
-    layernorm_backward<false>(t.dq0, m->partial, t.dq, a.q0, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
-    linear_backward(t.dxq, t.dq0, a.xq, p.query, d.BT, d.A, d.C);
-    low_rank_mix_outputs_backward<1, floatX, false>(m, a.mix_q, p.time_maa_q_w2, 1, 0, {{p.time_maa_q.w}, {}, {t.dxq}},
-                                                    {{p.time_maa_q.g}}, dx, x);
-    low_rank_mix_hidden_backward(d, a.mix_q, p.time_maa_x, p.time_maa_q_w1, 1, dx, x);
+    layernorm_backward(tmp.dq0, tmp.dq, a.q0, p.ln_q, m->partial, d.BT);
+    linear_backward(m, tmp.dxq, tmp.dq0, a.xq, p.query, d.BT);
+    mixed_inputs_backward(m, a.mixed_q, dx, x);
 }
 
 // ---- channel mixes, x060 and x052 ----
 //
-//     k = relu(key (x + dx * time_maa_k))^2;   out = sigmoid(receptance (x + dx * time_maa_r)) * (value k)
+//     x_i = mixed inputs (lerp), i: k, r
+//     k = relu(key x_k)^2;   out = sigmoid(receptance x_r) * (value k)
 //
-// x052, Eagle's, with x * time_mix_i + shift(x) * (1 - time_mix_i) for x + dx * time_maa_i: it keeps 1 - time_maa.
+// x052, Eagle's, has time_mix_i = 1 - time_maa_i:  x_i = x * time_mix_i + shift(x) * (1 - time_mix_i).
 
 static void cmix_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
     const Dims &d = m->d;
+    const Params &p = layer->p;
     Cmix &a = layer->ffn;
     const int64_t E = (int64_t)d.BT * d.C;
-    for (floatX **p : {&a.xk, &a.xr, &a.v, &a.r}) take(kept, p, E);
+    a.mixed = {.n = 2,
+               .input = {{&p.ffn_time_maa_k, &a.xk, &a.tmp.dxk}, {&p.ffn_time_maa_r, &a.xr, &a.tmp.dxr}},
+               .complement = layer->cmix->complement};
+    for (floatX **to : {&a.xk, &a.xr, &a.v, &a.r}) take(kept, to, E);
     take(kept, &a.k, (int64_t)d.BT * d.F);
-    for (floatX **p : {&a.tmp.dxk, &a.tmp.dxr, &a.tmp.dv, &a.tmp.dr}) take(scratch, p, E);
+    for (floatX **to : {&a.tmp.dxk, &a.tmp.dxr, &a.tmp.dv, &a.tmp.dr}) take(scratch, to, E);
     take(scratch, &a.tmp.dk, (int64_t)d.BT * d.F);
 }
 
@@ -4401,12 +4498,11 @@ static void cmix_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
     const Params &p = layer->p;
     Cmix &a = layer->ffn;
     const int64_t E = (int64_t)d.BT * d.C, EF = (int64_t)d.BT * d.F;
-    mix_forward<2>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, {}, {a.xk, a.xr}, layer->cmix->complement}, x, d.BT, d.T,
-                   d.C);
-    linear_forward(a.k, a.xk, p.ffn_key, d.BT, d.F, d.C);
+    mixed_inputs_forward(d, a.mixed, x);
+    linear_forward(a.k, a.xk, p.ffn_key, d.BT);
     relu_squared_forward<<<pack_blocks(EF), 256, 0, stream>>>(a.k, EF);
-    linear_forward(a.v, a.k, p.ffn_value, d.BT, d.C, d.F);
-    linear_forward(a.r, a.xr, p.ffn_receptance, d.BT, d.C, d.C);
+    linear_forward(a.v, a.k, p.ffn_value, d.BT);
+    linear_forward(a.r, a.xr, p.ffn_receptance, d.BT);
     gate_forward<<<pack_blocks(E), 256, 0, stream>>>(out, a.r, a.v, E);
 }
 
@@ -4414,73 +4510,86 @@ static void cmix_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
     const Dims &d = m->d;
     const Params &p = layer->p;
     Cmix &a = layer->ffn;
-    auto &t = a.tmp;
+    auto &tmp = a.tmp;
     const int64_t E = (int64_t)d.BT * d.C, EF = (int64_t)d.BT * d.F;
-    const bool eagle = layer->cmix->complement;
-    gate_backward<<<pack_blocks(E), 256, 0, stream>>>(t.dr, t.dv, dout, a.r, a.v, E);
-    linear_backward(t.dxr, t.dr, a.xr, p.ffn_receptance, d.BT, d.C, d.C);
-    linear_backward(t.dk, t.dv, a.k, p.ffn_value, d.BT, d.C, d.F);
-    relu_squared_backward<<<pack_blocks(EF), 256, 0, stream>>>(t.dk, a.k, EF);
-    linear_backward(t.dxk, t.dk, a.xk, p.ffn_key, d.BT, d.F, d.C);
-    mix_backward<2>({{p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, {}, {t.dxk, t.dxr}, eagle}, dx,
-                    {{p.ffn_time_maa_k.g, p.ffn_time_maa_r.g}}, m->partial, x, d.BT, d.T, d.C);
+    gate_backward<<<pack_blocks(E), 256, 0, stream>>>(tmp.dr, tmp.dv, dout, a.r, a.v, E);
+    linear_backward(m, tmp.dxr, tmp.dr, a.xr, p.ffn_receptance, d.BT);
+    linear_backward(m, tmp.dk, tmp.dv, a.k, p.ffn_value, d.BT);
+    relu_squared_backward<<<pack_blocks(EF), 256, 0, stream>>>(tmp.dk, a.k, EF);
+    linear_backward(m, tmp.dxk, tmp.dk, a.xk, p.ffn_key, d.BT);
+    mixed_inputs_backward(m, a.mixed, dx, x);
 }
 
 // ---- Finch (RWKV-6) time mix, x060 ----
 //
-//     x_i = the mixes above, i: w, k, v, r, g
+//     x_i = mixed inputs, i: w, k, v, r, g
 //     r = receptance x_r;  k = key x_k;  v = value x_v;  g = gate x_g
 //     w = time_decay + tanh(x_w @ time_decay_w1) @ time_decay_w2
 //     y = WKV(r, k, v, w, time_faaaa)
 //     out = output (GroupNorm_ln_x(y) * silu(g))               H groups, eps 1e-5 head_size_divisor^2
 
-static void finch_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) { // x060b and x052 too
-    const Dims &d = m->d;
+// Memory of x060, x060b and x052, with a.mixed filled in
+static void finch_memory(const Dims &d, Layer *layer, Arena *kept, Arena *scratch) {
     Finch &a = layer->finch;
-    auto &t = a.tmp;
-    const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
-    const bool w = layer->p.time_decay_w1.ld > 0, g = layer->p.gate.ld > 0; // has these tensors
-    if (layer->tmix->mixes) low_rank_mix_plan(d, &a.mix, layer->tmix->mixes, kept, scratch);
+    auto &tmp = a.tmp;
+    const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A, low_rank = (int64_t)d.BT * DECAY_RANK;
+    if (a.mixed.w1) mixed_inputs_plan(d, &a.mixed, kept, scratch);
     for (floatX **p : {&a.xr, &a.xk, &a.xv}) take(kept, p, E);
     for (floatX **p : {&a.r, &a.k, &a.v, &a.y, &a.yn}) take(kept, p, EA);
     take(kept, &a.states, d.B * d.H * ceil_div(d.T, CHUNK) * N * N);
-    for (floatX **p : {&t.dxr, &t.dxk, &t.dxv}) take(scratch, p, E);
-    for (floatX **p : {&t.dr, &t.dk, &t.dv, &t.dy, &t.dyn}) take(scratch, p, EA);
-    for (float **p : {&t.dw_sum, &t.du}) take(scratch, p, (int64_t)d.B * d.A);
-    if (w) { // decays that depend on the data
-        take(kept, &a.xw, E), take(kept, &a.w, EA), take(kept, &a.hw, (int64_t)d.BT * 64);
-        take(scratch, &t.dxw, E), take(scratch, &t.dw, EA), take(scratch, &t.dh, (int64_t)d.BT * 64);
+    for (floatX **p : {&tmp.dxr, &tmp.dxk, &tmp.dxv}) take(scratch, p, E);
+    for (floatX **p : {&tmp.dr, &tmp.dk, &tmp.dv, &tmp.dy, &tmp.dyn}) take(scratch, p, EA);
+    for (float **p : {&tmp.dw_sum, &tmp.du}) take(scratch, p, (int64_t)d.B * d.A);
+    if (layer->p.time_decay_w1.rows) { // decays that depend on the data
+        take(kept, &a.xw, E), take(kept, &a.w, EA), take(kept, &a.hw, low_rank);
+        take(scratch, &tmp.dxw, E), take(scratch, &tmp.dw, EA), take(scratch, &tmp.dh, low_rank);
     }
-    if (g) { // a gate
+    if (layer->p.gate.rows) {
         take(kept, &a.xg, E), take(kept, &a.g, EA);
-        take(scratch, &t.dxg, E), take(scratch, &t.dg, EA);
+        take(scratch, &tmp.dxg, E), take(scratch, &tmp.dg, EA);
     }
+}
+
+static void finch_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
+    const Params &p = layer->p;
+    Finch &a = layer->finch;
+    auto &tmp = a.tmp;
+    a.mixed = {.n = 5,
+               .input = {{&p.time_maa_w, &a.xw, &tmp.dxw},
+                         {&p.time_maa_k, &a.xk, &tmp.dxk},
+                         {&p.time_maa_v, &a.xv, &tmp.dxv},
+                         {&p.time_maa_r, &a.xr, &tmp.dxr},
+                         {&p.time_maa_g, &a.xg, &tmp.dxg}},
+               .mu_x = &p.time_maa_x,
+               .w1 = &p.time_maa_w1,
+               .w2 = &p.time_maa_w2};
+    finch_memory(m->d, layer, kept, scratch);
 }
 
 static Wkv finch_wkv(const Model *m, const Layer *layer) {
     const Finch &a = layer->finch;
     const int64_t lead = m->d.lead * (int64_t)m->d.A;
-    return {a.r + lead,
-            a.k + lead,
-            a.v + lead,
-            a.w ? a.w + lead : nullptr,
-            layer->p.time_decay.w,
-            layer->p.time_faaaa.w,
-            nullptr,
-            false,
-            layer->wkv_state ? nullptr : a.states,
-            layer->wkv_state,
-            m->d.T - m->d.lead,
-            m->d.H};
+    return {.r = a.r + lead,
+            .k = a.k + lead,
+            .v = a.v + lead,
+            .w = a.w ? a.w + lead : nullptr,
+            .time_decay = layer->p.time_decay.w,
+            .u = layer->p.time_faaaa.w,
+            .v2 = nullptr,
+            .one_minus_w = false,
+            .states = layer->wkv_state ? nullptr : a.states,
+            .carry = layer->wkv_state,
+            .T = m->d.T - m->d.lead,
+            .H = m->d.H};
 }
 
 // From dy: dr, dk, dv, dw, and the gradients of time_decay and time_faaaa
 static void finch_wkv_backward(const Model *m, const Layer *layer) {
     const Dims &d = m->d;
-    const auto &t = layer->finch.tmp;
-    wkv_backward({t.dy, t.dr, t.dk, t.dv, t.dw, t.dw_sum, t.du}, finch_wkv(m, layer), d.B);
-    add_partials({{layer->p.time_decay.g}}, t.dw_sum, d.B, 1, d.A);
-    add_partials({{layer->p.time_faaaa.g}}, t.du, d.B, 1, d.A);
+    const auto &tmp = layer->finch.tmp;
+    wkv_backward({tmp.dy, tmp.dr, tmp.dk, tmp.dv, tmp.dw, tmp.dw_sum, tmp.du}, finch_wkv(m, layer), d.B);
+    add_partials({{layer->p.time_decay.g}}, tmp.dw_sum, d.B, 1, d.A);
+    add_partials({{layer->p.time_faaaa.g}}, tmp.du, d.B, 1, d.A);
 }
 
 static float group_norm_eps(const Model *m) { return (float)(1e-5 * m->s.head_size_divisor * m->s.head_size_divisor); }
@@ -4489,79 +4598,79 @@ static void finch_forward(Model *m, Layer *layer, floatX *out, const floatX *x) 
     const Dims &d = m->d;
     const Params &p = layer->p;
     Finch &a = layer->finch;
-    low_rank_mix_forward<5>(m, p, a.mix,
-                            {{p.time_maa_w.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w},
-                             {},
-                             {a.xw, a.xk, a.xv, a.xr, a.xg}},
-                            x);
-    linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
-    linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
-    linear_forward(a.v, a.xv, p.value, d.BT, d.A, d.C);
-    linear_forward(a.g, a.xg, p.gate, d.BT, d.A, d.C);
-    low_rank_forward(a.w, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
+    mixed_inputs_forward(d, a.mixed, x);
+    linear_forward(a.r, a.xr, p.receptance, d.BT);
+    linear_forward(a.k, a.xk, p.key, d.BT);
+    linear_forward(a.v, a.xv, p.value, d.BT);
+    linear_forward(a.g, a.xg, p.gate, d.BT);
+    low_rank_forward(a.w, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT);
     wkv_forward(a.y + d.lead * (int64_t)d.A, finch_wkv(m, layer), d.B);
-    gated_group_norm_forward(a.yn, a.y, a.g, p.ln_x_weight, p.ln_x_bias, group_norm_eps(m), d.BT, d.A);
-    linear_forward(out, a.yn, p.output, d.BT, d.C, d.A);
+    gated_group_norm_forward(a.yn, a.y, a.g, p.ln_x, group_norm_eps(m), d.BT);
+    linear_forward(out, a.yn, p.output, d.BT);
 }
 
 static void finch_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
     const Dims &d = m->d;
     const Params &p = layer->p;
     Finch &a = layer->finch;
-    auto &t = a.tmp;
-    linear_backward(t.dyn, dout, a.yn, p.output, d.BT, d.C, d.A);
-    gated_group_norm_backward(t.dy, t.dg, m->partial, t.dyn, a.y, a.g, p.ln_x_weight, p.ln_x_bias, group_norm_eps(m),
-                              d.BT, d.A);
+    auto &tmp = a.tmp;
+    linear_backward(m, tmp.dyn, dout, a.yn, p.output, d.BT);
+    gated_group_norm_backward(tmp.dy, tmp.dg, tmp.dyn, a.y, a.g, p.ln_x, group_norm_eps(m), m->partial, d.BT);
     finch_wkv_backward(m, layer);
-    linear_backward(t.dxr, t.dr, a.xr, p.receptance, d.BT, d.A, d.C);
-    linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
-    linear_backward(t.dxv, t.dv, a.xv, p.value, d.BT, d.A, d.C);
-    linear_backward(t.dxg, t.dg, a.xg, p.gate, d.BT, d.A, d.C);
-    low_rank_backward(t.dxw, t.dh, t.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
-    low_rank_mix_backward<5>(m, p, a.mix,
-                             {{p.time_maa_w.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w},
-                              {},
-                              {t.dxw, t.dxk, t.dxv, t.dxr, t.dxg}},
-                             {{p.time_maa_w.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_r.g, p.time_maa_g.g}}, dx, x);
+    linear_backward(m, tmp.dxr, tmp.dr, a.xr, p.receptance, d.BT);
+    linear_backward(m, tmp.dxk, tmp.dk, a.xk, p.key, d.BT);
+    linear_backward(m, tmp.dxv, tmp.dv, a.xv, p.value, d.BT);
+    linear_backward(m, tmp.dxg, tmp.dg, a.xg, p.gate, d.BT);
+    low_rank_backward(tmp.dxw, tmp.dh, tmp.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT);
+    mixed_inputs_backward(m, a.mixed, dx, x);
 }
 
 // ---- Finch without a gate, x060b ----
 //
-//     as x060, with i: r, k, v, w (time_maa_rkvw_w1, _w2);   out = output LayerNorm_ln_x(y)
+//     as x060, with i: r, k, v, w (time_maa_rkvw_w1, _w2 in a checkpoint);   out = output LayerNorm_ln_x(y)
+
+static void finch_b_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
+    const Params &p = layer->p;
+    Finch &a = layer->finch;
+    auto &tmp = a.tmp;
+    a.mixed = {.n = 4,
+               .input = {{&p.time_maa_r, &a.xr, &tmp.dxr},
+                         {&p.time_maa_k, &a.xk, &tmp.dxk},
+                         {&p.time_maa_v, &a.xv, &tmp.dxv},
+                         {&p.time_maa_w, &a.xw, &tmp.dxw}},
+               .mu_x = &p.time_maa_x,
+               .w1 = &p.time_maa_w1,
+               .w2 = &p.time_maa_w2};
+    finch_memory(m->d, layer, kept, scratch);
+}
 
 static void finch_b_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
     const Dims &d = m->d;
     const Params &p = layer->p;
     Finch &a = layer->finch;
-    low_rank_mix_forward<4>(
-        m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w}, {}, {a.xr, a.xk, a.xv, a.xw}},
-        x);
-    linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
-    linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
-    linear_forward(a.v, a.xv, p.value, d.BT, d.A, d.C);
-    low_rank_forward(a.w, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
+    mixed_inputs_forward(d, a.mixed, x);
+    linear_forward(a.r, a.xr, p.receptance, d.BT);
+    linear_forward(a.k, a.xk, p.key, d.BT);
+    linear_forward(a.v, a.xv, p.value, d.BT);
+    low_rank_forward(a.w, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT);
     wkv_forward(a.y + d.lead * (int64_t)d.A, finch_wkv(m, layer), d.B);
-    layernorm_forward(a.yn, nullptr, a.y, nullptr, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
-    linear_forward(out, a.yn, p.output, d.BT, d.C, d.A);
+    layernorm_forward(a.yn, a.y, p.ln_x, d.BT);
+    linear_forward(out, a.yn, p.output, d.BT);
 }
 
 static void finch_b_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
     const Dims &d = m->d;
     const Params &p = layer->p;
     Finch &a = layer->finch;
-    auto &t = a.tmp;
-    linear_backward(t.dyn, dout, a.yn, p.output, d.BT, d.C, d.A);
-    layernorm_backward<false>(t.dy, m->partial, t.dyn, a.y, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
+    auto &tmp = a.tmp;
+    linear_backward(m, tmp.dyn, dout, a.yn, p.output, d.BT);
+    layernorm_backward(tmp.dy, tmp.dyn, a.y, p.ln_x, m->partial, d.BT);
     finch_wkv_backward(m, layer);
-    linear_backward(t.dxr, t.dr, a.xr, p.receptance, d.BT, d.A, d.C);
-    linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
-    linear_backward(t.dxv, t.dv, a.xv, p.value, d.BT, d.A, d.C);
-    low_rank_backward(t.dxw, t.dh, t.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT, d.C, 64, d.A);
-    low_rank_mix_backward<4>(m, p, a.mix,
-                             {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w, p.time_maa_w.w},
-                              {},
-                              {t.dxr, t.dxk, t.dxv, t.dxw}},
-                             {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g, p.time_maa_w.g}}, dx, x);
+    linear_backward(m, tmp.dxr, tmp.dr, a.xr, p.receptance, d.BT);
+    linear_backward(m, tmp.dxk, tmp.dk, a.xk, p.key, d.BT);
+    linear_backward(m, tmp.dxv, tmp.dv, a.xv, p.value, d.BT);
+    low_rank_backward(tmp.dxw, tmp.dh, tmp.dw, a.hw, a.xw, p.time_decay_w1, p.time_decay_w2, d.BT);
+    mixed_inputs_backward(m, a.mixed, dx, x);
 }
 
 // ---- Eagle (RWKV-5) time mix, x052 ----
@@ -4573,66 +4682,77 @@ static void finch_b_backward(Model *m, Layer *layer, floatX *dx, const floatX *d
 //
 // The fields are x060's: time_maa_i holds time_mix_i, which is one minus what x060 would mix by.
 
+static void eagle_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
+    const Params &p = layer->p;
+    Finch &a = layer->finch;
+    auto &tmp = a.tmp;
+    a.mixed = {.n = 4,
+               .input = {{&p.time_maa_k, &a.xk, &tmp.dxk},
+                         {&p.time_maa_v, &a.xv, &tmp.dxv},
+                         {&p.time_maa_r, &a.xr, &tmp.dxr},
+                         {&p.time_maa_g, &a.xg, &tmp.dxg}},
+               .complement = true};
+    finch_memory(m->d, layer, kept, scratch);
+}
+
 static void eagle_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
     const Dims &d = m->d;
     const Params &p = layer->p;
     Finch &a = layer->finch;
-    mix_forward<4>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w},
-                    {},
-                    {a.xk, a.xv, a.xr, a.xg},
-                    layer->tmix->complement},
-                   x, d.BT, d.T, d.C);
-    linear_forward(a.r, a.xr, p.receptance, d.BT, d.A, d.C);
-    linear_forward(a.k, a.xk, p.key, d.BT, d.A, d.C);
-    linear_forward(a.v, a.xv, p.value, d.BT, d.A, d.C);
-    linear_forward(a.g, a.xg, p.gate, d.BT, d.A, d.C);
+    mixed_inputs_forward(d, a.mixed, x);
+    linear_forward(a.r, a.xr, p.receptance, d.BT);
+    linear_forward(a.k, a.xk, p.key, d.BT);
+    linear_forward(a.v, a.xv, p.value, d.BT);
+    linear_forward(a.g, a.xg, p.gate, d.BT);
     wkv_forward(a.y + d.lead * (int64_t)d.A, finch_wkv(m, layer), d.B);
-    gated_group_norm_forward(a.yn, a.y, a.g, p.ln_x_weight, p.ln_x_bias, group_norm_eps(m), d.BT, d.A);
-    linear_forward(out, a.yn, p.output, d.BT, d.C, d.A);
+    gated_group_norm_forward(a.yn, a.y, a.g, p.ln_x, group_norm_eps(m), d.BT);
+    linear_forward(out, a.yn, p.output, d.BT);
 }
 
 static void eagle_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
     const Dims &d = m->d;
     const Params &p = layer->p;
     Finch &a = layer->finch;
-    auto &t = a.tmp;
-    linear_backward(t.dyn, dout, a.yn, p.output, d.BT, d.C, d.A);
-    gated_group_norm_backward(t.dy, t.dg, m->partial, t.dyn, a.y, a.g, p.ln_x_weight, p.ln_x_bias, group_norm_eps(m),
-                              d.BT, d.A);
+    auto &tmp = a.tmp;
+    linear_backward(m, tmp.dyn, dout, a.yn, p.output, d.BT);
+    gated_group_norm_backward(tmp.dy, tmp.dg, tmp.dyn, a.y, a.g, p.ln_x, group_norm_eps(m), m->partial, d.BT);
     finch_wkv_backward(m, layer);
-    linear_backward(t.dxr, t.dr, a.xr, p.receptance, d.BT, d.A, d.C);
-    linear_backward(t.dxk, t.dk, a.xk, p.key, d.BT, d.A, d.C);
-    linear_backward(t.dxv, t.dv, a.xv, p.value, d.BT, d.A, d.C);
-    linear_backward(t.dxg, t.dg, a.xg, p.gate, d.BT, d.A, d.C);
-    mix_backward<4>({{p.time_maa_k.w, p.time_maa_v.w, p.time_maa_r.w, p.time_maa_g.w},
-                     {},
-                     {t.dxk, t.dxv, t.dxr, t.dxg},
-                     layer->tmix->complement},
-                    dx, {{p.time_maa_k.g, p.time_maa_v.g, p.time_maa_r.g, p.time_maa_g.g}}, m->partial, x, d.BT, d.T,
-                    d.C);
+    linear_backward(m, tmp.dxr, tmp.dr, a.xr, p.receptance, d.BT);
+    linear_backward(m, tmp.dxk, tmp.dk, a.xk, p.key, d.BT);
+    linear_backward(m, tmp.dxv, tmp.dv, a.xv, p.value, d.BT);
+    linear_backward(m, tmp.dxg, tmp.dg, a.xg, p.gate, d.BT);
+    mixed_inputs_backward(m, a.mixed, dx, x);
 }
 
 // ---- GPTAlpha time mix, gptalpha ----
 //
-//     x_i = the mixes above, i: r, k, v
-//     q = LayerNorm_ln_r(query x_r);  k = LayerNorm_ln_k(key x_k);  v = LayerNorm_ln_v(value x_v);  rope turns q and k
+//     x_i = mixed inputs, i: r, k, v
+//     q = LayerNorm_ln_r(query x_r);  k = LayerNorm_ln_k(key x_k);  v = LayerNorm_ln_v(value x_v);  q and k rotated
 //     out = output LayerNorm_ln_x(causal_attention(q, k, v))
 
 static void attention_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) { // llama's too
     const Dims &d = m->d;
+    const Params &p = layer->p;
     Attention &a = layer->attention;
-    auto &t = a.tmp;
+    auto &tmp = a.tmp;
     const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
-    for (floatX **p : {&a.q, &a.k, &a.v, &a.y}) take(kept, p, EA);
+    for (floatX **to : {&a.q, &a.k, &a.v, &a.y}) take(kept, to, EA);
     take(kept, &a.l, (int64_t)d.BT * d.H);
-    for (floatX **p : {&t.dq, &t.dk, &t.dv, &t.dy}) take(scratch, p, EA);
-    take(scratch, &t.delta, (int64_t)d.BT * d.H);
+    for (floatX **to : {&tmp.dq, &tmp.dk, &tmp.dv, &tmp.dy}) take(scratch, to, EA);
+    take(scratch, &tmp.delta, (int64_t)d.BT * d.H);
     if (!layer->tmix->mixes) return;
-    low_rank_mix_plan(d, &a.mix, layer->tmix->mixes, kept, scratch);
-    for (floatX **p : {&a.xq, &a.xk, &a.xv}) take(kept, p, E);
-    for (floatX **p : {&a.q0, &a.k0, &a.v0, &a.yn}) take(kept, p, EA);
-    for (floatX **p : {&t.dxq, &t.dxk, &t.dxv}) take(scratch, p, E);
-    for (floatX **p : {&t.dq0, &t.dk0, &t.dv0, &t.dyn}) take(scratch, p, EA);
+    a.mixed = {.n = 3,
+               .input = {{&p.time_maa_r, &a.xq, &tmp.dxq},
+                         {&p.time_maa_k, &a.xk, &tmp.dxk},
+                         {&p.time_maa_v, &a.xv, &tmp.dxv}},
+               .mu_x = &p.time_maa_x,
+               .w1 = &p.time_maa_w1,
+               .w2 = &p.time_maa_w2};
+    mixed_inputs_plan(d, &a.mixed, kept, scratch);
+    for (floatX **to : {&a.xq, &a.xk, &a.xv}) take(kept, to, E);
+    for (floatX **to : {&a.q0, &a.k0, &a.v0, &a.yn}) take(kept, to, EA);
+    for (floatX **to : {&tmp.dxq, &tmp.dxk, &tmp.dxv}) take(scratch, to, E);
+    for (floatX **to : {&tmp.dq0, &tmp.dk0, &tmp.dv0, &tmp.dyn}) take(scratch, to, EA);
 }
 
 static void attend_forward(Model *m, Layer *layer) { // y from q, k and v
@@ -4646,70 +4766,69 @@ static void attend_forward(Model *m, Layer *layer) { // y from q, k and v
 static void attend_backward(Model *m, Layer *layer) { // dq, dk and dv from dy
     const Dims &d = m->d;
     Attention &a = layer->attention;
-    auto &t = a.tmp;
-    attention_backward(t.dq, t.dk, t.dv, t.delta, t.dy, a.y, a.l, a.q, a.k, a.v, d.B, d.T, d.H);
-    for (floatX *gradient : {t.dq, t.dk}) rope_backward(m, gradient);
+    auto &tmp = a.tmp;
+    attention_backward(tmp.dq, tmp.dk, tmp.dv, tmp.delta, tmp.dy, a.y, a.l, a.q, a.k, a.v, d.B, d.T, d.H);
+    for (floatX *gradient : {tmp.dq, tmp.dk}) rope_backward(m, gradient);
 }
 
 static void gptalpha_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
     const Dims &d = m->d;
     const Params &p = layer->p;
     Attention &a = layer->attention;
-    low_rank_mix_forward<3>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w}, {}, {a.xq, a.xk, a.xv}}, x);
-    linear_forward(a.q0, a.xq, p.query, d.BT, d.A, d.C);
-    linear_forward(a.k0, a.xk, p.key, d.BT, d.A, d.C);
-    linear_forward(a.v0, a.xv, p.value, d.BT, d.A, d.C);
-    layernorm_forward(a.q, nullptr, a.q0, nullptr, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
-    layernorm_forward(a.k, nullptr, a.k0, nullptr, nullptr, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
-    layernorm_forward(a.v, nullptr, a.v0, nullptr, nullptr, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
+    mixed_inputs_forward(d, a.mixed, x);
+    linear_forward(a.q0, a.xq, p.query, d.BT);
+    linear_forward(a.k0, a.xk, p.key, d.BT);
+    linear_forward(a.v0, a.xv, p.value, d.BT);
+    layernorm_forward(a.q, a.q0, p.ln_q, d.BT);
+    layernorm_forward(a.k, a.k0, p.ln_k, d.BT);
+    layernorm_forward(a.v, a.v0, p.ln_v, d.BT);
     attend_forward(m, layer);
-    layernorm_forward(a.yn, nullptr, a.y, nullptr, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
-    linear_forward(out, a.yn, p.output, d.BT, d.C, d.A);
+    layernorm_forward(a.yn, a.y, p.ln_x, d.BT);
+    linear_forward(out, a.yn, p.output, d.BT);
 }
 
 static void gptalpha_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
     const Dims &d = m->d;
     const Params &p = layer->p;
     Attention &a = layer->attention;
-    auto &t = a.tmp;
-    linear_backward(t.dyn, dout, a.yn, p.output, d.BT, d.C, d.A);
-    layernorm_backward<false>(t.dy, m->partial, t.dyn, a.y, nullptr, p.ln_x_weight, p.ln_x_bias, d.BT, d.A);
+    auto &tmp = a.tmp;
+    linear_backward(m, tmp.dyn, dout, a.yn, p.output, d.BT);
+    layernorm_backward(tmp.dy, tmp.dyn, a.y, p.ln_x, m->partial, d.BT);
     attend_backward(m, layer);
-    layernorm_backward<false>(t.dq0, m->partial, t.dq, a.q0, nullptr, p.ln_q_weight, p.ln_q_bias, d.BT, d.A);
-    layernorm_backward<false>(t.dk0, m->partial, t.dk, a.k0, nullptr, p.ln_k_weight, p.ln_k_bias, d.BT, d.A);
-    layernorm_backward<false>(t.dv0, m->partial, t.dv, a.v0, nullptr, p.ln_v_weight, p.ln_v_bias, d.BT, d.A);
-    linear_backward(t.dxq, t.dq0, a.xq, p.query, d.BT, d.A, d.C);
-    linear_backward(t.dxk, t.dk0, a.xk, p.key, d.BT, d.A, d.C);
-    linear_backward(t.dxv, t.dv0, a.xv, p.value, d.BT, d.A, d.C);
-    low_rank_mix_backward<3>(m, p, a.mix, {{p.time_maa_r.w, p.time_maa_k.w, p.time_maa_v.w}, {}, {t.dxq, t.dxk, t.dxv}},
-                             {{p.time_maa_r.g, p.time_maa_k.g, p.time_maa_v.g}}, dx, x);
+    layernorm_backward(tmp.dq0, tmp.dq, a.q0, p.ln_q, m->partial, d.BT);
+    layernorm_backward(tmp.dk0, tmp.dk, a.k0, p.ln_k, m->partial, d.BT);
+    layernorm_backward(tmp.dv0, tmp.dv, a.v0, p.ln_v, m->partial, d.BT);
+    linear_backward(m, tmp.dxq, tmp.dq0, a.xq, p.query, d.BT);
+    linear_backward(m, tmp.dxk, tmp.dk0, a.xk, p.key, d.BT);
+    linear_backward(m, tmp.dxv, tmp.dv0, a.xv, p.value, d.BT);
+    mixed_inputs_backward(m, a.mixed, dx, x);
 }
 
 // ---- Llama's attention, llama ----
 //
-//     q = wq x;  k = wk x;  v = wv x;  rope turns q and k;   out = wo causal_attention(q, k, v)          no token shift
+//     q = wq x;  k = wk x;  v = wv x;  q and k rotated;   out = wo causal_attention(q, k, v)           no token shift
 
 static void llama_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
     const Dims &d = m->d;
     const Params &p = layer->p;
     Attention &a = layer->attention;
-    linear_forward(a.q, x, p.query, d.BT, d.A, d.C);
-    linear_forward(a.k, x, p.key, d.BT, d.A, d.C);
-    linear_forward(a.v, x, p.value, d.BT, d.A, d.C);
+    linear_forward(a.q, x, p.query, d.BT);
+    linear_forward(a.k, x, p.key, d.BT);
+    linear_forward(a.v, x, p.value, d.BT);
     attend_forward(m, layer);
-    linear_forward(out, a.y, p.output, d.BT, d.C, d.A);
+    linear_forward(out, a.y, p.output, d.BT);
 }
 
 static void llama_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
     const Dims &d = m->d;
     const Params &p = layer->p;
     Attention &a = layer->attention;
-    auto &t = a.tmp;
-    linear_backward(t.dy, dout, a.y, p.output, d.BT, d.C, d.A);
+    auto &tmp = a.tmp;
+    linear_backward(m, tmp.dy, dout, a.y, p.output, d.BT);
     attend_backward(m, layer);
-    linear_backward(dx, t.dq, x, p.query, d.BT, d.A, d.C);
-    linear_backward(dx, t.dk, x, p.key, d.BT, d.A, d.C, 1);
-    linear_backward(dx, t.dv, x, p.value, d.BT, d.A, d.C, 1);
+    linear_backward(m, dx, tmp.dq, x, p.query, d.BT);
+    linear_backward(m, dx, tmp.dk, x, p.key, d.BT, 1);
+    linear_backward(m, dx, tmp.dv, x, p.value, d.BT, 1);
 }
 
 // ---- Llama's channel mix, llama ----
@@ -4731,42 +4850,51 @@ static void cmix_llama_forward(Model *m, Layer *layer, floatX *out, const floatX
     CmixLlama &a = layer->ffn_llama;
     const int FL = llama_width(d);
     const int64_t EF = (int64_t)d.BT * FL;
-    linear_forward(a.a, x, p.ffn_w1, d.BT, FL, d.C);
-    linear_forward(a.b, x, p.ffn_w3, d.BT, FL, d.C);
+    linear_forward(a.a, x, p.ffn_w1, d.BT);
+    linear_forward(a.b, x, p.ffn_w3, d.BT);
     swiglu_forward<<<pack_blocks(EF), 256, 0, stream>>>(a.k, a.a, a.b, EF);
-    linear_forward(out, a.k, p.ffn_w2, d.BT, d.C, FL);
+    linear_forward(out, a.k, p.ffn_w2, d.BT);
 }
 
 static void cmix_llama_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
     const Dims &d = m->d;
     const Params &p = layer->p;
     CmixLlama &a = layer->ffn_llama;
-    auto &t = a.tmp;
+    auto &tmp = a.tmp;
     const int FL = llama_width(d);
     const int64_t EF = (int64_t)d.BT * FL;
-    linear_backward(t.dk, dout, a.k, p.ffn_w2, d.BT, d.C, FL);
-    swiglu_backward<<<pack_blocks(EF), 256, 0, stream>>>(t.da, t.db, t.dk, a.a, a.b, EF);
-    linear_backward(dx, t.da, x, p.ffn_w1, d.BT, FL, d.C);
-    linear_backward(dx, t.db, x, p.ffn_w3, d.BT, FL, d.C, 1);
+    linear_backward(m, tmp.dk, dout, a.k, p.ffn_w2, d.BT);
+    swiglu_backward<<<pack_blocks(EF), 256, 0, stream>>>(tmp.da, tmp.db, tmp.dk, a.a, a.b, EF);
+    linear_backward(m, dx, tmp.da, x, p.ffn_w1, d.BT);
+    linear_backward(m, dx, tmp.db, x, p.ffn_w3, d.BT, 1);
 }
 
 // The mixers, under the names that settings use.
 
 // clang-format off
 static const Mixer TIME_MIXERS[] = {
-    //                        mixes  K0     own K, V  complement
-    {"x060c2",   FINCH_C2, 5, false, false, false, finch_c2_plan, finch_c2_forward, finch_c2_backward, finch_c2_remake},
-    {"gold",     GOLD,     0, true,  false, false, gold_plan, gold_forward, gold_backward, gold_remake},
-    {"x060",     FINCH,    5, false, false, false, finch_plan, finch_forward, finch_backward, nullptr},
-    {"x060b",    FINCH_B,  4, false, false, false, finch_plan, finch_b_forward, finch_b_backward, nullptr},
-    {"x052",     EAGLE,    0, false, false, true,  finch_plan, eagle_forward, eagle_backward, nullptr},
-    {"gptalpha", GPTALPHA, 3, false, true,  false, attention_plan, gptalpha_forward, gptalpha_backward, nullptr},
-    {"llama",    LLAMA,    0, false, true,  false, attention_plan, llama_forward, llama_backward, nullptr},
+    {.name = "x060c2", .tensors = FINCH_C2, .mixes = 5,
+     .plan = finch_c2_plan, .forward = finch_c2_forward, .backward = finch_c2_backward, .remake = finch_c2_remake},
+    {.name = "gold", .tensors = GOLD, .needs_cache = true,
+     .plan = gold_plan, .forward = gold_forward, .backward = gold_backward, .remake = gold_remake},
+    {.name = "x060", .tensors = FINCH, .mixes = 5,
+     .plan = finch_plan, .forward = finch_forward, .backward = finch_backward},
+    {.name = "x060b", .tensors = FINCH_B, .mixes = 4,
+     .plan = finch_b_plan, .forward = finch_b_forward, .backward = finch_b_backward},
+    {.name = "x052", .tensors = EAGLE,
+     .plan = eagle_plan, .forward = eagle_forward, .backward = eagle_backward},
+    {.name = "gptalpha", .tensors = GPTALPHA, .mixes = 3, .keeps_kv = true,
+     .plan = attention_plan, .forward = gptalpha_forward, .backward = gptalpha_backward},
+    {.name = "llama", .tensors = LLAMA, .keeps_kv = true,
+     .plan = attention_plan, .forward = llama_forward, .backward = llama_backward},
 };
 static const Mixer CHANNEL_MIXERS[] = {
-    {"x060",  CMIX,       0, false, false, false, cmix_plan, cmix_forward, cmix_backward, nullptr},
-    {"x052",  CMIX_EAGLE, 0, false, false, true,  cmix_plan, cmix_forward, cmix_backward, nullptr},
-    {"llama", CMIX_LLAMA, 0, false, false, false, cmix_llama_plan, cmix_llama_forward, cmix_llama_backward, nullptr},
+    {.name = "x060", .tensors = CMIX,
+     .plan = cmix_plan, .forward = cmix_forward, .backward = cmix_backward},
+    {.name = "x052", .tensors = CMIX_EAGLE, .complement = true,
+     .plan = cmix_plan, .forward = cmix_forward, .backward = cmix_backward},
+    {.name = "llama", .tensors = CMIX_LLAMA,
+     .plan = cmix_llama_plan, .forward = cmix_llama_forward, .backward = cmix_llama_backward},
 };
 // clang-format on
 
@@ -4813,22 +4941,25 @@ static void settings_check_mixers(const Settings *s) {
 
 // ---- plan: the table of tensors and the size of every block; nothing is allocated on the device ----
 
-static void add_tensor(Model *m, int layer, Param *field, const char *name, int64_t s0, int64_t s1, int64_t s2,
-                       Init init, int group) {
+static void add_tensor(Model *m, int layer, Param *field, const char *name, Shape shape, Init init, Group group) {
     Tensor *t = &m->tensors[m->n_tensors];
     if (layer < 0) snprintf(t->name, sizeof(t->name), "%s", name);
     else snprintf(t->name, sizeof(t->name), "blocks.%d.%s", layer, name);
     t->layer = layer;
-    t->ndim = s1 == 0 ? 1 : s2 == 1 ? 2 : 3;
-    t->shape[0] = s0, t->shape[1] = s1, t->shape[2] = s2;
-    t->size = s0;
-    for (int i = 1; i < t->ndim; i++) t->size *= t->shape[i];
+    t->ndim = shape.ndim;
+    t->size = 1;
+    int wide = 0; // dimensions other than 1
+    for (int i = 0; i < 3; i++) {
+        t->shape[i] = shape.size[i];
+        t->size *= shape.size[i];
+        wide += shape.size[i] > 1;
+    }
     t->init = init;
-    const bool vector = t->ndim == 1 || (t->ndim == 2 && (s0 == 1 || s1 == 1));
-    t->decay = group == MATRIX && !vector;
-    t->lr_scale = m->s.layerwise_lr ? GROUP_LR[group][m->s.train_stage == 2] : 1;
+    t->decay = GROUPS[group].weight_decay && wide >= 2;
+    t->lr_scale = !m->s.layerwise_lr ? 1 : m->s.train_stage == 2 ? GROUPS[group].rate_stage_2 : GROUPS[group].rate;
     t->offset = m->n_block;
-    field->ld = t->shape[t->ndim - 1];
+    field->ld = field->columns = (int)t->shape[t->ndim - 1];
+    field->rows = (int)(t->size / field->columns);
     m->fields[m->n_tensors++] = field;
     m->n_parameters += t->size;
     m->n_block += t->size + GUARD_BYTES / (int64_t)sizeof(floatX);
@@ -4837,11 +4968,15 @@ static void add_tensor(Model *m, int layer, Param *field, const char *name, int6
 static void add_tensors(Model *m, int layer, Params *params, int where, int mixes) {
     const int64_t V = m->d.V, C = m->d.C, A = m->d.A, F = m->d.F, R = m->d.R, H = m->d.H;
     const int64_t rank = gold_rank(m->d), FL = llama_width(m->d);
-#define ROW(field, name, s0, s1, s2, init, group, places) \
-    if ((places)&where) add_tensor(m, layer, &params->field, name, s0, s1, s2, init, group);
-    TENSORS(ROW)
-    VARIANTS(ROW)
+#define ROW(field, name, sizes, init, group, places) \
+    if ((places)&where) add_tensor(m, layer, &params->field, name, shape sizes, init, group);
+#define NORM_ROW(field, name, sizes, init, places) \
+    ROW(field.gain, name ".weight", sizes, init, VECTOR, places) \
+    ROW(field.bias, name ".bias", sizes, constant(0), VECTOR, places)
+    TENSORS(ROW, NORM_ROW)
+    VARIANTS(ROW, NORM_ROW)
 #undef ROW
+#undef NORM_ROW
 }
 
 static bool has_cache(const Model *m) { return m->layers[m->d.L - 1].tmix->needs_cache; }
@@ -4868,7 +5003,7 @@ static void model_layout(Model *m, char *base) {
     take(&arena, &m->logits, (int64_t)m->slice * d.V);
     take(&arena, &m->losses, d.BT);
     take(&arena, &m->right, d.BT);
-    int64_t partial = mix_partial_floats(d.C);
+    int64_t partial = ddlerp_partial_floats(d.C);
     for (int width : {d.C, d.A})
         if (partial < (int64_t)row_blocks(d.BT, width) * 5 * width)
             partial = (int64_t)row_blocks(d.BT, width) * 5 * width;
@@ -4925,7 +5060,7 @@ static void model_plan(Model *m, const Settings *s, int B, int T) {
         const char *tmix = l >= d.G0 && s->tmix2[0] ? s->tmix2 : s->tmix,
                    *cmix = l >= d.G0 && s->cmix2[0] ? s->cmix2 : s->cmix;
         Layer *layer = &m->layers[l];
-        layer->l = l;
+        layer->index = l;
         layer->tmix = find_mixer(TIME_MIXERS, tmix);
         layer->cmix = find_mixer(CHANNEL_MIXERS, cmix);
         if (layer->tmix->needs_cache && d.R < 1)
@@ -5173,7 +5308,7 @@ static void tensor_init(const Model *m, const Tensor *t, float *x, float *scratc
         return;
     case ORTHOGONAL:
     // orthonormal along the shorter side
-    case HEAD_ORTHOGONAL: {
+    case HEAD_ORTHO: {
         const double gain = t->init.kind == ORTHOGONAL ? t->init.a : out > in ? 0.5 * sqrt((double)out / in) : 0.5;
         const int64_t count = out < in ? out : in, length = out < in ? in : out;
         float *q = (float *)malloc(n * sizeof(float));
@@ -5232,9 +5367,9 @@ static void layer_forward(Model *m, Layer *layer) {
     layer->tmix->forward(m, layer, m->branch, layer->ln1);
     if (m->s.parallel) { // both mixers see the same x
         add_forward<<<pack_blocks(E), 256, 0, stream>>>(layer->x_mid, layer->x, m->branch, E);
-        layernorm_forward(layer->ln2, nullptr, layer->x, nullptr, nullptr, p.ln2_weight, p.ln2_bias, d.BT, d.C);
+        layernorm_forward(layer->ln2, layer->x, p.ln2, d.BT);
     } else {
-        layernorm_forward(layer->ln2, layer->x_mid, layer->x, nullptr, m->branch, p.ln2_weight, p.ln2_bias, d.BT, d.C);
+        add_layernorm_forward(layer->ln2, layer->x_mid, layer->x, m->branch, p.ln2, d.BT);
     }
     carry_shift(m, layer->ln2, layer->cmix_shift);
     layer->cmix->forward(m, layer, m->branch, layer->ln2);
@@ -5244,7 +5379,7 @@ static void layer_forward(Model *m, Layer *layer) {
 static void model_embed(Model *m) {
     const Dims &d = m->d;
     const Params &first = m->layers[0].p;
-    layernorm_forward(m->x0, nullptr, m->top.emb.w, m->tokens, nullptr, first.ln0_weight, first.ln0_bias, d.BT, d.C);
+    embedding_layernorm_forward(m->x0, m->top.emb.w, m->tokens, first.ln0, d.BT);
     if (has_cache(m)) rms_norm_forward<<<d.BT, row_threads(d.C), 0, stream>>>(m->xo, m->x0, d.C);
 }
 
@@ -5255,11 +5390,8 @@ static void model_layers(Model *m, int begin, int end) {
         Layer *layer = &m->layers[l];
         const Params &p = layer->p;
         NamedRange range("layer %d %s forward", l, layer->tmix->name);
-        if (l == begin)
-            layernorm_forward(layer->ln1, nullptr, layer->x, nullptr, nullptr, p.ln1_weight, p.ln1_bias, d.BT, d.C);
-        else
-            layernorm_forward(layer->ln1, layer->x, m->layers[l - 1].x_mid, nullptr, m->branch, p.ln1_weight,
-                              p.ln1_bias, d.BT, d.C);
+        if (l == begin) layernorm_forward(layer->ln1, layer->x, p.ln1, d.BT);
+        else add_layernorm_forward(layer->ln1, layer->x, m->layers[l - 1].x_mid, m->branch, p.ln1, d.BT);
         if (l == d.G0 && has_cache(m) && d.lead == 0) token_cat_forward(m, layer->x);
         layer_forward(m, layer);
     }
@@ -5267,8 +5399,7 @@ static void model_layers(Model *m, int begin, int end) {
 
 static void model_final_norm(Model *m) { // xf = LayerNorm_ln_out(x)
     const Dims &d = m->d;
-    layernorm_forward(m->xf, m->x_out, m->layers[d.L - 1].x_mid, nullptr, m->branch, m->top.ln_out_weight,
-                      m->top.ln_out_bias, d.BT, d.C);
+    add_layernorm_forward(m->xf, m->x_out, m->layers[d.L - 1].x_mid, m->branch, m->top.ln_out, d.BT);
 }
 
 static void model_forward(Model *m) { // the stack of spec section 1
@@ -5281,7 +5412,7 @@ static void model_forward(Model *m) { // the stack of spec section 1
 static void head_and_loss(Model *m, const floatX *xf, const int *targets, int64_t row, int count, float scale) {
     const Dims &d = m->d;
     const int threads = d.V < 4096 ? 64 : 1024;
-    linear_forward(m->logits, xf, m->top.head, count, d.V, d.C);
+    linear_forward(m->logits, xf, m->top.head, count);
     classifier_kernel<<<count, threads, 0, stream>>>(m->logits, m->losses + row, m->right + row, targets + row, scale,
                                                      d.V);
 }
@@ -5290,16 +5421,15 @@ static void head_and_loss(Model *m, const floatX *xf, const int *targets, int64_
 // added.
 static void model_classifier(Model *m, float scale) {
     const Dims &d = m->d;
-    const Param head = m->top.head;
-    const float add = matrix_gradients_add;
     NamedRange range("head and loss");
     for (int64_t row = 0; row < d.BT; row += m->slice) {
         const int here = (int)(d.BT - row < m->slice ? d.BT - row : m->slice);
-        head_and_loss(m, m->xf + row * d.C, m->tokens + d.BT, row, here, scale);
-        if (scale > 0) linear_backward(m->dln1 + row * d.C, m->logits, m->xf + row * d.C, head, here, d.V, d.C);
-        matrix_gradients_add = 1; // the other slices
+        const floatX *xf = m->xf + row * d.C;
+        head_and_loss(m, xf, m->tokens + d.BT, row, here, scale);
+        if (scale == 0) continue;
+        weight_backward(m->top.head, m->logits, xf, here, m->first_micro_batch && row == 0);
+        input_backward(m->dln1 + row * d.C, m->logits, m->top.head, here);
     }
-    matrix_gradients_add = add;
     sum_losses<<<1, 256, 0, stream>>>(m->totals, m->losses, m->right, d.BT);
 }
 
@@ -5310,21 +5440,19 @@ static void layer_backward(Model *m, Layer *layer) {
     const Dims &d = m->d;
     const Params &p = layer->p;
     if (m->s.grad_cp == 1) {
-        layernorm_forward(layer->ln1, nullptr, layer->x, nullptr, nullptr, p.ln1_weight, p.ln1_bias, d.BT, d.C);
+        layernorm_forward(layer->ln1, layer->x, p.ln1, d.BT);
         layer_forward(m, layer);
     }
     const floatX *ln2_input = m->s.parallel ? layer->x : layer->x_mid;
     layer->cmix->backward(m, layer, m->dln2, m->dx, layer->ln2);
-    if (!m->s.parallel)
-        layernorm_backward<true>(m->dx, m->partial, m->dln2, ln2_input, nullptr, p.ln2_weight, p.ln2_bias, d.BT, d.C);
+    if (!m->s.parallel) add_layernorm_backward(m->dx, m->dln2, ln2_input, p.ln2, m->partial, d.BT);
     if (m->s.grad_cp == 2) {
-        layernorm_forward(layer->ln1, nullptr, layer->x, nullptr, nullptr, p.ln1_weight, p.ln1_bias, d.BT, d.C);
+        layernorm_forward(layer->ln1, layer->x, p.ln1, d.BT);
         if (layer->tmix->remake) layer->tmix->remake(m, layer, layer->ln1);
     }
     layer->tmix->backward(m, layer, m->dln1, m->dx, layer->ln1);
-    if (m->s.parallel)
-        layernorm_backward<true>(m->dx, m->partial, m->dln2, ln2_input, nullptr, p.ln2_weight, p.ln2_bias, d.BT, d.C);
-    layernorm_backward<true>(m->dx, m->partial, m->dln1, layer->x, nullptr, p.ln1_weight, p.ln1_bias, d.BT, d.C);
+    if (m->s.parallel) add_layernorm_backward(m->dx, m->dln2, ln2_input, p.ln2, m->partial, d.BT);
+    add_layernorm_backward(m->dx, m->dln1, layer->x, p.ln1, m->partial, d.BT);
 }
 
 // after model_classifier with a scale
@@ -5335,8 +5463,7 @@ static void model_backward(Model *m) {
     if (has_cache(m))
         // A = C here
         for (float *sum : {m->dxo, m->dk0}) CUDA_CHECK(cudaMemsetAsync(sum, 0, E * sizeof(float), stream));
-    layernorm_backward<false>(m->dx, m->partial, m->dln1, m->x_out, nullptr, top.ln_out_weight, top.ln_out_bias, d.BT,
-                              d.C);
+    layernorm_backward(m->dx, m->dln1, m->x_out, top.ln_out, m->partial, d.BT);
     for (int l = d.L - 1; l >= 0; l--) {
         NamedRange range("layer %d %s backward", l, m->layers[l].tmix->name);
         layer_backward(m, &m->layers[l]);
@@ -5345,8 +5472,7 @@ static void model_backward(Model *m) {
     if (has_cache(m))
         rms_norm_backward<true>
             <<<d.BT, row_threads(d.C), 0, stream>>>(m->dx, m->dxo, (const float *)m->dx0, m->x0, d.C);
-    layernorm_backward<false>(m->dln1, m->partial, m->dx, top.emb.w, m->tokens, first.ln0_weight, first.ln0_bias, d.BT,
-                              d.C);
+    embedding_layernorm_backward(m->dln1, m->dx, top.emb.w, m->tokens, first.ln0, m->partial, d.BT);
     const int *ids = m->tokens + 2 * d.BT, *starts = ids + m->distinct, *order = starts + m->distinct + 1;
     embedding_backward<<<dim3(m->distinct, d.C / EMBEDDING_CHANNELS), 8 * EMBEDDING_ROWS, 0, stream>>>(top.emb.g,
                                                                                                        m->dln1, ids,
@@ -5382,19 +5508,23 @@ static void stage_tokens(Model *m, const int *tokens, int B, int T) {
     CUDA_CHECK(cudaEventRecord(m->staged_done[slot], stream));
 }
 
-// clears what matrix_gradients_add does not
+// Clears the gradients that micro-batches add to: all but the matrices' (weight_backward), neighbours in one go.
 static void model_step_begin(Model *m) {
-    for (int i = 0; i < m->n_tensors; i++) {
-        const int64_t begin = m->tensors[i].offset;
-        int64_t end = begin;
-        for (; i < m->n_tensors && m->tensors[i].offset == end; i++) { // neighbours in one go
-            if (m->tensors[i].decay && m->fields[i] != &m->top.emb) break;
-            end += m->tensors[i].size;
-        }
-        if (end > begin) i--;
+    int64_t begin = 0, end = 0;
+    auto clear = [&] {
         if (end > begin) CUDA_CHECK(cudaMemsetAsync(m->grads + begin, 0, (end - begin) * sizeof(float), stream));
+    };
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor *t = &m->tensors[i];
+        if (t->decay && m->fields[i] != &m->top.emb) continue;
+        if (t->offset != end) {
+            clear();
+            begin = t->offset;
+        }
+        end = t->offset + t->size;
     }
-    matrix_gradients_add = 0;
+    clear();
+    m->first_micro_batch = true;
     CUDA_CHECK(cudaMemsetAsync(m->totals, 0, 2 * sizeof(double), stream));
     m->targets_in_step = 0;
 }
@@ -5404,7 +5534,7 @@ static void model_micro_step(Model *m, const int *tokens, int B, int T, int accu
     model_forward(m);
     model_classifier(m, 1.f / ((float)B * T * accumulate));
     model_backward(m);
-    matrix_gradients_add = 1;
+    m->first_micro_batch = false;
     m->targets_in_step += (int64_t)B * T;
 }
 
@@ -5474,7 +5604,7 @@ static void model_logits_last(Model *m, const int *tokens, int n, float *logits)
     stage_tokens(m, padded, 1, n);
     free(padded);
     model_forward(m);
-    linear_forward(m->logits, m->xf + (int64_t)(n - 1) * m->d.C, m->top.head, 1, m->d.V, m->d.C);
+    linear_forward(m->logits, m->xf + (int64_t)(n - 1) * m->d.C, m->top.head, 1);
     copy_to_host(logits, m->logits, m->d.V);
 }
 
@@ -5500,7 +5630,7 @@ static bool model_activation(Model *m, const char *name, float *out) {
     } else if (strcmp(name, "logits") == 0) {
         for (int64_t row = 0; row < d.BT; row += m->slice) {
             const int here = (int)(d.BT - row < m->slice ? d.BT - row : m->slice);
-            linear_forward(m->logits, m->xf + row * d.C, m->top.head, here, d.V, d.C);
+            linear_forward(m->logits, m->xf + row * d.C, m->top.head, here);
             copy_to_host(out + row * d.V, m->logits, (int64_t)here * d.V);
         }
     } else if (sscanf(name, "blocks.%d.%63s", &l, part) == 2 && l >= 0 && l < d.L) {

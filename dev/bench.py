@@ -108,24 +108,24 @@ def five_mixes(x, h, w2, mu):
     return x + shift(x) * (mu.view(5, 1, 1, C) + m)
 
 
-def token_shift_mix_forward(B, T, C):
+def ddlerp_forward(B, T, C):
     yield from forward_of(five_mixes, randn(B, T, C), randn(B * T, 160), randn(5, 32, C), randn(5, C))
 
 
-def token_shift_mix_backward(B, T, C):
+def ddlerp_backward(B, T, C):
     yield from backward_of(five_mixes, randn(B, T, C), randn(B * T, 160), randn(5, 32, C), randn(5, C))
 
 
-def mix_hidden(x, mu, w1):
+def ddlerp_hidden(x, mu, w1):
     return torch.tanh((x + shift(x) * mu) @ w1)
 
 
-def mix_hidden_forward(B, T, C):
-    yield from forward_of(mix_hidden, randn(B, T, C), randn(C), randn(C, 160))
+def ddlerp_hidden_forward(B, T, C):
+    yield from forward_of(ddlerp_hidden, randn(B, T, C), randn(C), randn(C, 160))
 
 
-def mix_hidden_backward(B, T, C):
-    yield from backward_of(mix_hidden, randn(B, T, C), randn(C), randn(C, 160))
+def ddlerp_hidden_backward(B, T, C):
+    yield from backward_of(ddlerp_hidden, randn(B, T, C), randn(C), randn(C, 160))
 
 
 def channel_mix(x, mu_k, mu_r, K, V, R):
@@ -219,8 +219,8 @@ def wkv_backward(B, T, H):
     yield "flash-linear-attention", lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True)
 
 
-PEERS = [layernorm_forward, layernorm_backward, token_shift_mix_forward, token_shift_mix_backward, mix_hidden_forward,
-         mix_hidden_backward, channel_mix_forward, channel_mix_backward, gold_kv, classifier, adamw, matmul, attention_forward,
+PEERS = [layernorm_forward, layernorm_backward, ddlerp_forward, ddlerp_backward, ddlerp_hidden_forward,
+         ddlerp_hidden_backward, channel_mix_forward, channel_mix_backward, gold_kv, classifier, adamw, matmul, attention_forward,
          attention_backward, wkv_forward, wkv_backward]
 
 

@@ -81,17 +81,19 @@ __global__ void mix_sums(float *dmu, const floatX *g, const floatX *x, int T, in
     dmu[c] += sum;
 }
 
-static Param weight(Array<floatX> &w, Array<float> &g, int64_t ld) { return {w.p, g.p, ld}; }
+static Param weight(Array<floatX> &w, Array<float> &g, int rows, int columns) {
+    return {w.p, g.p, rows, columns, columns};
+}
 static int blocks(int64_t n) { return (int)ceil_div(n, THREADS); }
 
 static void channel_mix_1(void) {
     const int64_t E = (int64_t)BT * C, EF = (int64_t)BT * F;
     mix<<<blocks(E), THREADS, 0, stream>>>(xk.p, x.p, mu_k.p, T, C, E);
     mix<<<blocks(E), THREADS, 0, stream>>>(xr.p, x.p, mu_r.p, T, C, E);
-    linear_forward(k0.p, xk.p, weight(K, dK, C), BT, F, C);
+    linear_forward(k0.p, xk.p, weight(K, dK, F, C), BT);
     relu_squared<<<blocks(EF), THREADS, 0, stream>>>(k.p, k0.p, EF);
-    linear_forward(v.p, k.p, weight(V, dV, F), BT, C, F);
-    linear_forward(r0.p, xr.p, weight(R, dR, C), BT, C, C);
+    linear_forward(v.p, k.p, weight(V, dV, C, F), BT);
+    linear_forward(r0.p, xr.p, weight(R, dR, C, C), BT);
     sigmoid<<<blocks(E), THREADS, 0, stream>>>(gate.p, r0.p, E);
     multiply<<<blocks(E), THREADS, 0, stream>>>(out.p, gate.p, v.p, E);
 }
@@ -100,10 +102,10 @@ static void channel_mix_backward_1(void) {
     const int64_t E = (int64_t)BT * C, EF = (int64_t)BT * F;
     multiply<<<blocks(E), THREADS, 0, stream>>>(dv.p, dout.p, gate.p, E);
     sigmoid_gradient<<<blocks(E), THREADS, 0, stream>>>(dr.p, dout.p, gate.p, v.p, E);
-    linear_backward(dxr.p, dr.p, xr.p, weight(R, dR, C), BT, C, C);
-    linear_backward(dk.p, dv.p, k.p, weight(V, dV, F), BT, C, F);
+    linear_backward(model, dxr.p, dr.p, xr.p, weight(R, dR, C, C), BT);
+    linear_backward(model, dk.p, dv.p, k.p, weight(V, dV, C, F), BT);
     relu_squared_gradient<<<blocks(EF), THREADS, 0, stream>>>(dk0.p, dk.p, k0.p, EF);
-    linear_backward(dxk.p, dk0.p, xk.p, weight(K, dK, C), BT, F, C);
+    linear_backward(model, dxk.p, dk0.p, xk.p, weight(K, dK, F, C), BT);
     mix_gradient<<<blocks(E), THREADS, 0, stream>>>(dx.p, dxk.p, dxr.p, mu_k.p, mu_r.p, T, C, E);
     mix_sums<<<C / 32, 32, 0, stream>>>(dmu_k.p, dxk.p, x.p, T, C, BT);
     mix_sums<<<C / 32, 32, 0, stream>>>(dmu_r.p, dxr.p, x.p, T, C, BT);
@@ -173,11 +175,11 @@ static void inputs(const int *shape) {
     dmu_k.random(C);
     dmu_r.random(C);
     Params &p = layer->p;
-    p.ffn_time_maa_k = weight(mu_k, dmu_k, C);
-    p.ffn_time_maa_r = weight(mu_r, dmu_r, C);
-    p.ffn_key = weight(K, dK, C);
-    p.ffn_value = weight(V, dV, F);
-    p.ffn_receptance = weight(R, dR, C);
+    p.ffn_time_maa_k = weight(mu_k, dmu_k, 1, C);
+    p.ffn_time_maa_r = weight(mu_r, dmu_r, 1, C);
+    p.ffn_key = weight(K, dK, F, C);
+    p.ffn_value = weight(V, dV, C, F);
+    p.ffn_receptance = weight(R, dR, C, C);
 }
 
 static void forward_setup(const int *shape) {

@@ -10,7 +10,7 @@
 //
 //     1 each operation a kernel, a thread an element, products by cuBLAS: 25 units go through memory
 //     2 in use, for training: m is made inside the mixes, its hidden layer without the mix of xo (both:
-//       token_shift_mix.cu), the sums by the norms that read them
+//       ddlerp.cu), the sums by the norms that read them
 //
 // Inference makes them tile by tile in registers as its attention needs them, and never writes them out:
 // infer_goldfinch.cu, section 2.
@@ -163,10 +163,10 @@ static void setup(const int *shape) {
     const struct {
         Param &param;
         const Array<floatX> &array;
-    } weights[] = {{p.time_maa_v_cache, mu_x}, {p.time_maa_k, mu_k},    {p.time_maa_v, mu_v},  {p.time_maa_kv_w1, W1},
-                   {p.time_maa_kv_w2, W2},     {p.time_key_w1, K1},     {p.time_key_w2, K2},   {p.time_value_w1, V1},
-                   {p.time_value_w2, V2},      {p.ln_k_weight, gain_k}, {p.ln_k_bias, bias_k}, {p.ln_v_weight, gain_v},
-                   {p.ln_v_bias, bias_v}};
+    } weights[] = {{p.time_maa_v_cache, mu_x}, {p.time_maa_k, mu_k},  {p.time_maa_v, mu_v},  {p.time_maa_kv_w1, W1},
+                   {p.time_maa_kv_w2, W2},     {p.time_key_w1, K1},   {p.time_key_w2, K2},   {p.time_value_w1, V1},
+                   {p.time_value_w2, V2},      {p.ln_k.gain, gain_k}, {p.ln_k.bias, bias_k}, {p.ln_v.gain, gain_v},
+                   {p.ln_v.bias, bias_v}};
     for (const auto &w : weights) w.param.w = w.array.p;
     model->k0 = K0.p, model->xo = xo.p;
     layer->gold.k = k.p, layer->gold.v = v.p;

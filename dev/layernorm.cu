@@ -58,9 +58,8 @@ __global__ void layernorm_forward_2(floatX *out, const floatX *x, const floatX *
     for (int c = lane; c < C; c += 32) out[c] = (floatX)(((float)x[c] - mean) * rstd * (float)gain[c] + (float)bias[c]);
 }
 
-static void layernorm_forward_in_use(void) {
-    layernorm_forward(out.p, nullptr, x.p, nullptr, nullptr, {gain.p, nullptr, C}, {bias.p, nullptr, C}, n_rows, C);
-}
+static LayerNorm norm(void) { return {{gain.p, dgain.p, 1, C, C}, {bias.p, dbias.p, 1, C, C}}; }
+static void layernorm_forward_in_use(void) { layernorm_forward(out.p, x.p, norm(), n_rows); }
 
 static void forward_run(int version) {
     if (version == 1)
@@ -138,10 +137,7 @@ __global__ void layernorm_backward_2(floatX *dx, float *partial, const floatX *d
     store(partial + (int64_t)blockIdx.x * 2 * C + C + c, dbias);
 }
 
-static void layernorm_backward_in_use(void) {
-    layernorm_backward<false>(dx.p, scratch.p, dout.p, x.p, nullptr, {gain.p, dgain.p, C}, {bias.p, dbias.p, C}, n_rows,
-                              C);
-}
+static void layernorm_backward_in_use(void) { layernorm_backward(dx.p, dout.p, x.p, norm(), scratch.p, n_rows); }
 
 static void backward_run(int version) {
     float2 *stats = (float2 *)scratch.p;

@@ -1,6 +1,6 @@
-// Token shift and its mixes, as Finch-C2 has them: five mixes of each token with the one before it,
+// The token shift's ddlerp, as Finch-C2 has it: five mixes of each token with the one before it,
 //
-//     out_i = x + dx * (mu_i + m_i),   dx = shift(x) - x,   m_i = h_i w2_i          i: r, k, v, w, v2
+//     out_i = x + diff * (mu_i + m_i),   diff = shift(x) - x,   m_i = h_i w2_i          i: r, k, v, w, v2
 //
 // where h (BT, 5 x 32) is the hidden layer of the low-rank part, h_i its i-th 32 columns, w2 (5, 32, C).
 //
@@ -24,7 +24,7 @@
 //
 // The hidden layer itself comes from one more mix of the same tokens,
 //
-//     h = tanh((x + dx * mu_x) @ w1)
+//     h = tanh((x + diff * mu_x) @ w1)
 //
 // Floor: x is read, 1 unit; backward x is read, and the gradient of x is added to what is there, 3 units.
 //
@@ -33,13 +33,13 @@
 //              units. The price is twice the flops, and 320 numbers a token more: bytes of 1.7 units at C = 768, of 0.6
 //              at 2048
 //
-//     make -C dev token_shift_mix && dev/token_shift_mix [VERSION [B T C]]
+//     make -C dev ddlerp && dev/ddlerp [VERSION [B T C]]
 
 #define GOLDFINCH_NO_MAIN
 #include "../train_goldfinch.cu"
 #include "common.h"
 
-static const int MIXES = 5, HIDDEN = MIXES * RANK; // RANK, the trainer's: 32
+static const int MIXES = 5, HIDDEN = MIXES * MIX_RANK; // MIX_RANK, the trainer's: 32
 static int B, T, C, BT;
 static Array<floatX> x, h, w2, mu[MIXES], out[MIXES], g[MIXES], m, dm, dx, dh;
 static Array<float> dmu[MIXES], dw2, partial;
@@ -57,7 +57,8 @@ static Five five(Array<floatX> *to) {
 }
 
 static void make_m(void) {
-    matmul(m.p, C, rows(h.p, HIDDEN, RANK), rows(w2.p, C, RANK * C), BT, C, RANK, 0, MIXES, (int64_t)BT * C);
+    matmul(m.p, C, rows(h.p, HIDDEN, MIX_RANK), rows(w2.p, C, MIX_RANK * C), BT, C, MIX_RANK, 0, MIXES,
+           (int64_t)BT * C);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(128)
         __syncthreads();
         for (int i = 0; i < MIXES; i++) {
             TileC product[8] = {};
-            for (int k = RANK * i; k < RANK * (i + 1); k += 16) {
+            for (int k = MIX_RANK * i; k < MIX_RANK * (i + 1); k += 16) {
                 TileB b[8];
                 for (int n = 0; n < 8; n++) b[n] = load_b_t(&s.w2[k][8 * n], LDW);
                 mma(product, load_a(&s.h[16 * warp][k], LDH), b);
@@ -139,16 +140,16 @@ __global__ void __launch_bounds__(128)
     }
 }
 
-__global__ void __launch_bounds__(128) mix_4(Mixes<MIXES> mix, const floatX *x, int BT, int T, int C) {
-    LowRankMixSmem<MIXES> &s = *dynamic_smem<LowRankMixSmem<MIXES>>();
+__global__ void __launch_bounds__(128) mix_4(MixTask<MIXES> mix, const floatX *x, int BT, int T, int C) {
+    DdlerpWeights<MIXES> &s = *dynamic_smem<DdlerpWeights<MIXES>>();
     const int first = blockIdx.x * MIX_CHANNELS, warp = threadIdx.x / 32;
-    mix_load_w2(s, mix, first, C);
+    ddlerp_load_weights(s, mix, first, C);
     __syncthreads();
     for (int row0 = (blockIdx.y * 4 + warp) * 16; row0 < BT; row0 += gridDim.y * 64) {
         TileA h[MIXES][2];
         for (int i = 0; i < MIXES; i++)
             for (int k = 0; k < 2; k++)
-                h[i][k] = load_a_global(mix.low.h + (int64_t)row0 * HIDDEN + RANK * i + 16 * k, HIDDEN, BT - row0);
+                h[i][k] = load_a_global(mix.low.h + (int64_t)row0 * HIDDEN + MIX_RANK * i + 16 * k, HIDDEN, BT - row0);
         for (int group = 0; group < MIX_CHANNELS; group += 32) {
             const int c = first + group + threadIdx.x % 4 * 8;
             Pack here[2], before[2];
@@ -160,7 +161,7 @@ __global__ void __launch_bounds__(128) mix_4(Mixes<MIXES> mix, const floatX *x, 
 #pragma unroll
             for (int i = 0; i < MIXES; i++) {
                 TileC amount[4];
-                mix_amounts(amount, s, i, group, h[i]);
+                ddlerp_amounts(amount, s, i, group, h[i]);
                 for (int half = 0; half < 2; half++) {
                     const int64_t row = row0 + tile_row(2 * half);
                     Pack v = here[half];
@@ -173,13 +174,13 @@ __global__ void __launch_bounds__(128) mix_4(Mixes<MIXES> mix, const floatX *x, 
     }
 }
 
-static Mixes<MIXES> mixes_in_use(Array<floatX> *to) {
-    Mixes<MIXES> mix = {{}, {h.p, HIDDEN, w2.p}, {}};
+static MixTask<MIXES> mixes_in_use(Array<floatX> *to) {
+    MixTask<MIXES> mix = {{}, {h.p, HIDDEN, w2.p}, {}};
     for (int i = 0; i < MIXES; i++) mix.mu[i] = mu[i].p, mix.x[i] = to[i].p;
     return mix;
 }
 
-static void mix_forward_in_use(void) { mix_forward_low_rank<MIXES>(mixes_in_use(out), x.p, BT, T, C); }
+static void mix_forward_in_use(void) { ddlerp_forward<MIXES>(mixes_in_use(out), x.p, BT, T, C); }
 
 static void forward_run(int version) {
     const int64_t E = (int64_t)BT * C;
@@ -193,7 +194,7 @@ static void forward_run(int version) {
                                                                                        C);
     }
     if (version == 4) {
-        const size_t smem = sizeof(LowRankMixSmem<MIXES>);
+        const size_t smem = sizeof(DdlerpWeights<MIXES>);
         allow_smem(mix_4, smem);
         mix_4<<<dim3(C / 64, (int)ceil_div(4 * multiprocessors, C / 64)), 128, smem, stream>>>(mixes_in_use(out), x.p,
                                                                                                BT, T, C);
@@ -205,7 +206,7 @@ static void forward_run(int version) {
 // Backward. With c_i = mu_i + m_i and g_i the gradient of out_i:
 //
 //     dx_t = sum_i g_i,t (1 - c_i,t) + sum_i g_i,t+1 c_i,t+1 (of the next token of the sequence)
-//     dm_i = g_i * dx,  dmu_i = sum over tokens of dm_i,  dh_i = dm_i w2_i^T (1 - h_i^2),  dw2_i = h_i^T dm_i
+//     dm_i = g_i * diff,  dmu_i = sum over tokens of dm_i,  dh_i = dm_i w2_i^T (1 - h_i^2),  dw2_i = h_i^T dm_i
 
 __global__ void mix_backward_1(Five mix, floatX *dx, floatX *dm, const floatX *x, int BT, int T, int C) {
     const int64_t at = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, row = at / C, E = (int64_t)BT * C;
@@ -229,16 +230,18 @@ __global__ void mix_backward_sums(Targets dmu, const floatX *dm, int BT, int C) 
 }
 
 static void product_gradients(void) { // dh, dw2 from dm
-    matmul(dh.p, HIDDEN, rows(dm.p, C, (int64_t)BT * C), columns(w2.p, C, RANK * C), BT, RANK, C, 0, MIXES, RANK);
+    matmul(dh.p, HIDDEN, rows(dm.p, C, (int64_t)BT * C), columns(w2.p, C, MIX_RANK * C), BT, MIX_RANK, C, 0, MIXES,
+           MIX_RANK);
     tanh_backward<<<pack_blocks((int64_t)BT * HIDDEN), 256, 0, stream>>>(dh.p, h.p, (int64_t)BT * HIDDEN);
-    matmul(dw2.p, C, columns(h.p, HIDDEN, RANK), rows(dm.p, C, (int64_t)BT * C), RANK, C, BT, 1, MIXES, RANK * C);
+    matmul(dw2.p, C, columns(h.p, HIDDEN, MIX_RANK), rows(dm.p, C, (int64_t)BT * C), MIX_RANK, C, BT, 1, MIXES,
+           MIX_RANK * C);
 }
 
 static Targets dmu_targets(void) { return {{dmu[0].p, dmu[1].p, dmu[2].p, dmu[3].p, dmu[4].p}}; }
 
 static void mix_backward_in_use(void) {
-    mix_backward_low_rank<MIXES, floatX, false>(mixes_in_use(g), dx.p, dh.p, dw2.p, dmu_targets(), partial.p, x.p, BT,
-                                                T, C);
+    ddlerp_backward<MIXES, floatX, false>(mixes_in_use(g), {dh.p, dw2.p, dmu_targets()}, dx.p, x.p, partial.p, BT, T,
+                                          C);
 }
 
 static void backward_run(int version) {
@@ -262,28 +265,28 @@ static Dims dims(void) {
     d.B = B, d.T = T, d.C = C, d.BT = BT;
     return d;
 }
-static LowRankMix layer(void) { return {both.p, h.p, {z.p, dh.p, dz.p, dboth.p}}; }
-
-static void hidden_in_use(void) {
-    low_rank_mix_hidden(dims(), layer(), {mu_x.p, nullptr, 0}, {w1.p, nullptr, HIDDEN}, MIXES, x.p);
+static MixedInputs layer(void) {
+    static Param mu, w;
+    mu = {mu_x.p, dmu_x.p, 1, C, C}, w = {w1.p, dw1.p, C, HIDDEN, HIDDEN};
+    return {.n = MIXES, .mu_x = &mu, .w1 = &w, .both = both.p, .h = h.p, .tmp = {z.p, dh.p, dz.p, dboth.p}};
 }
+
+static void hidden_in_use(void) { mixed_inputs_hidden(dims(), layer(), x.p); }
 static void hidden_run(int version) {
     if (version == 1) {
-        mix_forward<1>({{mu_x.p}, {}, {xx.p}}, x.p, BT, T, C);
+        lerp_forward<1>({{mu_x.p}, {}, {xx.p}}, x.p, BT, T, C);
         matmul(h.p, HIDDEN, rows(xx.p, C), rows(w1.p, HIDDEN), BT, HIDDEN, C);
         tanh_forward<<<pack_blocks((int64_t)BT * HIDDEN), 256, 0, stream>>>(h.p, (int64_t)BT * HIDDEN);
     }
     if (version == 2) hidden_in_use();
 }
 
-static void hidden_backward_in_use(void) {
-    low_rank_mix_hidden_backward(dims(), layer(), {mu_x.p, dmu_x.p, 0}, {w1.p, dw1.p, HIDDEN}, MIXES, dx.p, x.p);
-}
+static void hidden_backward_in_use(void) { mixed_inputs_hidden_backward(dims(), layer(), dx.p, x.p); }
 static void hidden_backward_run(int version) {
     if (version == 1) {
         matmul(dw1.p, HIDDEN, columns(xx.p, C), rows(dh.p, HIDDEN), C, HIDDEN, BT, 1);
         matmul(dxx.p, C, rows(dh.p, HIDDEN), columns(w1.p, HIDDEN), BT, C, HIDDEN);
-        mix_backward<1>({{mu_x.p}, {}, {dxx.p}}, g[0].p, {{dmu_x.p}}, partial.p, x.p, BT, T, C);
+        lerp_backward<1>({{mu_x.p}, {}, {dxx.p}}, g[0].p, {{dmu_x.p}}, partial.p, x.p, BT, T, C);
         add_forward<<<pack_blocks((int64_t)BT * C), 256, 0, stream>>>(dx.p, dx.p, g[0].p, (int64_t)BT * C);
     }
     if (version == 2) hidden_backward_in_use();
@@ -303,10 +306,10 @@ static void inputs(const int *shape) {
     dm.allocate((int64_t)MIXES * BT * C);
 }
 
-static double dx_at(int64_t row, int c) { return (row % T ? x[(row - 1) * C + c] : 0) - x[row * C + c]; }
+static double diff_at(int64_t row, int c) { return (row % T ? x[(row - 1) * C + c] : 0) - x[row * C + c]; }
 static double coefficient(int i, int64_t row, int c) {
     double sum = mu[i][c];
-    for (int l = RANK * i; l < RANK * (i + 1); l++) sum += h[row * HIDDEN + l] * w2[(int64_t)l * C + c];
+    for (int l = MIX_RANK * i; l < MIX_RANK * (i + 1); l++) sum += h[row * HIDDEN + l] * w2[(int64_t)l * C + c];
     return sum;
 }
 
@@ -318,14 +321,14 @@ static void forward_setup(const int *shape) {
         out[i].output(names[i], by_precision(1e-5, 2e-2), (int64_t)BT * C);
         for (int64_t row : some)
             for (int c = 0; c < C; c++)
-                out[i].expect(row * C + c, x[row * C + c] + dx_at(row, c) * coefficient(i, row, c));
+                out[i].expect(row * C + c, x[row * C + c] + diff_at(row, c) * coefficient(i, row, c));
     }
 }
 
 static void backward_setup(const int *shape) {
     static const char *names[] = {"mu_r", "mu_k", "mu_v", "mu_w", "mu_v2"};
     inputs(shape);
-    partial.allocate(mix_partial_floats(C));
+    partial.allocate(ddlerp_partial_floats(C));
     for (Array<floatX> &each : g) each.random((int64_t)BT * C);
     dx.output("dx", by_precision(1e-5, 1e-2), (int64_t)BT * C);
     dh.output("dh", by_precision(1e-5, 1e-2), (int64_t)BT * HIDDEN);
@@ -340,7 +343,7 @@ static void backward_setup(const int *shape) {
         }
         for (int l = 0; l < HIDDEN; l++) {
             double sum = 0;
-            for (int c = 0; c < C; c++) sum += g[l / RANK][row * C + c] * dx_at(row, c) * w2[(int64_t)l * C + c];
+            for (int c = 0; c < C; c++) sum += g[l / MIX_RANK][row * C + c] * diff_at(row, c) * w2[(int64_t)l * C + c];
             dh.expect(row * HIDDEN + l, sum * (1 - pow(h[row * HIDDEN + l], 2)));
         }
     }
@@ -349,7 +352,7 @@ static void backward_setup(const int *shape) {
     for (int64_t at : sample(HIDDEN * C, 300)) {
         double sum = dw2[at];
         for (int64_t row = 0; row < BT; row++)
-            sum += h[row * HIDDEN + at / C] * g[at / C / RANK][row * C + at % C] * dx_at(row, (int)(at % C));
+            sum += h[row * HIDDEN + at / C] * g[at / C / MIX_RANK][row * C + at % C] * diff_at(row, (int)(at % C));
         dw2.expect(at, sum);
     }
     for (int i = 0; i < MIXES; i++) {
@@ -357,13 +360,13 @@ static void backward_setup(const int *shape) {
         dmu[i].output(names[i], by_precision(1e-4, 1e-2));
         for (int64_t c : sample(C, 50)) {
             double sum = dmu[i][c];
-            for (int64_t row = 0; row < BT; row++) sum += g[i][row * C + c] * dx_at(row, (int)c);
+            for (int64_t row = 0; row < BT; row++) sum += g[i][row * C + c] * diff_at(row, (int)c);
             dmu[i].expect(c, sum);
         }
     }
 }
 
-static double xx_at(int64_t row, int c) { return x[row * C + c] + dx_at(row, c) * mu_x[c]; }
+static double xx_at(int64_t row, int c) { return x[row * C + c] + diff_at(row, c) * mu_x[c]; }
 
 static void hidden_inputs(const int *shape) {
     B = shape[0], T = shape[1], C = shape[2], BT = B * T;
@@ -390,8 +393,8 @@ static void hidden_setup(const int *shape) {
 
 static void hidden_backward_setup(const int *shape) {
     hidden_inputs(shape);
-    mix_forward<1>({{mu_x.p}, {}, {xx.p}}, x.p, BT, T, C); // the forward passes left these
-    mix_hidden_weights<<<pack_blocks(HIDDEN * C), 256, 0, stream>>>(both.p, w1.p, mu_x.p, C, HIDDEN, HIDDEN);
+    lerp_forward<1>({{mu_x.p}, {}, {xx.p}}, x.p, BT, T, C); // the forward passes left these
+    ddlerp_hidden_weights_kernel<<<pack_blocks(HIDDEN * C), 256, 0, stream>>>(both.p, w1.p, mu_x.p, C, HIDDEN, HIDDEN);
     partial.allocate((int64_t)row_blocks(BT, C) * C);
     dh.random((int64_t)BT * HIDDEN);
     dx.random((int64_t)BT * C); // gradients are added to what is there
@@ -416,7 +419,7 @@ static void hidden_backward_setup(const int *shape) {
     dmu_x.output("mu_x", by_precision(1e-4, 1e-2));
     for (int64_t c : sample(C, 20)) {
         double sum = dmu_x[c];
-        for (int64_t row = 0; row < BT; row++) sum += dxx_at(row, (int)c) * dx_at(row, (int)c);
+        for (int64_t row = 0; row < BT; row++) sum += dxx_at(row, (int)c) * diff_at(row, (int)c);
         dmu_x.expect(c, sum);
     }
 }
@@ -434,7 +437,7 @@ int main(int argc, char **argv) {
     const Shapes small = {{1, 1, 64}, {3, 37, 192}, {2, 150, 320}, {1, 290, 4096}},
                  large = {{32, 1024, 768}, {8, 2048, 2048}};
     const std::vector<Dimension> dimensions = {{"B", 1}, {"T", 1}, {"C", 64}};
-    return lab_main({{"token_shift_mix_forward",
+    return lab_main({{"ddlerp_forward",
                       dimensions,
                       {"a launch a mix", "five mixes in one pass", "with the product inside", "and in registers",
                        "in use: loads ahead"},
@@ -443,7 +446,7 @@ int main(int argc, char **argv) {
                       forward_setup,
                       forward_run,
                       forward_cost},
-                     {"token_shift_mix_backward",
+                     {"ddlerp_backward",
                       dimensions,
                       {"a thread an element", "in use"},
                       small,
@@ -451,7 +454,7 @@ int main(int argc, char **argv) {
                       backward_setup,
                       backward_run,
                       backward_cost},
-                     {"mix_hidden_forward",
+                     {"ddlerp_hidden_forward",
                       dimensions,
                       {"the mix in memory", "in use: the shift after the product"},
                       small,
@@ -459,7 +462,7 @@ int main(int argc, char **argv) {
                       hidden_setup,
                       hidden_run,
                       hidden_cost},
-                     {"mix_hidden_backward",
+                     {"ddlerp_hidden_backward",
                       dimensions,
                       {"the mix in memory", "in use: the shift after the product"},
                       small,
