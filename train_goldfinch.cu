@@ -2507,10 +2507,185 @@ __device__ inline void wkv_pass(Share &passing, const Share &terms, TileB first_
     mma(passing, to_a2(terms[0], terms[1]), b);
 }
 
+// What a warp knows of the tile at hand: its operands, and its gradients as they are put together.
+struct WkvTile {
+    Share r, k, e, d;                  // k times 1 - exp(-e) if one_minus_w
+    WkvProducts products;              // of d
+    Share dr = {}, dk = {};            // at first X and Y, then the gradients
+    Share passing = {};                // what passes each token, see above; at last dw
+    float near_da[2][2], far_da[2][2]; // da of pairs in one half of the tile; across, both ways
+    float past[2] = {0, 0};            // sum_j D S0 dS
+};
+
+__device__ inline void wkv_operands(WkvTile &t, const WkvRaw &raw, const float (&decay)[2], bool one_minus_w) {
+    wkv_share(t.r, raw.r);
+    wkv_decay(t.e, t.d, raw, decay);
+    wkv_keys(t.k, raw, t.e, t.d, one_minus_w);
+}
+
+// From the state before a chunk forwards to the one before its last tile, those between to shared memory. raw: the
+// first tile's, then the last one's.
+__device__ inline void wkv_remake_states(TileC (&S0)[8], WkvBackward &s, WkvRaw &raw, const Wkv &p, int64_t head,
+                                         int c0, int tiles, const float (&decay)[2]) {
+    for (int i = 0; i < tiles - 1; i++) {
+        Share e, d, k, factor;
+        WkvProducts products;
+        wkv_decay(e, d, raw, decay);
+        wkv_keys(k, raw, e, d, p.one_minus_w);
+        wkv_fetch(raw, p, head + (int64_t)(c0 + (i + 1) * TILE) * p.H * N, c0 + (i + 1) * TILE);
+        wkv_products(products, d);
+        wkv_factors(factor, 0, d, products);
+        EACH(n, j) k[n].x[j] *= factor[n].x[j];
+        wkv_update(S0, to_a2(k[0], k[1]), s.v[i], wkv_decay_of_tile(e).D_minus_1);
+        for (int n = 0; n < 8 && TILES > 2 && i < tiles - 2; n++) s.S0[8 * i + n][threadIdx.x] = S0[n];
+    }
+}
+
+// da, X and Y, and what passes the whole tile, still without D; dS to shared memory
+__device__ inline void wkv_backward_products(WkvTile &t, WkvBackward &s, const TileC (&S0)[8], const TileC (&dS)[8],
+                                             int q) {
+    Share da = {}, da_t = {};
+#pragma unroll
+    for (int i = 0; i < 4; i++) { // 16 values at a time
+        const TileA dy = load_a(&s.dy[q][0][16 * i], LD), v = load_a(&s.v[q][0][16 * i], LD);
+        const TileB dy_b[2] = {as_b(dy, 0), as_b(dy, 1)}, v_b[2] = {as_b(v, 0), as_b(v, 1)};
+        mma(t.dr, to_a2(S0[2 * i], S0[2 * i + 1]), dy_b); // X^T
+        mma(t.dk, to_a2(dS[2 * i], dS[2 * i + 1]), v_b);  // Y^T
+        mma(da, dy, v_b);
+        mma(da_t, v, dy_b);
+        for (int n = 2 * i; n < 2 * i + 2; n++)
+            for (int j = 0; j < 4; j++) {
+                t.past[j / 2] += S0[n].x[j] * dS[n].x[j];
+                if (j % 2 == 0)
+                    store_pair(&s.dS[wkv_channel() + j / 2][8 * n + tile_col(j)], dS[n].x[j], dS[n].x[j + 1]);
+            }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const bool below = (int)(threadIdx.x % 32 / 4) >= tile_col(i);
+        for (int n = 0; n < 2; n++) t.near_da[n][i] = below ? da[n].x[2 * n + i] : da_t[n].x[2 * n + i];
+        t.far_da[0][i] = da[0].x[2 + i], t.far_da[1][i] = da_t[1].x[i];
+    }
+}
+
+// Through r~ and S0, k~ and dS; and dS to the tile's beginning
+__device__ inline void wkv_backward_states(WkvTile &t, WkvBackward &s, TileC (&dS)[8], const WkvPassing &pass, int q) {
+    const WkvTileDecay whole = wkv_decay_of_tile(t.e);
+    wkv_products(t.products, t.d);
+    t.past[0] *= whole.D.x, t.past[1] *= whole.D.y;
+    warp_sum(t.past, 4);
+    Share tilde, factor;
+    wkv_factors(factor, 16, t.d, t.products);
+    EACH(n, i) tilde[n].x[i] = t.r[n].x[i] * factor[n].x[i];
+    wkv_update(dS, to_a2(tilde[0], tilde[1]), s.dy[q], whole.D_minus_1);
+    EACH(n, i) {
+        tilde[n].x[i] *= t.dr[n].x[i];
+        t.dr[n].x[i] *= factor[n].x[i];
+    }
+    wkv_pass(t.passing, tilde, pass.upward, pass.all, pass.none, pass.upward);
+    wkv_factors(factor, 0, t.d, t.products);
+    EACH(n, i) tilde[n].x[i] = t.k[n].x[i] * factor[n].x[i];
+    wkv_store_share(s.after, wkv_channel(), 1, tilde);
+    EACH(n, i) {
+        tilde[n].x[i] *= t.dk[n].x[i];
+        t.dk[n].x[i] *= factor[n].x[i];
+    }
+    wkv_pass(t.passing, tilde, pass.downward, pass.none, pass.all, pass.downward);
+}
+
+// Through the levels of the scores a, which are made again on the way
+__device__ inline void wkv_backward_levels(WkvTile &t, TileC (&a)[2], WkvScratch &scratch, const WkvPassing &pass) {
+#pragma unroll
+    for (int level = 0; level < 4; level++) {
+        const int L = 8 >> level;
+        Share x, factor, pairs = {}, z = {};
+        wkv_level(x, factor, L, t.r, t.k, t.d, t.products);
+        wkv_scores(a, scratch, level, x, true);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const bool here = (threadIdx.x % 32 / 4 ^ tile_col(i)) >> (3 - level) == 1;
+            for (int n = 0; n < 2 && L < 8; n++) pairs[n].x[2 * n + i] = here ? t.near_da[n][i] : 0;
+            if (L == 8) pairs[0].x[2 + i] = t.far_da[0][i], pairs[1].x[i] = t.far_da[1][i];
+        }
+        mma_transposed(z, to_a2(x[0], x[1]), to_a2(pairs[0], pairs[1]));
+        EACH(n, i) {
+            const bool has = wkv_has_bit(L, n, i);
+            const float own = z[n].x[i] * factor[n].x[i];
+            t.dr[n].x[i] += has ? own : 0;
+            t.dk[n].x[i] += has ? 0 : own;
+            z[n].x[i] *= x[n].x[i];
+        }
+        if (L == 8) wkv_pass(t.passing, z, pass.downward, pass.none, pass.none, pass.upward);
+        if (L == 4) wkv_pass(t.passing, z, pass.level4, pass.none, pass.none, pass.level4);
+        if (L == 2) wkv_pass(t.passing, z, pass.level2, pass.none, pass.none, pass.level2);
+    }
+}
+
+// Through the bonus u: da[t][t] of the lane's tokens comes from the lane that has it.
+__device__ inline void wkv_backward_bonus(WkvTile &t, float (&du)[2], const float (&u)[2]) {
+    for (int m = 0; m < 4; m++) {
+        const int n = m / 2, token = m % 2, from = (threadIdx.x % 4 * 2 + token) * 4 + threadIdx.x % 4;
+        const float own = __shfl_sync(0xffffffffu, t.near_da[n][token], from);
+        for (int c = 0; c < 2; c++) {
+            const int i = 2 * c + token;
+            t.dr[n].x[i] += u[c] * t.k[n].x[i] * own;
+            t.dk[n].x[i] += u[c] * t.r[n].x[i] * own;
+            du[c] += t.r[n].x[i] * t.k[n].x[i] * own;
+        }
+    }
+}
+
+// dw, the keys' factor 1 - exp(-e), and dr, dk and dw to memory. e is computed again from raw: to keep it would take
+// registers that are not there.
+__device__ inline void wkv_backward_store(WkvTile &t, float (&dw_sum)[2], const WkvGradients &g, const Wkv &p,
+                                          const WkvRaw &raw, const float (&decay)[2], int64_t head, int t0) {
+    wkv_decay(t.e, t.d, raw, decay);
+    wkv_share(t.k, raw.k);
+    EACH(n, i) {
+        float dw = -t.e[n].x[i] * (t.passing[n].x[i] + t.past[i / 2]);
+        if (p.one_minus_w) { // the key was k (1 - exp(-e)), e = exp(w)
+            dw += t.dk[n].x[i] * t.k[n].x[i] * t.e[n].x[i] * t.d[n].x[i];
+            t.dk[n].x[i] *= one_minus(t.d[n].x[i], t.e[n].x[i]);
+        }
+        dw_sum[i / 2] += dw;
+        t.passing[n].x[i] = dw;
+    }
+    const int A = p.H * N;
+    const int64_t at = head + (int64_t)t0 * A + wkv_channel() + wkv_token(0) * A;
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+        const int n = m / 2, i = m % 2, next_token = (m % 2 + m / 2 * 8) * A;
+        if (t0 + wkv_token(m) >= p.T) continue;
+        store_pair(g.dr + at + next_token, t.dr[n].x[i], t.dr[n].x[i + 2]);
+        store_pair(g.dk + at + next_token, t.dk[n].x[i], t.dk[n].x[i + 2]);
+        if (g.dw) store_pair(g.dw + at + next_token, t.passing[n].x[i], t.passing[n].x[i + 2]);
+    }
+}
+
+// dv = k~ dS + a^T dy: 16 tokens x this warp's 16 values
+__device__ inline void wkv_backward_values(WkvBackward &s, const WkvGradients &g, const Wkv &p, int64_t head, int t0,
+                                           int q) {
+    const int warp = threadIdx.x / 32, A = p.H * N;
+    TileC dv[2] = {};
+    for (int i = 0; i < 4; i++) {
+        TileB state_b[2];
+        load_b_pair_t(state_b, &s.dS[16 * i][16 * warp], LD);
+        mma(dv, load_a_t(&s.after[16 * i][0], LDT), state_b);
+    }
+    TileB dy_b[2];
+    load_b_pair_t(dy_b, &s.dy[q][0][16 * warp], LD);
+    mma(dv, wkv_sum_scores(s.part), dy_b);
+    const int64_t at = head + (int64_t)(t0 + tile_row(0)) * A + 16 * warp + tile_col(0);
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+        const float *from = &dv[m % 2].x[m / 2 * 2];
+        if (t0 + tile_row(m) < p.T) store_pair(g.dv + at + m / 2 * 8 * A + m % 2 * 8, from[0], from[1]);
+    }
+}
+
 __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1) wkv_backward_kernel(WkvGradients g, Wkv p) {
     WkvBackward &s = *dynamic_smem<WkvBackward>();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h = blockIdx.x, b = blockIdx.y, A = p.H * N,
-              channel = wkv_channel();
+    const int h = blockIdx.x, b = blockIdx.y, A = p.H * N, channel = wkv_channel();
     const int chunks = (p.T + CHUNK - 1) / CHUNK;
     const int64_t head = (int64_t)b * p.T * A + h * N;
     const WkvPassing pass = wkv_passing_patterns();
@@ -2535,153 +2710,23 @@ __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1) wkv_backw
             if (q == 0 || q == tiles - 1) wkv_state_in(S0, state);
             else
                 for (int n = 0; n < 8 && TILES > 2; n++) S0[n] = s.S0[8 * (q - 1) + n][threadIdx.x];
-            // first of a chunk: forwards, to the state before its last tile
-            if (q == tiles - 1)
-                for (int i = 0; i < tiles - 1; i++) {
-                    Share e, d, k, factor;
-                    WkvProducts products;
-                    wkv_decay(e, d, raw, decay);
-                    wkv_keys(k, raw, e, d, p.one_minus_w);
-                    wkv_fetch(raw, p, head + (int64_t)(c0 + (i + 1) * TILE) * A, c0 + (i + 1) * TILE);
-                    wkv_products(products, d);
-                    wkv_factors(factor, 0, d, products);
-                    EACH(n, j) k[n].x[j] *= factor[n].x[j];
-                    wkv_update(S0, to_a2(k[0], k[1]), s.v[i], wkv_decay_of_tile(e).D_minus_1);
-                    for (int n = 0; n < 8 && TILES > 2 && i < tiles - 2; n++) s.S0[8 * i + n][threadIdx.x] = S0[n];
-                }
-            Share dr = {}, dk = {}, passing = {};
-            // da of pairs in one half of the tile, and across, both ways
-            float near[2][2], far[2][2];
-            float past[2] = {0, 0}; // sum_j D S0 dS, D at last
-            Share da = {}, da_t = {};
-#pragma unroll
-            for (int i = 0; i < 4; i++) { // 16 values at a time
-                const TileA dy = load_a(&s.dy[q][0][16 * i], LD), v = load_a(&s.v[q][0][16 * i], LD);
-                const TileB dy_b[2] = {as_b(dy, 0), as_b(dy, 1)}, v_b[2] = {as_b(v, 0), as_b(v, 1)};
-                mma(dr, to_a2(S0[2 * i], S0[2 * i + 1]), dy_b); // X^T
-                mma(dk, to_a2(dS[2 * i], dS[2 * i + 1]), v_b);  // Y^T
-                mma(da, dy, v_b);
-                mma(da_t, v, dy_b);
-                for (int n = 2 * i; n < 2 * i + 2; n++)
-                    for (int j = 0; j < 4; j++) {
-                        past[j / 2] += S0[n].x[j] * dS[n].x[j];
-                        if (j % 2 == 0)
-                            store_pair(&s.dS[channel + j / 2][8 * n + tile_col(j)], dS[n].x[j], dS[n].x[j + 1]);
-                    }
-            }
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const bool below = lane / 4 >= tile_col(i);
-                for (int n = 0; n < 2; n++) near[n][i] = below ? da[n].x[2 * n + i] : da_t[n].x[2 * n + i];
-                far[0][i] = da[0].x[2 + i], far[1][i] = da_t[1].x[i];
-            }
-            Share r, k, e, d;
-            wkv_share(r, raw.r);
-            wkv_decay(e, d, raw, decay);
-            wkv_keys(k, raw, e, d, p.one_minus_w);
-            const WkvTileDecay whole = wkv_decay_of_tile(e);
-            WkvProducts products;
-            wkv_products(products, d);
-            past[0] *= whole.D.x, past[1] *= whole.D.y;
-            warp_sum(past, 4);
-            { // r~, k~: through S0 and dS
-                Share tilde, factor;
-                wkv_factors(factor, 16, d, products);
-                EACH(n, i) tilde[n].x[i] = r[n].x[i] * factor[n].x[i];
-                wkv_update(dS, to_a2(tilde[0], tilde[1]), s.dy[q], whole.D_minus_1);
-                EACH(n, i) {
-                    tilde[n].x[i] *= dr[n].x[i];
-                    dr[n].x[i] *= factor[n].x[i];
-                }
-                wkv_pass(passing, tilde, pass.upward, pass.all, pass.none, pass.upward);
-                wkv_factors(factor, 0, d, products);
-                EACH(n, i) tilde[n].x[i] = k[n].x[i] * factor[n].x[i];
-                wkv_store_share(s.after, channel, 1, tilde);
-                EACH(n, i) {
-                    tilde[n].x[i] *= dk[n].x[i];
-                    dk[n].x[i] *= factor[n].x[i];
-                }
-                wkv_pass(passing, tilde, pass.downward, pass.none, pass.all, pass.downward);
-            }
-            TileC a[2] = {}; // the scores themselves are made on the way
-#pragma unroll
-            for (int l = 0; l < 4; l++) { // through the levels of the scores
-                const int L = 8 >> l;
-                Share x, factor, pairs = {}, z = {};
-                wkv_level(x, factor, L, r, k, d, products);
-                wkv_scores(a, s.scratch, l, x, true);
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const bool here = (lane / 4 ^ tile_col(i)) >> (3 - l) == 1;
-                    for (int n = 0; n < 2 && L < 8; n++) pairs[n].x[2 * n + i] = here ? near[n][i] : 0;
-                    if (L == 8) pairs[0].x[2 + i] = far[0][i], pairs[1].x[i] = far[1][i];
-                }
-                mma_transposed(z, to_a2(x[0], x[1]), to_a2(pairs[0], pairs[1]));
-                EACH(n, i) {
-                    const bool has = wkv_has_bit(L, n, i);
-                    const float own = z[n].x[i] * factor[n].x[i];
-                    dr[n].x[i] += has ? own : 0;
-                    dk[n].x[i] += has ? 0 : own;
-                    z[n].x[i] *= x[n].x[i];
-                }
-                if (L == 8) wkv_pass(passing, z, pass.downward, pass.none, pass.none, pass.upward);
-                if (L == 4) wkv_pass(passing, z, pass.level4, pass.none, pass.none, pass.level4);
-                if (L == 2) wkv_pass(passing, z, pass.level2, pass.none, pass.none, pass.level2);
-            }
-            if (p.u) wkv_scores_bonus(a, r, k, u);
+            if (q == tiles - 1) wkv_remake_states(S0, s, raw, p, head, c0, tiles, decay);
+            WkvTile t;
+            wkv_backward_products(t, s, S0, dS, q);
+            wkv_operands(t, raw, decay, p.one_minus_w);
+            wkv_backward_states(t, s, dS, pass, q);
+            TileC a[2] = {};
+            wkv_backward_levels(t, a, s.scratch, pass);
+            if (p.u) wkv_scores_bonus(a, t.r, t.k, u);
             wkv_store_scores(s.part, a);
             const WkvRaw now = raw;
-            // the tile after this one, here or in the next chunk
-            const int next = q > 0 ? t0 - TILE : c0 - CHUNK;
+            const int next = q > 0 ? t0 - TILE : c0 - CHUNK; // the tile after this one, here or in the next chunk
             if (next >= 0) wkv_fetch(raw, p, head + (int64_t)next * A, next);
-            // da[t][t] of the lane's tokens, from who has it
-            for (int m = 0; m < 4 && p.u; m++) {
-                const int n = m / 2, t = m % 2, from = (threadIdx.x % 4 * 2 + t) * 4 + threadIdx.x % 4;
-                const float own = __shfl_sync(0xffffffffu, near[n][t], from);
-                for (int c = 0; c < 2; c++) {
-                    const int i = 2 * c + t;
-                    dr[n].x[i] += u[c] * k[n].x[i] * own;
-                    dk[n].x[i] += u[c] * r[n].x[i] * own;
-                    du[c] += r[n].x[i] * k[n].x[i] * own;
-                }
-            }
-            wkv_decay(e, d, now, decay); // e again: registers are dear
-            wkv_share(k, now.k);
-            EACH(n, i) {
-                float dw = -e[n].x[i] * (passing[n].x[i] + past[i / 2]);
-                if (p.one_minus_w) { // the key was k (1 - exp(-e)), e = exp(w)
-                    dw += dk[n].x[i] * k[n].x[i] * e[n].x[i] * d[n].x[i];
-                    dk[n].x[i] *= one_minus(d[n].x[i], e[n].x[i]);
-                }
-                dw_sum[i / 2] += dw;
-                passing[n].x[i] = dw;
-            }
-            const int64_t at = head + (int64_t)t0 * A + channel + wkv_token(0) * A;
-#pragma unroll
-            for (int m = 0; m < 4; m++) {
-                const int n = m / 2, i = m % 2, next_token = (m % 2 + m / 2 * 8) * A;
-                if (t0 + wkv_token(m) >= p.T) continue;
-                store_pair(g.dr + at + next_token, dr[n].x[i], dr[n].x[i + 2]);
-                store_pair(g.dk + at + next_token, dk[n].x[i], dk[n].x[i + 2]);
-                if (g.dw) store_pair(g.dw + at + next_token, passing[n].x[i], passing[n].x[i + 2]);
-            }
+            if (p.u) wkv_backward_bonus(t, du, u);
+            wkv_backward_store(t, dw_sum, g, p, now, decay, head, t0);
             __syncthreads();
 
-            TileC dv[2] = {}; // 16 tokens x this warp's 16 values
-            for (int i = 0; i < 4; i++) {
-                TileB state_b[2];
-                load_b_pair_t(state_b, &s.dS[16 * i][16 * warp], LD);
-                mma(dv, load_a_t(&s.after[16 * i][0], LDT), state_b);
-            }
-            TileB dy_b[2];
-            load_b_pair_t(dy_b, &s.dy[q][0][16 * warp], LD);
-            mma(dv, wkv_sum_scores(s.part), dy_b);
-            const int64_t at_v = head + (int64_t)(t0 + tile_row(0)) * A + 16 * warp + tile_col(0);
-#pragma unroll
-            for (int m = 0; m < 4; m++) {
-                const float *from = &dv[m % 2].x[m / 2 * 2];
-                if (t0 + tile_row(m) < p.T) store_pair(g.dv + at_v + m / 2 * 8 * A + m % 2 * 8, from[0], from[1]);
-            }
+            wkv_backward_values(s, g, p, head, t0, q);
             __syncthreads();
             if (chunk == 0) continue;
             // v and dy of the tile before this one have been read by all: room for the next chunk's
@@ -2696,7 +2741,7 @@ __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1) wkv_backw
     for (int c = 0; c < 2; c++) {
         dw_sum[c] = warp_sum(dw_sum[c], 4);
         du[c] = warp_sum(du[c], 4);
-        if (lane % 4 > 0) continue;
+        if (threadIdx.x % 4 > 0) continue;
         g.dw_sum[(int64_t)b * A + h * N + channel + c] = dw_sum[c];
         g.du[(int64_t)b * A + h * N + channel + c] = du[c];
     }
