@@ -1230,15 +1230,6 @@ static const Mixer GOLD_FROM_CACHE = gold_from_cache();
 // warps: eight for each of an H100's multiprocessors
 static const int KEPT_QUERIES = 16, KEPT_TILE = 64, KEPT_WARPS = 1056;
 
-// A head's rows, then zeros
-__device__ inline void kept_load(floatX (*to)[LD], const floatX *from, int rows, int64_t valid, int A) {
-    const int step = 16 / sizeof(floatX), per_row = N / step;
-    for (int i = threadIdx.x; i < rows * per_row; i += 32) {
-        const int row = i / per_row, c = i % per_row * step;
-        async_copy16(&to[row][c], from + (row < valid ? (int64_t)row * A + c : 0), row < valid);
-    }
-}
-
 // Grid: shares, heads, groups of queries
 struct KeptTask {
     const floatX *q, *keys, *values; // (M, A); (.., A) twice
@@ -1254,7 +1245,7 @@ __global__ void __launch_bounds__(32) kept_attention_kernel(KeptTask task) {
     const int h = blockIdx.y, m0 = blockIdx.z * KEPT_QUERIES, queries_here = min(KEPT_QUERIES, task.M - m0), A = task.A;
     const int64_t begin = (int64_t)blockIdx.x * task.tiles_per_split * KEPT_TILE;
     const int64_t end = min(begin + (int64_t)task.tiles_per_split * KEPT_TILE, task.first + m0 + queries_here);
-    kept_load(q, task.q + (int64_t)m0 * A + h * N, KEPT_QUERIES, queries_here, A);
+    async_tile<KEPT_QUERIES, N, 32>(&q[0][0], task.q + (int64_t)m0 * A + h * N, 0, queries_here, A);
     async_commit();
     async_wait<0>();
     __syncthreads();
@@ -1263,8 +1254,9 @@ __global__ void __launch_bounds__(32) kept_attention_kernel(KeptTask task) {
     TileC out[8] = {};
     float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}; // of the two rows in this lane
     for (int64_t t0 = begin; t0 < end; t0 += KEPT_TILE) {
-        kept_load(k, task.keys + t0 * A + h * N, KEPT_TILE, end - t0, A);
-        kept_load(v, task.values + t0 * A + h * N, KEPT_TILE, end - t0, A);
+        const int valid = (int)min((int64_t)KEPT_TILE, end - t0);
+        async_tile<KEPT_TILE, N, 32>(&k[0][0], task.keys + t0 * A + h * N, 0, valid, A);
+        async_tile<KEPT_TILE, N, 32>(&v[0][0], task.values + t0 * A + h * N, 0, valid, A);
         async_commit();
         async_wait<0>();
         __syncthreads();

@@ -1603,12 +1603,12 @@ __device__ inline void async_tile(floatX *to, const floatX *from, int row0, int 
     const int step = 16 / sizeof(floatX), per_row = columns / step, at_once = threads / per_row; // at_once: rows
     const int first = threadIdx.x / per_row, column = threadIdx.x % per_row * step;
     if (threads % per_row && first >= at_once) return;
+    const floatX *p = from + (int64_t)(row0 + first) * ld + column;
 #pragma unroll
     for (int i = 0; i < rows; i += at_once) {
-        const int row = row0 + i + first;
         if (rows % at_once && i + first >= rows) break;
-        const bool inside = (unsigned)row < (unsigned)limit;
-        async_copy16(to + (i + first) * (columns + PAD) + column, from + (int64_t)row * ld + column, inside);
+        const bool inside = (unsigned)(row0 + first + i) < (unsigned)limit;
+        async_copy16(to + (i + first) * (columns + PAD) + column, p + (int64_t)i * ld, inside);
     }
 }
 
@@ -2788,11 +2788,7 @@ static const size_t ATTENTION_SMEM = 256 * sizeof(HeadRow);
 
 // `count` tokens of a head, starting at t0, on their way to shared memory; zeros past the end
 template <int count> __device__ inline void attention_load(HeadRow *to, const floatX *from, int t0, int T, int A) {
-    const int per_row = N * sizeof(floatX) / 16, row = threadIdx.x / per_row, c = threadIdx.x % per_row * (N / per_row);
-    const floatX *p = from + (int64_t)(t0 + row) * A + c;
-#pragma unroll
-    for (int i = 0; i < count; i += ATTENTION_THREADS / per_row)
-        async_copy16(&to[row + i][c], p + (int64_t)i * A, t0 + row + i < T);
+    async_tile<count, N, ATTENTION_THREADS>(&to[0][0], from, t0, T, A);
 }
 
 // 32 rows as left operands: two row tiles of four 16 x 16 pieces
