@@ -3513,13 +3513,6 @@ __global__ void sample_weigh(Sampler s) {
     if (t == SAMPLE_THREADS - 1) s.sums[blockIdx.x] = sum;
 }
 
-__device__ inline uint64_t sample_mix(uint64_t z) { // splitmix64
-    z += 0x9E3779B97F4A7C15ull;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    return z ^ (z >> 31);
-}
-
 // Walks up the weights in the order of the ids to a number drawn below their sum: first by blocks, then by threads'
 // parts, then by tokens. One block. A random number depends on the seed and the position in the context alone.
 __global__ void sample_draw(Sampler s) {
@@ -3531,7 +3524,7 @@ __global__ void sample_draw(Sampler s) {
     let_next_start();
     wait_for_previous();
     const int64_t position = state->position;
-    const uint64_t bits = sample_mix(sample_mix(s.seed) + (uint64_t)position) >> 11;
+    const uint64_t bits = splitmix64(splitmix64(s.seed, 0) + (uint64_t)position, 0) >> 11;
     const double uniform = state->uniform >= 0 ? state->uniform : (double)bits / 9007199254740992.0; // 2^53
     Mass own = t < s.blocks ? s.sums[t] : 0, up_to_here = sample_sum_up(own, sums);
     const Mass total = sums[SAMPLE_THREADS - 1];

@@ -424,16 +424,30 @@ template <typename T> static Matrix<T> columns(const T *p, int64_t ld, int64_t s
 
 template <typename T> static cudaDataType_t data_type(const T *) { return sizeof(T) == 2 ? CUDA_R_16BF : CUDA_R_32F; }
 
-// c (M,N) = alpha a (M,K) b (K,N) + beta c. Products and sums in fp32. cuBLAS counts columns first: to it, this is
+// c (m, n) = alpha a (m, k) b (k, n) + beta c. Products and sums in fp32. cuBLAS counts columns first: to it, this is
 // cᵀ = bᵀ aᵀ.
 template <typename TC, typename T>
-static void matmul(TC *c, int64_t ldc, Matrix<T> a, Matrix<T> b, int M, int N, int K, float beta = 0, int batch = 1,
+static void matmul(TC *c, int64_t ldc, Matrix<T> a, Matrix<T> b, int m, int n, int k, float beta = 0, int batch = 1,
                    int64_t stride_c = 0, float alpha = 1) {
-    CUBLAS_CHECK(cublasGemmStridedBatchedEx(cublas, b.t ? CUBLAS_OP_T : CUBLAS_OP_N, a.t ? CUBLAS_OP_T : CUBLAS_OP_N, N,
-                                            M, K, &alpha, b.p, data_type(b.p), (int)b.ld, b.stride, a.p, data_type(a.p),
+    CUBLAS_CHECK(cublasGemmStridedBatchedEx(cublas, b.t ? CUBLAS_OP_T : CUBLAS_OP_N, a.t ? CUBLAS_OP_T : CUBLAS_OP_N, n,
+                                            m, k, &alpha, b.p, data_type(b.p), (int)b.ld, b.stride, a.p, data_type(a.p),
                                             (int)a.ld, a.stride, &beta, c, data_type(c), (int)ldc, stride_c, batch,
                                             CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
+
+// ---- hashes ----
+
+// The i-th random number of the stream `key` (Steele, Lea and Flood's SplitMix64)
+__host__ __device__ static inline uint64_t splitmix64(uint64_t key, uint64_t i) {
+    uint64_t z = key + (i + 1) * 0x9E3779B97F4A7C15ull;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    return z ^ (z >> 31);
+}
+
+// FNV-1a: hashes begin with hash_start and take in one byte, or more, at a time.
+static const uint64_t hash_start = 0xCBF29CE484222325ull;
+static uint64_t hash_step(uint64_t hash, uint64_t bytes) { return (hash ^ bytes) * 0x100000001B3ull; }
 
 // ---- loads, stores, sums ----
 
@@ -529,7 +543,7 @@ __device__ inline void async_copy16(void *to, const void *from, bool valid) {
     cuda_on_cpu::async_copy16(to, from, valid);
 }
 __device__ inline void async_commit(void) { cuda_on_cpu::async_commit(); }
-template <int N> __device__ inline void async_wait(void) { cuda_on_cpu::async_wait<N>(); }
+template <int newest> __device__ inline void async_wait(void) { cuda_on_cpu::async_wait<newest>(); }
 static const int64_t GUARD_BYTES = cuda_on_cpu::guard_bytes; // 0 but under the sanitizers
 static void guard_gap(void *p, size_t bytes) { cuda_on_cpu::guard_gap(p, bytes); }
 #else
@@ -572,8 +586,8 @@ __device__ inline void async_copy16(void *to, const void *from, bool valid) {
                  : "memory");
 }
 __device__ inline void async_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> __device__ inline void async_wait(void) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+template <int newest> __device__ inline void async_wait(void) { // for all groups but so many of the newest
+    asm volatile("cp.async.wait_group %0;" ::"n"(newest) : "memory");
 }
 
 static const int64_t GUARD_BYTES = 0; // between tensors, where the CPU's sanitizers watch
@@ -607,9 +621,10 @@ template <typename V, typename S> __device__ inline V block_sum(V v, S *shared, 
 //
 // The lanes' shares are those of the PTX instruction mma.m16n8k16; FP32 builds and the CPU keep the same shares as
 // floats.
-static const int N = 64; // head size, and channels that a tile's rows in shared memory have
-// 16 bytes longer, so that rows fall into different banks
-static const int PAD = 16 / sizeof(floatX), LD = N + PAD;
+static const int N = 64; // head size
+// Tiles in shared memory have rows of 64 numbers (those of a head, or as many channels), 16 bytes longer, so that rows
+// fall into different banks.
+static const int PAD = 16 / sizeof(floatX), LD = 64 + PAD;
 struct TileC {
     float x[4];
 };
@@ -638,62 +653,62 @@ __device__ inline unsigned smem_address(const void *p) { return (unsigned)__cvta
 
 // p in shared memory, rows 16-byte aligned (ld a multiple of 8).
 __device__ inline TileA load_a(const floatX *p, int ld) { // A[m][k] = p[m * ld + k]
-    const int l = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32;
     TileA a;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(a.x[0]), "=r"(a.x[1]), "=r"(a.x[2]), "=r"(a.x[3])
-                 : "r"(smem_address(p + l % 16 * ld + l / 16 * 8))
+                 : "r"(smem_address(p + lane % 16 * ld + lane / 16 * 8))
                  : "memory");
     return a;
 }
 __device__ inline TileA load_a_t(const floatX *p, int ld) { // A[m][k] = p[k * ld + m]
-    const int l = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32;
     TileA a;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(a.x[0]), "=r"(a.x[1]), "=r"(a.x[2]), "=r"(a.x[3])
-                 : "r"(smem_address(p + (l % 8 + l / 16 * 8) * ld + l / 8 % 2 * 8))
+                 : "r"(smem_address(p + (lane % 8 + lane / 16 * 8) * ld + lane / 8 % 2 * 8))
                  : "memory");
     return a;
 }
 __device__ inline TileB load_b(const floatX *p, int ld) { // B[k][n] = p[n * ld + k]
-    const int l = threadIdx.x % 16;
+    const int lane = threadIdx.x % 16;
     TileB b;
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
                  : "=r"(b.x[0]), "=r"(b.x[1])
-                 : "r"(smem_address(p + l % 8 * ld + l / 8 * 8))
+                 : "r"(smem_address(p + lane % 8 * ld + lane / 8 * 8))
                  : "memory");
     return b;
 }
 __device__ inline TileB load_b_t(const floatX *p, int ld) { // B[k][n] = p[k * ld + n]
-    const int l = threadIdx.x % 16;
+    const int lane = threadIdx.x % 16;
     TileB b;
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
                  : "=r"(b.x[0]), "=r"(b.x[1])
-                 : "r"(smem_address(p + l * ld))
+                 : "r"(smem_address(p + lane * ld))
                  : "memory");
     return b;
 }
 // Two of them side by side, B[k][n] with n up to 16, by one instruction instead of two.
 __device__ inline void load_b_pair(TileB *b, const floatX *p, int ld) { // B[k][n] = p[n * ld + k]
-    const int l = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(b[0].x[0]), "=r"(b[0].x[1]), "=r"(b[1].x[0]), "=r"(b[1].x[1])
-                 : "r"(smem_address(p + (l % 8 + l / 16 * 8) * ld + l / 8 % 2 * 8))
+                 : "r"(smem_address(p + (lane % 8 + lane / 16 * 8) * ld + lane / 8 % 2 * 8))
                  : "memory");
 }
 __device__ inline void load_b_pair_t(TileB *b, const floatX *p, int ld) { // B[k][n] = p[k * ld + n]
-    const int l = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(b[0].x[0]), "=r"(b[0].x[1]), "=r"(b[1].x[0]), "=r"(b[1].x[1])
-                 : "r"(smem_address(p + l % 16 * ld + l / 16 * 8))
+                 : "r"(smem_address(p + lane % 16 * ld + lane / 16 * 8))
                  : "memory");
 }
 // as load_a, from global memory; the last of so many
 __device__ inline TileA load_a_global(const floatX *p, int ld, int rows) {
     // rows stands for those after it; ld even
-    const int l = threadIdx.x % 32, k = l % 4 * 2;
-    const floatX *upper = p + (int64_t)min(l / 4, rows - 1) * ld + k,
-                 *lower = p + (int64_t)min(l / 4 + 8, rows - 1) * ld + k;
+    const int lane = threadIdx.x % 32, k = lane % 4 * 2;
+    const floatX *upper = p + (int64_t)min(lane / 4, rows - 1) * ld + k,
+                 *lower = p + (int64_t)min(lane / 4 + 8, rows - 1) * ld + k;
     return {{*(const unsigned *)upper, *(const unsigned *)lower, *(const unsigned *)(upper + 8),
              *(const unsigned *)(lower + 8)}};
 }
@@ -1262,12 +1277,12 @@ __global__ void __launch_bounds__(1024)
     for (int begin = part; begin < P; begin += LOADS * parts) {
         float x[LOADS];
 #pragma unroll
-        for (int l = 0; l < LOADS; l++) {
-            const int i = begin + l * parts;
-            x[l] = i < P ? partial[(int64_t)i * (rows + n) * C + at] : 0;
+        for (int j = 0; j < LOADS; j++) {
+            const int i = begin + j * parts;
+            x[j] = i < P ? partial[(int64_t)i * (rows + n) * C + at] : 0;
         }
 #pragma unroll
-        for (int l = 0; l < LOADS; l++) sum += x[l];
+        for (int j = 0; j < LOADS; j++) sum += x[j];
     }
     sums[part][threadIdx.x % 32] = sum;
     __syncthreads();
@@ -1355,24 +1370,24 @@ __global__ void __launch_bounds__(PRECISION_BF16 ? 768 : MAX_C / 8)
         return mine ? load_raw(from + row * C + c) : RawPack<floatX>{};
     };
     auto fetch_x = [&](int row) { return row < end ? fetch(x, index ? index[row] : row) : RawPack<floatX>{}; };
-    RawPack<floatX> next_x = fetch_x(begin + 1), next_d = fetch(dout, begin), next_dx = {};
+    RawPack<floatX> next_x = fetch_x(begin + 1), next_dy = fetch(dout, begin), next_dx = {};
     if (accumulate) next_dx = fetch(dx, begin);
     Pack n = unpack(fetch_x(begin));
     float total = 0;
     for (int i = 0; i < 8; i++) total += n.x[i];
     float mean = block_sum(total, shared) * per_channel;
     for (int row = begin; row < end; row++) {
-        const Pack after = unpack(next_x), d = unpack(next_d);
+        const Pack after = unpack(next_x), dy = unpack(next_dy);
         Pack out = unpack(next_dx);
         next_x = fetch_x(row + 2);
         if (row + 1 < end) {
-            next_d = fetch(dout, row + 1);
+            next_dy = fetch(dout, row + 1);
             if (accumulate) next_dx = fetch(dx, row + 1);
         }
         float4 sums = make_float4(0, 0, 0, 0);
         for (int i = 0; i < 8; i++) {
             n.x[i] = mine ? n.x[i] - mean : 0;
-            const float dn = d.x[i] * g.x[i];
+            const float dn = dy.x[i] * g.x[i];
             sums = make_float4(sums.x + n.x[i] * n.x[i], sums.y + dn, sums.z + dn * n.x[i], sums.w + after.x[i]);
         }
         sums = block_sum(sums, shared);
@@ -1380,9 +1395,9 @@ __global__ void __launch_bounds__(PRECISION_BF16 ? 768 : MAX_C / 8)
         const float dn_mean = sums.y * per_channel, dn_n_mean = sums.z * rstd * per_channel;
         for (int i = 0; i < 8; i++) {
             n.x[i] *= rstd;
-            dgain.x[i] += d.x[i] * n.x[i];
-            dbias.x[i] += d.x[i];
-            const float here = rstd * (d.x[i] * g.x[i] - dn_mean - n.x[i] * dn_n_mean);
+            dgain.x[i] += dy.x[i] * n.x[i];
+            dbias.x[i] += dy.x[i];
+            const float here = rstd * (dy.x[i] * g.x[i] - dn_mean - n.x[i] * dn_n_mean);
             out.x[i] = accumulate ? out.x[i] + here : here;
         }
         if (mine) store(dx + (int64_t)row * C + c, out);
@@ -1442,15 +1457,16 @@ __global__ void rms_norm_backward(floatX *dx, const float *dout, const float *ad
     __shared__ float2 shared[32];
     const int64_t at = (int64_t)blockIdx.x * C + threadIdx.x * 8;
     const bool mine = threadIdx.x * 8 < (unsigned)C;
-    const Pack v = mine ? load(x + at) : zero_pack(), d = mine ? load(dout + at) : zero_pack();
+    const Pack v = mine ? load(x + at) : zero_pack(), dy = mine ? load(dout + at) : zero_pack();
     float2 sums = make_float2(0, 0);
-    for (int i = 0; i < 8; i++) sums = make_float2(sums.x + v.x[i] * v.x[i], sums.y + d.x[i] * v.x[i]);
+    for (int i = 0; i < 8; i++) sums = make_float2(sums.x + v.x[i] * v.x[i], sums.y + dy.x[i] * v.x[i]);
     sums = block_sum(sums, shared);
     if (!mine) return;
     const float n = sqrtf(sums.x / C), e = n + 1e-8f;
     Pack out = accumulate ? load(dx + at) : zero_pack();
     const Pack extra = add ? load(add + at) : zero_pack();
-    for (int i = 0; i < 8; i++) out.x[i] += extra.x[i] + (n > 0 ? d.x[i] / e - v.x[i] * (sums.y / C / (n * e * e)) : 0);
+    for (int i = 0; i < 8; i++)
+        out.x[i] += extra.x[i] + (n > 0 ? dy.x[i] / e - v.x[i] * (sums.y / C / (n * e * e)) : 0);
     store(dx + at, out);
 }
 
@@ -1470,8 +1486,8 @@ __global__ void embedding_backward(float *demb, const floatX *dx, const int *ids
     Pack sum = zero_pack();
 #pragma unroll 4
     for (int j = starts[blockIdx.x] + row; j < end; j += EMBEDDING_ROWS) {
-        const Pack d = load(dx + (int64_t)order[j] * C + c);
-        for (int i = 0; i < 8; i++) sum.x[i] += d.x[i];
+        const Pack part = load(dx + (int64_t)order[j] * C + c);
+        for (int i = 0; i < 8; i++) sum.x[i] += part.x[i];
     }
     store(&sums[row][threadIdx.x % 8 * 8], sum);
     __syncthreads();
@@ -2040,10 +2056,10 @@ __global__ void tanh_forward(floatX *h, int64_t n) {
 __global__ void tanh_backward(floatX *dh, const floatX *h, int64_t n) { // dh *= 1 - h^2
     const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (at >= n) return;
-    Pack d = load(dh + at);
+    Pack out = load(dh + at);
     const Pack v = load(h + at);
-    for (int i = 0; i < 8; i++) d.x[i] *= 1 - v.x[i] * v.x[i];
-    store(dh + at, d);
+    for (int i = 0; i < 8; i++) out.x[i] *= 1 - v.x[i] * v.x[i];
+    store(dh + at, out);
 }
 
 __global__ void add_forward(floatX *out, const floatX *a, const floatX *b, int64_t n) {
@@ -2243,12 +2259,12 @@ __device__ inline void wkv_store_share(floatX (*to)[LDT], int row, int next, con
     }
 }
 
-// This warp's part of the scores, summed over its 16 channels: level by level, l = 0: L = 8. transposed: rows are s.
+// This warp's part of the scores, summed over its 16 channels: level by level, 0: L = 8. transposed: rows are s.
 typedef floatX WkvScratch[2][4][TILE][LDT]; // X_L of one level and the next, [warp]
 typedef float WkvPart[4][TILE][TILE + 8];   // [warp]: 8 more, so that rows fall into different banks
 
-__device__ inline void wkv_scores(TileC (&a)[2], WkvScratch &scratch, int l, const Share &x, bool transposed) {
-    floatX(*own)[LDT] = scratch[l % 2][threadIdx.x / 32];
+__device__ inline void wkv_scores(TileC (&a)[2], WkvScratch &scratch, int level, const Share &x, bool transposed) {
+    floatX(*own)[LDT] = scratch[level % 2][threadIdx.x / 32];
     const int g = threadIdx.x % 32 / 4;
     wkv_store_share(own, g, 8, x);
     __syncwarp();
@@ -2258,10 +2274,10 @@ __device__ inline void wkv_scores(TileC (&a)[2], WkvScratch &scratch, int l, con
     mma(product, rows, b);
     for (int i = 0; i < 2; i++) {
         const int column = tile_col(i);
-        const bool here = (g ^ column) >> (3 - l) == 1 && (transposed ? g < column : g > column);
-        if (l == 0 && transposed) a[1].x[i] = product[1].x[i]; // from one half of the tile to the other
-        if (l == 0 && !transposed) a[0].x[2 + i] = product[0].x[2 + i];
-        for (int n = 0; n < 2 && l > 0; n++) a[n].x[2 * n + i] = here ? product[n].x[2 * n + i] : a[n].x[2 * n + i];
+        const bool here = (g ^ column) >> (3 - level) == 1 && (transposed ? g < column : g > column);
+        if (level == 0 && transposed) a[1].x[i] = product[1].x[i]; // from one half of the tile to the other
+        if (level == 0 && !transposed) a[0].x[2 + i] = product[0].x[2 + i];
+        for (int n = 0; n < 2 && level > 0; n++) a[n].x[2 * n + i] = here ? product[n].x[2 * n + i] : a[n].x[2 * n + i];
     }
 }
 
@@ -2358,9 +2374,9 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
             WkvProducts q;
             wkv_products(q, d);
 #pragma unroll
-            for (int l = 0; l < 4; l++) {
-                wkv_level(x, factor, 8 >> l, r, k, d, q);
-                wkv_scores(a, s.scratch, l, x, false);
+            for (int level = 0; level < 4; level++) {
+                wkv_level(x, factor, 8 >> level, r, k, d, q);
+                wkv_scores(a, s.scratch, level, x, false);
             }
             if (p.u) wkv_scores_bonus(a, r, k, u);
             wkv_store_scores(s.part[side], a);
@@ -2495,7 +2511,7 @@ __device__ inline WkvPassing wkv_passing_patterns(void) {
         one[3][i] = (t ^ from) < 2 && (t & 2 ? up : down);
     }
     TileB b[4];
-    for (int l = 0; l < 4; l++) b[l] = make_b(one[l][0], one[l][1], one[l][0], one[l][1]);
+    for (int i = 0; i < 4; i++) b[i] = make_b(one[i][0], one[i][1], one[i][0], one[i][1]);
     return {b[0], b[1], b[2], b[3], make_b(1, 1, 1, 1), make_b(0, 0, 0, 0)};
 }
 
@@ -2760,12 +2776,12 @@ static void wkv_backward(const WkvGradients &g, const Wkv &p, int B) {
 // ---- causal attention, without any T x T buffer ----
 //
 //     y_t = sum_{s<=t} p_ts v_s,
-//         p_ts = exp(q_t . k_s / sqrt(N) - l_t),   l_t = log sum_{s<=t} exp(q_t . k_s / sqrt(N))
+//         p_ts = exp(q_t . k_s / sqrt(N) - log_sum_t),   log_sum_t = log sum_{s<=t} exp(q_t . k_s / sqrt(N))
 //
-// q, k, v, y are (B, T, A), head h at channels h N; l (B, H, T) in units of log 2. A block takes 128 queries of a head,
-// each of its four warps 32, and walks the keys with a running maximum and sum (FlashAttention-2, arXiv 2307.08691);
-// the next 64 are copied while these are multiplied. Squares of 32 queries by 32 keys that lie above the diagonal are
-// left out:
+// q, k, v, y are (B, T, A), head h at channels h N; log_sum (B, H, T) in units of log 2. A block takes 128 queries of a
+// head, each of its four warps 32, and walks the keys with a running maximum and sum (FlashAttention-2, arXiv
+// 2307.08691); the next 64 are copied while these are multiplied. Squares of 32 queries by 32 keys that lie above the
+// diagonal are left out:
 //
 //                   keys  0   32   64   96  128
 //     queries  0 warp 0   \    .    .    .
@@ -2780,11 +2796,13 @@ static void wkv_backward(const WkvGradients &g, const Wkv &p, int B) {
 // exponentials forward, 1 clock.
 
 static const int ATTENTION_THREADS = 128, ATTENTION_ROWS = 128; // of a block: threads; queries or keys
-#define SCALE_LOG2 (0.125f * 1.4426950408889634f) // 1/sqrt(N) log2(e): exp(x/sqrt(N)) = exp2(x SCALE_LOG2)
+static const int ATTENTION_TILE = 64;                           // keys or queries that it walks at a time
+static const float SCALE = 0.125f;                              // 1 / sqrt(N)
+#define SCALE_LOG2 (0.125f * 1.4426950408889634f)               // SCALE log2(e): exp(x SCALE) = exp2(x SCALE_LOG2)
 
 typedef floatX HeadRow[LD]; // a token's N channels of a head in shared memory
 // 36 KB in bf16: blocks are limited by registers
-static const size_t ATTENTION_SMEM = 256 * sizeof(HeadRow);
+static const size_t ATTENTION_SMEM = 4 * ATTENTION_TILE * sizeof(HeadRow);
 
 // `count` tokens of a head, starting at t0, on their way to shared memory; zeros past the end
 template <int count> __device__ inline void attention_load(HeadRow *to, const floatX *from, int t0, int T, int A) {
@@ -2889,7 +2907,8 @@ template <int n> __device__ inline void attention_softmax(Softmax &s, TileC (&p)
 }
 
 __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
-    attention_forward_kernel(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+    attention_forward_kernel(floatX *y, float *log_sum, const floatX *q, const floatX *k, const floatX *v, int T,
+                             int H) {
     // 64 keys, 64 values; the next 64 of each, at first the queries
     HeadRow *smem = dynamic_smem<HeadRow>();
     const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
@@ -2897,9 +2916,9 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     const int t0 = (gridDim.x - 1 - blockIdx.x) * ATTENTION_ROWS, mine = t0 + 32 * warp;
     const int end = min(T, t0 + ATTENTION_ROWS);
     const int64_t head = (int64_t)b * T * A + h * N;
-    attention_load<128>(smem + 128, q + head, t0, T, A);
-    attention_load<64>(smem, k + head, 0, T, A);
-    attention_load<64>(smem + 64, v + head, 0, T, A);
+    attention_load<ATTENTION_ROWS>(smem + 128, q + head, t0, T, A);
+    attention_load<ATTENTION_TILE>(smem, k + head, 0, T, A);
+    attention_load<ATTENTION_TILE>(smem + 64, v + head, 0, T, A);
     async_commit();
     async_wait<0>();
     __syncthreads();
@@ -2907,20 +2926,20 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     attention_left(queries, smem + 128 + 32 * warp);
     TileC out[2][8] = {};
     Softmax s = {{-INFINITY, -INFINITY, -INFINITY, -INFINITY}, {0, 0, 0, 0}};
-    for (int tile = 0; tile * 64 < end; tile++) {
+    for (int tile = 0; tile * ATTENTION_TILE < end; tile++) {
         const HeadRow *keys = smem + tile % 2 * 128, *values = keys + 64;
         HeadRow *next = smem + (tile + 1) % 2 * 128;
         async_wait<0>();
         __syncthreads(); // this tile is there for all, and nobody needs the last one
-        if ((tile + 1) * 64 < end) {
-            attention_load<64>(next, k + head, (tile + 1) * 64, T, A);
-            attention_load<64>(next + 64, v + head, (tile + 1) * 64, T, A);
+        if ((tile + 1) * ATTENTION_TILE < end) {
+            attention_load<ATTENTION_TILE>(next, k + head, (tile + 1) * ATTENTION_TILE, T, A);
+            attention_load<ATTENTION_TILE>(next + 64, v + head, (tile + 1) * ATTENTION_TILE, T, A);
             async_commit();
         }
-        for (int part = 0; part < 64 && tile * 64 + part <= mine; part += 32) {
+        for (int part = 0; part < ATTENTION_TILE && tile * ATTENTION_TILE + part <= mine; part += 32) {
             TileC p[2][4] = {};
             attention_scores(p, queries, keys + part);
-            if (tile * 64 + part == mine) attention_mask<false>(p, 0);
+            if (tile * ATTENTION_TILE + part == mine) attention_mask<false>(p, 0);
             attention_softmax(s, p, out);
             attention_values(out, p, values + part);
         }
@@ -2928,7 +2947,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     for (int r = 0; r < 4; r++) {
         const int t = mine + r / 2 * 16 + tile_row(r % 2 * 2);
         s.sum[r] = warp_sum(s.sum[r], 4);
-        if (threadIdx.x % 4 == 0 && t < T) l[((int64_t)b * H + h) * T + t] = s.top[r] + log2f(s.sum[r]);
+        if (threadIdx.x % 4 == 0 && t < T) log_sum[((int64_t)b * H + h) * T + t] = s.top[r] + log2f(s.sum[r]);
         s.sum[r] = 1 / s.sum[r];
     }
     attention_store(y + head, out, s.sum, mine, T, A);
@@ -2951,14 +2970,14 @@ __global__ void attention_delta(float *delta, const floatX *dy, const floatX *y,
 struct AttentionGradients {
     floatX *dq, *dk, *dv;
     const floatX *dy;
-    const float *l, *delta;
+    const float *log_sum, *delta;
 };
 
 // The block's own 128 rows of two arrays, of which each warp takes 32 into registers
 __device__ inline void attention_own(Left &a, Left &b, HeadRow *smem, const floatX *pa, const floatX *pb, int t0, int T,
                                      int A) {
-    attention_load<128>(smem, pa, t0, T, A);
-    attention_load<128>(smem + 128, pb, t0, T, A);
+    attention_load<ATTENTION_ROWS>(smem, pa, t0, T, A);
+    attention_load<ATTENTION_ROWS>(smem + 128, pb, t0, T, A);
     async_commit();
     async_wait<0>();
     __syncthreads();
@@ -2969,30 +2988,30 @@ __device__ inline void attention_own(Left &a, Left &b, HeadRow *smem, const floa
 
 __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     attention_backward_kv(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
-    HeadRow *smem = dynamic_smem<HeadRow>(); // 64 queries, 64 dy; the next 64 of each
-    __shared__ float2 stats[2][64];          // l, delta of these queries
+    HeadRow *smem = dynamic_smem<HeadRow>();    // 64 queries, 64 dy; the next 64 of each
+    __shared__ float2 stats[2][ATTENTION_TILE]; // log_sum, delta of these queries
     const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
     const int t0 = blockIdx.x * ATTENTION_ROWS, mine = t0 + 32 * warp;
     const int64_t head = (int64_t)b * T * A + h * N, row = ((int64_t)b * H + h) * T;
     Left keys, values;
     attention_own(keys, values, smem, k + head, v + head, t0, T, A);
     auto fetch = [&](int t) {
-        attention_load<64>(smem + t % 128 * 2, q + head, t, T, A);
-        attention_load<64>(smem + t % 128 * 2 + 64, g.dy + head, t, T, A);
+        attention_load<ATTENTION_TILE>(smem + t % 128 * 2, q + head, t, T, A);
+        attention_load<ATTENTION_TILE>(smem + (t % ATTENTION_ROWS * 2 + ATTENTION_TILE), g.dy + head, t, T, A);
         async_commit();
         const int mine = t + threadIdx.x % 64;
         // past the end: p = 0
-        return mine < T ? make_float2(g.l[row + mine], g.delta[row + mine]) : make_float2(INFINITY, 0);
+        return mine < T ? make_float2(g.log_sum[row + mine], g.delta[row + mine]) : make_float2(INFINITY, 0);
     };
     float2 next = fetch(t0);
     TileC dk[2][8] = {}, dv[2][8] = {};
-    for (int t = t0; t < T; t += 64) {
-        if (threadIdx.x < 64) stats[t / 64 % 2][threadIdx.x] = next;
+    for (int t = t0; t < T; t += ATTENTION_TILE) {
+        if (threadIdx.x < 64) stats[t / ATTENTION_TILE % 2][threadIdx.x] = next;
         async_wait<0>();
         __syncthreads(); // this tile is there for all, and nobody needs the last one
-        if (t + 64 < T) next = fetch(t + 64);
+        if (t + ATTENTION_TILE < T) next = fetch(t + ATTENTION_TILE);
 #pragma unroll 1
-        for (int part = max(0, mine - t); part < 64; part += 16) { // 16 queries at a time: registers
+        for (int part = max(0, mine - t); part < ATTENTION_TILE; part += 16) { // 16 queries at a time: registers
             const HeadRow *queries = smem + t % 128 * 2 + part, *dy = queries + 64;
             TileC p[2][2] = {}, ds[2][2] = {}; // transposed: rows are keys
             attention_scores(p, keys, queries);
@@ -3000,7 +3019,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
             if (t + part < mine + 32) attention_mask<true>(p, t + part - mine);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const float2 s = stats[t / 64 % 2][part + j / 2 * 8 + tile_col(j % 2)];
+                const float2 s = stats[t / ATTENTION_TILE % 2][part + j / 2 * 8 + tile_col(j % 2)];
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     float &weight = p[i / 2][j / 2].x[i % 2 * 2 + j % 2],
@@ -3013,7 +3032,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
             attention_values(dk, ds, queries);
         }
     }
-    const float one[4] = {1, 1, 1, 1}, scale[4] = {0.125f, 0.125f, 0.125f, 0.125f};
+    const float one[4] = {1, 1, 1, 1}, scale[4] = {SCALE, SCALE, SCALE, SCALE};
     attention_store(g.dv + head, dv, one, mine, T, A);
     attention_store(g.dk + head, dk, scale, mine, T, A);
 }
@@ -3029,24 +3048,24 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     Left queries, dy;
     attention_own(queries, dy, smem, q + head, g.dy + head, t0, T, A);
     auto fetch = [&](int t) {
-        attention_load<64>(smem + t % 128 * 2, k + head, t, T, A);
-        attention_load<64>(smem + t % 128 * 2 + 64, v + head, t, T, A);
+        attention_load<ATTENTION_TILE>(smem + t % 128 * 2, k + head, t, T, A);
+        attention_load<ATTENTION_TILE>(smem + (t % ATTENTION_ROWS * 2 + ATTENTION_TILE), v + head, t, T, A);
         async_commit();
     };
     fetch(0);
-    float l[4], delta[4]; // of this lane's rows
+    float log_sum[4], delta[4]; // of this lane's rows
     for (int r = 0; r < 4; r++) {
         const int t = mine + r / 2 * 16 + tile_row(r % 2 * 2);
-        l[r] = t < T ? g.l[row + t] : INFINITY;
+        log_sum[r] = t < T ? g.log_sum[row + t] : INFINITY;
         delta[r] = t < T ? g.delta[row + t] : 0;
     }
     TileC dq[2][8] = {};
-    for (int t = 0; t < end; t += 64) {
+    for (int t = 0; t < end; t += ATTENTION_TILE) {
         async_wait<0>();
         __syncthreads();
-        if (t + 64 < end) fetch(t + 64);
+        if (t + ATTENTION_TILE < end) fetch(t + ATTENTION_TILE);
 #pragma unroll 1
-        for (int part = 0; part < min(64, mine + 32 - t); part += 32) {
+        for (int part = 0; part < min(ATTENTION_TILE, mine + 32 - t); part += 32) {
             const HeadRow *keys = smem + t % 128 * 2 + part, *values = keys + 64;
             TileC p[2][4] = {}, ds[2][4] = {};
             attention_scores(p, queries, keys);
@@ -3057,21 +3076,21 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
                     float &gradient = ds[r / 2][j / 2].x[r % 2 * 2 + j % 2];
-                    const float weight = exp2_fast(p[r / 2][j / 2].x[r % 2 * 2 + j % 2] * SCALE_LOG2 - l[r]);
+                    const float weight = exp2_fast(p[r / 2][j / 2].x[r % 2 * 2 + j % 2] * SCALE_LOG2 - log_sum[r]);
                     gradient = weight * (gradient - delta[r]);
                 }
             attention_values(dq, ds, keys);
         }
     }
-    const float scale[4] = {0.125f, 0.125f, 0.125f, 0.125f};
+    const float scale[4] = {SCALE, SCALE, SCALE, SCALE};
     attention_store(g.dq + head, dq, scale, mine, T, A);
 }
 
-static void attention_forward_by_warps(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int B,
-                                       int T, int H) {
+static void attention_forward_by_warps(floatX *y, float *log_sum, const floatX *q, const floatX *k, const floatX *v,
+                                       int B, int T, int H) {
     allow_smem(attention_forward_kernel, ATTENTION_SMEM);
     const dim3 grid((int)ceil_div(T, ATTENTION_ROWS), H, B);
-    attention_forward_kernel<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(y, l, q, k, v, T, H);
+    attention_forward_kernel<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(y, log_sum, q, k, v, T, H);
 }
 
 static void attention_backward_by_warps(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int B,
@@ -3109,7 +3128,7 @@ struct ForwardTiles { // in shared memory
 };
 struct KeyValueTiles {
     SharedTile k[2], v[2], q[STAGES], dy[STAGES];
-    float l[STAGES][64], delta[STAGES][64];
+    float log_sum[STAGES][64], delta[STAGES][64];
     Signal own_there, there[STAGES], free[STAGES];
 };
 struct QueryTiles {
@@ -3194,7 +3213,7 @@ __device__ inline void softmax_rows(SoftmaxRows &s, TileC (&p)[16], int ahead, b
 }
 
 // A warpgroup's 64 queries
-__device__ inline void attention_forward_group(ForwardTiles &s, floatX *y, float *l, int group, int first_row,
+__device__ inline void attention_forward_group(ForwardTiles &s, floatX *y, float *log_sum, int group, int first_row,
                                                int tiles, int T, int A) {
     const int row = first_row + warpgroup_row();
     TileC p[16], out[8] = {};
@@ -3247,12 +3266,12 @@ __device__ inline void attention_forward_group(ForwardTiles &s, floatX *y, float
     warpgroup_wait<0>();
     hold(out);
     for (int r = 0; r < 2; r++)
-        if (threadIdx.x % 4 == 0 && row + 8 * r < T) l[row + 8 * r] = softmax.top[r] + log2f(softmax.sum[r]);
+        if (threadIdx.x % 4 == 0 && row + 8 * r < T) log_sum[row + 8 * r] = softmax.top[r] + log2f(softmax.sum[r]);
     warpgroup_store(y, out, 1 / softmax.sum[0], 1 / softmax.sum[1], row, T, A);
 }
 
-// A warp: the block's keys and values, then tiles of 64 queries with their dy, l and delta
-__device__ inline void attention_backward_kv_copy(KeyValueTiles &s, const AttentionMaps &maps, const float *l,
+// A warp: the block's keys and values, then tiles of 64 queries with their dy, log_sum and delta
+__device__ inline void attention_backward_kv_copy(KeyValueTiles &s, const AttentionMaps &maps, const float *log_sum,
                                                   const float *delta, int h, int b, int k0, int T) {
     const int lane = threadIdx.x % 32;
     if (lane == 0) {
@@ -3269,7 +3288,7 @@ __device__ inline void attention_backward_kv_copy(KeyValueTiles &s, const Attent
             copy_tile(&s.dy[stage], maps.dy, &s.there[stage], h, t, b);
         }
         for (int j = lane; j < 64; j += 32) { // past the end: p = 0
-            s.l[stage][j] = t + j < T ? l[t + j] : INFINITY;
+            s.log_sum[stage][j] = t + j < T ? log_sum[t + j] : INFINITY;
             s.delta[stage][j] = t + j < T ? delta[t + j] : 0;
         }
         signal_arrive(&s.there[stage]);
@@ -3298,7 +3317,7 @@ __device__ inline void attention_backward_kv_group(KeyValueTiles &s, floatX *dk_
 #pragma unroll
         for (int j = 0; j < 32; j++) {
             float &x = p[j / 4].x[j % 4];
-            x = exp2_fast(x * SCALE_LOG2 - s.l[stage][j / 4 * 8 + tile_col(j % 4)]);
+            x = exp2_fast(x * SCALE_LOG2 - s.log_sum[stage][j / 4 * 8 + tile_col(j % 4)]);
         }
         if (ahead < 63)
 #pragma unroll
@@ -3324,7 +3343,7 @@ __device__ inline void attention_backward_kv_group(KeyValueTiles &s, floatX *dk_
     warpgroup_wait<0>();
     hold(dk), hold(dv);
     warpgroup_store(dv_out, dv, 1, 1, k0 + row, T, A);
-    warpgroup_store(dk_out, dk, 0.125f, 0.125f, k0 + row, T, A);
+    warpgroup_store(dk_out, dk, SCALE, SCALE, k0 + row, T, A);
 }
 
 // One thread: the block's queries and dy, then tiles of 64 keys and values
@@ -3343,15 +3362,16 @@ __device__ inline void attention_backward_q_copy(QueryTiles &s, const AttentionM
 }
 
 // A warpgroup's 64 queries, from first_row on, against all keys before them
-__device__ inline void attention_backward_q_group(QueryTiles &s, floatX *dq_out, const float *l, const float *delta,
-                                                  int group, int first_row, int tiles, int T, int A) {
+__device__ inline void attention_backward_q_group(QueryTiles &s, floatX *dq_out, const float *log_sum,
+                                                  const float *delta, int group, int first_row, int tiles, int T,
+                                                  int A) {
     const int row = first_row + warpgroup_row();
     TileC p[8], dp[8], dq[8] = {};
     TileA ds[4];
-    float row_l[2], row_delta[2];
+    float row_log_sum[2], row_delta[2];
     for (int r = 0; r < 2; r++) {
         const int t = row + 8 * r;
-        row_l[r] = t < T ? l[t] : INFINITY, row_delta[r] = t < T ? delta[t] : 0;
+        row_log_sum[r] = t < T ? log_sum[t] : INFINITY, row_delta[r] = t < T ? delta[t] : 0;
     }
     signal_wait(&s.own_there, 0);
     hold(dq);
@@ -3369,7 +3389,7 @@ __device__ inline void attention_backward_q_group(QueryTiles &s, floatX *dq_out,
 #pragma unroll
         for (int j = 0; j < 32; j++) {
             float &x = p[j / 4].x[j % 4];
-            x = exp2_fast(x * SCALE_LOG2 - row_l[j % 4 / 2]);
+            x = exp2_fast(x * SCALE_LOG2 - row_log_sum[j % 4 / 2]);
         }
         if (64 * i + 63 > first_row)
 #pragma unroll
@@ -3387,13 +3407,13 @@ __device__ inline void attention_backward_q_group(QueryTiles &s, floatX *dq_out,
     }
     warpgroup_wait<0>();
     hold(dq);
-    warpgroup_store(dq_out, dq, 0.125f, 0.125f, row, T, A);
+    warpgroup_store(dq_out, dq, SCALE, SCALE, row, T, A);
 }
 #endif
 
 // Blocks: (heads of all sequences, rows); the first warpgroup copies. The longest rows come first.
 __global__ void __launch_bounds__(512, 1)
-    attention_forward_warpgroups(floatX *y, float *l, const __grid_constant__ AttentionMaps maps, int T, int H) {
+    attention_forward_warpgroups(floatX *y, float *log_sum, const __grid_constant__ AttentionMaps maps, int T, int H) {
 #ifdef WARPGROUPS
     ForwardTiles &s = *dynamic_smem<ForwardTiles>();
     const int b = blockIdx.x / H, h = blockIdx.x % H, group = threadIdx.x / 128 - 1;
@@ -3411,7 +3431,7 @@ __global__ void __launch_bounds__(512, 1)
         if (threadIdx.x == 0) attention_forward_copy(s, maps, h, b, t0, tiles);
     } else {
         registers_more<160>();
-        attention_forward_group(s, y + (int64_t)b * T * H * N + h * N, l + (int64_t)blockIdx.x * T, group,
+        attention_forward_group(s, y + (int64_t)b * T * H * N + h * N, log_sum + (int64_t)blockIdx.x * T, group,
                                 t0 + 64 * group, tiles, T, H * N);
     }
 #endif
@@ -3431,7 +3451,7 @@ __global__ void __launch_bounds__(384, 1)
     __syncthreads();
     if (group < 0) {
         registers_fewer<24>();
-        if (threadIdx.x < 32) attention_backward_kv_copy(s, maps, g.l + row, g.delta + row, h, b, k0, T);
+        if (threadIdx.x < 32) attention_backward_kv_copy(s, maps, g.log_sum + row, g.delta + row, h, b, k0, T);
     } else {
         registers_more<240>();
         attention_backward_kv_group(s, g.dk + head, g.dv + head, group, k0 + 64 * group, k0, T, H * N);
@@ -3456,7 +3476,7 @@ __global__ void __launch_bounds__(512, 1)
         if (threadIdx.x == 0) attention_backward_q_copy(s, maps, h, b, t0, tiles);
     } else {
         registers_more<160>();
-        attention_backward_q_group(s, g.dq + (int64_t)b * T * H * N + h * N, g.l + row, g.delta + row, group,
+        attention_backward_q_group(s, g.dq + (int64_t)b * T * H * N + h * N, g.log_sum + row, g.delta + row, group,
                                    t0 + 64 * group, tiles, T, H * N);
     }
 #endif
@@ -3477,13 +3497,13 @@ static bool has_warpgroups(void) {
 #endif
 }
 
-static void attention_forward_by_warpgroups(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v,
-                                            int B, int T, int H) {
+static void attention_forward_by_warpgroups(floatX *y, float *log_sum, const floatX *q, const floatX *k,
+                                            const floatX *v, int B, int T, int H) {
     const int A = H * N;
     const size_t smem = sizeof(ForwardTiles);
     const AttentionMaps maps = {head_map(q, B, T, A), head_map(k, B, T, A), head_map(v, B, T, A), {}};
     allow_smem(attention_forward_warpgroups, smem);
-    attention_forward_warpgroups<<<dim3(B * H, (int)ceil_div(T, 192)), 512, smem, stream>>>(y, l, maps, T, H);
+    attention_forward_warpgroups<<<dim3(B * H, (int)ceil_div(T, 192)), 512, smem, stream>>>(y, log_sum, maps, T, H);
 }
 
 static void attention_backward_by_warpgroups(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v,
@@ -3501,17 +3521,18 @@ static void attention_backward_by_warpgroups(AttentionGradients g, const floatX 
 }
 #endif
 
-static void attention_forward(floatX *y, float *l, const floatX *q, const floatX *k, const floatX *v, int B, int T,
-                              int H) {
+static void attention_forward(floatX *y, float *log_sum, const floatX *q, const floatX *k, const floatX *v, int B,
+                              int T, int H) {
 #if WARPGROUP_KERNELS
-    if (has_warpgroups()) return attention_forward_by_warpgroups(y, l, q, k, v, B, T, H);
+    if (has_warpgroups()) return attention_forward_by_warpgroups(y, log_sum, q, k, v, B, T, H);
 #endif
-    attention_forward_by_warps(y, l, q, k, v, B, T, H);
+    attention_forward_by_warps(y, log_sum, q, k, v, B, T, H);
 }
 
 static void attention_backward(floatX *dq, floatX *dk, floatX *dv, float *delta, const floatX *dy, const floatX *y,
-                               const float *l, const floatX *q, const floatX *k, const floatX *v, int B, int T, int H) {
-    const AttentionGradients g = {dq, dk, dv, dy, l, delta};
+                               const float *log_sum, const floatX *q, const floatX *k, const floatX *v, int B, int T,
+                               int H) {
+    const AttentionGradients g = {dq, dk, dv, dy, log_sum, delta};
     attention_delta<<<B * T, row_threads(H * N), 0, stream>>>(delta, dy, y, T, H);
 #if WARPGROUP_KERNELS
     if (has_warpgroups()) return attention_backward_by_warpgroups(g, q, k, v, B, T, H);
@@ -3534,10 +3555,10 @@ __global__ void relu_squared_forward(floatX *k, int64_t n) {
 __global__ void relu_squared_backward(floatX *dk, const floatX *k, int64_t n) { // dk *= 2 relu, and relu = sqrt(k)
     const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (at >= n) return;
-    Pack d = load(dk + at);
+    Pack out = load(dk + at);
     const Pack v = load(k + at);
-    for (int i = 0; i < 8; i++) d.x[i] *= 2 * sqrtf(v.x[i]);
-    store(dk + at, d);
+    for (int i = 0; i < 8; i++) out.x[i] *= 2 * sqrtf(v.x[i]);
+    store(dk + at, out);
 }
 
 __global__ void gate_forward(floatX *out, const floatX *r, const floatX *v, int64_t n) { // out = sigmoid(r) v
@@ -3553,11 +3574,11 @@ __global__ void gate_backward(floatX *dr, floatX *dv, const floatX *dout, const 
     const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (at >= n) return;
     Pack gate = load(r + at), value = load(v + at);
-    const Pack d = load(dout + at);
+    const Pack dy = load(dout + at);
     for (int i = 0; i < 8; i++) {
         const float sigmoid = 1 / (1 + expf(-gate.x[i]));
-        gate.x[i] = d.x[i] * value.x[i] * sigmoid * (1 - sigmoid);
-        value.x[i] = d.x[i] * sigmoid;
+        gate.x[i] = dy.x[i] * value.x[i] * sigmoid * (1 - sigmoid);
+        value.x[i] = dy.x[i] * sigmoid;
     }
     store(dr + at, gate);
     store(dv + at, value);
@@ -3646,8 +3667,9 @@ static void gated_group_norm_forward(floatX *out, const floatX *y, const floatX 
     gated_group_norm_forward_kernel<<<rows, row_threads(A), 0, stream>>>(out, y, g, ln.gain.w, ln.bias.w, eps, A);
 }
 
-// With d = dout silu(g), n = the head's norm, dn = d gain:   dy = (dn - mean(dn) - n mean(dn n)) rstd,
-// dg = dout (n gain + bias) silu'(g);   partial (blocks, 2, A): sums of d n and of d.
+// With z = n gain + bias, n = the head's norm, dz = dout silu(g), dn = dz gain:
+// dy = (dn - mean(dn) - n mean(dn n)) rstd,
+// dg = dout z silu'(g);   partial (blocks, 2, A): sums of dz n and of dz.
 __global__ void gated_group_norm_backward_kernel(floatX *dy, floatX *dg, float *partial, const floatX *dout,
                                                  const floatX *y, const floatX *g, const floatX *gain,
                                                  const floatX *bias, float eps, int rows, int rows_per_block, int A) {
@@ -3660,22 +3682,22 @@ __global__ void gated_group_norm_backward_kernel(floatX *dy, floatX *dg, float *
         const int64_t at = row * A + c;
         float rstd, sum = 0, sum_n = 0;
         const Pack n = head_norm(mine ? load(y + at) : zero_pack(), eps, &rstd);
-        Pack d = mine ? load(dout + at) : zero_pack(), gate = mine ? load(g + at) : zero_pack();
+        Pack dz = mine ? load(dout + at) : zero_pack(), gate = mine ? load(g + at) : zero_pack();
         for (int i = 0; i < 8; i++) {
-            const float all = d.x[i], z = gate.x[i];
-            gate.x[i] = all * (n.x[i] * a.x[i] + b.x[i]) * silu_gradient(z);
-            d.x[i] = all * z * sigmoid(z);
-            dgain.x[i] += d.x[i] * n.x[i];
-            dbias.x[i] += d.x[i];
-            d.x[i] *= a.x[i];
-            sum += d.x[i];
-            sum_n += d.x[i] * n.x[i];
+            const float all = dz.x[i], x = gate.x[i];
+            gate.x[i] = all * (n.x[i] * a.x[i] + b.x[i]) * silu_gradient(x);
+            dz.x[i] = all * x * sigmoid(x);
+            dgain.x[i] += dz.x[i] * n.x[i];
+            dbias.x[i] += dz.x[i];
+            dz.x[i] *= a.x[i];
+            sum += dz.x[i];
+            sum_n += dz.x[i] * n.x[i];
         }
         const float mean = warp_sum(sum, 8) / N, mean_n = warp_sum(sum_n, 8) / N;
-        for (int i = 0; i < 8; i++) d.x[i] = (d.x[i] - mean - n.x[i] * mean_n) * rstd;
+        for (int i = 0; i < 8; i++) dz.x[i] = (dz.x[i] - mean - n.x[i] * mean_n) * rstd;
         if (!mine) continue;
         store(dg + at, gate);
-        store(dy + at, d);
+        store(dy + at, dz);
     }
     if (!mine) return;
     store(partial + (int64_t)blockIdx.x * 2 * A + c, dgain);
@@ -3707,12 +3729,12 @@ __global__ void swiglu_backward(floatX *da, floatX *db, const floatX *dout, cons
                                 int64_t n) {
     const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (at >= n) return;
-    const Pack d = load(dout + at);
+    const Pack dy = load(dout + at);
     Pack v = load(a + at), w = load(b + at);
     for (int i = 0; i < 8; i++) {
         const float x = v.x[i];
-        v.x[i] = d.x[i] * w.x[i] * silu_gradient(x);
-        w.x[i] = d.x[i] * x * sigmoid(x);
+        v.x[i] = dy.x[i] * w.x[i] * silu_gradient(x);
+        w.x[i] = dy.x[i] * x * sigmoid(x);
     }
     store(da + at, v);
     store(db + at, w);
@@ -3787,25 +3809,30 @@ __global__ void __launch_bounds__(1024)
     z[target] = (floatX)(scale * ((at == target ? of_top : p) - 1));
 }
 
-// totals[0] += the sum of losses, totals[1] += the number right; one block, fixed order
+// Sum over a block of 256 threads in double, to thread 0, in fixed order
+__device__ inline double block_sum_256(double v, double (&sums)[256]) {
+    sums[threadIdx.x] = v;
+    for (int half = 128; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < (unsigned)half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+    return sums[0];
+}
+
+// totals[0] += the sum of losses, totals[1] += the number right; one block
 __global__ void sum_losses(double *totals, const float *losses, const int *right, int n) {
-    __shared__ double sums[2][256];
+    __shared__ double loss_sums[256];
+    __shared__ double right_sums[256];
     double loss = 0, count = 0;
     for (int i = threadIdx.x; i < n; i += 256) {
         loss += losses[i];
         count += right[i];
     }
-    sums[0][threadIdx.x] = loss;
-    sums[1][threadIdx.x] = count;
-    for (int half = 128; half > 0; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x >= (unsigned)half) continue;
-        sums[0][threadIdx.x] += sums[0][threadIdx.x + half];
-        sums[1][threadIdx.x] += sums[1][threadIdx.x + half];
-    }
+    loss = block_sum_256(loss, loss_sums);
+    count = block_sum_256(count, right_sums);
     if (threadIdx.x > 0) return;
-    totals[0] += sums[0][0];
-    totals[1] += sums[1][0];
+    totals[0] += loss;
+    totals[1] += count;
 }
 
 // ---- gradient norm and AdamW (spec section 8) ----
@@ -3840,13 +3867,9 @@ __global__ void norm_and_clip(UpdateState *state, const double *squares, int n, 
     __shared__ double sums[256];
     double sum = 0;
     for (int i = threadIdx.x; i < n; i += 256) sum += squares[i];
-    sums[threadIdx.x] = sum;
-    for (int half = 128; half > 0; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x < (unsigned)half) sums[threadIdx.x] += sums[threadIdx.x + half];
-    }
+    sum = block_sum_256(sum, sums);
     if (threadIdx.x > 0) return;
-    const float norm = (float)sqrt(sums[0]);
+    const float norm = (float)sqrt(sum);
     state->loss = (float)(totals[0] * per_target);
     state->norm = norm;
     if (!(norm < INFINITY)) state->skip = 1;
@@ -5244,12 +5267,8 @@ void model_allocate(Model *m) { // all that training needs
 
 // Random numbers from a hash of (key, i), so that they depend neither on the order of work nor on the number of
 // threads.
-__host__ __device__ static inline double hash_uniform(uint64_t key, uint64_t i) { // in (0, 1): splitmix64
-    uint64_t z = key + (i + 1) * 0x9E3779B97F4A7C15ull;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    z = z ^ (z >> 31);
-    return ((double)(z >> 12) + 0.5) / 4503599627370496.0; // 52 bits
+__host__ __device__ static inline double hash_uniform(uint64_t key, uint64_t i) { // in (0, 1)
+    return ((double)(splitmix64(key, i) >> 12) + 0.5) / 4503599627370496.0;       // 52 bits
 }
 
 __global__ void fill_normal(float *x, int64_t n, uint64_t key) { // Box-Muller
@@ -5302,9 +5321,9 @@ static void orthonormal_rows(float *work, int count, int n, uint64_t key) {
     }
 }
 
-static uint64_t tensor_key(const char *name, uint64_t seed) { // FNV-1a of the name, and the seed
-    uint64_t hash = 0xcbf29ce484222325ull;
-    for (; *name; name++) hash = (hash ^ (unsigned char)*name) * 0x100000001b3ull;
+static uint64_t tensor_key(const char *name, uint64_t seed) {
+    uint64_t hash = hash_start;
+    for (; *name; name++) hash = hash_step(hash, (unsigned char)*name);
     return hash ^ (seed * 0xD6E8FEB86659FD93ull);
 }
 
@@ -5313,7 +5332,7 @@ static int64_t init_scratch_floats(const Model *m) {
     int64_t most = 0;
     for (int i = 0; i < m->n_tensors; i++) {
         const Tensor *t = &m->tensors[i];
-        if (t->init.kind != ORTHOGONAL && t->init.kind != HEAD_ORTHOGONAL) continue;
+        if (t->init.kind != ORTHOGONAL && t->init.kind != HEAD_ORTHO) continue;
         const int64_t count = t->shape[0] < t->shape[1] ? t->shape[0] : t->shape[1];
         if (most < t->size + PANEL * count) most = t->size + PANEL * count;
     }
@@ -5796,12 +5815,11 @@ static uint64_t read_u64(const uint8_t *p) {
 }
 
 // FNV-1a over 8-byte words, its high bits folded back. It tells damaged and mixed up files, not forged ones.
-static const uint64_t hash_start = 0xCBF29CE484222325ull;
 static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n) {
     for (size_t i = 0; i < n; i += 8) {
         uint64_t word = 0;
         memcpy(&word, (const uint8_t *)bytes + i, n - i < 8 ? n - i : 8);
-        hash = (hash ^ word) * 0x100000001B3ull;
+        hash = hash_step(hash, word);
         hash ^= hash >> 29;
     }
     return hash;
@@ -7045,7 +7063,7 @@ static void print_sample(Run *r, int64_t step) {
     float *logits = (float *)malloc((size_t)r->s.vocab_size * sizeof(float));
     Utf8 utf8 = {};
     uint8_t text[8];
-    uint64_t random = hash_bytes(hash_start, &step, sizeof(step)) ^ (uint64_t)r->s.seed_everything;
+    const uint64_t random = hash_bytes(hash_start, &step, sizeof(step)) ^ (uint64_t)r->s.seed_everything;
     for (const char *c = demo_sample_prompt; *c && n < T; c++) context[n++] = (uint8_t)*c + 1;
     printf("sample, at temperature %g:\n%s", demo_sample_temperature, demo_sample_prompt);
     for (int i = 0; i < demo_sample_bytes && !stop_requested; i++) {
@@ -7054,10 +7072,7 @@ static void print_sample(Run *r, int64_t step) {
         model_logits_last(&r->m, context, n, logits);
         for (int id = 1; id <= 256; id++) largest = fmaxf(largest, logits[id]);
         for (int id = 1; id <= 256; id++) total += p[id] = exp((logits[id] - largest) / demo_sample_temperature);
-        uint64_t z = random += 0x9E3779B97F4A7C15ull; // splitmix64
-        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-        z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-        double rest = (double)((z ^ (z >> 31)) >> 11) / 9007199254740992.0 * total; // 2^53
+        double rest = (double)(splitmix64(random, (uint64_t)i) >> 11) / 9007199254740992.0 * total; // 2^53
         int id = 1;
         while (id < 256 && rest >= p[id]) rest -= p[id++];
         if (n == T) memmove(context, context + 1, (size_t)(--n) * sizeof(int));

@@ -15,12 +15,10 @@
 static uint64_t lab_seed;       // of all random numbers: from the clock, or the environment's SEED
 static uint64_t lab_series = 1; // the next array's are of its own; 0 to 4 are free for other uses
 
-// A number uniform in [0, 1) that depends on (seed, series, i) alone, so that loops may draw in any order (splitmix64).
+// A number uniform in [0, 1) that depends on (seed, series, i) alone, so that loops may draw in any order.
 static double lab_uniform(uint64_t series, uint64_t i) {
-    uint64_t z = lab_seed * 0xd1342543de82ef95ull + series * 0xf1357aea2e62a9c5ull + (i + 1) * 0x9e3779b97f4a7c15ull;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-    return (double)((z ^ (z >> 31)) >> 11) * 0x1p-53;
+    const uint64_t key = lab_seed * 0xd1342543de82ef95ull + series * 0xf1357aea2e62a9c5ull;
+    return (double)(splitmix64(key, i) >> 11) * 0x1p-53;
 }
 
 struct Output { // what a kernel writes, and what the CPU expects of it
