@@ -2486,7 +2486,7 @@ static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity
     Infer *f = (Infer *)calloc(1, sizeof(Infer));
     Model *m = &f->m;
     Settings s = *settings;
-    s.grad_cp = 1; // layers share what a layer keeps
+    s.grad_cp = REMAKE_LAYERS; // layers share what a layer keeps
     s.micro_bsz = 1;
     f->kv = kv;
     f->chunk = chunk;

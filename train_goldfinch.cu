@@ -3987,7 +3987,7 @@ typedef struct Gold {
     floatX *k1, *hk, *k2, *k;      // keys: mixed, hidden layer (BT, rank), + low rank, normed
     floatX *v1, *hv, *v2, *v;      // values, likewise
     floatX *y, *yn;                // attention's output, and normed
-    float *l;                      // (B, H, T): attention's log sums
+    float *log_sum;                // (B, H, T): attention's
     struct {
         floatX *low_rank;                // (BT, C)
         floatX *dq, *dk, *dv, *dy, *dyn; // (BT, A)
@@ -4033,13 +4033,21 @@ typedef struct Attention {               // GPTAlpha and Llama
     floatX *xq, *xk, *xv, *q0, *k0, *v0; // GPTAlpha: mixed inputs; queries, keys and values before their norms
     floatX *q, *k, *v;                   // (BT, A), q and k rotated
     floatX *y, *yn;                      // (BT, A): attention's output; GPTAlpha: normed
-    float *l;                            // (B, H, T): attention's log sums
+    float *log_sum;                      // (B, H, T): attention's
     struct {
         floatX *dxq, *dxk, *dxv, *dq0, *dk0, *dv0;
         floatX *dq, *dk, *dv, *dy, *dyn;
         float *delta; // (B, H, T)
     } tmp;
 } Attention;
+
+// The values of grad_cp, in the order of what they save: what is kept of each layer from the forward to the backward
+// pass, the rest being made again there, in scratch.
+enum Remake {
+    KEEP_ALL = 0,      // everything
+    REMAKE_CHEAP = 2,  // all but ln1, the mixed inputs of Finch-C2 and GOLD, and GOLD's normed q, k and v
+    REMAKE_LAYERS = 1, // x alone, its input
+};
 
 struct Mixer;
 struct Model;
@@ -4113,7 +4121,7 @@ typedef struct Mixer {
     void (*plan)(Model *, Layer *, Arena *kept, Arena *scratch);
     void (*forward)(Model *, Layer *, floatX *out, const floatX *x);
     void (*backward)(Model *, Layer *, floatX *dx, const floatX *dout, const floatX *x);
-    void (*remake)(Model *, Layer *, const floatX *x) = nullptr; // grad_cp 2: what was not kept; null: all was
+    void (*remake)(Model *, Layer *, const floatX *x) = nullptr; // REMAKE_CHEAP: what was not kept; null: all was
 } Mixer;
 
 // ---- products with weights ----
@@ -4291,7 +4299,7 @@ static void finch_c2_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
                .mu_x = &p.time_maa_x,
                .w1 = &p.time_maa_w1,
                .w2 = &p.time_maa_w2};
-    Arena *again = m->s.grad_cp == 2 ? scratch : kept;
+    Arena *again = m->s.grad_cp == REMAKE_CHEAP ? scratch : kept;
     const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
     mixed_inputs_plan(d, &a.mixed, kept, scratch);
     for (floatX **to : {&a.xr, &a.xk, &a.xw}) take(again, to, E);
@@ -4440,14 +4448,14 @@ static void gold_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
                   .mu_x = &p.time_maa_v_cache,
                   .w1 = &p.time_maa_kv_w1,
                   .w2 = &p.time_maa_kv_w2};
-    Arena *again = m->s.grad_cp == 2 ? scratch : kept;
+    Arena *again = m->s.grad_cp == REMAKE_CHEAP ? scratch : kept;
     const int64_t E = (int64_t)d.BT * d.C; // A = C in this layer
     mixed_inputs_plan(d, &a.mixed_q, kept, scratch);
     mixed_inputs_plan(d, &a.mixed_kv, kept, scratch);
     for (floatX **to : {&a.q0, &a.k2, &a.v2, &a.y, &a.yn}) take(kept, to, E);
     for (floatX **to : {&a.xq, &a.q, &a.k1, &a.k, &a.v1, &a.v}) take(again, to, E);
     for (floatX **to : {&a.hk, &a.hv}) take(kept, to, (int64_t)d.BT * gold_rank(d));
-    take(kept, &a.l, (int64_t)d.BT * d.H);
+    take(kept, &a.log_sum, (int64_t)d.BT * d.H);
     for (floatX **to :
          {&tmp.low_rank, &tmp.dq, &tmp.dk, &tmp.dv, &tmp.dy, &tmp.dyn, &tmp.dq0, &tmp.dk2, &tmp.dv2, &tmp.dxq})
         take(scratch, to, E);
@@ -4497,7 +4505,7 @@ static void gold_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
     Gold &a = layer->gold;
     gold_queries(m, layer, x);
     gold_keys_values(m, layer);
-    attention_forward(a.y, a.l, a.q, a.k, a.v, d.B, d.T, d.H);
+    attention_forward(a.y, a.log_sum, a.q, a.k, a.v, d.B, d.T, d.H);
     gold_output(m, layer, out);
 }
 
@@ -4520,7 +4528,7 @@ static void gold_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
     auto &tmp = a.tmp;
     linear_backward(m, tmp.dyn, dout, a.yn, p.output, d.BT);
     layernorm_backward(tmp.dy, tmp.dyn, a.y, p.ln_x, m->partial, d.BT);
-    attention_backward(tmp.dq, tmp.dk, tmp.dv, tmp.delta, tmp.dy, a.y, a.l, a.q, a.k, a.v, d.B, d.T, d.H);
+    attention_backward(tmp.dq, tmp.dk, tmp.dv, tmp.delta, tmp.dy, a.y, a.log_sum, a.q, a.k, a.v, d.B, d.T, d.H);
     for (floatX *gradient : {tmp.dq, tmp.dk}) rope_backward(m, gradient);
 
     layernorm_backward(tmp.dk2, tmp.dk, a.k2, p.ln_k, m->partial, d.BT);
@@ -4801,7 +4809,7 @@ static void attention_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) 
     auto &tmp = a.tmp;
     const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
     for (floatX **to : {&a.q, &a.k, &a.v, &a.y}) take(kept, to, EA);
-    take(kept, &a.l, (int64_t)d.BT * d.H);
+    take(kept, &a.log_sum, (int64_t)d.BT * d.H);
     for (floatX **to : {&tmp.dq, &tmp.dk, &tmp.dv, &tmp.dy}) take(scratch, to, EA);
     take(scratch, &tmp.delta, (int64_t)d.BT * d.H);
     if (!layer->tmix->mixes) return;
@@ -4824,14 +4832,14 @@ static void attend_forward(Model *m, Layer *layer) { // y from q, k and v
     Attention &a = layer->attention;
     for (floatX *x : {a.q, a.k}) rope_forward(m, x);
     if (layer->attend) layer->attend(m, layer);
-    else attention_forward(a.y, a.l, a.q, a.k, a.v, d.B, d.T, d.H);
+    else attention_forward(a.y, a.log_sum, a.q, a.k, a.v, d.B, d.T, d.H);
 }
 
 static void attend_backward(Model *m, Layer *layer) { // dq, dk and dv from dy
     const Dims &d = m->d;
     Attention &a = layer->attention;
     auto &tmp = a.tmp;
-    attention_backward(tmp.dq, tmp.dk, tmp.dv, tmp.delta, tmp.dy, a.y, a.l, a.q, a.k, a.v, d.B, d.T, d.H);
+    attention_backward(tmp.dq, tmp.dk, tmp.dv, tmp.delta, tmp.dy, a.y, a.log_sum, a.q, a.k, a.v, d.B, d.T, d.H);
     for (floatX *gradient : {tmp.dq, tmp.dk}) rope_backward(m, gradient);
 }
 
@@ -5046,9 +5054,8 @@ static void add_tensors(Model *m, int layer, Params *params, int where, int mixe
 static bool has_cache(const Model *m) { return m->layers[m->d.L - 1].tmix->needs_cache; }
 
 // Hands out the activation block; without a base it only measures it. The pieces at the front stay for the whole pass,
-// then what each layer keeps (with grad_cp 1 only its input: the rest is one layer's, made again; with grad_cp 2 not
-// ln1, what the time mixer's mixes gave and GOLD's normed q, k and v: `remake` makes them again, in scratch), then
-// scratch.
+// then comes what each layer keeps (enum Remake; with REMAKE_LAYERS all layers but for their inputs share one place),
+// then scratch.
 static void model_layout(Model *m, char *base) {
     const Dims &d = m->d;
     const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
@@ -5072,25 +5079,25 @@ static void model_layout(Model *m, char *base) {
         if (partial < (int64_t)row_blocks(d.BT, width) * 5 * width)
             partial = (int64_t)row_blocks(d.BT, width) * 5 * width;
     take(&arena, &m->partial, partial);
-    floatX *ln1 = nullptr; // grad_cp 2: of the layer at hand
-    if (m->s.grad_cp == 2) take(&arena, &ln1, E);
+    floatX *ln1 = nullptr; // REMAKE_CHEAP: of the layer at hand
+    if (m->s.grad_cp == REMAKE_CHEAP) take(&arena, &ln1, E);
     for (int l = 0; l < d.L; l++) {
         // block 0 reads the embedding itself
         m->layers[l].x = m->x0;
         if (l > 0) take(&arena, &m->layers[l].x, E);
     }
     const int64_t layers_begin = arena.used;
-    arena.once = m->s.grad_cp != 1;
+    arena.once = m->s.grad_cp != REMAKE_LAYERS;
     int64_t layers_end = arena.used;
     // scratch comes after the last layer's
     for (int pass = 0; pass < 2; pass++) {
         for (int l = 0; l < d.L; l++) {
             Layer *layer = &m->layers[l];
-            if (l == 0 || m->s.grad_cp == 1) arena.used = layers_begin;
+            if (l == 0 || m->s.grad_cp == REMAKE_LAYERS) arena.used = layers_begin;
             Arena scratch = {pass ? base : nullptr, layers_end, false};
             for (floatX **p : {&layer->x_mid, &layer->ln2}) take(&arena, p, E);
             layer->ln1 = ln1;
-            if (m->s.grad_cp != 2) take(&arena, &layer->ln1, E);
+            if (m->s.grad_cp != REMAKE_CHEAP) take(&arena, &layer->ln1, E);
             layer->tmix->plan(m, layer, &arena, &scratch);
             if (pass && scratch.used > m->activation_bytes) m->activation_bytes = scratch.used;
             scratch.used = layers_end;
@@ -5186,7 +5193,7 @@ static void model_too_large(const Model *m, int64_t available) { // says what wo
     char advice[200] = "not even micro_bsz 1 with grad_cp 1 would fit";
     // cp saves at least as much as grad_cp does
     bool more = false;
-    for (int cp : {0, 2, 1}) {
+    for (int cp : {KEEP_ALL, REMAKE_CHEAP, REMAKE_LAYERS}) {
         more = more || cp == m->s.grad_cp;
         if (!more) continue;
         Settings s = m->s;
@@ -5499,14 +5506,14 @@ static void model_classifier(Model *m, float scale) {
 static void layer_backward(Model *m, Layer *layer) {
     const Dims &d = m->d;
     const Params &p = layer->p;
-    if (m->s.grad_cp == 1) {
+    if (m->s.grad_cp == REMAKE_LAYERS) {
         layernorm_forward(layer->ln1, layer->x, p.ln1, d.BT);
         layer_forward(m, layer);
     }
     const floatX *ln2_input = m->s.parallel ? layer->x : layer->x_mid;
     layer->cmix->backward(m, layer, m->dln2, m->dx, layer->ln2);
     if (!m->s.parallel) add_layernorm_backward(m->dx, m->dln2, ln2_input, p.ln2, m->partial, d.BT);
-    if (m->s.grad_cp == 2) {
+    if (m->s.grad_cp == REMAKE_CHEAP) {
         layernorm_forward(layer->ln1, layer->x, p.ln1, d.BT);
         if (layer->tmix->remake) layer->tmix->remake(m, layer, layer->ln1);
     }
@@ -5738,8 +5745,9 @@ static const char *model_find_nonfinite(Model *m, const int *tokens, int B, int 
     }
     for (int l = 0; l < m->d.L && !yes; l++)
         for (const char *part : {"att.out", "ffn.out", "out"}) {
-            // grad_cp 1 keeps the layers' outputs only
-            if (yes || (grad_cp == 1 && strcmp(part, "out") != 0)) continue;
+            if (yes || (grad_cp == REMAKE_LAYERS && // keeps the layers' outputs only
+                        strcmp(part, "out") != 0))
+                continue;
             snprintf(found, sizeof(found), "blocks.%d.%s", l, part);
             model_activation(m, found, values);
             yes = bad((int64_t)m->d.BT * m->d.C);
