@@ -131,8 +131,8 @@ struct GoldSource {
         int stage;                    // pairs of tiles for 32 channels
         floatX *ring;                 // (window, C): keys or values of the newest tokens
     } k, v;
-    const TilePair *turned_tiles; // what keys with a rope take in the end
-    int turned_stage, stage;      // pairs of these for 32 channels; most pairs of any stage
+    const TilePair *rotated_tiles; // what keys with a rope take in the end
+    int rotated_stage, stage;      // pairs of these for 32 channels; most pairs of any stage
     Rope rope;
     // R32: R up to a multiple of 32, zeros behind R. rank_pad: 64 or a multiple of 128
     int C, H, R, R32, rank_pad;
@@ -468,8 +468,8 @@ __global__ void append_to_ring(floatX *ring, const floatX *from, int64_t at, int
 //     values:                          mixes;                    U += v1 [w1 | W2]
 //     then softmax, and for each head once more v1, to add p' v1.
 //
-// Flops per token and layer: 2 C (R + 4 rank + 96), on 16 x 8 tiles of tensor cores. Shared memory binds: a tile's 256
-// bytes of weights serve 16 tokens.
+// Flops per token and layer: 2 C (R + 4 rank + 96), on 16 x 8 tiles of tensor cores. Limited by shared memory: a tile's
+// 256 bytes of weights serve 16 tokens.
 
 // A lane owns 8 neighbouring channels of 32 (one 16-byte load), though a tile gives it two of each 8: so tiles are made
 // of channels in another order. Tile n, column j of 32 channels is channel 8 (j / 2) + 2 n + j % 2.
@@ -837,8 +837,8 @@ __device__ inline void past_scores(const PastRows &rows, const PastSmem &s, cons
 }
 
 // The scores of keys with a rope: those must be made channel by channel, in another sweep, from k1 and u.
-__device__ inline void past_turned_scores(const PastRows &rows, const PastSmem &s, const GoldSource &g,
-                                          const PastTask &task, int64_t t0) {
+__device__ inline void past_rotated_scores(const PastRows &rows, const PastSmem &s, const GoldSource &g,
+                                           const PastTask &task, int64_t t0) {
     const int warp = threadIdx.x / 32, ldc = g.R32 + PAD, ldh = 64 + PAD, ldu = g.rank_pad + PAD, stages = g.C / 32;
     const floatX *c = s.c + warp * 16 * ldc, *h = s.h + warp * 16 * ldh, *u = s.u + warp * 16 * ldu;
     const TileA hidden[2] = {load_a(h, ldh), load_a(h + 16, ldh)};
@@ -847,8 +847,9 @@ __device__ inline void past_turned_scores(const PastRows &rows, const PastSmem &
     async_commit();
     for (int j = 0; j < stages; j++) {
         const bool more = j + 1 < stages;
-        const floatX *own = past_advance(s, g, more ? g.turned_tiles + (int64_t)(j + 1) * g.turned_stage * 32 : nullptr,
-                                         g.turned_stage, more ? task.query.q + (j + 1) * 32 : nullptr, g.id_k0, j, j);
+        const floatX *own =
+            past_advance(s, g, more ? g.rotated_tiles + (int64_t)(j + 1) * g.rotated_stage * 32 : nullptr,
+                         g.rotated_stage, more ? task.query.q + (j + 1) * 32 : nullptr, g.id_k0, j, j);
         const TilePair *w = s.stage + j % 2 * 32 * past_stage(g);
         TileC x[4] = {}, m[4] = {}, y[4] = {};
         for (int k = 0; k < g.R32; k += 32)
@@ -1011,10 +1012,10 @@ __global__ void __launch_bounds__(256, 1) past_attention_kernel(GoldSource g, Pa
         past_sweep<groups, true>(rows, s, g, task);
         if constexpr (rope) {
             __syncthreads();
-            stage_copy(s.stage, g.turned_tiles, g.turned_stage);
-            stage_copy(s.stage + g.turned_stage * 32, task.query.q, 1);
+            stage_copy(s.stage, g.rotated_tiles, g.rotated_stage);
+            stage_copy(s.stage + g.rotated_stage * 32, task.query.q, 1);
             async_commit();
-            past_turned_scores(rows, s, g, task, t0);
+            past_rotated_scores(rows, s, g, task, t0);
         } else {
             past_scores(rows, s, g, task, t0);
         }
@@ -2287,16 +2288,16 @@ static void prepare_side(GoldSource &g, GoldSource::Side &side, bool keys, Param
     }
 }
 
-// Likewise for past_turned_scores: tiles of W_c, of the mix, of w2.
-static void prepare_turned(GoldSource &g) {
+// Likewise for past_rotated_scores: tiles of W_c, of the mix, of w2.
+static void prepare_rotated(GoldSource &g) {
     const int C = g.C, from_c = 4 * g.R32 / 32, low_rank = 4 * g.rank_pad / 32;
     TilePair *to;
-    g.turned_stage = from_c + 4 + low_rank;
-    device_alloc((void **)&to, (int64_t)C / 32 * g.turned_stage * 32 * sizeof(TilePair));
-    g.turned_tiles = to;
-    pack_pairs(to, g.w_c, 1, g.R32, g.R32, C, 4, g.R32 / 32, g.turned_stage, 1, false, true);
-    pack_pairs(to + from_c * 32, g.k.mix, C, 1, 32, C, 4, 1, g.turned_stage, 0, false, true);
-    pack_pairs(to + (from_c + 4) * 32, g.k.w2, 1, g.rank_pad, g.rank_pad, C, 4, g.rank_pad / 32, g.turned_stage, 1,
+    g.rotated_stage = from_c + 4 + low_rank;
+    device_alloc((void **)&to, (int64_t)C / 32 * g.rotated_stage * 32 * sizeof(TilePair));
+    g.rotated_tiles = to;
+    pack_pairs(to, g.w_c, 1, g.R32, g.R32, C, 4, g.R32 / 32, g.rotated_stage, 1, false, true);
+    pack_pairs(to + from_c * 32, g.k.mix, C, 1, 32, C, 4, 1, g.rotated_stage, 0, false, true);
+    pack_pairs(to + (from_c + 4) * 32, g.k.w2, 1, g.rank_pad, g.rank_pad, C, 4, g.rank_pad / 32, g.rotated_stage, 1,
                false, true);
 }
 
@@ -2332,8 +2333,8 @@ static void prepare_gold(Infer *f) {
         g.v.bias = p.ln_v.bias.w;
         prepare_side(g, g.k, true, p.time_key_w1, p.time_key_w2, rank, scratch);
         prepare_side(g, g.v, false, p.time_value_w1, p.time_value_w2, rank, scratch);
-        if (g.rope.used) prepare_turned(g);
-        g.stage = g.k.stage > g.turned_stage ? g.k.stage : g.turned_stage;
+        if (g.rope.used) prepare_rotated(g);
+        g.stage = g.k.stage > g.rotated_stage ? g.k.stage : g.rotated_stage;
         // (xo + dxo mu) @ w1 = xo_t @ (1 - mu) w1 + xo_{t-1} @ mu w1
         for (int before = 0; before < 2; before++)
             scale_rows<<<blocks_of(C * 64), 256, 0, stream>>>(w1[before], p.time_maa_kv_w1.w, p.time_maa_v_cache.w,
@@ -2915,7 +2916,7 @@ void gf_infer_free(Infer *f) {
     for (int i = 0; i < f->G; i++) {
         const GoldSource &g = f->sources[i];
         for (const floatX *p : {g.id_h, g.id_h_before}) cudaFree((void *)p);
-        cudaFree((void *)g.turned_tiles);
+        cudaFree((void *)g.rotated_tiles);
         for (const GoldSource::Side *side : {&g.k, &g.v}) {
             for (const floatX *p : {side->w1, side->w2, (const floatX *)side->ring}) cudaFree((void *)p);
             for (const TilePair *p : {side->tiles, side->gram}) cudaFree((void *)p);

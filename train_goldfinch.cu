@@ -1,3 +1,31 @@
+// GoldFinch in plain CUDA C: all of training, from the settings to the loop over steps, in the order the data flows.
+//
+//     make train && ./train_goldfinch        for the GPU that is here, or for the CPU; -h lists every setting
+//
+//     1. Settings   SETTINGS, settings_check             7. Data          dataset_open, sample_start, data_batch
+//     2. Machine    matmul, load, block_sum, mma         8. Checkpoints   safetensors_open, checkpoint_save
+//     3. Tensors    TENSORS: names, shapes, groups       9. Several GPUs  one process each
+//     4. Kernels    layernorm, lerp, ddlerp, wkv,       10. main          train, begin_step, validate
+//                   attention, classifier, adamw        11. Config files  JSON, YAML, the paper's models by name
+//     5. Layers     finch_c2_forward, gold_forward, token_cat_forward, cmix_forward, .., each beside its backward
+//     6. Model      model_plan, model_forward, model_backward, model_update
+//
+// Names: x_forward_kernel runs on the device; x_forward launches it; finch_c2_forward and its like are layers and call
+// these. x_backward goes back. dX is the gradient of X. time_maa_k and its like are tensors of the checkpoint.
+// Letters, as in dev/spec.md: B sequences of T tokens, BT of both; C channels (n_embd); A channels inside a time mixer
+// (dim_att), in H heads of N = 64; F inside a channel mixer (dim_ffn; FL: Llama's); V ids (vocab_size); L layers, of
+// which G0 is the first of the last ones; R numbers cached a token. In tiles, lower case: m, n, k.
+// Words with a meaning of their own:
+//     row       one token's channels, or numbers of another kind; matrices are stored row by row, ld apart
+//     pack      eight neighbouring numbers: what a thread loads and stores at once
+//     tile      a small matrix: 16 x 16, 16 x 8, 8 x 8, what tensor cores multiply; or what shared memory holds of a
+//               larger one; in WKV 16 tokens, of which a lane's part is its Share, in chunks of 64 (32 in fp32)
+//     slice     a few channels (ddlerp) or rows (the logits) of what does not fit at once
+//     partial   a block's part of a sum over all tokens; add_partials adds the parts, always in the same order
+//     kept      stays from the forward to the backward pass; scratch (tmp): all layers use the same
+//     remake    to compute again in the backward pass what was not kept (grad_cp)
+//     lead      1 if row 0 is the token before the first, which only a shift sees (inference); else 0
+
 // ---------------------------------------------------------------------------------------------------------------------
 // 1. Settings: one table gives the struct, the command line, -h, the block printed at the start and the checkpoint's
 //    metadata. Every key is --model.NAME or --train.NAME.
@@ -2106,7 +2134,8 @@ static int pack_blocks(int64_t n) { return (int)ceil_div(n, 8 * 256); } // for b
 // A warp owns 16 channels, a lane 2 of them for 4 tokens: a Share, laid out as two results of mma (channels as rows,
 // tokens as columns), so that it is an operand as it stands. Row g is channel 2 g, row g + 8 channel 2 g + 1: a lane's
 // two are neighbours in memory. A token's bits 1 and 2 are bits of the lane, so decays are multiplied up by two
-// exchanges. Floor, forward: r, k, v, w in, y out, 5 BTA floatX, and 2 for states: bytes bind.
+// exchanges. Floor, forward: r, k, v, w in, y out, 5 BTA floatX, and 2 for states: limited by
+// memory bandwidth.
 
 static const int TILE = 16; // tokens of a tile
 // tokens from one state kept for the backward pass to the next
@@ -2447,8 +2476,8 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
 //
 // Here warp i has keys 16 i .. 16 i + 15 of S0 and dS as rows, so that Shares are operands without a detour. S0 of a
 // chunk's tiles is made again from the chunk's state. S0, dS and the sums' terms are multiplied in twice the precision
-// of bf16 (TileA2): much cancels in dw. Floor: r, k, v, w, dy in, dr, dk, dv, dw out, 9 BTA floatX, 2 for states: bytes
-// bind.
+// of bf16 (TileA2): much cancels in dw. Floor: r, k, v, w, dy in, dr, dk, dv, dw out, 9 BTA floatX, 2 for states: limited
+// by memory bandwidth.
 static const int TILES = CHUNK / TILE;
 
 struct WkvBackward {
@@ -3591,8 +3620,8 @@ __global__ void gate_backward(floatX *dr, floatX *dv, const floatX *dout, const 
 //     rope:  velocity_i = base^(-2i/N) / rescale
 //         brope:  velocity_i = pi 2^-i / rescale,  0 for i >= int(log2(ctx_len))
 //
-// An fp32 z would be off by 1e-2 at position 262,144: whole turns are taken away in fp64 first. The gradient turns
-// back.
+// An fp32 z would be off by 1e-2 at position 262,144: whole turns are taken away in fp64 first. The gradient is
+// rotated back.
 struct Rope {
     bool used;
     double turns[N / 2]; // of each pair, per token: velocity / 2 pi
@@ -3608,7 +3637,7 @@ static Rope make_rope(const Settings *s) {
     return r;
 }
 
-// Channels c.. of a row at this position. direction: 1, or -1 to turn back.
+// Channels c.. of a row at this position. direction: 1, or -1 to rotate back.
 __device__ inline Pack rope_pack(Pack v, const Rope &rope, int64_t position, int c, float direction) {
     for (int i = 0; i < 8; i += 2) {
         const double turns = (double)position * rope.turns[c % N / 2 + i / 2];
@@ -3919,9 +3948,23 @@ __global__ void round_params(floatX *params, const float *master, const Piece *p
 //
 // x is what a layer gets, already normed (ln1 or ln2), out what it adds to the residual stream, both (BT, C). A
 // backward function takes dout, adds to the gradients of the layer's parameters and writes dx. Beside its parameters a
-// layer has what it keeps from forward to backward, and `tmp`, scratch that all layers share. (In equations dx is
-// shift(x) - x, in code a gradient.) Letters: BT = B T tokens, C = n_embd, A = dim_att, F = dim_ffn, H heads of N = 64,
-// V = vocab_size, R numbers cached a token, L layers of which G0 is the first of the last ones.
+// layer has what it keeps from forward to backward, and `tmp`, scratch that all layers share. In equations diff is
+// shift(x) - x, x of the token before less x.
+//
+// What changed from Finch (RWKV-6) to Finch-C2 and to GOLD, and where it stands:
+//
+//                     Finch, x060               Finch-C2, x060c2          GOLD
+//     mixed inputs    w, k, v, r, g             r, k, v, w, v2            q from x; k and v from K0 and xo
+//                     finch_plan                finch_c2_plan             gold_plan
+//     keys            key x_k                   times 1 - exp(-exp(w))    K0 and a low rank of it, normed
+//                     finch_forward             wkv_keys                  gold_keys_values
+//     values          value x_v                 value x_v                 xo and a low rank of it, normed
+//     the token       bonus u                   second value v2           is one of the keys
+//     itself          wkv_scores_bonus          finch_c2_forward          attention_forward
+//     y               group norm, times gate    one LayerNorm, no gate    one LayerNorm, no gate
+//                     gated_group_norm_forward  finch_c2_forward          gold_output
+//     carried on      a state and two shifts    a state and two shifts    two shifts; for all layers c per token
+//                     wkv_forward_kernel        wkv_forward_kernel        token_cat_forward
 //
 // Inference goes on from what came before. There, row 0 stands for the token before the first (lead = 1, otherwise 0):
 // its normed input is all that a shift needs of it, and what the row gives after the shift is not used. `first` is the
@@ -4166,14 +4209,14 @@ static void low_rank_backward(floatX *dx, floatX *dh, const floatX *dout, const 
     matmul(dx, I, rows(dh, R), columns(w1.w, R), M, I, R, beta);
 }
 
-// ---- positions: q and k (BT, A) of an attention turn in place, their gradients turn back ----
+// ---- positions: q and k (BT, A) of an attention are rotated in place, their gradients back ----
 
-static void rope_turn(const Model *m, floatX *x, float direction) {
+static void rope_layer(const Model *m, floatX *x, float direction) {
     const Dims &d = m->d;
     if (m->rope.used) rope_rotate<<<d.BT, row_threads(d.A), 0, stream>>>(x, m->rope, d.first, d.T, d.A, direction);
 }
-static void rope_forward(const Model *m, floatX *q_or_k) { rope_turn(m, q_or_k, 1); }
-static void rope_backward(const Model *m, floatX *gradient) { rope_turn(m, gradient, -1); }
+static void rope_forward(const Model *m, floatX *q_or_k) { rope_layer(m, q_or_k, 1); }
+static void rope_backward(const Model *m, floatX *gradient) { rope_layer(m, gradient, -1); }
 
 // ---- mixed inputs: what most mixers begin with ----
 //
@@ -5417,7 +5460,7 @@ static void model_init_weights(Model *m, uint64_t seed) {
 
 // ---- forward ----
 
-// Inference: what a shift sees of the token before comes from `last` into row 0, and the last row goes there in turn.
+// Inference: what a shift sees of the token before comes from `last` into row 0, and the last row goes there afterwards.
 static void carry_shift(const Model *m, floatX *x, floatX *last) {
     if (!last) return;
     const size_t row = m->d.C * sizeof(floatX);
@@ -8020,7 +8063,7 @@ double gf_update(Model *m, int step, double lr) {
     return model_result(m, step).norm;
 }
 
-// x (rows, A) turned in place as q and k of positions first, first + 1, ..
+// x (rows, A) rotated in place as q and k of positions first, first + 1, ..
 void gf_rope(int argc, const char **argv, int64_t first, int rows, int A, float *x) {
     Settings s;
     floatX *device, *host = (floatX *)malloc((size_t)rows * A * sizeof(floatX));

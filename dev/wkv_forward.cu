@@ -4,7 +4,8 @@
 //         S[i][j] <- d_t[i] S[i][j] + k_t[i] v_t[j],     d = exp(-exp(w))
 //
 // Floor: r, k, v, w in and y out, 5 floatX a number, and 4 N flop a number (a product with S, an update of S), on
-// tensor cores if they can be brought there: then bytes bind. Token by token they can't: a vector times a matrix, 4 N^2
+// tensor cores if they can be brought there: then memory bandwidth is the limit. Token by token they can't: a vector
+// times a matrix, 4 N^2
 // flop and two exponentials a channel, T times one after the other, and only B H blocks of 64 threads to fill the GPU
 // with.
 //
