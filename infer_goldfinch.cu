@@ -2,14 +2,25 @@
 //
 //     make infer && ./infer_goldfinch MODEL.safetensors -p "text"
 //
-// Kernels, layers, settings and files are the trainer's; here is only what inference adds, in the order of use:
+// Kernels, layers, settings and files are the trainer's, and its letters and words; here is only what inference adds:
 //
-//     0. Machine     kernels that start early, steps that are recorded
-//     1. Cache       what is carried from token to token, and nothing else
-//     2. Attention   of a GOLD layer over keys and values made on the fly from the cache
-//     3. One token   at a time: decode
-//     4. Engine      pre-fill, scoring, saved states
+//     0. Machine     launch_early, run_recorded: kernels that start early, steps that are recorded
+//     1. Cache       GoldSource, Infer: what is carried from token to token, and nothing else
+//     2. Attention   gold_attention: of a GOLD layer, over keys and values made on the fly from the cache
+//     3. One token   queue_step, matvec: decode
+//     4. Engine      infer_open, infer_feed: pre-fill, scoring, saved states
 //     5. Tokenizer   6. Sampler   7. Command line
+//
+// More words with a meaning of their own:
+//     window    the newest tokens, whose keys and values are ready, in a ring; past: all tokens before it, whose keys
+//               and values are made as they are needed, and never written
+//     side      keys, or values, of a GOLD layer: both come about in the same way
+//     split     a share of the context, which one block attends to; the splits' sums are combined in the end
+//     kept      here also: keys and values of layers that have their own, gptalpha's and llama's
+//     tail      the last 2 G + 1 tokens of a prompt (G GOLD layers), all that these layers are to see of it
+//     place     where a step stands in the context, in device memory
+//     early     before the kernel ahead is done: what that one does not write may be asked for
+//     job       what a matrix-vector product is for: how its vector is made and what becomes of its results
 //
 // How a prompt goes through (spec section 10): all tokens through the layers before the GOLD layers, in chunks of fixed
 // size, leaving states and, per token, its id and c = w_kv_cache_a x. The GOLD layers see only the last 2 G + 1 tokens
@@ -300,6 +311,11 @@ __global__ void sum_squares(float *to, const floatX *from, int columns) { // of 
 // newest `window` tokens are kept, in a ring: token t's in row t % window. It holds nothing that (id, c) do not give:
 // scratch of a fixed size. With KV_FULL it is as long as the context, and the rest of this section has nothing to do.
 
+// Sums of a softmax are kept as sums of exp2(score - top), top being the largest score so far. What is added later, or
+// was summed elsewhere with another top, is weighed by these two (where top can't be -infinity, by exp2f alone).
+__device__ inline float softmax_weight(float score, float top) { return top > -INFINITY ? exp2f(score - top) : 0; }
+__device__ inline float softmax_shrink(float top, float higher) { return top < higher ? exp2f(top - higher) : 1; }
+
 static const int WINDOW_THREADS = 256, WINDOW_SPLITS = 8, WINDOW_GROUPS = WINDOW_THREADS / 8,
                  WINDOW_WARPS = WINDOW_THREADS / 32;
 
@@ -382,7 +398,7 @@ __global__ void __launch_bounds__(WINDOW_THREADS, 2) window_attention_kernel(Win
     Pack out = zero_pack();
     float top = -INFINITY, sum = 0;
     auto shrink_to = [&](float high) {
-        const float shrink = top < high ? exp2f(top - high) : 1;
+        const float shrink = softmax_shrink(top, high);
         sum *= shrink;
         for (int j = 0; j < 8; j++) out.x[j] *= shrink;
         top = high;
@@ -400,7 +416,7 @@ __global__ void __launch_bounds__(WINDOW_THREADS, 2) window_attention_kernel(Win
         shrink_to(high);
         for (int i = 0; i < 4; i++) {
             const Pack value = unpack(v[i]);
-            const float weight = high > -INFINITY ? exp2f(score[i] - high) : 0;
+            const float weight = softmax_weight(score[i], high);
             sum += weight;
             for (int j = 0; j < 8; j++) out.x[j] += weight * value.x[j];
         }
@@ -519,16 +535,21 @@ struct PastSmem {    // where things lie in a block's shared memory
     floatX *patch;   // (warps, 16, 64), in the stages' place
     // (warps, 2, 16, 64): 64 channels of tables' rows, and the next ones on their way
     floatX *rows;
-    // (warps, 16, R), (warps, 16, 64), (warps, 16, rank), each row PAD longer; u may
-    floatX *c, *h, *u;
-    // take c's place: room for more queries
-    float *p;                         // (H M, tokens): scores, then p'
+    floatX *c, *h, *u; // (warps, 16, R), (warps, 16, 64), (warps, 16, rank), each row PAD longer; see u_replaces_c
+    float *p;          // (H M, tokens): scores, then p'
     float *top, *sum, *mean, *shrink; // (H M)
     float *v_mean, *v_rstd;           // (tokens)
     int *ids;                         // (tokens): -1 outside
     int ld;                           // of p
     size_t bytes;
 };
+
+// Whether u lies where c was: rows are as long, and the one sweep that reads c is over when the first u is written.
+// This holds for the paper's sizes (compression ratio 16, rank C / 16) without a rope. Elsewhere u takes room of its
+// own, and a block may have fewer warps or take fewer queries at a time (choose_attention_shape).
+__host__ __device__ inline bool u_replaces_c(const GoldSource &g) {
+    return g.rank_pad <= 128 && !g.rope.used && g.R32 == g.rank_pad;
+}
 
 __host__ __device__ inline int past_stage(const GoldSource &g) { return g.stage + 1; } // with the queries' tiles
 
@@ -546,9 +567,7 @@ __host__ __device__ inline PastSmem past_smem(char *base, const GoldSource &g, i
     s.rows = (floatX *)place(sizeof(floatX) * tokens * 2 * 64);
     s.c = (floatX *)place(sizeof(floatX) * tokens * (g.R32 + PAD));
     s.h = (floatX *)place(sizeof(floatX) * tokens * (64 + PAD));
-    // one sweep reads c, rows are as long
-    const bool c_has_gone = g.rank_pad <= 128 && !g.rope.used && g.R32 == g.rank_pad;
-    s.u = c_has_gone ? s.c : (floatX *)place(sizeof(floatX) * tokens * (g.rank_pad + PAD));
+    s.u = u_replaces_c(g) ? s.c : (floatX *)place(sizeof(floatX) * tokens * (g.rank_pad + PAD));
     s.ld = tokens + 4;
     s.p = (float *)place(4ul * s.ld * ((pairs + 23) / 16 * 16)); // tiles reach beyond the last pair
     s.top = (float *)place(4ul * pairs);
@@ -893,7 +912,7 @@ __device__ inline void past_softmax(const PastSmem &s, int pairs) {
         for (int t = lane; t < tokens; t += 32) top = fmaxf(top, p[t]);
         top = fmaxf(s.top[pair], warp_max(top));
         for (int t = lane; t < tokens; t += 32) {
-            const float weight = top > -INFINITY ? exp2f(p[t] - top) : 0;
+            const float weight = softmax_weight(p[t], top);
             sum += weight;
             p[t] = weight * s.v_rstd[t];
             mean += p[t] * s.v_mean[t];
@@ -902,7 +921,7 @@ __device__ inline void past_softmax(const PastSmem &s, int pairs) {
         mean = warp_sum(mean);
         __syncwarp(); // all have read s.top
         if (lane > 0) continue;
-        const float shrink = top > -INFINITY ? exp2f(s.top[pair] - top) : 1;
+        const float shrink = softmax_shrink(s.top[pair], top);
         s.top[pair] = top;
         s.sum[pair] = s.sum[pair] * shrink + sum;
         s.mean[pair] = s.mean[pair] * shrink + mean;
@@ -1130,7 +1149,7 @@ __global__ void __launch_bounds__(256)
     float sum = 0;
     float2 past_sum = make_float2(0, 0); // of p, of p' mean
     for (int i = t; i < splits; i += 256) {
-        weights[i] = exp2f(weights[i] - top); // 0 for a split that saw nothing
+        weights[i] = exp2f(weights[i] - top); // top is finite; 0 for a split that saw nothing
         const int at = (i - window_splits) * pairs + pair;
         if (i < window_splits) sum += weights[i] * window.sum[(i * M + m) * g.H + h];
         else past_sum = make_float2(past_sum.x + weights[i] * past.sum[at], past_sum.y + weights[i] * past.mean[at]);
@@ -1278,14 +1297,13 @@ __global__ void __launch_bounds__(32) kept_attention_kernel(KeptTask task) {
             float high = top[i];
             for (int n = 0; n < 8; n++) high = fmaxf(high, fmaxf(p[n].x[2 * i], p[n].x[2 * i + 1]));
             high = warp_max(high, 4);
-            const bool any = high > -INFINITY; // a query may see nothing of this tile
-            const float shrink = any ? exp2f(top[i] - high) : 1;
+            const float shrink = softmax_shrink(top[i], high); // a query may see nothing of this tile
             sum[i] *= shrink;
             top[i] = high;
             for (int n = 0; n < 8; n++)
                 for (int e = 2 * i; e < 2 * i + 2; e++) {
                     out[n].x[e] *= shrink;
-                    p[n].x[e] = any ? exp2f(p[n].x[e] - high) : 0;
+                    p[n].x[e] = softmax_weight(p[n].x[e], high);
                     sum[i] += p[n].x[e];
                 }
         }
@@ -1316,8 +1334,8 @@ __global__ void combine_kept(floatX *y, SplitSums sums, int splits, int M, int A
         float top = -INFINITY, sum = 0, out = 0;
         for (int i = 0; i < splits; i++) top = fmaxf(top, sums.top[i * pairs + pair]);
         for (int i = 0; i < splits; i++) {
-            const float weight = exp2f(sums.top[i * pairs + pair] - top);
-            if (weight == 0) continue; // a split that this query does not see
+            const float weight = exp2f(sums.top[i * pairs + pair] - top); // top is finite
+            if (weight == 0) continue;                                    // a split that this query does not see
             sum += sums.sum[i * pairs + pair] * weight;
             out += sums.out[((int64_t)i * M + m) * A + c] * weight;
         }
@@ -2192,9 +2210,15 @@ static void choose_attention_shape(Infer *f, int splits_wanted, int warps_wanted
     const int splits_of_window = WINDOW_SPLITS * g.H > splits_wanted ? WINDOW_SPLITS / 2 : WINDOW_SPLITS;
     f->window_splits =
         f->window < splits_of_window * WINDOW_GROUPS ? (int)ceil_div(f->window, WINDOW_GROUPS) : splits_of_window;
-    while (f->past_warps > 1 && (past_smem(nullptr, g, f->past_warps, 1).bytes > limit ||
-                                 f->past_warps / 2 * 15ll * f->past_splits >= f->capacity))
-        f->past_warps /= 2;
+    while (f->past_warps > 1 && past_smem(nullptr, g, f->past_warps, 1).bytes > limit) f->past_warps /= 2;
+    if (f->past_warps < warps_wanted && f->capacity > f->window)
+        fprintf(
+            stderr,
+            "%s: kv_cache_compression_ratio %g%s: attention to tokens before the newest %ld has %d of %d warps a block, "
+            "as shared memory holds no more; it is slower than with n_embd / 16 numbers cached a token\n",
+            program_name, f->m.s.kv_cache_compression_ratio, g.rope.used ? " and rope" : "", f->window, f->past_warps,
+            warps_wanted);
+    while (f->past_warps > 1 && f->past_warps / 2 * 15ll * f->past_splits >= f->capacity) f->past_warps /= 2;
     if (past_smem(nullptr, g, f->past_warps, 1).bytes > limit)
         die(2, "n_embd %d does not fit the %zu bytes of shared memory that a block has here", g.C, limit);
     f->queries = 1;

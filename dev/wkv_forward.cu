@@ -5,9 +5,8 @@
 //
 // Floor: r, k, v, w in and y out, 5 floatX a number, and 4 N flop a number (a product with S, an update of S), on
 // tensor cores if they can be brought there: then memory bandwidth is the limit. Token by token they can't: a vector
-// times a matrix, 4 N^2
-// flop and two exponentials a channel, T times one after the other, and only B H blocks of 64 threads to fill the GPU
-// with.
+// times a matrix, 4 N^2 flop and two exponentials a channel, T times one after the other, and only B H blocks of 64
+// threads to fill the GPU with.
 //
 //     1 a thread a value j: its column of S lives in 64 registers; each thread reads r, k, w of all 64 keys from memory
 //       and computes all 64 decays, as its 63 neighbours do
