@@ -171,10 +171,12 @@ struct Place {
     int64_t first, begin;
 };
 
+static const int MIXES_HIDDEN = 5 * MIX_RANK; // most numbers of a time mixer's mixes' hidden layer
+
 struct Row {                              // vectors of the token at hand
     float *x, *x_mid;                     // (C): the residual stream before a layer, and after its time mixer
     floatX *ln, *xs;                      // (C), (5, C): normed; mixed
-    float *hidden;                        // (288): hidden layers of the mixes; of Finch-C2's w and v2
+    float *hidden;                        // hidden layers: MIXES_HIDDEN; DECAY_RANK, VALUE2_RANK of Finch-C2's w, v2
     float *r, *k, *v, *v2, *y, *q, *gate; // (A) each; gate (C)
     floatX *ffn;                          // (F)
     // (R); (2, C): two tokens' K0 before its norm; (G, 2, C): keys, values likewise
@@ -1067,42 +1069,42 @@ __global__ void __launch_bounds__(WINDOW_THREADS) past_queries(PastQuery to, Que
     __shared__ float2 shared[32];
     __shared__ __align__(16) float qs[8][N];
     __shared__ float low_rank[8][32];
-    const int h = blockIdx.x, t = threadIdx.x, lane = t % 32, c = h * N + t % 8 * 8;
+    const int h = blockIdx.x, thread = threadIdx.x, lane = thread % 32, c = h * N + thread % 8 * 8;
     const Pack gain = q.q ? zero_pack() : load(q.gain + c), bias = q.q ? zero_pack() : load(q.bias + c);
     let_next_start();
     wait_for_previous();
-    for (int i = t; i < 8 * N; i += WINDOW_THREADS) qs[i / N][i % N] = 0;
+    for (int i = thread; i < 8 * N; i += WINDOW_THREADS) qs[i / N][i % N] = 0;
     __syncthreads();
     for (int m = 0; m < M; m++) {
         const Pack part = query_pack(q, m, c, g.C, gain, bias, shared);
-        if (t >= 8) continue;
-        store(&qs[m][8 * t], part);
+        if (thread >= 8) continue;
+        store(&qs[m][8 * thread], part);
     }
     __syncthreads();
     for (int m = 0; m < M; m++) {
         float2 sum = make_float2(0, 0); // of q~, of q . bias
-        if (t < N) {
-            const float scaled = qs[m][t] * SCALE_LOG2;
-            qs[m][t] = (float)(floatX)(scaled * (g.rope.used ? 1 : (float)g.k.gain[h * N + t]));
-            sum = make_float2(qs[m][t], scaled * (float)g.k.bias[h * N + t]);
+        if (thread < N) {
+            const float scaled = qs[m][thread] * SCALE_LOG2;
+            qs[m][thread] = (float)(floatX)(scaled * (g.rope.used ? 1 : (float)g.k.gain[h * N + thread]));
+            sum = make_float2(qs[m][thread], scaled * (float)g.k.bias[h * N + thread]);
         }
         sum = block_sum(sum, shared);
-        if (t == 0) to.sum[h * M + m] = sum.x;
-        if (t == 0) to.bias[h * M + m] = sum.y;
+        if (thread == 0) to.sum[h * M + m] = sum.x;
+        if (thread == 0) to.bias[h * M + m] = sum.y;
     }
     __syncthreads();
-    if (t < 64) { // k1's channels 32 (2 h + t / 32) ..
+    if (thread < 64) { // k1's channels 32 (2 h + thread / 32) ..
         TilePair pair;
         for (int half = 0; half < 2; half++) {
-            const int first = 32 * (t / 32) + 16 * half + lane % 4 * 2;
+            const int first = 32 * (thread / 32) + 16 * half + lane % 4 * 2;
             float x[4];
             for (int i = 0; i < 4; i++) x[i] = qs[lane / 4][tile_channel(first + i % 2 + i / 2 * 8)];
             pair.b[half] = make_b(x[0], x[1], x[2], x[3]);
         }
-        to.q[(2 * h + t / 32) * 32 + lane] = pair;
+        to.q[(2 * h + thread / 32) * 32 + lane] = pair;
     }
     for (int column = 0; column < g.rank_pad; column += 32) {
-        for (int m = t / 32; m < M; m += WINDOW_THREADS / 32) {
+        for (int m = thread / 32; m < M; m += WINDOW_THREADS / 32) {
             float sum = 0;
 #pragma unroll 16
             for (int i = 0; i < N; i++)
@@ -1111,7 +1113,7 @@ __global__ void __launch_bounds__(WINDOW_THREADS) past_queries(PastQuery to, Que
         }
         __syncthreads();
         // a query's column of a tile is in four lanes
-        for (int i = t; i < 4 * M; i += WINDOW_THREADS) {
+        for (int i = thread; i < 4 * M; i += WINDOW_THREADS) {
             const int m = i / 4, n = h * M + m, k = i % 4 * 2;
             const float *x = low_rank[m];
             TilePair pair;
@@ -1136,10 +1138,11 @@ __global__ void __launch_bounds__(256)
     __shared__ float parts[4][N];
     __shared__ float past_parts[4][N];
     const int h = blockIdx.x, m = blockIdx.y, M = gridDim.y, pair = h * M + m, pairs = g.H * M;
-    const int splits = window_splits + past_splits, t = threadIdx.x, channel = h * N + t % N, part = t / N;
+    const int splits = window_splits + past_splits, thread = threadIdx.x, channel = h * N + thread % N,
+              part = thread / N;
     let_next_start();
     wait_for_previous();
-    for (int i = t; i < splits; i += 256)
+    for (int i = thread; i < splits; i += 256)
         weights[i] =
             i < window_splits ? window.top[(i * M + m) * g.H + h] : past.top[(i - window_splits) * pairs + pair];
     __syncthreads();
@@ -1148,7 +1151,7 @@ __global__ void __launch_bounds__(256)
     __syncthreads();
     float sum = 0;
     float2 past_sum = make_float2(0, 0); // of p, of p' mean
-    for (int i = t; i < splits; i += 256) {
+    for (int i = thread; i < splits; i += 256) {
         weights[i] = exp2f(weights[i] - top); // top is finite; 0 for a split that saw nothing
         const int at = (i - window_splits) * pairs + pair;
         if (i < window_splits) sum += weights[i] * window.sum[(i * M + m) * g.H + h];
@@ -1163,7 +1166,7 @@ __global__ void __launch_bounds__(256)
         else past_out += weights[i] * past.out[((int64_t)(i - window_splits) * M + m) * g.C + channel];
     }
     if (past_splits > 0) {
-        for (int r = t; r < g.rank_pad; r += 256) {
+        for (int r = thread; r < g.rank_pad; r += 256) {
             float u = 0;
             for (int i = 0; i < past_splits; i++) {
                 const float weight = weights[window_splits + i];
@@ -1177,14 +1180,14 @@ __global__ void __launch_bounds__(256)
             for (int i = 0; i < 8; i++) past_out += w.x[i] * u.x[i];
         }
     }
-    parts[part][t % N] = out;
-    past_parts[part][t % N] = past_out;
+    parts[part][thread % N] = out;
+    past_parts[part][thread % N] = past_out;
     __syncthreads();
     if (part > 0) return;
     out = past_out = 0;
     for (int i = 0; i < 4; i++) {
-        out += parts[i][t];
-        past_out += past_parts[i][t];
+        out += parts[i][thread];
+        past_out += past_parts[i][thread];
     }
     out += (past_out - past_sum.y) * (float)g.v.gain[channel] + past_sum.x * (float)g.v.bias[channel];
     y[(int64_t)m * g.C + channel] = (T)(out / (sum + past_sum.x));
@@ -1610,10 +1613,11 @@ struct FinchProducts : OneVector {
         if (row < A) return value + (int64_t)row * K;
         if (row < 2 * A) return receptance + (int64_t)(row - A) * K;
         if (row < 3 * A) return key + (int64_t)(row - 2 * A) * K;
-        return row < 3 * A + 64 ? decay_w1 + (int64_t)(row - 3 * A) * K : value2_w1 + (int64_t)(row - 3 * A - 64) * K;
+        return row < 3 * A + DECAY_RANK ? decay_w1 + (int64_t)(row - 3 * A) * K
+                                        : value2_w1 + (int64_t)(row - 3 * A - DECAY_RANK) * K;
     }
     __device__ int first(int row) const {
-        return (row < A ? 2 : row < 2 * A ? 0 : row < 3 * A ? 1 : row < 3 * A + 64 ? 3 : 4) * K;
+        return (row < A ? 2 : row < 2 * A ? 0 : row < 3 * A ? 1 : row < 3 * A + DECAY_RANK ? 3 : 4) * K;
     }
     __device__ int second(int row) const { return row < A && use_v2 ? 4 * K : 0; }
     __device__ void before(floatX *x) const { copy_vector(x, xs, (use_v2 ? 5 : 4) * K); }
@@ -1806,24 +1810,24 @@ struct WkvStep {
 
 __global__ void __launch_bounds__(128) wkv_step(WkvStep p) {
     __shared__ __align__(16) float parts[16][N];
-    __shared__ __align__(16) float parts2[64][16];
+    __shared__ __align__(16) float parts2[VALUE2_RANK][16];
     __shared__ float r[N];
     __shared__ float k[N];
     __shared__ float d_minus_1[N];
     __shared__ float u[N];
     __shared__ float v2[16];
-    const int t = threadIdx.x, h = blockIdx.x, A = p.H * N, head = h * N, j0 = head + 16 * blockIdx.y, j = t / 8,
-              i0 = t % 8 * 8;
+    const int thread = threadIdx.x, h = blockIdx.x, A = p.H * N, head = h * N, j0 = head + 16 * blockIdx.y,
+              j = thread / 8, i0 = thread % 8 * 8;
     float *at = p.state + ((int64_t)j0 + j) * N + i0;
     RawPack<floatX> w[4], w2 = {};
     let_next_start();
     for (int i = 0; i < 4; i++) w[i] = load_raw(p.decay_w2 + (int64_t)(4 * j + i) * A + head + i0);
-    if (p.use_v2) w2 = load_raw(p.value2_w2 + (int64_t)(t / 2) * A + j0 + t % 2 * 8);
+    if (p.use_v2) w2 = load_raw(p.value2_w2 + (int64_t)(thread / 2) * A + j0 + thread % 2 * 8);
     Pack S = load(at);
-    const float decay_bias = (float)p.time_decay[head + t % N], bonus = p.u ? (float)p.u[head + t % N] : 0;
+    const float decay_bias = (float)p.time_decay[head + thread % N], bonus = p.u ? (float)p.u[head + thread % N] : 0;
     wait_for_previous(); // and all that the kernel before has made at once
-    const float own_r = p.r[head + t % N], own_k = p.k[head + t % N], v = p.v[j0 + j];
-    const float own_v2 = p.use_v2 ? p.v2[j0 + t % 16] : 0, h2 = p.use_v2 ? p.hidden[64 + t / 2] : 0;
+    const float own_r = p.r[head + thread % N], own_k = p.k[head + thread % N], v = p.v[j0 + j];
+    const float own_v2 = p.use_v2 ? p.v2[j0 + thread % 16] : 0, h2 = p.use_v2 ? p.hidden[DECAY_RANK + thread / 2] : 0;
     const float4 hidden = *(const float4 *)(p.hidden + 4 * j);
     Pack sum = zero_pack(), extra = unpack(w2);
     for (int i = 0; i < 4; i++) {
@@ -1832,19 +1836,19 @@ __global__ void __launch_bounds__(128) wkv_step(WkvStep p) {
     }
     for (int e = 0; e < 8; e++) extra.x[e] *= h2;
     store(&parts[j][i0], sum);
-    store(&parts2[t / 2][t % 2 * 8], extra);
+    store(&parts2[thread / 2][thread % 2 * 8], extra);
     __syncthreads();
-    if (t < N) {
+    if (thread < N) {
         float decay = decay_bias;
-        for (int i = 0; i < 16; i++) decay += parts[i][t];
-        d_minus_1[t] = expm1f(-fminf(expf(decay), 128.f));
-        r[t] = own_r;
-        k[t] = own_k * (p.one_minus_w ? -d_minus_1[t] : 1);
-        u[t] = bonus;
-    } else if (t < N + 16) {
+        for (int i = 0; i < 16; i++) decay += parts[i][thread];
+        d_minus_1[thread] = expm1f(-fminf(expf(decay), 128.f));
+        r[thread] = own_r;
+        k[thread] = own_k * (p.one_minus_w ? -d_minus_1[thread] : 1);
+        u[thread] = bonus;
+    } else if (thread < N + 16) {
         float value = own_v2;
-        for (int i = 0; i < 64; i++) value += parts2[i][t - N];
-        v2[t - N] = value;
+        for (int i = 0; i < VALUE2_RANK; i++) value += parts2[i][thread - N];
+        v2[thread - N] = value;
     }
     __syncthreads();
     float y = 0;
@@ -1855,7 +1859,7 @@ __global__ void __launch_bounds__(128) wkv_step(WkvStep p) {
     }
     store(at, S);
     y = warp_sum(y, 8);
-    if (t % 8 == 0) p.y[j0 + j] = y + v2[j];
+    if (thread % 8 == 0) p.y[j0 + j] = y + v2[j];
 }
 
 // ---- the new token's entry in the cache, and its keys and values for the window, all GOLD layers at once ----
@@ -2020,7 +2024,7 @@ static void mix_hidden_decode(Infer *f, Layer *layer, int mixes) {
     const Params &p = layer->p;
     MixHidden job = {};
     job.mix = {f->row.x, p.ln1.gain.w, p.ln1.bias.w, layer->tmix_shift, {p.time_maa_x.w}, f->row.ln};
-    job.w = f->packed[layer->index].mix_w1, job.hidden = f->row.hidden, job.rows = 32 * mixes, job.K = d.C;
+    job.w = f->packed[layer->index].mix_w1, job.hidden = f->row.hidden, job.rows = MIX_RANK * mixes, job.K = d.C;
     matvec(job, job.mix.vectors(d.C));
 }
 
@@ -2041,16 +2045,17 @@ static void finch_c2_decode(Infer *f, Layer *layer) {
     launch_early(decode_mixes, dim3((int)ceil_div(d.C, 256), mixes), 128, 0, mixed, d.C);
     FinchProducts products = {};
     products.xs = row.xs, products.value = p.value.w, products.receptance = p.receptance.w, products.key = p.key.w;
-    products.decay_w1 = packed.decay_w1, products.value2_w1 = packed.value2_w1, products.hidden = row.hidden + 160;
+    products.decay_w1 = packed.decay_w1, products.value2_w1 = packed.value2_w1,
+    products.hidden = row.hidden + MIXES_HIDDEN;
     products.v = row.v, products.v2 = row.v2, products.r = row.r, products.k = row.k, products.use_v2 = v2,
     products.A = d.A;
-    products.rows = 3 * d.A + (v2 ? 128 : 64), products.K = d.C;
+    products.rows = 3 * d.A + DECAY_RANK + (v2 ? VALUE2_RANK : 0), products.K = d.C;
     matvec(products, mixes * d.C);
     const WkvStep step = {row.r,
                           row.k,
                           row.v,
                           row.v2,
-                          row.hidden + 160,
+                          row.hidden + MIXES_HIDDEN,
                           p.time_decay_w2.w,
                           p.time_value2_w2.w,
                           p.time_decay.w,
@@ -2258,7 +2263,7 @@ static void prepare_decode(Infer *f) {
     alloc_floats(&row.ffn, d.F);
     for (float **p : {&row.r, &row.k, &row.v, &row.v2, &row.y, &row.q}) device_alloc((void **)p, d.A * sizeof(float));
     for (float **p : {&row.x, &row.x_mid, &row.gate}) device_alloc((void **)p, d.C * sizeof(float));
-    device_alloc((void **)&row.hidden, 288 * sizeof(float));
+    device_alloc((void **)&row.hidden, (MIXES_HIDDEN + DECAY_RANK + VALUE2_RANK) * sizeof(float));
     if (!f->G) return;
     alloc_floats(&row.kv1, kv * d.C);
     alloc_floats(&row.u, kv * rank);
