@@ -110,7 +110,7 @@ static void expect(const char *file, const char *field, int64_t index, int64_t l
     X(optimizer, REAL, lr_final, "2e-4", 0, 1e38, 0, "learning rate at my_exit_tokens") \
     X(optimizer, WORD, lr_decay_type, "cos", 0, 0, 0, "cos, linear, exp or oneminussqrt") \
     X(optimizer, REAL, lr_wait, "0", 0, 0.999, 0, "fraction of my_exit_tokens before the decay begins") \
-    X(optimizer, INT,  warmup_steps, "10", -1, 1e9, 1, "steps from a fifth of the learning rate to all of it (-1: 10)") \
+    X(optimizer, INT,  warmup_steps, "10", -1, 1e9, 1, "steps from a fifth of the learning rate to all (-1: 10)") \
     X(optimizer, INT,  my_exit_tokens, "0", 0, 1e15, 1, "tokens of the run and its schedule (0: data_file's size)") \
     X(optimizer, REAL, beta1, "0.9", 0, 0.999999, 0, "decay of AdamW's first moment") \
     X(optimizer, REAL, beta2, "0.99", 0, 0.999999, 0, "decay of AdamW's second moment") \
@@ -5209,10 +5209,25 @@ static void model_bytes(const Model *m, int64_t bytes[4]) {
     bytes[3] = m->activation_bytes;
 }
 
+static const int PANEL = 16; // rows of a matrix that become orthonormal at a time
+
+// Floats that orthonormal_rows needs for the largest of the tensors.
+static int64_t init_scratch_floats(const Model *m) {
+    int64_t most = 0;
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor *t = &m->tensors[i];
+        if (t->init.kind != ORTHOGONAL && t->init.kind != HEAD_ORTHO) continue;
+        const int64_t count = t->shape[0] < t->shape[1] ? t->shape[0] : t->shape[1];
+        if (most < t->size + PANEL * count) most = t->size + PANEL * count;
+    }
+    return most;
+}
+
 static int64_t model_total_bytes(const Model *m) {
     int64_t bytes[4];
     model_bytes(m, bytes);
-    return bytes[0] + bytes[1] + bytes[2] + bytes[3] + (int64_t)CUBLAS_WORKSPACE + (64 << 20); // and what is small
+    const int64_t scratch = init_scratch_floats(m) * (int64_t)sizeof(float) + (int64_t)CUBLAS_WORKSPACE;
+    return bytes[0] + bytes[1] + bytes[2] + bytes[3] + scratch + (64 << 20); // and what is small
 }
 
 static void model_print_memory(const Model *m) {
@@ -5328,8 +5343,6 @@ __global__ void fill_normal(float *x, int64_t n, uint64_t key) { // Box-Muller
     x[i] = radius * cosf(6.2831853071795865f * (float)hash_uniform(key, 2 * i + 1));
 }
 
-static const int PANEL = 16;
-
 // Makes the `count` <= 16 rows of a panel (length n) orthonormal by Gram-Schmidt. One block.
 __global__ void __launch_bounds__(1024) orthonormalize_panel(float *panel, int count, int64_t n) {
     __shared__ float2 shared[32];
@@ -5375,18 +5388,6 @@ static uint64_t tensor_key(const char *name, uint64_t seed) {
     uint64_t hash = hash_start;
     for (; *name; name++) hash = hash_step(hash, (unsigned char)*name);
     return hash ^ (seed * 0xD6E8FEB86659FD93ull);
-}
-
-// Floats that orthonormal_rows needs for the largest of the tensors.
-static int64_t init_scratch_floats(const Model *m) {
-    int64_t most = 0;
-    for (int i = 0; i < m->n_tensors; i++) {
-        const Tensor *t = &m->tensors[i];
-        if (t->init.kind != ORTHOGONAL && t->init.kind != HEAD_ORTHO) continue;
-        const int64_t count = t->shape[0] < t->shape[1] ? t->shape[0] : t->shape[1];
-        if (most < t->size + PANEL * count) most = t->size + PANEL * count;
-    }
-    return most;
 }
 
 // x: host, t->size; scratch: on the device
@@ -5877,11 +5878,16 @@ static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n) {
 }
 
 // PREFIX.idx: "MMIDIDX\0\0", u64 version, u8 data type, u64 n sequences, u64 m marks, i32 sizes[n] in tokens, i64
-// offsets[n] in bytes, i64 marks[m]: a document is the sequences from one mark to the next, often one, or none. All of it
-// is checked against itself and against the size of PREFIX.bin.
+// offsets[n] in bytes, i64 marks[m]: a document is the sequences from one mark to the next, often one, or none. All of
+// it is checked against itself and against the size of PREFIX.bin.
 static void dataset_open_binidx(Dataset *d, const char *prefix) {
     LONG_PATH path;
+    PATH bare; // of PREFIX.bin, too
     int64_t size, bin_size;
+    snprintf(bare, sizeof(bare), "%s", prefix);
+    char *dot = strrchr(bare, '.');
+    if (dot && (strcmp(dot, ".bin") == 0 || strcmp(dot, ".idx") == 0)) *dot = '\0';
+    prefix = bare;
     snprintf(path, sizeof(path), "%s.idx", prefix);
     const uint8_t *idx = map_file(path, &size);
     expect(path, "size", -1, 34, INT64_MAX, size);
@@ -6263,8 +6269,8 @@ static void file_write(FileOut *f, const void *bytes, size_t n) {
 // The first half of file_end: all bytes are on the disk, under the temporary name.
 static void file_sync(FileOut *f) {
     const bool written = fflush(f->stream) == 0 && !ferror(f->stream);
-    if (!written || (f->temporary && fsync(fileno(f->stream)) != 0) || fclose(f->stream) != 0)
-        die(1, "%s: could not be written: %s", f->path, strerror(errno));
+    const bool synced = !f->temporary || fsync(fileno(f->stream)) == 0 || errno == EINVAL; // not all file systems can
+    if (!written || !synced || fclose(f->stream) != 0) die(1, "%s: could not be written: %s", f->path, strerror(errno));
 }
 
 // The second half: the file has its name, and the folder with it is on the disk.
@@ -6593,7 +6599,7 @@ static int64_t checkpoint_step(const char *name, const char *kind) {
     return strcmp(name, expected) == 0 ? step : -1;
 }
 
-static const char *best_name = "model_best.safetensors";
+static const char *const best_name = "model_best.safetensors";
 
 // Filters for scandir, which sorts the names: models; both halves of checkpoints; these and the best model; all of a
 // run's files; its *.old ones; those that a killed program left half written.
@@ -6603,18 +6609,21 @@ static int is_weights(const struct dirent *e) { return is_checkpoint(e) || strcm
 static int is_run_file(const struct dirent *e) {
     return is_weights(e) || strcmp(e->d_name, "log.csv") == 0 || strcmp(e->d_name, "val.txt") == 0;
 }
-static int is_run_file_with(const struct dirent *e, const char *suffix, const char *number) {
+static int is_run_file_before(const struct dirent *e, size_t n) { // whether the name's first n letters are a run file's
     struct dirent without = {};
-    size_t n = strlen(e->d_name), k = strlen(suffix);
-    if (n <= k || strcmp(e->d_name + n - k, suffix) != 0) return 0;
-    n -= k;
-    while (*number && n > 1 && isdigit((unsigned char)e->d_name[n - 1])) n--;
-    if (*number && e->d_name[n - 1] == '.') n--;
     memcpy(without.d_name, e->d_name, n);
     return is_run_file(&without);
 }
-static int is_old_file(const struct dirent *e) { return is_run_file_with(e, ".old", ""); }
-static int is_temporary(const struct dirent *e) { return is_run_file_with(e, ".tmp", ".PID"); }
+static int is_old_file(const struct dirent *e) {
+    const size_t n = strlen(e->d_name);
+    return n > 4 && strcmp(e->d_name + n - 4, ".old") == 0 && is_run_file_before(e, n - 4);
+}
+static int is_temporary(const struct dirent *e) { // as NAME.123.tmp
+    size_t n = strlen(e->d_name);
+    if (n <= 4 || strcmp(e->d_name + n - 4, ".tmp") != 0) return 0;
+    for (n -= 4; n > 1 && isdigit((unsigned char)e->d_name[n - 1]);) n--;
+    return e->d_name[n - 1] == '.' && is_run_file_before(e, n - 1);
+}
 
 static void names_free(struct dirent **names, int n) {
     for (int i = 0; i < n; i++) free(names[i]);
@@ -6665,7 +6674,22 @@ static void folder_lock(const char *folder) {
     }
     gethostname(host, sizeof(host) - 1);
     if (ftruncate(fd, 0) == 0) dprintf(fd, "process %d on %s", (int)getpid(), host);
-    folder_remove(folder, is_temporary);
+}
+
+// Where a run was killed between the two renames of its first checkpoint: makes up for the second.
+static void folder_complete(const char *folder) {
+    struct dirent **names;
+    const int n = scandir(folder, &names, is_temporary, alphasort);
+    for (int i = 0; i < n; i++) {
+        LONG_PATH from, model, state;
+        long step;
+        if (sscanf(names[i]->d_name, "model_%ld.safetensors", &step) != 1) continue;
+        snprintf(from, sizeof(from), "%s/%s", folder, names[i]->d_name);
+        checkpoint_path(model, folder, "model", step, "");
+        checkpoint_path(state, folder, "state", step, "");
+        if (access(state, F_OK) == 0) rename(from, model);
+    }
+    names_free(names, n);
 }
 
 // A new run keeps the files of the one before as *.old, for one generation.
@@ -6886,14 +6910,14 @@ static void checkpoint_open_half(SafeTensors *f, const char *folder, const char 
     checkpoint_path(path, folder, kind, step, "");
     if (access(path, F_OK) != 0)
         die(2,
-            "%s: %s, so this checkpoint can't be gone on with: put the file back, or --train.load_model %s/model_%06ld.safetensors "
-            "begins a new run with its weights",
+            "%s: %s, so no run can go on from here: put the file back, or begin a new one with the weights, "
+            "--train.load_model %s/model_%06ld.safetensors",
             path, strerror(errno), folder, step);
     safetensors_open(f, path);
     if (safetensors_intact(f, found)) return;
     die(2,
-        "%s: hash of the data: expected %s, found %s: damaged, or saved again by another program; as weights of a new run: "
-        "--train.load_model",
+        "%s: hash of the data: expected %s, found %s: the file is damaged, or was saved again by another program (then "
+        "begin a new run with it: --train.load_model)",
         path, safetensors_metadata(f, "hash"), found);
 }
 
@@ -6905,8 +6929,8 @@ static void checkpoint_open(SafeTensors *state, const char *folder, int64_t step
     const char *hash = safetensors_metadata(&model, "hash"), *bound_to = safetensors_metadata(state, "model_hash");
     if (!hash || !bound_to || strcmp(hash, bound_to) != 0) {
         die(2,
-            "%s: metadata, field model_hash: expected %s as in %s, found %s: they are of two runs, or the model was "
-            "saved again by another program; as weights of a new run: --train.load_model %s",
+            "%s: metadata, field model_hash: expected %s as in %s, found %s: the two are of different runs, or the "
+            "model was saved again by another program (then begin a new run with it: --train.load_model %s)",
             state->path, hash ? hash : "a hash", model.path, bound_to ? bound_to : "none", model.path);
     }
     safetensors_close(&model);
@@ -7033,7 +7057,8 @@ static void catch_signals(void) {
         sigaction(SIGHUP, &action, nullptr);
 }
 
-// Mean loss and accuracy over the validation set, or the first val_batches of it; false if a signal came before the end.
+// Mean loss and accuracy over the validation set, or the first val_batches of it. False if a signal came before the
+// end.
 static bool validate(Run *r) {
     const double begin = seconds_now();
     const int64_t all = data_validation_samples(&r->data), some = r->s.val_batches * r->s.micro_bsz;
@@ -7241,12 +7266,14 @@ static void train(Run *r) {
 
 #if !defined(GOLDFINCH_TEST) && !defined(GOLDFINCH_NO_MAIN)
 
-// The step to go on from. Where there is none, -1: the run is to begin, which needs to be told what it trains on, lest a
-// folder's misspelt name starts a demo. Files that are of no use without others are left alone.
+// The step to go on from. Where there is none, -1: the run is to begin, which needs to be told what it trains on, lest
+// a folder's misspelt name starts a demo. Files that are of no use without others are left alone.
 static int64_t find_resumed(const Settings *s, bool says_what) {
     struct dirent **names;
     struct stat status;
-    const int64_t newest = checkpoint_newest(s->out);
+    int64_t newest = checkpoint_newest(s->out);
+    if (newest < 0 && !print_config) folder_complete(s->out);
+    newest = checkpoint_newest(s->out);
     if (newest >= 0) return newest;
     const int n = scandir(s->out, &names, is_weights, alphasort);
     if (n > 0)
@@ -7318,8 +7345,8 @@ static void run_data(Run *r) {
     if (p->data_tokens) expect(name, "tokens, as before in this run", -1, p->data_tokens, p->data_tokens, n);
     if (p->data_hash && p->data_hash != r->data.hash)
         die(2,
-            "%s: expected the data of this run's beginning, found as many tokens, but other ones; a new run on them may "
-            "begin with --train.load_model",
+            "%s: expected the data that this run began with, found as many tokens, but other ones; a new run on them "
+            "can take over the weights: --train.load_model",
             name);
     p->data_tokens = n;
     p->data_hash = r->data.hash;
@@ -7351,7 +7378,7 @@ static void run_resume(Run *r) {
     printf("goes on after step %ld of %s/, %ld of %ld tokens\n", r->resumed, r->s.out, r->p.tokens,
            r->s.my_exit_tokens);
     if (!counts_on)
-        printf("ctx_len was another one: the order of the samples is another one from here on, and parts come twice\n");
+        printf("ctx_len is not what it was: from here on samples come in another order, and some text comes again\n");
 }
 
 static void run_begin(Run *r) {
@@ -7362,8 +7389,6 @@ static void run_begin(Run *r) {
         const int taken = load_weights(&r->m, s->load_model, s->load_partial);
         printf("%s: %d of the model's %d tensors loaded\n", s->load_model, taken, r->m.n_tensors);
     }
-    catch_signals(); // from here on there is something to lose
-    folder_begin(s->out);
 }
 
 static void run_train(Run *r) {
@@ -7420,7 +7445,9 @@ int main(int argc, char **argv) {
         printf("nothing to do: the run ends at step %ld\n", r->n_steps);
         return 0;
     }
-    catch_signals();
+    catch_signals(); // from here on there is something to lose
+    folder_remove(s->out, is_temporary);
+    if (r->resumed < 0) folder_begin(s->out);
     if (trains) run_train(r);
     else run_save(r);
     run_close(r);

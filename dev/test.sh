@@ -200,7 +200,7 @@ good "a finished run has nothing to do" $run --train.out b --train.resume 1
 check "resume takes its settings from the checkpoint" $?
 cp "$text" other.txt; echo "more" >>other.txt
 tr e f <"$text" >same.txt
-refused 2 'same.txt: expected the data of this run.s beginning, found as many tokens, but other ones' \
+refused 2 'same.txt: expected the data that this run began with, found as many tokens, but other ones' \
     --train.out b --train.resume 1 --train.data_file same.txt --train.max_steps 30
 sed 's/"data_hash":/"data_hush":/; s/"step_tokens":/"step_tokins":/; s/"best_loss":/"best_lost":/' b/state_000022.safetensors >older
 cp older b/state_000022.safetensors
@@ -225,7 +225,7 @@ resized 75 --train.micro_bsz 4
 resized 150 --train.micro_bsz 1
 resized 75 --train.accumulate_grad_batches 2
 resized 75 --model.ctx_len 64
-grep -q 'ctx_len was another one' out.txt && grep -qa '"samples":"100"' rest/state_000075.safetensors; check "samples as well" $?
+grep -q 'ctx_len is not what it was' out.txt && grep -qa '"samples":"100"' rest/state_000075.safetensors; check "samples as well" $?
 resized 100 --train.micro_bsz 1 --train.accumulate_grad_batches 2
 cp rest/log.csv split.csv; resized 100
 cmp -s <(cut -d, -f1,2,6 split.csv) <(cut -d, -f1,2,6 rest/log.csv); check "and with another split of the step as before" $?
@@ -252,8 +252,11 @@ refused 1 "busy/ is in use by another run, process $pid on .*; choose another fo
 refused 1 "busy/ is in use by another run, process $pid" $utf8 --train.out busy --train.resume 1
 ls busy | cmp -s - before.txt; check "and nothing was changed" $?
 kill -INT $pid; wait $pid; check "the first one goes on to its end" $?
+newest=$(newest busy); mv busy/model_$newest.safetensors busy/model_$newest.safetensors.77.tmp
+"$program" --train.out busy --train.resume 1 --train.max_steps 1 >out.txt 2>err.txt && [ "$(newest busy)" = "$newest" ]
+check "killed between the two files of its first checkpoint, it still has both" $?
 touch busy/model_000099.safetensors.1234.tmp
-good "and the next" --train.out busy --train.resume 1 --train.max_steps 100000 --train.my_exit_tokens 1
+good "the next one" --train.out busy --train.resume 1 --train.max_steps $((10#$newest + 1))
 [ ! -e busy/model_000099.safetensors.1234.tmp ]; check "removes what a killed one left half written" $?
 
 echo "-- kill -9 at random moments, a save after every step"
@@ -434,7 +437,7 @@ binidx() {                                              # binidx PREFIX: 300 u16
       little_endian 8 0 300 0 1 2; } >"$1.idx"
 }
 binidx pair
-train --train.data_file pair --train.validation_data_file pair --train.max_steps 2 --train.out x; check "a pair trains" $?
+train --train.data_file pair.bin --train.validation_data_file pair --train.max_steps 2 --train.out x; check "a pair trains" $?
 grep -q 'pair.bin: 300 tokens in 2 documents, magic prime 5; validation: pair.bin, 300 tokens' out.txt; check "as counted" $?
 broken() {                                              # broken PATTERN idx|bin OFFSET BYTES: one change of the pair, refused
     binidx bad; patch "bad.$2" "$3" "$4"; refused 2 "$1" --train.data_file bad --train.out y --model.ctx_len 27
