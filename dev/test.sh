@@ -518,7 +518,7 @@ printf 'one\ntwo\n' | infer -i -n 5; check "lines, one after the other" $?
 for mixers in "x052" "gptalpha --model.rope.base 10000" "llama --model.tmix2 gold --model.cmix llama --model.rope.base 100"; do
     train $utf8 --model.tmix2 "" --model.tmix $mixers --train.max_steps 2 --train.out mixed
     mixed=mixed/model_000002.safetensors
-    infer $mixed -p "$(head -c 1000 "$text")" -n 24 --save-state mixed.st && tail -n 1 err.txt >closing.txt
+    infer $mixed -p "$(head -c 1000 "$text")" -n 24 --ignore-eos --save-state mixed.st && tail -n 1 err.txt >closing.txt
     cached=$(sed -E 's/.*\| cache ([^,]*), ([0-9]+) bytes.*/\2 \1/' closing.txt)
     infer $mixed --cache-table
     [ "$(awk 'NR == 2 {print $5, $6, $7}' out.txt)" = "$cached" ]
