@@ -4,7 +4,7 @@
 //   ds_ts = p_ts (dp_ts - delta_t), dq_t = sum_{s<=t} ds_ts k_s / 8, dk_s = sum_{t>=s} ds_ts q_t / 8, dv_s = sum_{t>=s}
 //   p_ts dy_t
 //
-// q, k, v, y and their gradients (B, T, H, 64); l, delta (B, H, T), l in units of log 2 from the forward pass.
+// q, k, v, y and their gradients (B, T, H, 64); log_sum, delta (B, H, T), log_sum in units of log 2 from the forward pass.
 //
 // Floor: flops. T^2 / 2 pairs a head, and for each five products of 64 multiplications: scores, dp, dq, dk, dv. dq sums
 // over keys, dk and dv over queries: one walk over all pairs makes five products, but then either dq or dk and dv must
@@ -27,7 +27,7 @@
 
 static int B, H, T;
 static Array<floatX> q, k, v, y, dy, dq, dk, dv;
-static Array<float> l, delta;
+static Array<float> log_sum, delta;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 1: a thread a row
@@ -56,9 +56,9 @@ __device__ inline void write(floatX *to, const float (&x)[N], float scale) {
 struct Weights {
     float p, ds;
 };
-__device__ inline Weights weights(const floatX *q, const floatX *k, const floatX *v, const floatX *dy, float l,
+__device__ inline Weights weights(const floatX *q, const floatX *k, const floatX *v, const floatX *dy, float log_sum,
                                   float delta) {
-    const float p = exp2_fast(dot(q, k) * SCALE_LOG2 - l);
+    const float p = exp2_fast(dot(q, k) * SCALE_LOG2 - log_sum);
     return {p, p * (dot(dy, v) - delta)};
 }
 
@@ -70,7 +70,7 @@ __global__ void attention_backward_q_1(AttentionGradients g, const floatX *q, co
     float dq[N] = {};
     for (int s = 0; s <= t; s++) {
         const int64_t key = head + (int64_t)s * A;
-        add(dq, weights(q + at, k + key, v + key, g.dy + at, g.l[row + t], g.delta[row + t]).ds, k + key);
+        add(dq, weights(q + at, k + key, v + key, g.dy + at, g.log_sum[row + t], g.delta[row + t]).ds, k + key);
     }
     write(g.dq + at, dq, 0.125f);
 }
@@ -83,7 +83,7 @@ __global__ void attention_backward_kv_1(AttentionGradients g, const floatX *q, c
     float dk[N] = {}, dv[N] = {};
     for (int t = s; t < T; t++) {
         const int64_t query = head + (int64_t)t * A;
-        const Weights w = weights(q + query, k + at, v + at, g.dy + query, g.l[row + t], g.delta[row + t]);
+        const Weights w = weights(q + query, k + at, v + at, g.dy + query, g.log_sum[row + t], g.delta[row + t]);
         add(dv, w.p, g.dy + query);
         add(dk, w.ds, q + query);
     }
@@ -109,13 +109,13 @@ __global__ void attention_backward_q_2(AttentionGradients g, const floatX *q, co
     __shared__ __align__(16) floatX values[64][N];
     const int t = min((int)(blockIdx.x * 64 + threadIdx.x), T - 1), h = blockIdx.y, b = blockIdx.z, A = H * N;
     const int64_t head = (int64_t)b * T * A + h * N, row = ((int64_t)b * H + h) * T, at = head + (int64_t)t * A;
-    const float l = g.l[row + t], delta = g.delta[row + t];
+    const float log_sum = g.log_sum[row + t], delta = g.delta[row + t];
     float dq[N] = {};
     for (int tile = 0; tile <= (int)blockIdx.x; tile++) {
         copy_tiles(keys, values, k + head, v + head, tile * 64, T, A);
         __syncthreads();
         for (int s = 0; s < 64 && tile * 64 + s <= t; s++)
-            add(dq, weights(q + at, keys[s], values[s], g.dy + at, l, delta).ds, keys[s]);
+            add(dq, weights(q + at, keys[s], values[s], g.dy + at, log_sum, delta).ds, keys[s]);
         __syncthreads();
     }
     write(g.dq + at, dq, 0.125f); // threads past the end have made the last row again
@@ -133,7 +133,7 @@ __global__ void attention_backward_kv_2(AttentionGradients g, const floatX *q, c
         __syncthreads();
         for (int t = max(s, tile * 64); t < min(T, tile * 64 + 64); t++) {
             const floatX *query = queries[t % 64], *gradient = dy[t % 64];
-            const Weights w = weights(query, k + at, v + at, gradient, g.l[row + t], g.delta[row + t]);
+            const Weights w = weights(query, k + at, v + at, gradient, g.log_sum[row + t], g.delta[row + t]);
             add(dv, w.p, gradient);
             add(dk, w.ds, query);
         }
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(128)
             for (int n = 0; n < 4; n++)
                 for (int i = 0; i < 4; i++) {
                     const int t = t0 + tile_row(i), s = tile * 64 + part + 8 * n + tile_col(i);
-                    const float weight = s <= t && t < T ? exp2_fast(p[n].x[i] * SCALE_LOG2 - g.l[row + t]) : 0;
+                    const float weight = s <= t && t < T ? exp2_fast(p[n].x[i] * SCALE_LOG2 - g.log_sum[row + t]) : 0;
                     ds[n].x[i] = t < T ? weight * (ds[n].x[i] - g.delta[row + t]) : 0;
                 }
             add_product(dq, ds, keys + part);
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(128)
             for (int n = 0; n < 4; n++)
                 for (int i = 0; i < 4; i++) {
                     const int s = s0 + tile_row(i), t = tile * 64 + part + 8 * n + tile_col(i);
-                    p[n].x[i] = s <= t && t < T ? exp2_fast(p[n].x[i] * SCALE_LOG2 - g.l[row + t]) : 0;
+                    p[n].x[i] = s <= t && t < T ? exp2_fast(p[n].x[i] * SCALE_LOG2 - g.log_sum[row + t]) : 0;
                     ds[n].x[i] = t < T ? p[n].x[i] * (ds[n].x[i] - g.delta[row + t]) : 0;
                 }
             add_product(dv, p, dy + part);
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(128)
 static void run(int version) {
     const dim3 grid((int)ceil_div(T, 64), H, B);
     const size_t smem = 256 * sizeof(HeadRow);
-    const AttentionGradients g = {dq.p, dk.p, dv.p, dy.p, l.p, delta.p};
+    const AttentionGradients g = {dq.p, dk.p, dv.p, dy.p, log_sum.p, delta.p};
     attention_delta<<<B * T, row_threads(H * N), 0, stream>>>(delta.p, dy.p, y.p, T, H);
     if (version == 4) attention_backward_by_warps(g, q.p, k.p, v.p, B, T, H);
 #if WARPGROUP_KERNELS
@@ -306,9 +306,9 @@ static void setup(const int *shape) {
     q.random(n, 2);
     for (Array<floatX> *x : {&k, &v, &dy}) x->random(n);
     y.allocate(n);
-    l.allocate((int64_t)B * H * T);
+    log_sum.allocate((int64_t)B * H * T);
     delta.allocate((int64_t)B * H * T);
-    attention_forward(y.p, l.p, q.p, k.p, v.p, B, T, H);
+    attention_forward(y.p, log_sum.p, q.p, k.p, v.p, B, T, H);
     y.host.resize(n);
     CUDA_CHECK(cudaMemcpy(y.host.data(), y.p, n * sizeof(floatX), cudaMemcpyDeviceToHost));
     // six times what rounding to bf16 is, as a root mean square: 0.166 %
