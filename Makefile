@@ -180,6 +180,7 @@ train_goldfinch infer_goldfinch test_goldfinch fuzz_config: %: $(DIR)/%
 test: train_goldfinch infer_goldfinch test_goldfinch
 	./test_goldfinch
 	dev/test.sh
+	dev/test_infer.sh
 	dev/test_make.sh
 
 cache-table: $(DIR)/infer_goldfinch

@@ -112,7 +112,8 @@ template <typename F> static void run_recorded(Recording *r, const F &queue) {
 // ---------------------------------------------------------------------------------------------------------------------
 // 1. Cache
 
-enum KvKind { KV_COMPRESSED, KV_INT8, KV_FULL }; // c in floatX; c in 8 bits; the keys and values themselves
+// c in floatX; c in 8 bits; the keys and values themselves; these if there is room for the whole context's, else c
+enum KvKind { KV_COMPRESSED, KV_INT8, KV_FULL, KV_IF_IT_FITS };
 
 // What a GOLD layer needs of tokens to make its keys and values, or has of them already. A token's key and value depend
 // on its id, its c, and those of the token before. Whatever depends on an id alone stands in tables over the
@@ -1222,28 +1223,6 @@ template <typename T> static void gold_attention(Infer *f, const GoldSource &g, 
     }
 }
 
-// The time mixer of GOLD layers during inference: the trainer's queries and output, attention over the cache. Where
-// only the last token's logits count, a layer's last tokens are enough: two more with every layer that follows.
-static void gold_cached_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
-    Infer *f = (Infer *)m;
-    const Dims &d = m->d;
-    const int64_t lead = d.lead * (int64_t)d.C;
-    gold_queries(m, layer, x);
-    const int M = d.BT - d.lead, needed = 2 * (d.L - layer->index), skip = f->last_only && M > needed ? M - needed : 0;
-    WindowTask task = {};
-    task.query.q = layer->gold.q + lead;
-    CUDA_CHECK(cudaMemsetAsync(layer->gold.y, 0, (d.lead + skip) * (int64_t)d.C * sizeof(floatX), stream));
-    gold_attention(f, f->sources[layer->index - d.G0], layer->gold.y + lead, task, skip, M);
-    gold_output(m, layer, out);
-}
-
-static Mixer gold_from_cache(void) { // the trainer's row, but for the forward pass
-    Mixer row = *find_mixer(TIME_MIXERS, "gold");
-    row.forward = gold_cached_forward, row.backward = nullptr, row.remake = nullptr;
-    return row;
-}
-static const Mixer GOLD_FROM_CACHE = gold_from_cache();
-
 // ---- attention of layers that keep their own keys and values (gptalpha, llama) ----
 //
 // A warp takes 16 queries of a head and a share of the context, in tiles of 64 tokens: attention_forward_kernel, but
@@ -1346,41 +1325,79 @@ __global__ void combine_kept(floatX *y, SplitSums sums, int splits, int M, int A
     }
 }
 
+// M queries, the context's last tokens, the first of them at position `first`, over keys and values (.., A) of all.
+static void attend_in_tiles(Infer *f, floatX *y, const floatX *q, const floatX *keys, const floatX *values,
+                            int64_t first, int M) {
+    const Dims &d = f->m.d;
+    const int groups = (int)ceil_div(M, KEPT_QUERIES);
+    const int64_t tiles = ceil_div(first + M, KEPT_TILE);
+    const int64_t wanted = KEPT_WARPS / (d.H * groups), per = ceil_div(tiles, wanted > 1 ? wanted : 1);
+    const int splits = (int)ceil_div(tiles, per);
+    const KeptTask task = {q, keys, values, first, f->kept_sums, M, (int)per, d.A};
+    kept_attention_kernel<<<dim3(splits, d.H, groups), 32, 0, stream>>>(task);
+    combine_kept<<<M, 256, 0, stream>>>(y, task.to, splits, M, d.A);
+}
+
 // A layer's `attend`: keeps the rows' keys and values, then attends over all that is kept.
 static void attend_kept(Model *m, Layer *layer) {
     Infer *f = (Infer *)m;
     const Dims &d = m->d;
     const Attention &a = layer->attention;
     const KeptKv &kv = f->kept[layer->index];
-    const int M = d.BT - d.lead, A = d.A, groups = (int)ceil_div(M, KEPT_QUERIES);
-    const int64_t first = d.first + d.lead, lead = d.lead * (int64_t)A, tiles = ceil_div(first + M, KEPT_TILE);
+    const int M = d.BT - d.lead, A = d.A;
+    const int64_t first = d.first + d.lead, lead = d.lead * (int64_t)A;
     const size_t bytes = (size_t)M * A * sizeof(floatX);
     CUDA_CHECK(cudaMemcpyAsync(kv.keys + first * A, a.k + lead, bytes, cudaMemcpyDeviceToDevice, stream));
     CUDA_CHECK(cudaMemcpyAsync(kv.values + first * A, a.v + lead, bytes, cudaMemcpyDeviceToDevice, stream));
-    const int64_t wanted = KEPT_WARPS / (d.H * groups), per = ceil_div(tiles, wanted > 1 ? wanted : 1);
-    const int splits = (int)ceil_div(tiles, per);
-    const KeptTask task = {a.q + lead, kv.keys, kv.values, first, f->kept_sums, M, (int)per, A};
-    kept_attention_kernel<<<dim3(splits, d.H, groups), 32, 0, stream>>>(task);
-    combine_kept<<<M, 256, 0, stream>>>(a.y + lead, task.to, splits, M, A);
+    attend_in_tiles(f, a.y + lead, a.q + lead, kv.keys, kv.values, first, M);
 }
+
+// The time mixer of GOLD layers during inference: the trainer's queries and output, attention over the cache. Where
+// only the last token's logits count, a layer's last tokens are enough: two more with every layer that follows.
+static void gold_cached_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
+    Infer *f = (Infer *)m;
+    const Dims &d = m->d;
+    const int64_t lead = d.lead * (int64_t)d.C;
+    gold_queries(m, layer, x);
+    const int M = d.BT - d.lead, needed = 2 * (d.L - layer->index), skip = f->last_only && M > needed ? M - needed : 0;
+    const GoldSource &g = f->sources[layer->index - d.G0];
+    CUDA_CHECK(cudaMemsetAsync(layer->gold.y, 0, (d.lead + skip) * (int64_t)d.C * sizeof(floatX), stream));
+    if (f->window_begin == 0 && M - skip >= KEPT_QUERIES) { // all keys and values are at hand, in order
+        attend_in_tiles(f, layer->gold.y + lead, layer->gold.q + lead, g.k.ring, g.v.ring, f->position - M, M);
+    } else {
+        WindowTask task = {};
+        task.query.q = layer->gold.q + lead;
+        gold_attention(f, g, layer->gold.y + lead, task, skip, M);
+    }
+    gold_output(m, layer, out);
+}
+
+static Mixer gold_from_cache(void) { // the trainer's row, but for the forward pass
+    Mixer row = *find_mixer(TIME_MIXERS, "gold");
+    row.forward = gold_cached_forward, row.backward = nullptr, row.remake = nullptr;
+    return row;
+}
+static const Mixer GOLD_FROM_CACHE = gold_from_cache();
 
 // For `rows` queries at most
 static void kept_allocate(Infer *f, int rows) {
     Model *m = &f->m;
     const Dims &d = m->d;
-    const int64_t sums = rows + KEPT_WARPS * KEPT_QUERIES / d.H; // shares x queries: see attend_kept
+    const int64_t sums = rows + KEPT_WARPS * KEPT_QUERIES / d.H; // shares x queries: see attend_in_tiles
     f->kept = (KeptKv *)calloc(d.L, sizeof(KeptKv));
+    bool any = f->G > 0;
     for (int l = 0; l < d.L; l++) {
         if (!m->layers[l].tmix->keeps_kv) continue;
+        any = true;
         m->layers[l].attend = attend_kept;
         // not cleared: rows are written before they are read
         for (floatX **p : {&f->kept[l].keys, &f->kept[l].values})
             CUDA_CHECK(cudaMalloc((void **)p, (size_t)f->capacity * d.A * sizeof(floatX)));
-        if (f->kept_sums.out) continue;
-        device_alloc((void **)&f->kept_sums.out, sums * d.A * sizeof(float));
-        device_alloc((void **)&f->kept_sums.top, sums * d.H * sizeof(float));
-        device_alloc((void **)&f->kept_sums.sum, sums * d.H * sizeof(float));
     }
+    if (!any) return;
+    device_alloc((void **)&f->kept_sums.out, sums * d.A * sizeof(float));
+    device_alloc((void **)&f->kept_sums.top, sums * d.H * sizeof(float));
+    device_alloc((void **)&f->kept_sums.sum, sums * d.H * sizeof(float));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2518,7 +2535,7 @@ static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity
     Settings s = *settings;
     s.grad_cp = REMAKE_LAYERS; // layers share what a layer keeps
     s.micro_bsz = 1;
-    f->kv = kv;
+    f->kv = kv == KV_IF_IT_FITS ? KV_FULL : kv;
     f->chunk = chunk;
     // the GOLD layers' last tokens fit as well
     const int rows = chunk > 2 * s.n_layer + 1 ? chunk : (int)(2 * s.n_layer + 1);
@@ -2529,14 +2546,17 @@ static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity
     machine_start();
     size_t available, total;
     CUDA_CHECK(cudaMemGetInfo(&available, &total));
-    const int64_t weights = m->n_block * (int64_t)(sizeof(floatX) + 4), per_token = cache_bytes_per_token(f);
+    const int64_t weights = m->n_block * (int64_t)(sizeof(floatX) + 4);
     const int64_t tables = f->G ? (int64_t)d.V * (2 * d.C + 128 * f->G) * sizeof(floatX) : 0,
                   small = CUBLAS_WORKSPACE + (256 << 20);
-    const int64_t ring = kv == KV_FULL ? 0 : window * 2 * f->G * d.C * (int64_t)sizeof(floatX);
-    const int64_t need = weights + tables + ring + m->activation_bytes + small;
+    int64_t need = weights + tables + m->activation_bytes + small;
+    if (kv == KV_IF_IT_FITS && capacity * cache_bytes_per_token(f) > (int64_t)available - need) f->kv = KV_COMPRESSED;
+    kv = f->kv;
+    if (kv != KV_FULL) need += window * 2 * f->G * d.C * (int64_t)sizeof(floatX);
     if (need > (int64_t)available)
         die(2, "%s has %.2f GiB free, and the model needs %.2f GiB", machine_name(), available / 1073741824.0,
             need / 1073741824.0);
+    const int64_t per_token = cache_bytes_per_token(f);
     const int64_t fits = per_token ? ((int64_t)available - need) / per_token : INT64_MAX;
     if (capacity > fits)
         die(2, "a context of %ld tokens does not fit this machine's memory: %ld tokens do", capacity, fits);
@@ -2662,16 +2682,13 @@ static void infer_prepare(Infer *f, int splits, int warps) { // after the weight
     if (f->decodes) infer_rehearse(f, f->recordings, [=] { queue_step(f, f->token); });
 }
 
-static Infer *infer_open(const char *path, KvKind kv, int64_t capacity) {
-    SafeTensors file;
+static Infer *infer_open(const SafeTensors *file, KvKind kv, int64_t capacity) {
     Settings s;
-    safetensors_open(&file, path);
-    settings_of_model(&s, &file);
+    settings_of_model(&s, file);
     machine_start();
     Infer *f = infer_create(&s, kv, capacity, prefill_chunk(), WINDOW);
-    f->model_hash = hash_bytes(hash_start, file.data, (size_t)file.data_size);
-    safetensors_close(&file);
-    load_weights(&f->m, path, false);
+    f->model_hash = hash_bytes(hash_start, file->data, (size_t)file->data_size);
+    take_weights(&f->m, file, false);
     if (PRECISION_BF16) { // inference needs the working copy alone
         CUDA_CHECK(cudaFree(f->m.master));
         f->m.master = nullptr;
@@ -2682,7 +2699,8 @@ static Infer *infer_open(const char *path, KvKind kv, int64_t capacity) {
 
 // The context to a safetensors file, bound to its model by the hash of the weights. Whoever loads it makes the window
 // anew, to bits that may differ from those it has grown to here: so it is made anew here as well, and both go on alike.
-static void infer_save_state(Infer *f, const char *path) {
+// unfinished: bytes of a character that the context ends in.
+static void infer_save_state(Infer *f, FileOut *out, const Utf8 *unfinished) {
     make_window(f);
     Carried *list = carried_room(f);
     const int n = infer_carried(f, list);
@@ -2690,9 +2708,10 @@ static void infer_save_state(Infer *f, const char *path) {
     size_t length = 0;
     int64_t offset = 0;
     FILE *text = open_memstream(&header, &length);
-    FileOut out;
-    file_begin(&out, path);
-    fprintf(text, "{\"__metadata__\":{\"model_hash\":\"%016lx\",\"position\":\"%ld\"}", f->model_hash, f->position);
+    fprintf(text, "{\"__metadata__\":{\"model_hash\":\"%016lx\",\"position\":\"%ld\",\"unfinished\":\"", f->model_hash,
+            f->position);
+    for (int i = 0; i < unfinished->n; i++) fprintf(text, "%02x", unfinished->held[i]);
+    fprintf(text, "\"}");
     for (int i = 0; i < n; i++) {
         const int64_t bytes = list[i].count * list[i].width;
         fprintf(text, ",\"%s\":{\"dtype\":\"%s\",\"shape\":[%ld],\"data_offsets\":[%ld,%ld]}", list[i].name,
@@ -2702,22 +2721,22 @@ static void infer_save_state(Infer *f, const char *path) {
     fprintf(text, "}");
     fclose(text);
     uint64_t header_length = length;
-    file_write(&out, &header_length, 8);
-    file_write(&out, header, length);
+    file_write(out, &header_length, 8);
+    file_write(out, header, length);
     CUDA_CHECK(cudaStreamSynchronize(stream));
     for (int i = 0; i < n; i++) {
         const size_t bytes = (size_t)(list[i].count * list[i].width);
         void *host = malloc(bytes + 1);
         CUDA_CHECK(cudaMemcpy(host, list[i].p, bytes, cudaMemcpyDeviceToHost));
-        file_write(&out, host, bytes);
+        file_write(out, host, bytes);
         free(host);
     }
-    file_end(&out);
+    file_end(out);
     free(header);
     free(list);
 }
 
-static void infer_load_state(Infer *f, const char *path) {
+static void infer_load_state(Infer *f, const char *path, Utf8 *unfinished) {
     SafeTensors file;
     safetensors_open(&file, path);
     char hash[17];
@@ -2742,6 +2761,13 @@ static void infer_load_state(Infer *f, const char *path) {
         CUDA_CHECK(cudaMemcpy(list[i].p, file.data + t->begin, t->end - t->begin, cudaMemcpyHostToDevice));
     }
     free(list);
+    const char *hex = safetensors_metadata(&file, "unfinished");
+    memset(unfinished, 0, sizeof(*unfinished));
+    for (unsigned byte; hex && strlen(hex) >= 2 && sscanf(hex, "%2x", &byte) == 1; hex += 2) {
+        uint8_t whole[6];
+        utf8_push(unfinished, (uint8_t)byte, whole);
+    }
+    unfinished->given = unfinished->n;
     safetensors_close(&file);
     make_window(f);
 }
@@ -2760,6 +2786,19 @@ static void infer_cache_bytes(const Infer *f, int64_t *total, double *per_token,
 }
 
 // ---- pre-fill and decode ----
+
+// Where stderr is a terminal: a line about work of more than a second or two, which the next one replaces.
+static void show_progress(const char *what, int64_t done, int64_t n, double begin) {
+    static bool shown = false;
+    const double seconds = seconds_now() - begin;
+    if (done == n && shown) fprintf(stderr, "\r\033[K");
+    if (done == n) shown = false;
+    if (done == 0 || done == n || seconds < 1 || !isatty(STDERR_FILENO)) return;
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    const long left = (long)((seconds_now() - begin) / (double)done * (double)(n - done) + 0.5);
+    fprintf(stderr, "\r\033[K%s: %ld of %ld tokens, %ld:%02ld left", what, done, n, left / 60, left % 60);
+    shown = true;
+}
 
 // Host ids (n) as rows 1..n of the model at hand; row 0, the token before, is there for the shifts alone.
 static void stage_rows(Infer *f, const int *ids, int n) {
@@ -2846,7 +2885,8 @@ template <typename F> static void infer_step(Infer *f, Recording (&recordings)[2
 
 // n tokens go on from the context; afterwards the logits of the last one are ready. What the GOLD layers' shifts carry
 // is exact before and after: short input goes through them as it stands, of longer input the last 2 G + 1 tokens do.
-static void infer_feed(Infer *f, const int *ids, int64_t n) {
+// Returns n, or after a signal how many went in; then there are no logits.
+static int64_t infer_feed(Infer *f, const int *ids, int64_t n) {
     Model *m = &f->m;
     const Dims &d = m->d;
     if (f->position + n > f->capacity && cache_bytes_per_token(f) > 0)
@@ -2854,11 +2894,16 @@ static void infer_feed(Infer *f, const int *ids, int64_t n) {
     if (n == 1 && f->decodes) {
         CUDA_CHECK(cudaMemcpyAsync(f->token, ids, sizeof(int), cudaMemcpyHostToDevice, stream));
         infer_step(f, f->recordings, [=] { queue_step(f, f->token); });
-        return;
+        return n;
     }
     f->tail_rows = 0;
-    for (int64_t done = 0; done < n; done += f->chunk)
+    const double begin = seconds_now();
+    for (int64_t done = 0; done < n; done += f->chunk) {
+        if (stop_requested) return done;
+        show_progress("prompt", done, n, begin);
         infer_chunk(f, ids + done, (int)(n - done < f->chunk ? n - done : f->chunk), false);
+    }
+    show_progress("prompt", n, n, begin);
     if (f->G) {
         extend_window(f);
         set_batch(m, 1, f->tail_rows + 1);
@@ -2872,19 +2917,28 @@ static void infer_feed(Infer *f, const int *ids, int64_t n) {
     model_final_norm(m);
     infer_head(f, f->logits, d.BT - 1, 1);
     move_place(f, f->position - 1);
+    return n;
 }
 
 // ---- scoring: every position of a text through all layers ----
 
-// One context of n + 1 tokens: adds the loss of the n predictions, and how many had the right token first.
-static void score_context(Infer *f, const int *ids, int64_t n, int chunk, double *loss_sum, int64_t *correct) {
+typedef struct Score {
+    double loss;              // sum over the predictions
+    int64_t correct, targets; // how many had the right token first; how many there were
+    int64_t all;              // how many there were to be
+    double begin;
+} Score;
+
+// One context of n + 1 tokens: adds its n predictions, or after a signal those up to there.
+static void score_context(Infer *f, const int *ids, int64_t n, int chunk, Score *score) {
     Model *m = &f->m;
     const Dims &d = m->d;
     double totals[2] = {0, 0};
     CUDA_CHECK(cudaMemsetAsync(m->totals, 0, sizeof(totals), stream));
     infer_reset(f);
-    for (int64_t done = 0; done < n; done += chunk) {
+    for (int64_t done = 0; done < n && !stop_requested; done += chunk) {
         const int here = (int)(n - done < chunk ? n - done : chunk);
+        show_progress("score", score->targets, score->all, score->begin);
         infer_chunk(f, ids + done, here, true);
         model_final_norm(m);
         int *targets = m->tokens + d.BT;
@@ -2896,26 +2950,29 @@ static void score_context(Infer *f, const int *ids, int64_t n, int chunk, double
         sum_losses<<<1, 256, 0, stream>>>(m->totals, m->losses, m->right, here);
         // ids + done may be the caller's pageable memory
         CUDA_CHECK(cudaStreamSynchronize(stream));
+        score->targets += here;
     }
     CUDA_CHECK(cudaMemcpy(totals, m->totals, sizeof(totals), cudaMemcpyDeviceToHost));
-    *loss_sum += totals[0];
-    *correct += (int64_t)totals[1];
+    score->loss += totals[0];
+    score->correct += (int64_t)totals[1];
 }
 
-// n tokens; window 0: one context; otherwise a fresh one for every `window` predictions, as the trainer's validation,
-// which leaves out what is left at the end (but not all of it: a text shorter than a window is one context). chunk:
-// tokens at a time, at most the engine's own (0: that).
-static void infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int chunk, double *loss_sum,
-                        int64_t *correct, int64_t *targets) {
-    *loss_sum = 0, *correct = *targets = 0;
+// n tokens, 2 or more; window 0: one context; otherwise a fresh one for every `window` predictions, as the trainer's
+// validation, which leaves out what is left at the end (but not all of it: a text shorter than a window is one
+// context). chunk: tokens at a time, at most the engine's own (0: that).
+static Score infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int chunk) {
+    Score score = {};
+    score.begin = seconds_now();
     if (chunk <= 0 || chunk > f->chunk) chunk = f->chunk;
     const int64_t predictions = window && window < n - 1 ? window : n - 1;
-    for (int64_t at = 0; at + predictions < n; at += predictions + 1) {
+    score.all = predictions > 0 ? n / (predictions + 1) * predictions : 0;
+    for (int64_t at = 0; at + predictions < n && !stop_requested; at += predictions + 1) {
         if (cache_bytes_per_token(f) > 0 && predictions > f->capacity)
             die(2, "a context of %ld tokens, expected at most %ld", predictions, f->capacity);
-        score_context(f, ids + at, predictions, chunk, loss_sum, correct);
-        *targets += predictions;
+        score_context(f, ids + at, predictions, chunk, &score);
     }
+    show_progress("score", score.all, score.all, score.begin);
+    return score;
 }
 
 #ifdef GOLDFINCH_TEST
@@ -2992,10 +3049,8 @@ void gf_infer_feed(Infer *f, const int *ids, int64_t n, int all, float *logits) 
 }
 
 double gf_infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int chunk) { // mean loss
-    double loss;
-    int64_t correct, targets;
-    infer_score(f, ids, n, window, chunk, &loss, &correct, &targets);
-    return loss / targets;
+    const Score score = infer_score(f, ids, n, window, chunk);
+    return score.loss / (double)score.targets;
 }
 }
 #endif
@@ -3774,9 +3829,13 @@ static void option_set(Options *o, const Option *row, const char *text) {
         return;
     }
     const bool whole = strcmp(row->kind, "INT") == 0;
+    errno = 0;
     const int64_t integer = whole ? strtoll(text, &end, 10) : 0;
     const double value = whole ? (double)integer : strtod(text, &end);
-    if (end == text || *end || !(value >= row->low && value <= row->high)) {
+    if (end != text && !*end && !whole && (errno == ERANGE || value != 0) && fabs(value) < (double)FLT_MIN)
+        die(2, "%s: expected 0 or a size of at least %g, as the sampler computes in fp32, found \"%s\"", row->flag,
+            (double)FLT_MIN, text);
+    if (end == text || *end || errno == ERANGE || !(value >= row->low && value <= row->high)) {
         die(2, "%s: expected a %snumber from %.10g to %.10g, found \"%s\"", row->flag, whole ? "whole " : "", row->low,
             row->high, text);
     }
@@ -3821,11 +3880,26 @@ void options_parse(Options *o, int argc, char **argv) { // argv without the prog
 
 // ---------------------------------------- what is read
 
-// The newest checkpoint in out/.
-static void default_model(char *path) {
-    const int64_t step = checkpoint_newest("out");
-    if (step < 0) die(2, "no MODEL is named and out/ holds no checkpoint; ./train_goldfinch makes one");
-    checkpoint_path(path, "out", "model", step, "");
+// MODEL, or the newest checkpoint in out/. A trainer at work replaces that one: if it is gone when it is to be opened,
+// there is a newer one. Once open it stays.
+static void open_model(SafeTensors *f, const char *model) {
+    LONG_PATH newest;
+    int fd = -1;
+    if (model) {
+        safetensors_open(f, model);
+        return;
+    }
+    for (int tries = 0; fd < 0; tries++) {
+        const int64_t step = checkpoint_newest("out");
+        if (step < 0 && tries >= 10)
+            die(2, "no MODEL is named and out/ holds no checkpoint; ./train_goldfinch makes one");
+        if (tries > 0) usleep(1000);
+        if (step < 0) continue;
+        checkpoint_path(newest, "out", "model", step, "");
+        fd = open(newest, O_RDONLY);
+        if (fd < 0 && (errno != ENOENT || tries >= 1000)) die(2, "%s: %s", newest, strerror(errno));
+    }
+    safetensors_opened(f, fd, newest);
 }
 
 // The World vocabulary in the working directory or beside the program.
@@ -3838,20 +3912,17 @@ static const char *find_vocabulary(void) {
 }
 
 // A vocabulary of the model's size, which is a multiple of 8; World has 65530 ids.
-static void model_tokenizer(Tokenizer *t, const char *model, const char *vocab, int64_t *vocab_size) {
-    SafeTensors f;
-    safetensors_open(&f, model);
-    const FileTensor *embedding = safetensors_find(&f, "emb.weight");
-    const char *type = safetensors_metadata(&f, "train.data_type");
+static void model_tokenizer(Tokenizer *t, const SafeTensors *model, const char *vocab, int64_t *vocab_size) {
+    const FileTensor *embedding = safetensors_find(model, "emb.weight");
+    const char *type = safetensors_metadata(model, "train.data_type");
     if (!embedding || embedding->ndim != 2)
-        die(2, "%s: tensor emb.weight: expected two dimensions, found no such tensor", model);
+        die(2, "%s: tensor emb.weight: expected two dimensions, found no such tensor", model->path);
     *vocab_size = embedding->shape[0];
     const bool bytes = *vocab_size <= 320 || (type && strcmp(type, "utf-8") == 0);
-    safetensors_close(&f);
     tokenizer_open(t, vocab ? vocab : bytes ? nullptr : find_vocabulary());
     const int64_t needed = *vocab_size < 65530 ? *vocab_size - 7 : 65530;
-    expect(t->trie ? t->path : model, t->trie ? "ids" : "vocab_size, for bytes", -1, t->trie ? needed : 257, INT64_MAX,
-           t->trie ? t->n_ids : *vocab_size);
+    expect(t->trie ? t->path : model->path, t->trie ? "ids" : "vocab_size, for bytes", -1, t->trie ? needed : 257,
+           INT64_MAX, t->trie ? t->n_ids : *vocab_size);
 }
 
 // All of a file, a pipe, or stdin ("-").
@@ -3942,12 +4013,22 @@ typedef struct Session {
     Recording recordings[2]; // of a step and the next draw
 } Session;
 
-void session_read(Session *s, const int *ids, int64_t n) { // reads a prompt, n > 0
+// Reads a prompt, n > 0; false after a signal. What is printed then begins with a character that the prompt ends in.
+static bool session_read(Session *s, const int *ids, int64_t n) {
     const double begin = seconds_now();
-    infer_feed(s->m, ids, n);
+    const int64_t read = infer_feed(s->m, ids, n);
     CUDA_CHECK(cudaStreamSynchronize(stream));
     s->prompt_seconds += seconds_now() - begin;
-    s->prompt_tokens += n;
+    s->prompt_tokens += read;
+    if (read < n) fprintf(stderr, "stopped by a signal: %ld of the prompt's %ld tokens were read\n", read, n);
+    s->out.utf8 = {};
+    for (int64_t i = n > 4 ? n - 4 : 0; i < n; i++) {
+        const Tokenizer *t = &s->tokenizer;
+        uint8_t whole[6];
+        for (int k = t->starts[ids[i]]; k < t->starts[ids[i] + 1]; k++) utf8_push(&s->out.utf8, t->texts[k], whole);
+    }
+    s->out.utf8.given = s->out.utf8.n;
+    return read == n;
 }
 
 // Draws and prints up to o->n tokens, each fed before the next is drawn.
@@ -3982,10 +4063,22 @@ static void session_interact(Session *s) {
     char *line = nullptr;
     size_t room = 0;
     ssize_t n;
+    bool first = true, said = false;
     while (!stop_requested) {
         if (isatty(STDIN_FILENO)) fprintf(stderr, "> ");
         if ((n = getline(&line, &room, stdin)) <= 0) break;
         if (line[n - 1] == '\n') n--;
+        const bool mark = first && n >= 3 && memcmp(line, "\xEF\xBB\xBF", 3) == 0;
+        const bool crlf = n > 0 && line[n - 1] == '\r';
+        if (mark) memmove(line, line + 3, (size_t)(n - 3)), n -= 3;
+        if (crlf) n--;
+        if ((mark || crlf) && !said)
+            fprintf(stderr, "%s: stdin: left out: %s\n", program_name,
+                    mark && crlf ? "a byte order mark, and carriage returns at the lines' ends"
+                    : mark       ? "a byte order mark"
+                                 : "carriage returns at the lines' ends");
+        said = said || mark || crlf;
+        first = false;
         if (n == 0) continue;
         int *ids = (int *)malloc((size_t)(n + 2) * sizeof(int));
         int64_t count = 0;
@@ -3996,9 +4089,9 @@ static void session_interact(Session *s) {
             count += encode_for_model(&s->tokenizer, "stdin", &newline, 1, s->vocab_size, ids + count);
         }
         count += encode_for_model(&s->tokenizer, "stdin", (const uint8_t *)line, n, s->vocab_size, ids + count);
-        session_read(s, ids, count);
+        const bool read = session_read(s, ids, count);
         free(ids);
-        session_write(s);
+        if (read) session_write(s);
     }
     free(line);
 }
@@ -4018,15 +4111,14 @@ void session_close(Session *s) { // the closing line
 
 // Loss of a text under the model, all layers at every position.
 static void session_score(Session *s, const int *ids, int64_t n, int64_t n_bytes) {
-    const double begin = seconds_now();
-    double loss;
-    int64_t correct, targets;
-    infer_score(s->m, ids, n, s->o->window, 0, &loss, &correct, &targets);
-    const double seconds = seconds_now() - begin, mean = loss / (double)targets;
+    const Score score = infer_score(s->m, ids, n, s->o->window, 0);
+    const double seconds = seconds_now() - score.begin, mean = score.loss / (double)score.targets;
+    if (stop_requested) fprintf(stderr, "stopped by a signal: %ld of %ld predictions\n", score.targets, score.all);
+    if (score.targets == 0) return;
     printf("%s: %ld tokens, %ld bytes | loss %.6f per token, %.6f per byte | perplexity %.4f | accuracy %.2f %% | "
            "%.0f tok/s\n",
            s->o->score, n, n_bytes, mean, mean * (double)n / (double)n_bytes, exp(mean),
-           100 * (double)correct / (double)targets, (double)targets / seconds);
+           100 * (double)score.correct / (double)score.targets, (double)score.targets / seconds);
 }
 
 // ---------------------------------------- the paper's comparison: what a context costs to remember
@@ -4093,7 +4185,8 @@ int main(int argc, char **argv) {
     static Session session; // zeros
     Session *s = &session;
     Options options, *o = &options;
-    LONG_PATH model;
+    SafeTensors model;
+    FileOut state_file;
     options_parse(o, argc - 1, argv + 1);
     s->o = o;
     s->pending = -1;
@@ -4106,19 +4199,17 @@ int main(int argc, char **argv) {
         cache_table();
         return 0;
     }
-    if (o->model) snprintf(model, sizeof(model), "%s", o->model);
-    else default_model(model);
+    open_model(&model, o->model);
     if (o->cache_table) {
-        SafeTensors file;
         Settings settings;
-        safetensors_open(&file, model);
-        settings_of_model(&settings, &file);
+        settings_of_model(&settings, &model);
         cache_table_head("model");
         cache_table_row("this one", &settings, (KvKind)kind);
         return 0;
     }
     machine_start();
-    model_tokenizer(&s->tokenizer, model, o->vocab, &s->vocab_size);
+    if (o->save_state) file_begin(&state_file, o->save_state); // now: a long prompt is not read for nothing
+    model_tokenizer(&s->tokenizer, &model, o->vocab, &s->vocab_size);
 
     // The text first: its length says how much context is needed.
     const char *name = o->score ? o->score : o->prompt_file ? o->prompt_file : o->prompt ? "-p" : nullptr;
@@ -4143,30 +4234,25 @@ int main(int argc, char **argv) {
                             : o->score     ? (o->window && o->window < n ? o->window + 1 : n)
                                            : before + n + o->n;
     if (o->score) expect(name, "tokens", -1, 2, INT64_MAX, n);
-    s->m = infer_open(model, (KvKind)kind, context); // 0: as much as the engine sees fit
+    catch_signals(0);                                                           // what waits for a line is interrupted
+    const KvKind scored = kind == KV_COMPRESSED ? KV_IF_IT_FITS : (KvKind)kind; // the same loss, quicker
+    s->m = infer_open(&model, o->score ? scored : (KvKind)kind, context);       // 0: as much as the engine sees fit
+    safetensors_close(&model);
     if (o->score) {
         session_score(s, ids, n, n_bytes);
-        return 0;
+        return stop_requested ? 130 : 0;
     }
 
-    struct sigaction action;
-    memset(&action, 0, sizeof(action));
-    action.sa_handler = SIG_IGN;
-    sigaction(SIGPIPE, &action, nullptr); // write() says so
-    action.sa_handler = request_stop;
-    action.sa_flags = (int)SA_RESETHAND; // a second Ctrl-C ends the program at once
-    sigaction(SIGINT, &action, nullptr);
-    sigaction(SIGTERM, &action, nullptr);
     const Sampling how = {o->temperature, o->top_p, o->presence, o->frequency, o->decay, o->top_k, (uint64_t)o->seed};
     sampler_open(&s->sampler, (int)s->vocab_size, &how, &s->tokenizer, o->ignore_eos);
     if (s->m->decodes) infer_rehearse(s->m, s->recordings, [=] { step_and_draw(s->m, &s->sampler); });
-    if (o->load_state) infer_load_state(s->m, o->load_state);
-    if (n > 0) session_read(s, ids, n);
+    if (o->load_state) infer_load_state(s->m, o->load_state, &s->out.utf8);
+    const bool read = n == 0 || session_read(s, ids, n);
     free(ids);
-    if (o->save_state) infer_save_state(s->m, o->save_state);
-    if (n > 0 || !o->interactive) session_write(s);
-    if (o->interactive) session_interact(s);
+    if (o->save_state && read) infer_save_state(s->m, &state_file, &s->out.utf8);
+    if (read && (n > 0 || !o->interactive)) session_write(s);
+    if (read && o->interactive) session_interact(s);
     session_close(s);
-    return 0;
+    return read ? 0 : 130; // as a shell has it for Ctrl-C
 }
 #endif

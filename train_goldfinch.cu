@@ -5846,8 +5846,7 @@ static void refuse_archives(const char *path, const uint8_t *bytes, int64_t size
 }
 
 // The whole file, read-only.
-static const uint8_t *map_file(const char *path, int64_t *size) {
-    int fd = open(path, O_RDONLY);
+static const uint8_t *map_opened(int fd, const char *path, int64_t *size) { // fd: of open(path, O_RDONLY)
     struct stat status;
     if (fd < 0 || fstat(fd, &status) != 0) die(2, "%s: %s", path, strerror(errno));
     if (!S_ISREG(status.st_mode)) die(2, "%s: expected a file, found a folder or a device", path);
@@ -5859,6 +5858,8 @@ static const uint8_t *map_file(const char *path, int64_t *size) {
     refuse_stand_ins(path, (const uint8_t *)bytes, *size);
     return (const uint8_t *)bytes;
 }
+
+static const uint8_t *map_file(const char *path, int64_t *size) { return map_opened(open(path, O_RDONLY), path, size); }
 
 static uint64_t read_u64(const uint8_t *p) {
     uint64_t x;
@@ -6415,10 +6416,10 @@ static int64_t safetensors_number(const SafeTensors *f, const char *key) {
 }
 
 // Opens and checks all of the header: sizes, every field, and that the tensors cover the data without gap or overlap.
-static void safetensors_open(SafeTensors *f, const char *path) {
+static void safetensors_opened(SafeTensors *f, int fd, const char *path) { // fd: of open(path, O_RDONLY)
     memset(f, 0, sizeof(*f));
     snprintf(f->path, sizeof(f->path), "%s", path);
-    f->file = map_file(path, &f->file_size);
+    f->file = map_opened(fd, path, &f->file_size);
     refuse_archives(path, f->file, f->file_size);
     expect(path, "size", -1, 10, INT64_MAX, f->file_size);
     const int64_t length = (int64_t)read_u64(f->file);
@@ -6474,6 +6475,8 @@ static void safetensors_open(SafeTensors *f, const char *path) {
     }
     expect(path, "bytes of data", -1, position, position, f->data_size);
 }
+
+static void safetensors_open(SafeTensors *f, const char *path) { safetensors_opened(f, open(path, O_RDONLY), path); }
 
 // Whether the data's hash is the one in the metadata; true for files by others, which have none. found: room for 17.
 static bool safetensors_intact(const SafeTensors *f, char *found) {
@@ -6828,25 +6831,31 @@ static int block_load(const Model *m, const SafeTensors *f, const char *prefix, 
 }
 
 // Weights by the reference's names; partial takes those that fit and lists the others of both sides.
-int load_weights(Model *m, const char *path, bool partial) { // returns how many tensors were taken
-    SafeTensors f;
+static int take_weights(Model *m, const SafeTensors *f, bool partial) { // returns how many tensors were taken
+    const char *path = f->path;
     char found[17];
-    safetensors_open(&f, path);
-    if (!safetensors_intact(&f, found)) {
+    if (!safetensors_intact(f, found)) {
         fprintf(stderr,
                 "%s: %s: not the bytes that were saved here (hash %s, now %s): fine if another program saved the "
                 "file again, else it is damaged\n",
-                program_name, path, safetensors_metadata(&f, "hash"), found);
+                program_name, path, safetensors_metadata(f, "hash"), found);
     }
-    const int taken = block_load(m, &f, "", m->master, partial);
-    for (int i = 0; i < f.n_tensors; i++) {
-        const char *name = f.tensors[i].name;
+    const int taken = block_load(m, f, "", m->master, partial);
+    for (int i = 0; i < f->n_tensors; i++) {
+        const char *name = f->tensors[i].name;
         bool known = false;
         for (int k = 0; k < m->n_tensors && !known; k++) known = strcmp(m->tensors[k].name, name) == 0;
         if (!known && !partial) die(2, "%s: tensor %s: the model has none of this name", path, name);
         if (!known) printf("%s: tensor %s: not taken, the model has none of this name\n", path, name);
     }
     model_params_changed(m);
+    return taken;
+}
+
+int load_weights(Model *m, const char *path, bool partial) {
+    SafeTensors f;
+    safetensors_open(&f, path);
+    const int taken = take_weights(m, &f, partial);
     safetensors_close(&f);
     return taken;
 }
@@ -7046,11 +7055,11 @@ static void request_stop(int signal) {
     stop_requested = 1;
 }
 
-static void catch_signals(void) {
+static void catch_signals(int flags) { // SA_RESTART: what waits for input goes on waiting
     struct sigaction action, before;
     memset(&action, 0, sizeof(action));
     action.sa_handler = request_stop;
-    action.sa_flags = SA_RESTART;
+    action.sa_flags = flags;
     for (int signal : {SIGINT, SIGTERM, SIGPIPE}) // SIGPIPE: Ctrl-C may end the reader of our output before us
         sigaction(signal, &action, nullptr);
     if (sigaction(SIGHUP, nullptr, &before) == 0 && before.sa_handler != SIG_IGN) // not so under nohup
@@ -7090,13 +7099,15 @@ static bool validate(Run *r) {
 typedef struct Utf8 {
     uint8_t held[4];
     int n, length; // n bytes of a character of `length` are held
+    int given;     // of these: bytes that stood in what was read, not in what was written
 } Utf8;
 
 static const char *replacement = "\xEF\xBF\xBD"; // U+FFFD
 
 int utf8_end(Utf8 *u, uint8_t *out) { // what was held will not be completed
-    if (u->n == 0) return 0;
-    u->n = 0;
+    const bool any = u->n > u->given;
+    u->n = u->given = 0;
+    if (!any) return 0;
     memcpy(out, replacement, 3);
     return 3;
 }
@@ -7112,7 +7123,7 @@ static int utf8_push(Utf8 *u, uint8_t byte, uint8_t *out) {
         if (byte >= low && byte <= high) {
             u->held[u->n++] = byte;
             if (u->n < u->length) return 0;
-            u->n = 0;
+            u->n = u->given = 0;
             memcpy(out, u->held, (size_t)u->length);
             return u->length;
         }
@@ -7445,7 +7456,7 @@ int main(int argc, char **argv) {
         printf("nothing to do: the run ends at step %ld\n", r->n_steps);
         return 0;
     }
-    catch_signals(); // from here on there is something to lose
+    catch_signals(SA_RESTART); // from here on there is something to lose
     folder_remove(s->out, is_temporary);
     if (r->resumed < 0) folder_begin(s->out);
     if (trains) run_train(r);

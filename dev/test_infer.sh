@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# Inference as a program: what it reads and writes, where it stops, what it leaves behind. Runs ./infer_goldfinch (or the
+# program named as the first argument) and ./train_goldfinch beside it, on a tiny model in a temporary folder.
+# Closing line: N passed, N failed.
+set -u
+export LC_ALL=C OMP_NUM_THREADS=1
+program=$(realpath "${1:-./infer_goldfinch}")
+trainer=$(dirname "$program")/train_goldfinch
+text=$(realpath "${BASH_SOURCE[0]}")
+tmp=$(mktemp -d "${TMPDIR:-/tmp}/goldfinch_infer.XXXXXX")
+trap '[ $BASHPID = $$ ] && rm -rf "$tmp"' EXIT
+cd "$tmp" || exit 1
+passed=0 failed=0
+check() {                                               # check DESCRIPTION CODE: counts, and shows the last output if CODE is not 0
+    if [ "$2" = 0 ]; then passed=$((passed + 1)); echo "PASS $1"
+    else failed=$((failed + 1)); echo "FAIL $1"; sed 's/^/     | /' out.txt err.txt 2>/dev/null | cut -c1-200 | tail -n 12; fi
+}
+infer() { "$program" "$@" >out.txt 2>err.txt; }
+declined() {                                            # declined CODE PATTERN FLAGS...: one line on stderr with PATTERN in it
+    infer "${@:3}"; local code=$?
+    [ $code = "$1" ] && [ "$(wc -l <err.txt)" = 1 ] && grep -qE -e "$2" err.txt
+    check "exit $1, \"$2\"" $?
+}
+leftovers() { ls -- *.tmp */*.tmp 2>/dev/null | grep -q .; }
+
+tiny="--model.n_layer 3 --model.n_embd 64 --model.ctx_len 32 --model.vocab_size 264 --model.kv_cache_compression_ratio 8
+      --train.micro_bsz 2 --train.warmup_steps 3 --train.my_exit_tokens 1000000 --train.val_every 0 --train.lr_init 2e-3
+      --train.sample_every -1 --train.data_type utf-8 --train.data_file $text"
+"$trainer" $tiny --train.max_steps 20 --train.out out >out.txt 2>err.txt; check "a model to run" $?
+model=out/model_000020.safetensors
+
+echo "-- options hold for the type that computes with them"
+for flag in -t --top-p --presence --frequency --penalty-decay; do
+    declined 2 "$flag: expected 0 or a size of at least 1.17549e-38, .* found \"1e-39\"" -p a $flag 1e-39
+done
+declined 2 '-t: expected .*, found "1e-400"' -p a -t 1e-400
+declined 2 '-t: expected .*, found "nan"' -p a -t nan
+declined 2 '-s: expected .*, found "9223372036854775808"' -p a -s 9223372036854775808
+infer -p "the " -n 20 -t 1.2e-38 --top-p 1 --top-k 0; check "-t 1.2e-38, the smallest" $?
+cp out.txt smallest.txt; infer -p "the " -n 20 -t 0; cmp -s out.txt smallest.txt; check "is as good as 0" $?
+
+echo "-- a state"
+infer -p "the " -n 0 --save-state good.st; check "is saved" $?
+cp good.st before.st
+head -c 2000000 /dev/zero | tr '\0' a >long.txt
+begin=$SECONDS; declined 1 'nowhere/x.st: could not be written: No such file' -f long.txt -n 0 --save-state nowhere/x.st
+[ $((SECONDS - begin)) -lt 10 ]; check "before a long prompt is read" $?
+mkdir folder; declined 2 'folder: expected a file, found a folder' -p a --save-state folder
+( ulimit -f 8; trap '' XFSZ; infer -p "the " -n 0 --save-state good.st; echo $? >code.txt )
+[ "$(cat code.txt)" = 1 ] && grep -q 'good.st: could not be written: File too large' err.txt && cmp -s good.st before.st && ! leftovers
+check "a save that fails keeps the state that was there, and leaves nothing" $?
+infer nowhere.safetensors -p a --save-state new.st; [ ! -e new.st ] && ! leftovers; check "nor does a run that fails otherwise" $?
+
+echo "-- standard output"
+full() { "$program" "${@:2}" >/dev/full 2>err.txt; [ $? = 1 ] && [ "$(grep -c 'stdout: ' err.txt)" = 1 ]; check "to a full disk: $1" $?; }
+full "a score" --score "$text" --window 64
+full "-h" -h
+full "the text" -p "the " -n 20
+full "--cache-table" --cache-table
+
+echo "-- lines"
+printf '\xef\xbb\xbfone\r\ntwo\r\n' >marked.txt; printf 'one\ntwo\n' >plain.txt
+infer -i -n 5 -s 3 <plain.txt; cp out.txt want.txt
+infer -i -n 5 -s 3 <marked.txt; cmp -s out.txt want.txt; check "a byte order mark and carriage returns make no difference" $?
+[ "$(grep -c 'stdin: left out: a byte order mark, and carriage returns at the lines. ends' err.txt)" = 1 ]; check "and are told of once" $?
+
+echo "-- a prompt that ends inside a character"
+yes 'é ü ß ö' | head -n 600 >umlauts.txt
+"$trainer" $tiny --train.data_file umlauts.txt --train.max_steps 150 --train.out umlauts >out.txt 2>err.txt
+umlauts=umlauts/model_000150.safetensors
+infer $umlauts -n 1 -t 0 -p "$(printf 'é ü \xc3')"; [ "$(od -A n -t x1 out.txt | tr -d ' \n')" = c39f0a ]
+check "its last byte completes it" $?
+infer $umlauts -n 0 -p "$(printf 'é ü \xc3')" --save-state half.st && [ ! -s out.txt ]; check "with nothing written there is nothing to replace" $?
+infer $umlauts -n 1 -t 0 --load-state half.st; [ "$(od -A n -t x1 out.txt | tr -d ' \n')" = c39f0a ]
+check "so it is from a saved state" $?
+infer $umlauts -n 1 -t 0 -p "$(printf 'é ü ß\xe4')" ; ! grep -q "$(printf '\xef\xbf\xbd')" out.txt
+check "what the prompt broke off is not replaced" $?
+
+echo "-- Ctrl-C"
+stopped() {                                             # stopped PATTERN FLAGS...: SIGINT after two seconds ends it within two
+    rm -f out.txt; "$program" "${@:2}" >out.txt 2>err.txt & local pid=$!
+    sleep 2; kill -INT $pid; local begin=$SECONDS; wait $pid
+    [ $? = 130 ] && [ $((SECONDS - begin)) -le 4 ] && grep -qE "$1" err.txt
+}
+stopped 'stopped by a signal: [0-9]+ of 1999999 predictions' --score long.txt && grep -q ' loss ' out.txt
+check "in a score: the part that is done is told" $?
+cp before.st good.st; stopped 'stopped by a signal: [0-9]+ of the prompt.s 2000000 tokens were read' -f long.txt --save-state good.st
+check "in a prompt" $?
+cmp -s good.st before.st && ! leftovers; check "the state that was there stays" $?
+
+echo "-- a score"
+printf a >one.txt; declined 2 'one.txt: tokens: expected 2 or more, found 1' --score one.txt
+printf ab >two.txt; infer --score two.txt && grep -q 'two.txt: 2 tokens' out.txt; check "of two tokens" $?
+head -c 6000 "$text" >part.txt; infer --score part.txt; cut -d'|' -f2 out.txt >want.txt
+infer --score part.txt --kv full; cut -d'|' -f2 out.txt | cmp -s - want.txt; check "is the same with --kv full" $?
+if command -v script >/dev/null; then
+    script -qec "'$program' --score part.txt --window 8" /dev/null >out.txt 2>&1; grep -aqE 'score: [0-9]+ of 53[0-9]+ tokens, [0-9]+:[0-9]+ left' out.txt
+    check "a terminal sees how long it takes" $?
+fi
+
+echo "-- the newest checkpoint, while a trainer saves after every step"
+"$trainer" $tiny --train.save_every 1 --train.max_steps 100000 --train.out out >trainer.txt 2>&1 & pid=$!
+bad=0
+for ((i = 0; i < 40; i++)); do infer -p a -n 1 || { bad=$((bad + 1)); tail -n 1 err.txt >>bad.txt; }; done
+kill -9 $pid; wait $pid 2>/dev/null; cp bad.txt err.txt 2>/dev/null
+[ $bad = 0 ]; check "is found 40 times ($bad failures)" $?
+
+echo "$passed passed, $failed failed"
+[ $failed = 0 ]
