@@ -2234,12 +2234,11 @@ static void choose_attention_shape(Infer *f, int splits_wanted, int warps_wanted
         f->window < splits_of_window * WINDOW_GROUPS ? (int)ceil_div(f->window, WINDOW_GROUPS) : splits_of_window;
     while (f->past_warps > 1 && past_smem(nullptr, g, f->past_warps, 1).bytes > limit) f->past_warps /= 2;
     if (f->past_warps < warps_wanted && f->capacity > f->window)
-        fprintf(
-            stderr,
-            "%s: kv_cache_compression_ratio %g%s: attention to tokens before the newest %ld has %d of %d warps a block, "
-            "as shared memory holds no more; it is slower than with n_embd / 16 numbers cached a token\n",
-            program_name, f->m.s.kv_cache_compression_ratio, g.rope.used ? " and rope" : "", f->window, f->past_warps,
-            warps_wanted);
+        fprintf(stderr,
+                "%s: kv_cache_compression_ratio %g%s: attention to tokens before the newest %ld has %d of %d warps a "
+                "block, as shared memory holds no more; it is slower than with n_embd / 16 numbers cached a token\n",
+                program_name, f->m.s.kv_cache_compression_ratio, g.rope.used ? " and rope" : "", f->window,
+                f->past_warps, warps_wanted);
     while (f->past_warps > 1 && f->past_warps / 2 * 15ll * f->past_splits >= f->capacity) f->past_warps /= 2;
     if (past_smem(nullptr, g, f->past_warps, 1).bytes > limit)
         die(2, "n_embd %d does not fit the %zu bytes of shared memory that a block has here", g.C, limit);

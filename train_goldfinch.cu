@@ -138,6 +138,7 @@ static void expect(const char *file, const char *field, int64_t index, int64_t l
     X(data, INT,  sample_every, "0", -1, 1e15, 1, "steps between samples, utf-8 only (0: one at the end; -1: none)") \
     X(start, INT,  devices, "1", -1, 4096, 1, "GPUs of each machine, a process each (-1: all; started by mpirun,") \
     X(start, INT,  num_nodes, "1", 1, 65536, 1, "torchrun or srun: as many as they start); machines") \
+    X(start, INT,  overlap_comm, "-1", -1, 1, 1, "sum gradients during the backward pass (-1: across machines only)") \
     X(start, INT,  max_steps, "0", 0, 1e15, 1, "stop after so many steps; the schedule stays (0: at my_exit_tokens)") \
     X(start, INT,  save_every, "1000", 0, 1e15, 1, "steps between checkpoints (0: only at the end)") \
     X(start, INT,  keep_every, "0", 0, 1e15, 1, "steps between checkpoints that stay when newer ones come (0: none)") \
@@ -940,10 +941,10 @@ __device__ inline void mma_transposed(TileC (&c)[2], const TileA2 &a, const Tile
 // groups: warpgroup_begin, products, warpgroup_commit. warpgroup_wait<n> waits for all groups but the n newest; before
 // that nobody may read C or write what is being multiplied, and `hold` keeps the compiler from moving C across it.
 //
-// Tiles come by the copy engine (TMA). One thread asks for them, and a Signal in shared memory (mbarrier) tells all when
-// they are there: it counts arrivals and bytes, and each time that all have come its phase, 0 or 1, ends. The engine
-// stores the eight 16-byte pieces of row r at places piece ^ r % 8, so that the rows of a column of pieces fall into
-// different banks; only products read such tiles.
+// Tiles come by the copy engine (TMA). One thread asks for them, and a Signal in shared memory (mbarrier) tells all
+// when they are there: it counts arrivals and bytes, and each time that all have come its phase, 0 or 1, ends. The
+// engine stores the eight 16-byte pieces of row r at places piece ^ r % 8, so that the rows of a column of pieces fall
+// into different banks; only products read such tiles.
 
 typedef floatX SharedTile[64][N]; // at a multiple of 1024 bytes
 typedef uint64_t Signal;
@@ -2491,8 +2492,8 @@ __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv
 //
 // Here warp i has keys 16 i .. 16 i + 15 of S0 and dS as rows, so that Shares are operands without a detour. S0 of a
 // chunk's tiles is made again from the chunk's state. S0, dS and the sums' terms are multiplied in twice the precision
-// of bf16 (TileA2): much cancels in dw. Floor: r, k, v, w, dy in, dr, dk, dv, dw out, 9 BTA floatX, 2 for states: limited
-// by memory bandwidth.
+// of bf16 (TileA2): much cancels in dw. Floor: r, k, v, w, dy in, dr, dk, dv, dw out, 9 BTA floatX, 2 for states:
+// limited by memory bandwidth.
 static const int TILES = CHUNK / TILE;
 
 struct WkvBackward {
@@ -3159,7 +3160,7 @@ static void attention_backward_by_warps(AttentionGradients g, const floatX *q, c
 //     tensor cores     S_1 |     S_2, p_1 v_1     |     S_3, p_2 v_2     | ..
 //     the warpgroup        | exponentials of S_1  | exponentials of S_2  | ..
 //
-// Floor: as above; an exponential takes as long as its pair's products, so half of the time at best if nothing overlaps.
+// Floor: as above; an exponential takes as long as its pair's products, so at best half of it if nothing overlaps.
 
 #if WARPGROUP_KERNELS
 static const int STAGES = PRECISION_BF16 ? 3 : 2; // that fit a block's shared memory
@@ -5584,7 +5585,8 @@ static void model_init_weights(Model *m, uint64_t seed) {
 
 // ---- forward ----
 
-// Inference: what a shift sees of the token before comes from `last` into row 0, and the last row goes there afterwards.
+// Inference: what a shift sees of the token before comes from `last` into row 0, and the last row goes there
+// afterwards.
 static void carry_shift(const Model *m, floatX *x, floatX *last) {
     if (!last) return;
     const size_t row = m->d.C * sizeof(floatX);
@@ -7139,6 +7141,7 @@ static void checkpoint_load(Model *m, SafeTensors *state) {
 //        the last micro-batch's forward
 //        its backward, from the head to emb           reduce-scatter of each bucket whose gradients are final,
 //                                                       from the last to the first: its owner gets the sum
+//                                                       (GPUs of one machine: all after it, see sums_early)
 //        sums of squares of the shares                all-reduce of these (and of the loss): norm, clip
 //        AdamW on the shares, bucket by bucket        all-gather of each bucket's new weights
 //        the next step's forward, which waits,
@@ -7241,10 +7244,18 @@ static void stream_waits(cudaStream_t later, cudaStream_t first) {
     CUDA_CHECK(cudaStreamWaitEvent(later, ranks.passed, 0));
 }
 
+// A sum that runs beside the backward pass takes multiprocessors, and a product whose blocks just fill the GPU then
+// needs a second turn for those few that found no place. On two H200 with NVLink that cost more (4 ms of L12's 83) than
+// the sum takes by itself (1.4 ms); over a network it is what hides it.
+static bool sums_early(const Model *m) {
+    return m->s.overlap_comm < 0 ? ranks.n_local < n_ranks : m->s.overlap_comm == 1;
+}
+
 static void gradients_final(Model *m, int part) {
     Buckets *buckets = &m->buckets;
     if (n_ranks == 1 || !buckets->sum) return;
     if (part == m->d.L + 1) buckets->left = buckets->n;
+    if (part > 0 && !sums_early(m)) return;
     stream_waits(ranks.beside, stream);
     while (buckets->left > 0 && bucket_begin(m, buckets->left - 1) >= m->part_begin[part]) {
         const int b = --buckets->left;

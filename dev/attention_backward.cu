@@ -4,7 +4,8 @@
 //   ds_ts = p_ts (dp_ts - delta_t), dq_t = sum_{s<=t} ds_ts k_s / 8, dk_s = sum_{t>=s} ds_ts q_t / 8, dv_s = sum_{t>=s}
 //   p_ts dy_t
 //
-// q, k, v, y and their gradients (B, T, H, 64); log_sum, delta (B, H, T), log_sum in units of log 2 from the forward pass.
+// q, k, v, y and their gradients (B, T, H, 64); log_sum, delta (B, H, T), log_sum in units of log 2 from the forward
+// pass.
 //
 // Floor: flops. T^2 / 2 pairs a head, and for each five products of 64 multiplications: scores, dp, dq, dk, dv. dq sums
 // over keys, dk and dv over queries: one walk over all pairs makes five products, but then either dq or dk and dv must

@@ -62,6 +62,8 @@ for cp in 1 2; do
     good "2 ranks, grad_cp $cp" $run --train.micro_bsz 6 --train.devices 2 --train.grad_cp $cp --train.out cp$cp
     same_run r2 cp$cp; check "the same bits" $?
 done
+good "2 ranks, sums beside the backward pass" $run --train.micro_bsz 6 --train.devices 2 --train.overlap_comm 1 --train.out early
+same_run r2 early; check "the same bits" $?
 good "all of this machine" --train.devices -1 --train.max_steps 1 --train.micro_bsz 1 --train.out all
 grep -q 'one of 4 GPUs' out.txt; check "are 4 here" $?
 

@@ -1,5 +1,5 @@
-// Signals: what tells that tiles have come to shared memory (mbarrier on a GPU). A signal counts arrivals and bytes; when
-// all have come its phase ends, and it counts anew.
+// Signals: what tells that tiles have come to shared memory (mbarrier on a GPU). A signal counts arrivals and bytes;
+// when all have come its phase ends, and it counts anew.
 #pragma once
 
 #include "block.h"

@@ -3,8 +3,8 @@
 // ranks, so that n ranks give the bits of one rank that adds up n micro-batches.
 //
 // All ranks make the same calls in the same order. A call works in rounds: each rank copies the next part of its data
-// to its slot, all meet, each takes what it needs from all slots, all meet again. A rank that never comes is not noticed
-// here: section 9 of train_goldfinch.cu ends the process then.
+// to its slot, all meet, each takes what it needs from all slots, all meet again. A rank that never comes is not
+// noticed here: section 9 of train_goldfinch.cu ends the process then.
 #pragma once
 
 #include <algorithm>
