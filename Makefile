@@ -22,6 +22,7 @@ CUDA=FOLDER            the toolkit to build with; default: that of the nvcc on t
 SANITIZE=address,undefined   CPU build that stops at the first out-of-bounds access or undefined operation
 DEBUG=1                CPU build for stepping through kernels in gdb
 BLAS=openblas          CPU build with OpenBLAS in place of our own matrix products
+NCCL=FOLDER            where NCCL is, for several GPUs, if it is not found; NCCL=0: a build for one GPU
 MARCH=native           whose instructions a CPU build may use, as g++ names it; MARCH= for any CPU of the kind
 NVCC=, CXX=, CC=       other compilers: CXX=clang++ CC=clang, or a cross compiler with MARCH=
 
@@ -130,8 +131,21 @@ ifeq ($(GPU),1)
                $(error CUDA=$(CUDA): expected lib$(name).so in its lib/, found none))),$(name)))
   SEARCHED := $(if $(CUDA),$(foreach folder,$(wildcard $(CUDA)/lib64 $(CUDA)/lib),\
               -L$(folder) -Xlinker -rpath=$(abspath $(folder))))
-  LINK = $(NVCC) -Xcompiler -fopenmp $^ -o $@ $(SEARCHED) $(LIBRARIES) -lm
+  LINK = $(NVCC) -Xcompiler -fopenmp $^ -o $@ $(NCCL_LINK) $(SEARCHED) $(LIBRARIES) -lm
   SUMMARY := GPU build, $(PRECISION), sm $(GPU_ARCH)
+  # NCCL joins several GPUs. NCCL=FOLDER has include/nccl.h; NCCL=0: without. It is looked for beside nvcc, in the system,
+  # among pip's packages. The trainer alone needs it.
+  ifneq ($(NCCL),0)
+    NCCL_AT := $(firstword $(foreach f,$(NCCL) $(CUDA) $(patsubst %/bin/nvcc,%,$(realpath $(NVCC))) /usr /usr/local \
+                   $(shell python3 -c 'import nvidia.nccl; print(*nvidia.nccl.__path__)' 2>/dev/null),\
+                   $(if $(wildcard $(f)/include/nccl.h),$(f))))
+    NCCL_LIB := $(firstword $(wildcard $(foreach l,lib lib64 lib/x86_64-linux-gnu lib/aarch64-linux-gnu,$(NCCL_AT)/$(l)/libnccl.so.2)))
+  endif
+  ifneq ($(NCCL_LIB),)
+    NCCL_FLAGS := -DGOLDFINCH_NCCL=1 $(if $(filter /usr,$(NCCL_AT)),,-I$(NCCL_AT)/include)
+    NCCL_LINK_TRAINER := -Xlinker $(NCCL_LIB),-rpath=$(dir $(NCCL_LIB))
+    SUMMARY += with NCCL
+  endif
 else
   MARCH ?= native
   VARIANT := cpu-$(PRECISION)$(addprefix -,$(subst $(comma),-,$(SANITIZE)) $(if $(DEBUG),debug) $(BLAS) \
@@ -151,7 +165,8 @@ else
     DEFINES += -DCUDA_ON_CPU_OPENBLAS
   endif
   CUFLAGS := $(OPTIMIZE) -g -std=c++17 -fno-strict-aliasing -fopenmp $(WARN) $(PARTLY_USED) -Wno-unknown-pragmas \
-             -Wno-attributes $(if $(findstring clang,$(CXX)),-Wno-pass-failed) -iquote . -Idev/cpu -DCUDA_ON_CPU $(DEFINES)
+             -Wno-attributes $(if $(findstring clang,$(CXX)),-Wno-pass-failed) -iquote . -Idev/cpu -DCUDA_ON_CPU \
+             -DGOLDFINCH_NCCL=1 $(DEFINES)
   CFLAGS := $(if $(DEBUG)$(SANITIZE),$(OPTIMIZE),-O2) -g -std=gnu11 $(WARN) $(DEFINES)
   LINK = $(CXX) $(OPTIMIZE) -fopenmp $^ -o $@ $(if $(BLAS),-l$(BLAS)) -lm
   LAB_FLAGS := -iquote dev $(if $(DEBUG)$(SANITIZE),,-O1)
@@ -188,6 +203,8 @@ cache-table: $(DIR)/infer_goldfinch
 
 $(DIR)/train_goldfinch $(DIR)/infer_goldfinch $(DIR)/fuzz_config: %: %.o
 	$(LINK)
+$(DIR)/train_goldfinch.o: CUFLAGS += $(NCCL_FLAGS)
+$(DIR)/train_goldfinch: NCCL_LINK := $(NCCL_LINK_TRAINER)
 .PHONY: $(DEV:%=dev/%)
 $(DEV:%=dev/%): %: $(DIR)/%
 	@$(TO_THE_TOP)

@@ -12,6 +12,7 @@ implementation), part 1, and the kernels, which it reaches through the extern "C
     ./test_goldfinch                # every check
     ./test_goldfinch FILE...        # just these golden tables; one whose config has steps= is a training run
     ./test_goldfinch --trainer FILE...      # without inference: for tools that slow a kernel a thousandfold
+    ./test_goldfinch --ranks N FILE...      # training runs on N GPUs, or N processes of the CPU build
 
 The last line is "N passed, N failed, N skipped"; the exit status is 1 if any check failed.
 
@@ -1703,6 +1704,8 @@ void gf_zero_grad(Model *m);
 double gf_loss_backward(Model *m, const int *tokens, const int *targets, int B, int T, int accumulate);
 int gf_activation(Model *m, const char *name, float *out); // 0, or -1 if there is none of that name
 double gf_update(Model *m, int step, double lr);           // returns the norm of the gradients before clipping
+double gf_update_loss(Model *m, int step);                 // the loss, of all ranks' sequences
+int gf_ranks(int n);                                       // starts n - 1 more processes; returns this one's rank
 double gf_learning_rate(int argc, const char **argv, int64_t step);
 // The kernels alone, arrays (B, T, H, 64), u (H, 64) or NULL; inputs are rounded to what this build stores.
 // (rows, A) in place, from this position
@@ -2426,10 +2429,17 @@ static void check_groups(const Table *t, Ref *m) {
     check(good && listed == m->n_params, "%s: optimizer groups, %d of %d tensors", t->name, listed, m->n_params);
 }
 
-// Trains the kernels (k) or the reference (k NULL) for a table's steps.
+static int n_ranks = 1, rank; // --ranks
+
+// Trains the kernels (k) or the reference (k NULL) for a table's steps. Ranks share the batch; where they can't, each
+// takes all of it, which has the same mean.
 static void train(const Table *t, Ref *m, Model *k, Step *steps) {
     Arguments a;
-    arguments_of(&a, &t->s);
+    Settings of_rank = t->s;
+    const int shared = t->B % n_ranks == 0, B = shared ? t->B / n_ranks : t->B, first = shared ? rank * B * t->T : 0;
+    of_rank.micro_bsz = B;
+    if (!shared) of_rank.my_exit_tokens *= n_ranks;
+    arguments_of(&a, &of_rank);
     for (int s = 0; s < t->n_steps; s++) {
         char name[80];
         snprintf(name, sizeof(name), "%s:%d", t->name, s % 4);
@@ -2437,8 +2447,9 @@ static void train(const Table *t, Ref *m, Model *k, Step *steps) {
         if (k) {
             steps[s].lr = gf_learning_rate(a.n, a.list, s);
             gf_zero_grad(k);
-            steps[s].loss = gf_loss_backward(k, inputs, targets, t->B, t->T, 1);
+            gf_loss_backward(k, inputs + first, targets + first, B, t->T, 1);
             steps[s].norm = gf_update(k, s, steps[s].lr);
+            steps[s].loss = gf_update_loss(k, s);
         } else {
             steps[s].lr = ref_learning_rate(&t->s, s);
             ref_zero_grad(m);
@@ -3227,9 +3238,11 @@ static void check_all_tables(void) {
 
 int main(int argc, char **argv) {
     if (argc > 1) {
-        trainer_only = !strcmp(argv[1], "--trainer");
-        if (trainer_only && argc == 2) fail("--trainer: expected FILE..., found nothing to check");
-        for (int i = 1 + trainer_only; i < argc; i++) check_golden(argv[i]);
+        const int with_ranks = !strcmp(argv[1], "--ranks") && argc > 2;
+        trainer_only = !strcmp(argv[1], "--trainer") || with_ranks;
+        if (argc == 1 + trainer_only + with_ranks) fail("%s: expected FILE..., found nothing to check", argv[1]);
+        if (with_ranks) n_ranks = atoi(argv[2]), rank = gf_ranks(n_ranks);
+        for (int i = 1 + trainer_only + with_ranks; i < argc; i++) check_golden(argv[i]);
     } else {
         // dev/golden lies below the working directory or beside the program
         const char *slash = strrchr(argv[0], '/');

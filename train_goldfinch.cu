@@ -53,16 +53,24 @@
 
 static const char *program_name = "train_goldfinch";
 
+// Of this process among those of a run, one per GPU (section 9); one process alone is rank 0 of 1.
+static int rank = 0, n_ranks = 1;
+static void ranks_before_words(void);
+[[noreturn]] static void ranks_fail(int code); // ends this rank and tells the others, which end too
+
 // Exit codes: 1 the system failed us (disk, device), 2 a setting or a file that can't be used, 3 numbers that are not
-// finite.
+// finite. What stops all ranks, rank 0 alone says: the others give it a second before they speak.
 [[noreturn]] __attribute__((format(printf, 2, 3))) void die(int code, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
     fflush(stdout);
+    if (n_ranks > 1) ranks_before_words();
     fprintf(stderr, "%s: ", program_name);
+    if (n_ranks > 1) fprintf(stderr, "rank %d: ", rank);
     vfprintf(stderr, format, arguments);
     fprintf(stderr, "\n");
     va_end(arguments);
+    if (n_ranks > 1) ranks_fail(code);
     exit(code);
 }
 
@@ -128,6 +136,8 @@ static void expect(const char *file, const char *field, int64_t index, int64_t l
     X(data, INT,  val_every, "100", 0, 1e15, 1, "steps between validations (0: none, not even at the end)") \
     X(data, INT,  val_batches, "0", 0, 1e9, 1, "micro-batches of one validation (0: the whole file)") \
     X(data, INT,  sample_every, "0", -1, 1e15, 1, "steps between samples, utf-8 only (0: one at the end; -1: none)") \
+    X(start, INT,  devices, "1", -1, 4096, 1, "GPUs of each machine, a process each (-1: all; started by mpirun,") \
+    X(start, INT,  num_nodes, "1", 1, 65536, 1, "torchrun or srun: as many as they start); machines") \
     X(start, INT,  max_steps, "0", 0, 1e15, 1, "stop after so many steps; the schedule stays (0: at my_exit_tokens)") \
     X(start, INT,  save_every, "1000", 0, 1e15, 1, "steps between checkpoints (0: only at the end)") \
     X(start, INT,  keep_every, "0", 0, 1e15, 1, "steps between checkpoints that stay when newer ones come (0: none)") \
@@ -342,9 +352,10 @@ static void cublas_check(cublasStatus_t status, const char *file, int line) {
     if (status != CUBLAS_STATUS_SUCCESS) die(1, "cuBLAS error %d at %s:%d", (int)status, file, line);
 }
 
-static cudaStream_t stream; // everything runs on one stream, in order
+static cudaStream_t stream; // everything runs on one stream, in order (section 9 has a second one)
 static cublasHandle_t cublas;
 static const size_t CUBLAS_WORKSPACE = 32 << 20;
+static int device_number; // of the GPU in use
 static int multiprocessors;
 [[maybe_unused]] static int compute_capability; // 90 for 9.0
 [[maybe_unused]] static int block_smem;         // bytes of shared memory that a block can have
@@ -352,6 +363,8 @@ static int multiprocessors;
 #ifdef GPU_ARCH
 __global__ void no_work(void) {}
 #endif
+
+static int ranks_device(int devices); // section 9: which of them is this rank's
 
 static void machine_start(void) { // once, before the first allocation
     static bool started = false;
@@ -362,7 +375,9 @@ static void machine_start(void) { // once, before the first allocation
         die(2,
             "this build is for an NVIDIA GPU and finds none; `make train GPU=0` builds the same kernels for the CPU");
     cudaDeviceProp device;
-    CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
+    device_number = ranks_device(devices);
+    CUDA_CHECK(cudaSetDevice(device_number));
+    CUDA_CHECK(cudaGetDeviceProperties(&device, device_number));
     if (device.major < 8)
         die(2, "%s has compute capability %d.%d, expected 8.0 or newer; `make train GPU=0` builds for the CPU",
             device.name, device.major, device.minor);
@@ -413,7 +428,7 @@ static const char *machine_name(void) {
     static char name[300];
     cudaDeviceProp device;
     machine_start();
-    CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
+    CUDA_CHECK(cudaGetDeviceProperties(&device, device_number));
     snprintf(name, sizeof(name), "%s", device.name);
     return name;
 }
@@ -3866,11 +3881,13 @@ __global__ void sum_losses(double *totals, const float *losses, const int *right
 
 // ---- gradient norm and AdamW (spec section 8) ----
 
-// The block of parameters, cut into pieces that lie in one tensor each: one block of threads a piece.
+// The block of parameters, cut at every tensor's beginning and after every PIECE numbers: one block of threads a piece.
 struct Piece {
-    int64_t offset;
+    int64_t offset; // in the block
     int count;
     float lr_scale, decay;
+    int number;   // among all pieces; with several GPUs (section 9) a rank works on some of them only
+    int64_t kept; // where masters and moments are, of which a rank keeps only what it works on
 };
 static const int PIECE = 16384;
 
@@ -3888,7 +3905,7 @@ __global__ void squares_of_pieces(double *squares, const float *grads, const Pie
         for (int j = 0; j < 8; j++) sum += g.x[j] * g.x[j];
     }
     sum = block_sum(sum, shared);
-    if (threadIdx.x == 0) squares[blockIdx.x] = sum;
+    if (threadIdx.x == 0) squares[piece.number] = sum;
 }
 
 __global__ void norm_and_clip(UpdateState *state, const double *squares, int n, const double *totals, float per_target,
@@ -3919,9 +3936,9 @@ __global__ void adamw_kernel(floatX *params, float *master, float *m, float *v, 
     const Piece piece = pieces[blockIdx.x];
     const float lr = a.lr * piece.lr_scale, decay = a.weight_decay * piece.decay;
     for (int i = threadIdx.x * 8; i < piece.count; i += blockDim.x * 8) {
-        const int64_t at = piece.offset + i;
+        const int64_t at = piece.offset + i, kept = piece.kept + i, of_master = PRECISION_BF16 ? kept : at;
         const Pack g = load(grads + at);
-        Pack first = load(m + at), second = load(v + at), p = load(master + at);
+        Pack first = load(m + kept), second = load(v + kept), p = load(master + of_master);
         for (int j = 0; j < 8; j++) {
             const float gradient = g.x[j] * clip;
             first.x[j] = a.beta1 * first.x[j] + (1 - a.beta1) * gradient;
@@ -3929,9 +3946,9 @@ __global__ void adamw_kernel(floatX *params, float *master, float *m, float *v, 
             const float step = first.x[j] / a.correction1 / (sqrtf(second.x[j] / a.correction2) + a.eps);
             p.x[j] -= lr * (step + decay * p.x[j]);
         }
-        store(m + at, first);
-        store(v + at, second);
-        store(master + at, p);
+        store(m + kept, first);
+        store(v + kept, second);
+        store(master + of_master, p);
         if (PRECISION_BF16) store(params + at, p);
     }
 }
@@ -3940,7 +3957,7 @@ __global__ void adamw_kernel(floatX *params, float *master, float *m, float *v, 
 __global__ void round_params(floatX *params, const float *master, const Piece *pieces) {
     const Piece piece = pieces[blockIdx.x];
     for (int i = threadIdx.x * 8; i < piece.count; i += blockDim.x * 8)
-        store(params + piece.offset + i, load(master + piece.offset + i));
+        store(params + piece.offset + i, load(master + piece.kept + i));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -4092,6 +4109,14 @@ enum Remake {
     REMAKE_LAYERS = 1, // x alone, its input
 };
 
+typedef struct Buckets { // section 9
+    int n;               // 1 with one GPU
+    int64_t size;        // elements of each; the last one may be smaller
+    int *first_piece;    // (n + 1): of m->pieces
+    int left, gathered;  // those whose gradients are not yet sent; those whose weights the forward pass waited for
+    bool sum;            // the micro-batch at hand is the step's last: its gradients are sent as they become final
+} Buckets;
+
 struct Mixer;
 struct Model;
 typedef struct Layer {
@@ -4120,14 +4145,20 @@ typedef struct Model {
     Param **fields; // where the layers keep each tensor's pointers
     int n_tensors;
     bool first_micro_batch; // of a step: gradients of matrices are written, not added to (weight_backward)
-    // n_block: elements of a block of parameters, gaps (sanitizers only) included
+    // n_block: elements of a block of parameters, what fills it up included
     int64_t n_parameters, n_block;
+    // The block's parts, in the order of the forward pass: 0 the embedding, 1 + l layer l (TokenCat with the first GOLD
+    // layer), L + 1 the final norm and the head. Part p begins at part_begin[p]; part_begin[L + 2] is n_block.
+    int64_t *part_begin;
+    Buckets buckets; // section 9: how several GPUs share the block
     Params top;
     Layer *layers;
-    floatX *params; // device blocks; FP32 builds: params is master
+    // device blocks; FP32 builds: params is master. Several GPUs: each has a shard of m, v and, in BF16 builds, master
+    floatX *params;
     float *grads, *master, *m, *v;
     char *activations;
     int64_t activation_bytes;
+    int64_t gradients_at; // bytes into the activations where the gradients lie; -1: they have memory of their own
     // inside the activation block
     // ln0's output; rms_norm(x0); c (BT, R); K0 before and after its norm (BT, A)
     floatX *x0, *xo, *cache, *k0_sum, *k0;
@@ -4141,8 +4172,8 @@ typedef struct Model {
     // small device arrays
     int *tokens; // as staged by the host: inputs, targets, and the inputs sorted by id
     Piece *pieces;
-    int n_pieces;
-    double *squares, *totals; // (pieces); loss sum and number right
+    int n_pieces, n_squares;  // of this rank; of the block
+    double *squares, *totals; // (n_squares); behind them loss sum and number right
     UpdateState *state;
     // host
     int *staged[4]; // pinned; a ring, so that a copy is not overwritten before it is done
@@ -4150,6 +4181,7 @@ typedef struct Model {
     // of the step that is queued, of the one that is read, of the one before that
     cudaEvent_t result_done[3];
     int64_t micro_steps, targets_in_step;
+    int micro_in_step;
     UpdateState *results; // pinned, of the current step and the one before
     int distinct;         // ids in the micro-batch at hand
 } Model;
@@ -5054,6 +5086,17 @@ static void settings_check_mixers(const Settings *s) {
 // ---------------------------------------------------------------------------------------------------------------------
 // 6. Model: sizes, memory, initial weights; forward, backward, update
 
+// Several GPUs (section 9). With one of them there is one bucket, which is the whole block, and these do nothing.
+static void buckets_plan(Model *m);                                  // rounds n_block up
+static void ranks_connect_devices(void);                             // before the first allocation
+static void gradients_final(Model *m, int part);                     // of this part and those after it, in this step
+static void gradients_finish(Model *m);                              // this rank's shard holds the sum over ranks
+static void sum_over_ranks(double *sums, int n);                     // on the device
+static void weights_spread(Model *m, int bucket);                    // this rank's share of a bucket was updated
+static void weights_needed(Model *m, int part);                      // those up to this part will be read
+static const float *whole_block(const Model *m, const float *shard); // of m, v or master, until there are gradients
+static void bucket_share(const Model *m, int bucket, int64_t *begin, int64_t *end, int64_t *kept); // this rank's
+
 // ---- plan: the table of tensors and the size of every block; nothing is allocated on the device ----
 
 static void add_tensor(Model *m, int layer, Param *field, const char *name, Shape shape, Init init, Group group) {
@@ -5072,12 +5115,33 @@ static void add_tensor(Model *m, int layer, Param *field, const char *name, Shap
     t->init = init;
     t->decay = GROUPS[group].weight_decay && wide >= 2;
     t->lr_scale = !m->s.layerwise_lr ? 1 : m->s.train_stage == 2 ? GROUPS[group].rate_stage_2 : GROUPS[group].rate;
-    t->offset = m->n_block;
     field->ld = field->columns = (int)t->shape[t->ndim - 1];
     field->rows = (int)(t->size / field->columns);
     m->fields[m->n_tensors++] = field;
     m->n_parameters += t->size;
-    m->n_block += t->size + GUARD_BYTES / (int64_t)sizeof(floatX);
+}
+
+static int tensor_part(const Model *m, int i) {
+    const Param *field = m->fields[i];
+    if (field == &m->top.ln_out.gain || field == &m->top.ln_out.bias || field == &m->top.head) return m->d.L + 1;
+    if (field == &m->top.w_kv_cache_a || field == &m->top.w_kv_cache_b) return 1 + m->d.G0;
+    return 1 + m->tensors[i].layer;
+}
+
+// Where each tensor lies in the block: part by part in the order of the forward pass, so that the backward pass
+// finishes the gradients from the end of the block to its beginning.
+static void place_tensors(Model *m) {
+    m->part_begin = (int64_t *)calloc(m->d.L + 3, sizeof(int64_t));
+    for (int part = 0; part < m->d.L + 2; part++) {
+        m->part_begin[part] = m->n_block;
+        for (int i = 0; i < m->n_tensors; i++) {
+            if (part != tensor_part(m, i)) continue;
+            m->tensors[i].offset = m->n_block;
+            m->n_block += m->tensors[i].size + GUARD_BYTES / (int64_t)sizeof(floatX);
+        }
+    }
+    buckets_plan(m);
+    m->part_begin[m->d.L + 2] = m->n_block;
 }
 
 static void add_tensors(Model *m, int layer, Params *params, int where, int mixes) {
@@ -5099,6 +5163,9 @@ static bool has_cache(const Model *m) { return m->layers[m->d.L - 1].tmix->needs
 // Hands out the activation block; without a base it only measures it. The pieces at the front stay for the whole pass,
 // then comes what each layer keeps (enum Remake; with REMAKE_LAYERS all layers but for their inputs share one place),
 // then scratch.
+//
+// Several GPUs, one micro-batch a step: the gradients of a layer come to lie where the layers above it, which are done
+// with then, kept their activations. What does not fit there (the head's and the last layer's) follows the layers.
 static void model_layout(Model *m, char *base) {
     const Dims &d = m->d;
     const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A;
@@ -5130,8 +5197,9 @@ static void model_layout(Model *m, char *base) {
         if (l > 0) take(&arena, &m->layers[l].x, E);
     }
     const int64_t layers_begin = arena.used;
-    arena.once = m->s.grad_cp != REMAKE_LAYERS;
-    int64_t layers_end = arena.used;
+    const bool overlay = n_ranks > 1 && m->s.accumulate_grad_batches == 1 && m->s.grad_cp != REMAKE_LAYERS;
+    arena.once = m->s.grad_cp != REMAKE_LAYERS && !overlay;
+    int64_t layers_end = arena.used, gradients = arena.used;
     // scratch comes after the last layer's
     for (int pass = 0; pass < 2; pass++) {
         for (int l = 0; l < d.L; l++) {
@@ -5147,8 +5215,14 @@ static void model_layout(Model *m, char *base) {
             layer->cmix->plan(m, layer, &arena, &scratch);
             if (pass && scratch.used > m->activation_bytes) m->activation_bytes = scratch.used;
             if (!pass && arena.used > layers_end) layers_end = arena.used;
+            const int64_t first_free = arena.used - m->part_begin[l + 1] * (int64_t)sizeof(float);
+            if (!pass && first_free > gradients) gradients = ceil_div(first_free, 256) * 256;
         }
+        if (pass || !overlay) continue;
+        const int64_t end = gradients + m->n_block * (int64_t)sizeof(float);
+        if (end > layers_end) layers_end = ceil_div(end, 256) * 256;
     }
+    m->gradients_at = overlay ? gradients : -1;
 }
 
 static void set_batch(Model *m, int B, int T) { // sizes of the micro-batch at hand
@@ -5191,6 +5265,7 @@ static void model_plan(Model *m, const Settings *s, int B, int T) {
         add_tensors(m, l, &layer->p, BLOCK | (l == 0 ? FIRST : 0) | layer->tmix->tensors | layer->cmix->tensors,
                     layer->tmix->mixes);
     }
+    place_tensors(m);
     model_layout(m, nullptr);
 }
 
@@ -5198,14 +5273,16 @@ static void model_free_plan(Model *m) {
     free(m->layers);
     free(m->tensors);
     free(m->fields);
+    free(m->part_begin);
+    free(m->buckets.first_piece);
 }
 
 // Bytes of the four blocks: weights; gradients; masters and moments; activations.
 static void model_bytes(const Model *m, int64_t bytes[4]) {
     bytes[0] = m->n_block * (int64_t)sizeof(floatX);
-    bytes[1] = m->n_block * 4;
+    bytes[1] = m->gradients_at < 0 ? m->n_block * 4 : 0;
     // FP32: the weights are their own masters
-    bytes[2] = m->n_block * (PRECISION_BF16 ? 12 : 8);
+    bytes[2] = m->n_block / n_ranks * (PRECISION_BF16 ? 12 : 8);
     bytes[3] = m->activation_bytes;
 }
 
@@ -5236,7 +5313,10 @@ static void model_print_memory(const Model *m) {
     printf("%-28s %lld\n", "parameters", (long long)m->n_parameters);
     const char *names[4] = {"weights", "gradients", "masters and moments", "activations"};
     if (!PRECISION_BF16) names[2] = "moments";
-    for (int i = 0; i < 4; i++) printf("%-28s %.1f MiB\n", names[i], bytes[i] / 1048576.0);
+    if (n_ranks > 1) names[2] = PRECISION_BF16 ? "shard of masters and moments" : "shard of moments";
+    if (m->gradients_at >= 0) names[3] = "activations and gradients";
+    for (int i = 0; i < 4; i++)
+        if (bytes[i]) printf("%-28s %.1f MiB\n", names[i], bytes[i] / 1048576.0);
 }
 
 // ---- memory ----
@@ -5273,26 +5353,48 @@ static void model_too_large(const Model *m, int64_t available) { // says what wo
         missing / 1073741824.0, advice);
 }
 
-static void model_allocate_weights(Model *m) { // masters, weights, pieces
-    device_alloc((void **)&m->master, m->n_block * 4);
-    m->params = (floatX *)m->master;
-    if (PRECISION_BF16) device_alloc((void **)&m->params, m->n_block * sizeof(floatX));
-    for (int i = 0; i < m->n_tensors; i++) {
-        m->fields[i]->w = m->params + m->tensors[i].offset;
-        m->n_pieces += (int)ceil_div(m->tensors[i].size, PIECE);
+// The pieces of the block that are this rank's, in the order of the block.
+static void model_make_pieces(Model *m) {
+    Piece *pieces = nullptr;
+    for (int b = 0; b < m->buckets.n; b++) {
+        int64_t begin, end, kept;
+        m->buckets.first_piece[b] = m->n_pieces;
+        bucket_share(m, b, &begin, &end, &kept);
+        for (int i = 0, number = 0; i < m->n_tensors; i++) {
+            const Tensor *t = &m->tensors[i];
+            for (int64_t at = t->offset, next; at < t->offset + t->size; at = next, number++) {
+                next = at / PIECE * PIECE + PIECE;
+                next = next < t->offset + t->size ? next : t->offset + t->size;
+                if (at < begin || at >= end) continue;
+                pieces = (Piece *)realloc(pieces, (m->n_pieces + 1) * sizeof(Piece));
+                pieces[m->n_pieces++] = {at,     (int)(next - at), (float)t->lr_scale, (float)t->decay,
+                                         number, kept + at - begin};
+            }
+            m->n_squares = number;
+        }
     }
-    Piece *pieces = (Piece *)malloc(m->n_pieces * sizeof(Piece)), *piece = pieces;
-    for (int i = 0; i < m->n_tensors; i++) {
-        const Tensor *t = &m->tensors[i];
-        for (int64_t at = 0; at < t->size; at += PIECE)
-            *piece++ = {t->offset + at, (int)(t->size - at < PIECE ? t->size - at : PIECE), (float)t->lr_scale,
-                        (float)t->decay};
-        guard_gap(m->master + t->offset + t->size, GUARD_BYTES);
-        if (PRECISION_BF16) guard_gap(m->params + t->offset + t->size, GUARD_BYTES);
-    }
-    device_alloc((void **)&m->pieces, m->n_pieces * sizeof(Piece));
+    m->buckets.first_piece[m->buckets.n] = m->n_pieces;
+    device_alloc((void **)&m->pieces, (m->n_pieces + 1) * sizeof(Piece));
     CUDA_CHECK(cudaMemcpy(m->pieces, pieces, m->n_pieces * sizeof(Piece), cudaMemcpyHostToDevice));
     free(pieces);
+}
+
+static void guard_gaps(const Model *m, float *block) { // of a block that no other rank reads
+    for (int i = 0; i < m->n_tensors && n_ranks == 1; i++)
+        guard_gap(block + m->tensors[i].offset + m->tensors[i].size, GUARD_BYTES);
+}
+
+static void model_allocate_weights(Model *m) { // masters, weights, pieces
+    const int64_t n_kept = m->n_block / n_ranks;
+    device_alloc((void **)&m->master, (PRECISION_BF16 ? n_kept : m->n_block) * sizeof(float));
+    m->params = (floatX *)m->master;
+    if (PRECISION_BF16) device_alloc((void **)&m->params, m->n_block * sizeof(floatX));
+    guard_gaps(m, m->master);
+    for (int i = 0; i < m->n_tensors; i++) {
+        m->fields[i]->w = m->params + m->tensors[i].offset;
+        if (PRECISION_BF16 && n_ranks == 1) guard_gap(m->fields[i]->w + m->tensors[i].size, GUARD_BYTES);
+    }
+    model_make_pieces(m);
 }
 
 // and what carries tokens and losses
@@ -5302,7 +5404,8 @@ static void model_allocate_activations(Model *m) {
     // inputs, targets, ids, starts + 1, order
     const int64_t staged = ((int64_t)m->B * m->T * 5 + 1) * sizeof(int);
     device_alloc((void **)&m->tokens, staged);
-    device_alloc((void **)&m->totals, 2 * sizeof(double));
+    device_alloc((void **)&m->squares, (m->n_squares + 2) * sizeof(double));
+    m->totals = m->squares + m->n_squares;
     for (int i = 0; i < 4; i++) {
         CUDA_CHECK(cudaMallocHost((void **)&m->staged[i], staged));
         CUDA_CHECK(cudaEventCreate(&m->staged_done[i]));
@@ -5311,18 +5414,20 @@ static void model_allocate_activations(Model *m) {
 
 void model_allocate(Model *m) { // all that training needs
     machine_start();
+    ranks_connect_devices();
     size_t available, total;
     CUDA_CHECK(cudaMemGetInfo(&available, &total));
     if (model_total_bytes(m) > (int64_t)available) model_too_large(m, (int64_t)available);
     model_allocate_weights(m);
     model_allocate_activations(m);
-    for (float **block : {&m->grads, &m->m, &m->v}) {
-        device_alloc((void **)block, m->n_block * 4);
-        for (int i = 0; i < m->n_tensors; i++)
-            guard_gap(*block + m->tensors[i].offset + m->tensors[i].size, GUARD_BYTES);
+    for (float **block : {&m->m, &m->v}) {
+        device_alloc((void **)block, m->n_block / n_ranks * sizeof(float));
+        guard_gaps(m, *block);
     }
+    if (m->gradients_at >= 0) m->grads = (float *)(m->activations + m->gradients_at);
+    else device_alloc((void **)&m->grads, m->n_block * sizeof(float));
+    guard_gaps(m, m->grads);
     for (int i = 0; i < m->n_tensors; i++) m->fields[i]->g = m->grads + m->tensors[i].offset;
-    device_alloc((void **)&m->squares, m->n_pieces * sizeof(double));
     device_alloc((void **)&m->state, sizeof(UpdateState));
     CUDA_CHECK(cudaMallocHost((void **)&m->results, 2 * sizeof(UpdateState)));
     for (int i = 0; i < 3; i++) CUDA_CHECK(cudaEventCreate(&m->result_done[i]));
@@ -5436,9 +5541,27 @@ static void tensor_init(const Model *m, const Tensor *t, float *x, float *scratc
     }
 }
 
+// A tensor's values on the host (null: zeros) to one of the blocks master, m and v, or to what this rank keeps of it.
+static void block_write(const Model *m, float *block, const Tensor *t, const float *values) {
+    const bool whole = !PRECISION_BF16 && block == m->master;
+    for (int b = 0; b < (whole ? 1 : m->buckets.n); b++) {
+        int64_t begin = 0, end = m->n_block, kept = 0;
+        if (!whole) bucket_share(m, b, &begin, &end, &kept);
+        const int64_t from = begin > t->offset ? begin : t->offset,
+                      to = end < t->offset + t->size ? end : t->offset + t->size;
+        if (from >= to) continue;
+        float *target = block + kept + from - begin;
+        const size_t bytes = (to - from) * sizeof(float);
+        if (!values) CUDA_CHECK(cudaMemset(target, 0, bytes));
+        else CUDA_CHECK(cudaMemcpy(target, values + from - t->offset, bytes, cudaMemcpyHostToDevice));
+    }
+}
+
 // masters were written: round them again
 static void model_params_changed(Model *m) {
-    if (PRECISION_BF16) round_params<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->pieces);
+    if (PRECISION_BF16 && m->n_pieces) round_params<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->pieces);
+    for (int b = 0; b < m->buckets.n; b++) weights_spread(m, b);
+    weights_needed(m, m->d.L + 1);
     CUDA_CHECK(cudaGetLastError());
     CUDA_CHECK(cudaStreamSynchronize(stream));
 }
@@ -5450,9 +5573,9 @@ static void model_init_weights(Model *m, uint64_t seed) {
         const Tensor *t = &m->tensors[i];
         float *x = (float *)malloc(t->size * sizeof(float));
         tensor_init(m, t, x, scratch, tensor_key(t->name, seed));
-        CUDA_CHECK(cudaMemcpy(m->master + t->offset, x, t->size * sizeof(float), cudaMemcpyHostToDevice));
-        CUDA_CHECK(cudaMemset(m->m + t->offset, 0, t->size * sizeof(float)));
-        CUDA_CHECK(cudaMemset(m->v + t->offset, 0, t->size * sizeof(float)));
+        block_write(m, m->master, t, x);
+        block_write(m, m->m, t, nullptr);
+        block_write(m, m->v, t, nullptr);
         free(x);
     }
     CUDA_CHECK(cudaFree(scratch));
@@ -5490,6 +5613,7 @@ static void layer_forward(Model *m, Layer *layer) {
 static void model_embed(Model *m) {
     const Dims &d = m->d;
     const Params &first = m->layers[0].p;
+    weights_needed(m, 1);
     embedding_layernorm_forward(m->x0, m->top.emb.w, m->tokens, first.ln0, d.BT);
     if (has_cache(m)) rms_norm_forward<<<d.BT, row_threads(d.C), 0, stream>>>(m->xo, m->x0, d.C);
 }
@@ -5501,6 +5625,7 @@ static void model_layers(Model *m, int begin, int end) {
         Layer *layer = &m->layers[l];
         const Params &p = layer->p;
         NamedRange range("layer %d %s forward", l, layer->tmix->name);
+        weights_needed(m, 1 + l);
         if (l == begin) layernorm_forward(layer->ln1, layer->x, p.ln1, d.BT);
         else add_layernorm_forward(layer->ln1, layer->x, m->layers[l - 1].x_mid, m->branch, p.ln1, d.BT);
         if (l == d.G0 && has_cache(m) && d.lead == 0) token_cat_forward(m, layer->x);
@@ -5510,6 +5635,7 @@ static void model_layers(Model *m, int begin, int end) {
 
 static void model_final_norm(Model *m) { // xf = LayerNorm_ln_out(x)
     const Dims &d = m->d;
+    weights_needed(m, d.L + 1);
     add_layernorm_forward(m->xf, m->x_out, m->layers[d.L - 1].x_mid, m->branch, m->top.ln_out, d.BT);
 }
 
@@ -5546,6 +5672,21 @@ static void model_classifier(Model *m, float scale) {
 
 // ---- backward ----
 
+// In a step's first micro-batch, before a part's gradients are made: clears all but the matrices' (weight_backward).
+static void gradients_clear(Model *m, int part) {
+    int64_t begin = 0, end = 0; // neighbours in one go
+    for (int i = 0; i <= m->n_tensors && m->first_micro_batch; i++) {
+        const Tensor *t = &m->tensors[i];
+        const bool clears = i < m->n_tensors && tensor_part(m, i) == part && (!t->decay || m->fields[i] == &m->top.emb);
+        if (clears && t->offset == end) {
+            end += t->size;
+            continue;
+        }
+        if (end > begin) CUDA_CHECK(cudaMemsetAsync(m->grads + begin, 0, (end - begin) * sizeof(float), stream));
+        begin = clears ? t->offset : 0, end = clears ? t->offset + t->size : 0;
+    }
+}
+
 // m->dx: of the layer's output, then of its input
 static void layer_backward(Model *m, Layer *layer) {
     const Dims &d = m->d;
@@ -5574,21 +5715,27 @@ static void model_backward(Model *m) {
     if (has_cache(m))
         // A = C here
         for (float *sum : {m->dxo, m->dk0}) CUDA_CHECK(cudaMemsetAsync(sum, 0, E * sizeof(float), stream));
+    gradients_clear(m, d.L + 1);
     layernorm_backward(m->dx, m->dln1, m->x_out, top.ln_out, m->partial, d.BT);
+    gradients_final(m, d.L + 1);
     for (int l = d.L - 1; l >= 0; l--) {
         NamedRange range("layer %d %s backward", l, m->layers[l].tmix->name);
+        gradients_clear(m, 1 + l);
         layer_backward(m, &m->layers[l]);
         if (l == d.G0 && has_cache(m)) token_cat_backward(m, m->dx, m->layers[l].x);
+        if (l > 0) gradients_final(m, 1 + l); // not of ln0, among layer 0's
     }
     if (has_cache(m))
         rms_norm_backward<true>
             <<<d.BT, row_threads(d.C), 0, stream>>>(m->dx, m->dxo, (const float *)m->dx0, m->x0, d.C);
+    gradients_clear(m, 0);
     embedding_layernorm_backward(m->dln1, m->dx, top.emb.w, m->tokens, first.ln0, m->partial, d.BT);
     const int *ids = m->tokens + 2 * d.BT, *starts = ids + m->distinct, *order = starts + m->distinct + 1;
     embedding_backward<<<dim3(m->distinct, d.C / EMBEDDING_CHANNELS), 8 * EMBEDDING_ROWS, 0, stream>>>(top.emb.g,
                                                                                                        m->dln1, ids,
                                                                                                        starts, order,
                                                                                                        d.C);
+    gradients_final(m, 0);
 }
 
 // ---- a step ----
@@ -5619,43 +5766,31 @@ static void stage_tokens(Model *m, const int *tokens, int B, int T) {
     CUDA_CHECK(cudaEventRecord(m->staged_done[slot], stream));
 }
 
-// Clears the gradients that micro-batches add to: all but the matrices' (weight_backward), neighbours in one go.
 static void model_step_begin(Model *m) {
-    int64_t begin = 0, end = 0;
-    auto clear = [&] {
-        if (end > begin) CUDA_CHECK(cudaMemsetAsync(m->grads + begin, 0, (end - begin) * sizeof(float), stream));
-    };
-    for (int i = 0; i < m->n_tensors; i++) {
-        const Tensor *t = &m->tensors[i];
-        if (t->decay && m->fields[i] != &m->top.emb) continue;
-        if (t->offset != end) {
-            clear();
-            begin = t->offset;
-        }
-        end = t->offset + t->size;
-    }
-    clear();
     m->first_micro_batch = true;
     CUDA_CHECK(cudaMemsetAsync(m->totals, 0, 2 * sizeof(double), stream));
-    m->targets_in_step = 0;
+    m->targets_in_step = m->micro_in_step = 0;
 }
 
 static void model_micro_step(Model *m, const int *tokens, int B, int T, int accumulate) {
     stage_tokens(m, tokens, B, T);
+    m->buckets.sum = ++m->micro_in_step == accumulate;
     model_forward(m);
-    model_classifier(m, 1.f / ((float)B * T * accumulate));
+    model_classifier(m, 1.f / ((float)B * T * accumulate * n_ranks));
     model_backward(m);
     m->first_micro_batch = false;
-    m->targets_in_step += (int64_t)B * T;
+    m->targets_in_step += (int64_t)B * T * n_ranks;
 }
 
 static void model_update(Model *m, int64_t step, double lr, double weight_decay) {
     const Settings &s = m->s;
     NamedRange range("optimizer");
-    squares_of_pieces<<<m->n_pieces, 256, 0, stream>>>(m->squares, m->grads, m->pieces);
+    gradients_finish(m);
+    if (m->n_pieces) squares_of_pieces<<<m->n_pieces, 256, 0, stream>>>(m->squares, m->grads, m->pieces);
+    sum_over_ranks(m->squares, m->n_squares + 2); // a piece's from its rank; and of m->totals
     const float per_target = (float)(1.0 / m->targets_in_step),
                 limit = s.gradient_clip_val > 0 ? (float)s.gradient_clip_val : FLT_MAX;
-    norm_and_clip<<<1, 256, 0, stream>>>(m->state, m->squares, m->n_pieces, m->totals, per_target, limit);
+    norm_and_clip<<<1, 256, 0, stream>>>(m->state, m->squares, m->n_squares, m->totals, per_target, limit);
     const AdamW a = {(float)lr,
                      (float)s.beta1,
                      (float)s.beta2,
@@ -5663,7 +5798,12 @@ static void model_update(Model *m, int64_t step, double lr, double weight_decay)
                      (float)weight_decay,
                      (float)(1 - pow(s.beta1, step + 1.0)),
                      (float)(1 - pow(s.beta2, step + 1.0))};
-    adamw_kernel<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->m, m->v, m->grads, m->pieces, m->state, a);
+    for (int b = 0; b < m->buckets.n; b++) {
+        const Piece *pieces = m->pieces + m->buckets.first_piece[b];
+        const int n = m->buckets.first_piece[b + 1] - m->buckets.first_piece[b];
+        if (n) adamw_kernel<<<n, 256, 0, stream>>>(m->params, m->master, m->m, m->v, m->grads, pieces, m->state, a);
+        weights_spread(m, b);
+    }
     CUDA_CHECK(cudaGetLastError()); // of all launches of the step
     CUDA_CHECK(cudaMemcpyAsync(&m->results[step % 2], m->state, sizeof(UpdateState), cudaMemcpyDeviceToHost, stream));
     CUDA_CHECK(cudaEventRecord(m->result_done[step % 3], stream));
@@ -5687,7 +5827,7 @@ static double seconds_since_last_step(Model *m, int64_t step) {
 
 static bool model_step_done(Model *m, int64_t step) { return cudaEventQuery(m->result_done[step % 3]) == cudaSuccess; }
 
-static void model_evaluate(Model *m, const int *tokens, int B, int T, double *loss_sum, int64_t *correct) {
+static void model_evaluate(Model *m, const int *tokens, int B, int T, double *loss_sum, double *correct) {
     double totals[2];
     CUDA_CHECK(cudaMemsetAsync(m->totals, 0, sizeof(totals), stream));
     stage_tokens(m, tokens, B, T);
@@ -5696,8 +5836,7 @@ static void model_evaluate(Model *m, const int *tokens, int B, int T, double *lo
     CUDA_CHECK(cudaGetLastError());
     CUDA_CHECK(cudaStreamSynchronize(stream));
     CUDA_CHECK(cudaMemcpy(totals, m->totals, sizeof(totals), cudaMemcpyDeviceToHost));
-    *loss_sum = totals[0];
-    *correct = (int64_t)totals[1];
+    *loss_sum = totals[0], *correct = totals[1];
 }
 
 // rows (n) of device floats in floatX to host floats
@@ -5777,14 +5916,12 @@ static const char *model_find_nonfinite(Model *m, const int *tokens, int B, int 
         return bad(t->size);
     };
     const int64_t grad_cp = m->s.grad_cp;
-    model_step_begin(m);
-    model_micro_step(m, tokens, B, T, 1);
-    CUDA_CHECK(cudaStreamSynchronize(stream));
+    stage_tokens(m, tokens, B, T);
+    model_forward(m);
     bool yes = false;
     for (int i = 0; i < m->n_tensors && !yes; i++) { // a weight itself?
         snprintf(found, sizeof(found), "%s", m->tensors[i].name);
-        CUDA_CHECK(cudaMemcpy(values, m->master + m->tensors[i].offset, m->tensors[i].size * sizeof(float),
-                              cudaMemcpyDeviceToHost));
+        copy_to_host(values, m->fields[i]->w, m->tensors[i].size);
         yes = bad(m->tensors[i].size);
     }
     for (int l = 0; l < m->d.L && !yes; l++)
@@ -5801,6 +5938,10 @@ static const char *model_find_nonfinite(Model *m, const int *tokens, int B, int 
         snprintf(found, sizeof(found), "logits");
         yes = bad((int64_t)m->d.BT * m->d.V);
     }
+    model_step_begin(m);
+    m->micro_in_step = 1; // so that none is the step's last: the gradients are this rank's alone
+    model_micro_step(m, tokens, B, T, 1);
+    CUDA_CHECK(cudaStreamSynchronize(stream));
     // gradients: head first, then from the last block down
     for (int layer = m->d.L; layer >= -1 && !yes; layer--)
         for (int i = 0; i < m->n_tensors && !yes; i++) {
@@ -6500,8 +6641,9 @@ static void safetensors_close(SafeTensors *f) {
 
 typedef struct FileBlock { // one of the model's blocks
     const char *prefix, *dtype;
-    const void *device;
-    int64_t width; // bytes of an element
+    const float *sharded; // device memory: a shard of it, or
+    const void *whole;    // all
+    int64_t width;        // bytes of an element
 } FileBlock;
 
 static void json_print(FILE *out, const char *text) {
@@ -6512,12 +6654,17 @@ static void json_print(FILE *out, const char *text) {
     fputc('"', out);
 }
 
+static const char *block_to_write(const Model *m, const FileBlock *block) {
+    return (const char *)(block->whole ? block->whole : whole_block(m, block->sharded));
+}
+
 typedef struct Progress {
     int64_t step, samples, tokens; // done so far; samples: tokens / ctx_len
     int64_t step_tokens;           // of a step when the run began: what warmup_steps counts
     int64_t data_tokens;           // of data_file: it must be the same one
     uint64_t data_hash;            // as well; 0 in older checkpoints
     double best_loss;              // of all validations, INFINITY before the first
+    int64_t ranks;                 // that the checkpoint was written by
 } Progress;
 
 // Writes a file of blocks; returns the hash of their bytes, which is also the last field of the metadata.
@@ -6554,6 +6701,7 @@ static uint64_t safetensors_write(FileOut *out, const Model *m, const Settings *
             p->samples, p->tokens, p->step_tokens);
     fprintf(text, "\"data_tokens\":\"%ld\",\"data_hash\":\"%016lx\",\"best_loss\":\"%.17g\",", p->data_tokens,
             p->data_hash, p->best_loss);
+    fprintf(text, "\"ranks\":\"%d\",", n_ranks);
     fprintf(text, "\"model_hash\":\"%016lx\",\"hash\":\"", model_hash);
     fflush(text);
     const long hash_at = 8 + (long)length;
@@ -6570,11 +6718,11 @@ static uint64_t safetensors_write(FileOut *out, const Model *m, const Settings *
     file_write(out, header, length);
     void *host = malloc((size_t)largest);
     for (int b = 0; b < n_blocks; b++) {
+        const char *block = block_to_write(m, &blocks[b]);
         for (int i = 0; i < m->n_tensors; i++) {
             const Tensor *t = &m->tensors[i];
             const size_t bytes = (size_t)(t->size * blocks[b].width);
-            CUDA_CHECK(cudaMemcpy(host, (const char *)blocks[b].device + t->offset * blocks[b].width, bytes,
-                                  cudaMemcpyDeviceToHost));
+            CUDA_CHECK(cudaMemcpy(host, block + t->offset * blocks[b].width, bytes, cudaMemcpyDeviceToHost));
             hash = hash_bytes(hash, host, bytes);
             file_write(out, host, bytes);
         }
@@ -6661,8 +6809,8 @@ static void folder_remove(const char *folder, int (*filter)(const struct dirent 
 static void folder_lock(const char *folder) {
     LONG_PATH path;
     char host[256] = "", holder[300] = "another program";
-    static bool held = false; // a lock stands in the way of a second one, even of the same program's
-    if (held) return;
+    static bool held = false;     // a lock stands in the way of a second one, even of the same program's
+    if (held || rank > 0) return; // rank 0 writes
     held = true;
     snprintf(path, sizeof(path), "%s/.lock", folder);
     const int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
@@ -6727,7 +6875,7 @@ void folder_create(const char *folder) { // with its parents
 }
 
 static FileBlock weights_block(const Model *m) {
-    return {"", sizeof(floatX) == 2 ? "BF16" : "F32", m->params, sizeof(floatX)};
+    return {"", sizeof(floatX) == 2 ? "BF16" : "F32", nullptr, m->params, sizeof(floatX)};
 }
 
 static bool due(int64_t steps, int64_t every) { return every > 0 && steps % every == 0; }
@@ -6737,7 +6885,11 @@ static void checkpoint_save(const Model *m, const Settings *s, const Progress *p
     LONG_PATH path;
     FileOut model, state;
     const FileBlock weights = weights_block(m);
-    const FileBlock others[] = {{"master.", "F32", m->master, 4}, {"m.", "F32", m->m, 4}, {"v.", "F32", m->v, 4}};
+    const FileBlock others[] = {{"master.", "F32", m->master, PRECISION_BF16 ? nullptr : m->master, 4},
+                                {"m.", "F32", m->m, nullptr, 4},
+                                {"v.", "F32", m->v, nullptr, 4}};
+    for (int b = 0; b < 3 && rank > 0; b++) block_to_write(m, &others[b]); // of which rank 0 writes all shards
+    if (rank > 0) return;
     checkpoint_path(path, s->out, "model", p->step, "");
     file_begin(&model, path);
     checkpoint_path(path, s->out, "state", p->step, "");
@@ -6766,6 +6918,7 @@ static void checkpoint_save_best(const Model *m, const Settings *s, const Progre
     LONG_PATH path;
     FileOut model;
     const FileBlock weights = weights_block(m);
+    if (rank > 0) return;
     snprintf(path, sizeof(path), "%s/%s", s->out, best_name);
     file_begin(&model, path);
     safetensors_write(&model, m, s, p, 0, &weights, 1);
@@ -6823,7 +6976,7 @@ static int block_load(const Model *m, const SafeTensors *f, const char *prefix, 
                 uint32_t bits = (uint32_t)bytes[2 * k] << 16 | (uint32_t)bytes[2 * k + 1] << 24;
                 memcpy(host + k, &bits, 4);
             }
-        CUDA_CHECK(cudaMemcpy(block + t->offset, host, (size_t)t->size * sizeof(float), cudaMemcpyHostToDevice));
+        block_write(m, block, t, host);
         free(host);
         taken++;
     }
@@ -6953,6 +7106,7 @@ static void checkpoint_open(SafeTensors *state, const char *folder, int64_t step
     p->step_tokens = knows ? safetensors_number(state, "step_tokens") : p->step > 0 ? p->tokens / p->step : 0;
     p->best_loss = best ? strtod(best, nullptr) : INFINITY;
     p->data_hash = data ? strtoull(data, nullptr, 16) : 0;
+    p->ranks = safetensors_metadata(state, "ranks") ? safetensors_number(state, "ranks") : 1;
 }
 
 static void checkpoint_load(Model *m, SafeTensors *state) {
@@ -6965,9 +7119,591 @@ static void checkpoint_load(Model *m, SafeTensors *state) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// 9. Several GPUs: one process a GPU, called a rank, on any number of machines
+//
+//    Each rank takes its own sequences of the batch through the whole model. So each has whole: weights, activations
+//    and, while the backward pass makes them, gradients. Sharded, every rank having one n-th: the sum of the gradients
+//    over all ranks, the fp32 masters (of a BF16 build) and AdamW's moments (ZeRO stage 1).
+//
+//    The block of parameters (section 6) is cut into buckets; of each bucket every rank owns an equal share:
+//
+//        block    emb           | blocks.0 blocks.1 ..                        | .. ln_out head     in the order of the
+//        buckets  0             | 1             | 2             | 3             | 4                forward pass
+//        owners   r0 r1 r2 r3   | r0 r1 r2 r3   | r0 r1 r2 r3   | r0 r1 r2 r3   | r0 r1 r2 r3
+//
+//    A step, on two streams; what stands beside each other runs at the same time:
+//
+//        `stream`                                     `beside`
+//        forward and backward of all micro-batches
+//          but the last: gradients add up
+//        the last micro-batch's forward
+//        its backward, from the head to emb           reduce-scatter of each bucket whose gradients are final,
+//                                                       from the last to the first: its owner gets the sum
+//        sums of squares of the shares                all-reduce of these (and of the loss): norm, clip
+//        AdamW on the shares, bucket by bucket        all-gather of each bucket's new weights
+//        the next step's forward, which waits,
+//          layer by layer, for the weights it reads
+//
+//    Events order the two streams; the host waits for nothing. Sums have a fixed order (NCCL's for gradients, the
+//    block's for the norm), so that the same number of ranks gives the same bits.
+//
+//    Ranks find each other by TCP at rank 0, which hands out NCCL's id. These connections stay: over them rank 0 says
+//    before each step whether all go on, and a thread in each rank says once a second that the process lives. A rank
+//    that hears nothing for 20 s (GOLDFINCH_PATIENCE) or finds the connection closed ends itself.
+
+#include <arpa/inet.h>
+#include <netdb.h>
+#include <netinet/tcp.h>
+#include <omp.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+
+#ifndef GOLDFINCH_NCCL
+#define GOLDFINCH_NCCL 0
+#endif
+#if GOLDFINCH_NCCL
+#include <nccl.h>
+#define NCCL_CHECK(call) nccl_check((call), __FILE__, __LINE__)
+static void nccl_check(ncclResult_t result, const char *file, int line) {
+    if (result != ncclSuccess) die(1, "NCCL error at %s:%d: %s", file, line, ncclGetErrorString(result));
+}
+#else
+#define NCCL_CHECK(call) ((void)0) // without NCCL there is one rank only, and nothing calls it
+typedef struct ncclUniqueId {
+    char internal[128];
+} ncclUniqueId;
+typedef struct ncclComm *ncclComm_t;
+#endif
+
+static double seconds_now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static struct Ranks {
+    int local, n_local; // this rank among those of its machine
+    bool forked;        // the other ranks are rank 0's children
+    pid_t *pids;        // rank 0: of its children, by rank; others: [0] is rank 0's
+    int *sockets;       // rank 0: to each rank; others: [0] to rank 0; -1: none
+    double *heard;      // when a rank last gave a sign of life
+    bool *left;         // a rank said that it ends as it should
+    ncclUniqueId id;
+    ncclComm_t comm;
+    cudaStream_t beside;
+    cudaEvent_t passed;    // of one stream, for the other one
+    cudaEvent_t *gathered; // a bucket's weights
+    int64_t told, taken;   // rank 0's words on going on: come, and looked at
+    bool stop;             // the last of them was no
+    int failing;           // a thread is ending this process
+    pthread_mutex_t mutex;
+    pthread_cond_t news;
+} ranks;
+
+// ---------------------------------------- the block's shares
+
+static const int MOST_BUCKETS = 32; // enough for most of the sums to hide behind the backward pass
+
+static void buckets_plan(Model *m) {
+    Buckets *b = &m->buckets;
+    *b = {1, m->n_block, nullptr, 0, 0, false};
+    if (n_ranks > 1) { // shares begin where pieces do
+        const int64_t unit = (int64_t)n_ranks * PIECE;
+        m->n_block = ceil_div(m->n_block, unit) * unit;
+        b->size = ceil_div(m->n_block, MOST_BUCKETS * unit) * unit;
+        b->n = (int)ceil_div(m->n_block, b->size);
+    }
+    b->first_piece = (int *)calloc(b->n + 1, sizeof(int));
+    b->gathered = b->n; // nothing is on its way
+}
+
+static int64_t bucket_begin(const Model *m, int bucket) {
+    return bucket < m->buckets.n ? bucket * m->buckets.size : m->n_block;
+}
+static int64_t share_size(const Model *m, int bucket) {
+    return (bucket_begin(m, bucket + 1) - bucket_begin(m, bucket)) / n_ranks;
+}
+
+// Where this rank's share of a bucket lies in the block, and where among all that the rank keeps.
+static void bucket_share(const Model *m, int bucket, int64_t *begin, int64_t *end, int64_t *kept) {
+    *kept = bucket_begin(m, bucket) / n_ranks;
+    *begin = bucket_begin(m, bucket) + rank * share_size(m, bucket);
+    *end = *begin + share_size(m, bucket);
+}
+
+// ---------------------------------------- what a step exchanges
+
+// What is queued on `later` from now on waits for what is queued on `first` by now.
+static void stream_waits(cudaStream_t later, cudaStream_t first) {
+    CUDA_CHECK(cudaEventRecord(ranks.passed, first));
+    CUDA_CHECK(cudaStreamWaitEvent(later, ranks.passed, 0));
+}
+
+static void gradients_final(Model *m, int part) {
+    Buckets *buckets = &m->buckets;
+    if (n_ranks == 1 || !buckets->sum) return;
+    if (part == m->d.L + 1) buckets->left = buckets->n;
+    stream_waits(ranks.beside, stream);
+    while (buckets->left > 0 && bucket_begin(m, buckets->left - 1) >= m->part_begin[part]) {
+        const int b = --buckets->left;
+        float *bucket = m->grads + bucket_begin(m, b), *share = bucket + rank * share_size(m, b);
+        NCCL_CHECK(ncclReduceScatter(bucket, share, share_size(m, b), ncclFloat, ncclSum, ranks.comm, ranks.beside));
+        (void)share;
+    }
+}
+
+static void gradients_finish(Model *m) {
+    if (n_ranks == 1) return;
+    CUDA_CHECK(cudaMemsetAsync(m->squares, 0, m->n_squares * sizeof(double), stream)); // of the others' pieces
+    stream_waits(stream, ranks.beside);
+}
+
+static void sum_over_ranks(double *sums, int n) {
+    if (n_ranks == 1) return;
+    stream_waits(ranks.beside, stream);
+    NCCL_CHECK(ncclAllReduce(sums, sums, n, ncclDouble, ncclSum, ranks.comm, ranks.beside));
+    stream_waits(stream, ranks.beside);
+    (void)sums, (void)n;
+}
+
+static void weights_spread(Model *m, int bucket) {
+    if (n_ranks == 1) return;
+    floatX *to = m->params + bucket_begin(m, bucket), *share = to + rank * share_size(m, bucket);
+    stream_waits(ranks.beside, stream);
+    NCCL_CHECK(ncclAllGather(share, to, share_size(m, bucket) * sizeof(floatX), ncclChar, ranks.comm, ranks.beside));
+    CUDA_CHECK(cudaEventRecord(ranks.gathered[bucket], ranks.beside));
+    m->buckets.gathered = 0;
+    (void)share;
+}
+
+static void weights_needed(Model *m, int part) {
+    Buckets *buckets = &m->buckets;
+    while (buckets->gathered < buckets->n && bucket_begin(m, buckets->gathered) < m->part_begin[part + 1]) {
+        const int b = buckets->gathered++;
+        if (n_ranks > 1) CUDA_CHECK(cudaStreamWaitEvent(stream, ranks.gathered[b], 0));
+    }
+}
+
+static const float *whole_block(const Model *m, const float *shard) { // it lies where the gradients were
+    if (n_ranks == 1) return shard;
+    stream_waits(ranks.beside, stream);
+    for (int b = 0; b < m->buckets.n; b++) {
+        const int64_t begin = bucket_begin(m, b);
+        NCCL_CHECK(ncclAllGather(shard + begin / n_ranks, m->grads + begin, share_size(m, b), ncclFloat, ranks.comm,
+                                 ranks.beside));
+        (void)begin;
+    }
+    CUDA_CHECK(cudaStreamSynchronize(ranks.beside));
+    return m->grads;
+}
+
+// Numbers of the host, summed over ranks: exact where all but one have 0.
+static void host_sum_over_ranks(double *sums, int n) {
+    if (n_ranks == 1) return;
+    double *device;
+    device_alloc((void **)&device, n * sizeof(double));
+    CUDA_CHECK(cudaMemcpy(device, sums, n * sizeof(double), cudaMemcpyHostToDevice));
+    sum_over_ranks(device, n);
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaMemcpy(sums, device, n * sizeof(double), cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaFree(device));
+}
+
+// Each rank has a text or an empty one. Replaces it by that of the first rank which has one, and returns this rank,
+// or -1.
+static int first_rank_that_says(char *text, int size) {
+    char *device, *all = (char *)calloc(n_ranks, size);
+    device_alloc((void **)&device, (int64_t)n_ranks * size);
+    CUDA_CHECK(cudaMemcpy(device + rank * size, text, size, cudaMemcpyHostToDevice));
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    if (n_ranks > 1) {
+        NCCL_CHECK(ncclAllGather(device + rank * size, device, size, ncclChar, ranks.comm, ranks.beside));
+        CUDA_CHECK(cudaStreamSynchronize(ranks.beside));
+    }
+    CUDA_CHECK(cudaMemcpy(all, device, (int64_t)n_ranks * size, cudaMemcpyDeviceToHost));
+    int first = 0;
+    while (first < n_ranks && !all[first * size]) first++;
+    if (first < n_ranks) memcpy(text, all + first * size, size);
+    free(all);
+    CUDA_CHECK(cudaFree(device));
+    return first < n_ranks ? first : -1;
+}
+
+// ---------------------------------------- living and ending together
+
+// What ranks say to each other is single letters: '.' I live, 'g' go on and 's' stop (rank 0, before a step), 'e' I
+// end as I should, 'x' and a number: I failed with this exit code.
+static void say(int to, const char *letters, int n) {
+    const int socket = ranks.sockets ? ranks.sockets[to] : -1;
+    if (socket >= 0 && send(socket, letters, n, MSG_NOSIGNAL | MSG_DONTWAIT) < 0) return; // its end is seen elsewhere
+}
+static void say_to_all(const char *letters, int n) { // rank 0 to all, the others to rank 0
+    for (int i = 0; i < (rank == 0 ? n_ranks : 1); i++) say(i, letters, n);
+}
+
+// Rank 0 waits for the ranks it started; those still there after `patience` seconds it kills. False if one failed.
+static bool wait_for_children(double patience) {
+    bool well = true;
+    const double begin = seconds_now();
+    for (int i = 1; i < n_ranks && ranks.forked && rank == 0; i++) {
+        int status = 0;
+        while (ranks.pids[i] > 0 && waitpid(ranks.pids[i], &status, WNOHANG) == 0) {
+            if (seconds_now() - begin > patience) kill(ranks.pids[i], SIGKILL); // a stopped process, too
+            usleep(10000);
+        }
+        ranks.pids[i] = 0;
+        well = well && WIFEXITED(status) && WEXITSTATUS(status) == 0;
+    }
+    return well;
+}
+
+[[noreturn]] static void ranks_fail(int code) { // not exit: a device may be amid an exchange that never ends
+    while (__atomic_exchange_n(&ranks.failing, 1, __ATOMIC_ACQ_REL)) pause(); // the other thread does it
+    const char letters[2] = {'x', (char)code};
+    say_to_all(letters, 2);
+    if (rank == 0) remove_unfinished_files();
+    wait_for_children(2);
+    _exit(code);
+}
+
+static void ranks_before_words(void) { // of an error
+    if (rank > 0) sleep(1);
+    while (__atomic_load_n(&ranks.failing, __ATOMIC_ACQUIRE)) pause(); // another thread ends this process
+}
+
+[[noreturn]] static void rank_lost(int which, const char *how) {
+    while (__atomic_load_n(&ranks.failing, __ATOMIC_ACQUIRE)) pause(); // the other thread does
+    fprintf(stderr, "%s: rank %d: rank %d %s; this run ends\n", program_name, rank, which, how);
+    if (rank > 0 && ranks.forked && getppid() == ranks.pids[0]) kill(ranks.pids[0], SIGKILL); // it may be stopped
+    ranks_fail(1);
+}
+
+// Reads what a rank said. False if the connection is closed.
+static bool listen_to(int from) {
+    char letters[256];
+    const ssize_t n = recv(ranks.sockets[from], letters, sizeof(letters), MSG_DONTWAIT);
+    if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR)) return false;
+    for (ssize_t i = 0; i < n; i++) {
+        if (letters[i] == 'e') ranks.left[from] = true;
+        if (letters[i] == 'x') { // it has said why
+            if (rank > 0) _exit(i + 1 < n ? letters[i + 1] : 1);
+            ranks_fail(i + 1 < n ? letters[i + 1] : 1);
+        }
+        if (letters[i] != 'g' && letters[i] != 's') continue;
+        pthread_mutex_lock(&ranks.mutex);
+        ranks.told++;
+        ranks.stop = letters[i] == 's';
+        pthread_cond_signal(&ranks.news);
+        pthread_mutex_unlock(&ranks.mutex);
+    }
+    ranks.heard[from] = seconds_now();
+    return true;
+}
+
+static double patience(void) { // seconds
+    const char *text = getenv("GOLDFINCH_PATIENCE");
+    return text && atof(text) > 0 ? atof(text) : 20;
+}
+
+static void *watch(void *) { // a thread's life
+    const int n = rank == 0 ? n_ranks : 1;
+    struct pollfd *polled = (struct pollfd *)calloc(n, sizeof(struct pollfd));
+    double said = 0, looked = seconds_now();
+    for (;;) {
+        for (int i = 0; i < n; i++) polled[i] = {ranks.left[i] ? -1 : ranks.sockets[i], POLLIN, 0};
+        poll(polled, n, 500);
+        const double now = seconds_now();
+        for (int i = 0; i < n; i++) {
+            if (polled[i].fd < 0) continue;
+            if (now - looked > 5) ranks.heard[i] = now; // it was this process that slept
+            if (polled[i].revents && !listen_to(i) && !ranks.left[i]) rank_lost(i, "has ended");
+            if (now - ranks.heard[i] > patience()) rank_lost(i, "gives no sign of life");
+        }
+        looked = now;
+        if (now - said >= 1) say_to_all(".", 1), said = now;
+#if GOLDFINCH_NCCL
+        ncclResult_t state = ncclSuccess;
+        ncclComm_t comm = __atomic_load_n(&ranks.comm, __ATOMIC_ACQUIRE);
+        if (comm && ncclCommGetAsyncError(comm, &state) == ncclSuccess && state != ncclSuccess &&
+            state != ncclInProgress) {
+            fprintf(stderr, "%s: rank %d: NCCL: %s\n", program_name, rank, ncclGetErrorString(state));
+            ranks_fail(1);
+        }
+#endif
+    }
+}
+
+// Rank 0's answer, in every rank, to whether the run stops here. All ranks ask as often.
+static bool ranks_agree(bool stop) {
+    static bool stopped = false; // once they stop, nobody asks again
+    if (n_ranks == 1 || stopped) return stop || stopped;
+    if (rank == 0) {
+        say_to_all(stop ? "s" : "g", 1);
+        return stopped = stop;
+    }
+    pthread_mutex_lock(&ranks.mutex);
+    while (ranks.told == ranks.taken) pthread_cond_wait(&ranks.news, &ranks.mutex);
+    stopped = ++ranks.taken == ranks.told && ranks.stop; // an 's' is the last
+    pthread_mutex_unlock(&ranks.mutex);
+    return stopped;
+}
+
+static void ranks_leave(void) { // at exit
+    say_to_all("e", 1);
+    if (!wait_for_children(patience())) _exit(1);
+}
+
+static void ranks_end(void) { // all together, when nothing is left to exchange
+    if (n_ranks == 1) return;
+    CUDA_CHECK(cudaDeviceSynchronize());
+    ncclComm_t comm = ranks.comm;
+    __atomic_store_n(&ranks.comm, nullptr, __ATOMIC_RELEASE);
+    NCCL_CHECK(ncclCommDestroy(comm));
+    (void)comm;
+}
+
+// ---------------------------------------- meeting
+
+typedef struct Hello {
+    uint64_t run, settings; // a number of this run; a hash
+    int32_t rank, n;
+} Hello;
+
+static int open_socket(const char *host, int port, bool listens) { // -1: not now
+    struct addrinfo hints = {}, *found = nullptr;
+    char service[16];
+    snprintf(service, sizeof(service), "%d", port);
+    hints.ai_socktype = SOCK_STREAM;
+    hints.ai_flags = listens ? AI_PASSIVE : 0;
+    if (getaddrinfo(listens && strcmp(host, "127.0.0.1") ? nullptr : host, service, &hints, &found) != 0) return -1;
+    int result = -1, on = 1;
+    for (struct addrinfo *a = found; a && result < 0; a = a->ai_next) {
+        const int s = socket(a->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        setsockopt(s, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
+        setsockopt(s, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+        const bool good = listens ? bind(s, a->ai_addr, a->ai_addrlen) == 0 && listen(s, 1024) == 0
+                                  : connect(s, a->ai_addr, a->ai_addrlen) == 0;
+        if (good) result = s;
+        else close(s);
+    }
+    freeaddrinfo(found);
+    return result;
+}
+
+static bool receive(int socket, void *to, size_t n) { // within 5 s
+    struct timeval limit = {5, 0};
+    setsockopt(socket, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
+    return recv(socket, to, n, MSG_WAITALL) == (ssize_t)n;
+}
+
+static void meet_as_first(int listener, const Hello *mine) {
+    const double begin = seconds_now(), limit = 3 * patience();
+    NCCL_CHECK(ncclGetUniqueId(&ranks.id));
+    for (int missing = n_ranks - 1; missing > 0;) {
+        for (int i = 1; i < n_ranks && ranks.forked; i++)
+            if (ranks.sockets[i] < 0 && waitpid(ranks.pids[i], nullptr, WNOHANG) > 0) {
+                ranks.pids[i] = 0;
+                die(1, "rank %d has ended before it came", i);
+            }
+        if (seconds_now() - begin > limit)
+            die(1, "%d of %d ranks have not come within %.0f s", missing, n_ranks, limit);
+        struct pollfd polled = {listener, POLLIN, 0};
+        if (poll(&polled, 1, 200) <= 0) continue;
+        const int socket = accept(listener, nullptr, nullptr);
+        Hello other;
+        if (socket < 0 || !receive(socket, &other, sizeof(other)) || other.run != mine->run || other.rank < 1 ||
+            other.rank >= n_ranks || ranks.sockets[other.rank] >= 0) {
+            close(socket); // another program
+            continue;
+        }
+        if (other.n != n_ranks || other.settings != mine->settings)
+            die(2, "rank %d was started with other settings, or a checkpoint of another step", other.rank);
+        ranks.sockets[other.rank] = socket;
+        missing--;
+    }
+    for (int i = 1; i < n_ranks; i++) send(ranks.sockets[i], &ranks.id, sizeof(ranks.id), MSG_NOSIGNAL);
+    close(listener);
+}
+
+static void meet_first(const char *host, int port, const Hello *mine) {
+    const double begin = seconds_now(), limit = 3 * patience();
+    while (ranks.sockets[0] < 0) {
+        const int socket = open_socket(host, port, false);
+        if (socket >= 0 && send(socket, mine, sizeof(*mine), MSG_NOSIGNAL) == sizeof(*mine)) {
+            struct pollfd polled = {socket, POLLIN, 0}; // it answers when all have come
+            if (poll(&polled, 1, (int)(1e3 * limit)) > 0 && receive(socket, &ranks.id, sizeof(ranks.id)))
+                ranks.sockets[0] = socket;
+        }
+        if (ranks.sockets[0] >= 0) return;
+        if (socket >= 0) close(socket);
+        if (ranks.forked || seconds_now() - begin > limit) die(1, "rank 0 does not answer at %s, port %d", host, port);
+        usleep(200000);
+    }
+}
+
+// How a launcher tells a process its place: names of environment variables.
+typedef struct Launcher {
+    const char *name, *rank, *n, *local, *n_local, *job;
+} Launcher;
+static const Launcher launchers[] = {
+    {"mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+     "OMPI_COMM_WORLD_LOCAL_SIZE", "PMIX_NAMESPACE"},
+    {"torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"},
+    {"srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE", "SLURM_JOB_ID"},
+    {"mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "HYDRA_JOB_ID"},
+};
+static const Launcher *launcher = nullptr; // that started this process
+
+static int environment_number(const char *name, int otherwise) {
+    const char *text = getenv(name);
+    return text && *text ? atoi(text) : otherwise;
+}
+
+static void take_rank(int number, int n, int local, int n_local) {
+    rank = number, n_ranks = n, ranks.local = local, ranks.n_local = n_local;
+    if (rank > 0 && !freopen("/dev/null", "w", stdout)) die(1, "/dev/null: %s", strerror(errno)); // rank 0 prints
+}
+
+static void ranks_from_launcher(void) { // first of all
+    for (const Launcher &known : launchers) {
+        const int number = environment_number(known.rank, -1), n = environment_number(known.n, 0);
+        if (launcher || number < 0 || n < 2 || number >= n) continue;
+        launcher = &known;
+        const int n_local = environment_number(known.n_local, n);
+        take_rank(number, n, environment_number(known.local, number % n_local), n_local);
+    }
+}
+
+static int count_devices(void) { // in another process: once CUDA was called, this one could not be forked
+    const pid_t child = fork();
+    int status = 0, n = 0;
+    if (child == 0) _exit(cudaGetDeviceCount(&n) != cudaSuccess ? 0 : n < 255 ? n : 255);
+    if (child < 0 || waitpid(child, &status, 0) != child || !WIFEXITED(status)) return 0;
+    return WEXITSTATUS(status);
+}
+
+static int64_t devices_to_start(const Settings *s) {
+    if (s->num_nodes > 1)
+        die(2, "--train.num_nodes %ld: expected mpirun, torchrun or srun to start a process per GPU, found none",
+            s->num_nodes);
+    if (s->devices == 0) die(2, "--train.devices: expected -1 or 1 or more, found 0");
+    if (s->devices == 1) return 1;
+    if (!GOLDFINCH_NCCL)
+        die(2,
+            "--train.devices %ld: this build has no NCCL, which joins GPUs; the package libnccl-dev (or pip install "
+            "nvidia-nccl-cu13) brings it: then build again",
+            s->devices);
+    const int64_t here = count_devices(), micro_batches = s->devices * s->accumulate_grad_batches;
+    if (s->devices == -1 || s->devices <= here) return s->devices == -1 ? (here > 1 ? here : 1) : s->devices;
+    int64_t instead = here > 1 ? here : 1;
+    while (micro_batches % instead != 0) instead--;
+    die(2,
+        "--train.devices %ld: found %ld here; --train.devices %ld --train.accumulate_grad_batches %ld is the same "
+        "batch",
+        s->devices, here, instead, micro_batches / instead);
+}
+
+// Starts the other ranks of this machine (where no launcher did), or takes the place that the launcher says; then all
+// meet. Before anything of CUDA is called.
+static void ranks_start(const Settings *s, int64_t resumed) {
+    uint64_t run = 0;
+    int port = 0, listener = -1;
+    const char *host = "127.0.0.1";
+    if (!launcher) {
+        const int n = (int)devices_to_start(s);
+        if (n == 1) return;
+        listener = open_socket(host, 0, true);
+        struct sockaddr_in address = {};
+        socklen_t length = sizeof(address);
+        if (listener < 0 || getsockname(listener, (struct sockaddr *)&address, &length) != 0)
+            die(1, "no port to meet at: %s", strerror(errno));
+        port = ntohs(address.sin_port);
+        const double now = seconds_now();
+        const pid_t parent = getpid();
+        run = hash_bytes(hash_bytes(hash_start, &now, sizeof(now)), &parent, sizeof(parent));
+        ranks.pids = (pid_t *)calloc(n, sizeof(pid_t));
+        ranks.forked = true;
+        fflush(stdout);
+        int number = 0;
+        for (int i = 1; i < n && number == 0; i++) {
+            ranks.pids[i] = fork();
+            if (ranks.pids[i] < 0) die(1, "rank %d could not be started: %s", i, strerror(errno));
+            if (ranks.pids[i] == 0) number = i;
+        }
+        if (number > 0) close(listener);
+        ranks.pids[0] = parent;
+        take_rank(number, n, number, n);
+    } else {
+        const int64_t n = s->devices * s->num_nodes;
+        if (n > 1 && n != n_ranks)
+            die(2, "--train.devices %ld, num_nodes %ld: expected as many as %s started, %d", s->devices, s->num_nodes,
+                launcher->name, n_ranks);
+        if (!GOLDFINCH_NCCL) die(2, "%s started %d ranks, but this build has no NCCL", launcher->name, n_ranks);
+        const char *job = getenv(launcher->job);
+        run = hash_bytes(hash_start, job ? job : "", job ? strlen(job) : 0);
+        host = getenv("MASTER_ADDR") ? getenv("MASTER_ADDR") : host;
+        // torchrun listens at MASTER_PORT itself
+        port = getenv("MASTER_PORT") ? environment_number("MASTER_PORT", 0) + 1 : 20000 + (int)(run % 10000);
+        if (ranks.n_local < n_ranks && !getenv("MASTER_ADDR"))
+            die(2, "MASTER_ADDR: expected the address of rank 0's machine, found nothing");
+        if (rank == 0 && (listener = open_socket(host, port, true)) < 0)
+            die(1, "port %d: %s; MASTER_PORT chooses another one", port, strerror(errno));
+    }
+    if (!getenv("OMP_NUM_THREADS"))
+        omp_set_num_threads(omp_get_num_procs() > ranks.n_local ? omp_get_num_procs() / ranks.n_local : 1);
+    ranks.sockets = (int *)malloc(n_ranks * sizeof(int));
+    ranks.heard = (double *)calloc(n_ranks, sizeof(double));
+    ranks.left = (bool *)calloc(n_ranks, sizeof(bool));
+    for (int i = 0; i < n_ranks; i++) ranks.sockets[i] = -1;
+    const Hello mine = {run, hash_bytes(hash_bytes(hash_start, s, sizeof(*s)), &resumed, 8), rank, n_ranks};
+    if (rank == 0) meet_as_first(listener, &mine);
+    else meet_first(host, port, &mine);
+    for (int i = 0; i < n_ranks; i++) ranks.heard[i] = seconds_now();
+    pthread_mutex_init(&ranks.mutex, nullptr);
+    pthread_cond_init(&ranks.news, nullptr);
+    atexit(ranks_leave);
+    pthread_t thread;
+    if (pthread_create(&thread, nullptr, watch, nullptr) != 0) die(1, "no thread to watch the other ranks");
+}
+
+static int ranks_device(int devices) { // a process may see one GPU only, its own
+    if (devices > 1 && ranks.local >= devices)
+        die(2, "number %d of this machine's ranks finds %d GPUs", ranks.local, devices);
+    return devices > 1 ? ranks.local : 0;
+}
+
+static void ranks_connect_devices(void) {
+    if (n_ranks == 1) return;
+    int least, greatest;
+    CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest)); // its few blocks go first
+    CUDA_CHECK(cudaStreamCreateWithPriority(&ranks.beside, cudaStreamDefault, greatest));
+    CUDA_CHECK(cudaEventCreateWithFlags(&ranks.passed, cudaEventDisableTiming));
+    ranks.gathered = (cudaEvent_t *)calloc(MOST_BUCKETS, sizeof(cudaEvent_t));
+    for (int b = 0; b < MOST_BUCKETS; b++)
+        CUDA_CHECK(cudaEventCreateWithFlags(&ranks.gathered[b], cudaEventDisableTiming));
+    ncclComm_t comm = nullptr;
+    NCCL_CHECK(ncclCommInitRank(&comm, n_ranks, ranks.id, rank));
+    __atomic_store_n(&ranks.comm, comm, __ATOMIC_RELEASE);
+}
+
+// A run that goes on on another number of GPUs: accumulation makes up for them, if it can.
+static void ranks_keep_batch(Settings *s, const Progress *p) {
+    const int64_t batch = s->micro_bsz * s->accumulate_grad_batches * p->ranks, here = s->micro_bsz * n_ranks;
+    if (p->ranks == n_ranks) return;
+    if (batch % here == 0) s->accumulate_grad_batches = batch / here;
+    printf("%ld GPUs before, %d now: ", p->ranks, n_ranks);
+    if (batch % here == 0) printf("accumulate_grad_batches %ld keeps", s->accumulate_grad_batches);
+    else printf("no accumulate_grad_batches keeps");
+    printf(" the batch of %ld sequences\n", batch);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // 10. main: schedules, validation, samples, the log, and the loop over steps.
 
-static int64_t tokens_per_step(const Settings *s) { return s->micro_bsz * s->accumulate_grad_batches * s->ctx_len; }
+static int64_t samples_per_step(const Settings *s) { return s->micro_bsz * s->accumulate_grad_batches * n_ranks; }
+static int64_t tokens_per_step(const Settings *s) { return samples_per_step(s) * s->ctx_len; }
 
 // Schedules go by the tokens done before a step, as a step's size may change when a run goes on. warmup_steps are steps
 // of step_tokens tokens: the size that the run began with.
@@ -6994,12 +7730,6 @@ double learning_rate(const Settings *s, int64_t tokens, int64_t step_tokens) {
 double weight_decay(const Settings *s, int64_t tokens, int64_t step_tokens) { // falls by equal factors
     if (s->weight_decay_final <= 0) return s->weight_decay;
     return s->weight_decay * pow(s->weight_decay_final / s->weight_decay, schedule_progress(s, tokens, step_tokens));
-}
-
-static double seconds_now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 typedef struct Run {
@@ -7055,10 +7785,12 @@ static void request_stop(int signal) {
     stop_requested = 1;
 }
 
+static bool stops(void) { return ranks_agree(stop_requested); }
+
 static void catch_signals(int flags) { // SA_RESTART: what waits for input goes on waiting
     struct sigaction action, before;
     memset(&action, 0, sizeof(action));
-    action.sa_handler = request_stop;
+    action.sa_handler = rank == 0 ? request_stop : SIG_IGN; // the others stop with rank 0
     action.sa_flags = flags;
     for (int signal : {SIGINT, SIGTERM, SIGPIPE}) // SIGPIPE: Ctrl-C may end the reader of our output before us
         sigaction(signal, &action, nullptr);
@@ -7072,25 +7804,28 @@ static bool validate(Run *r) {
     const double begin = seconds_now();
     const int64_t all = data_validation_samples(&r->data), some = r->s.val_batches * r->s.micro_bsz;
     const int64_t samples = some > 0 && some < all ? some : all;
-    int64_t correct = 0;
-    double loss = 0;
-    for (int64_t i = 0; i < samples; i += r->s.micro_bsz) {
-        if (stop_requested) {
-            printf("validation: ended by a signal after %ld of %ld samples\n", i, samples);
+    const int batches = (int)ceil_div(samples, r->s.micro_bsz);
+    double loss = 0, correct = 0, *sums = (double *)calloc(2 * batches, sizeof(double));
+    for (int begin = 0; begin < batches; begin += n_ranks) { // the next ones, a rank each
+        if (stops()) {
+            printf("validation: ended by a signal after %ld of %ld samples\n", begin * r->s.micro_bsz, samples);
+            free(sums);
             return false;
         }
-        int B = (int)(samples - i < r->s.micro_bsz ? samples - i : r->s.micro_bsz);
-        double batch_loss = 0;
-        int64_t batch_correct = 0;
-        data_validation_batch(&r->data, i, B, r->tokens);
-        model_evaluate(&r->m, r->tokens, B, (int)r->s.ctx_len, &batch_loss, &batch_correct);
-        loss += batch_loss;
-        correct += batch_correct;
+        const int i = begin + rank;
+        if (i >= batches) continue;
+        const int64_t first = i * r->s.micro_bsz;
+        const int B = (int)(samples - first < r->s.micro_bsz ? samples - first : r->s.micro_bsz);
+        data_validation_batch(&r->data, first, B, r->tokens);
+        model_evaluate(&r->m, r->tokens, B, (int)r->s.ctx_len, &sums[2 * i], &sums[2 * i + 1]);
     }
+    host_sum_over_ranks(sums, 2 * batches); // each from the rank that has it
+    for (int i = 0; i < batches; i++) loss += sums[2 * i], correct += sums[2 * i + 1];
+    free(sums);
     const double targets = (double)(samples * r->s.ctx_len);
     r->val_loss = loss / targets;
-    printf("validation: loss %.4f, accuracy %.1f %%, %.0f tokens, %.1f s\n", r->val_loss,
-           100 * (double)correct / targets, targets, seconds_now() - begin);
+    printf("validation: loss %.4f, accuracy %.1f %%, %.0f tokens, %.1f s\n", r->val_loss, 100 * correct / targets,
+           targets, seconds_now() - begin);
     return true;
 }
 
@@ -7179,11 +7914,14 @@ static void print_sample(Run *r, int64_t step) {
     const char *where = nullptr;
     int64_t micro = 0;
     for (; !where && micro < r->s.accumulate_grad_batches; micro++) {
-        data_batch(&r->data, step->samples + micro * B + 1, B, r->tokens);
+        data_batch(&r->data, step->samples + (micro * n_ranks + rank) * B + 1, B, r->tokens);
         where = model_find_nonfinite(&r->m, r->tokens, B, (int)r->s.ctx_len);
     }
-    char found[256] = "every tensor is finite, the norm itself overflows";
+    char found[256] = "";
     if (where) snprintf(found, sizeof(found), "first in %s, micro-batch %ld", where, micro);
+    const int of = first_rank_that_says(found, sizeof(found));
+    if (of < 0) snprintf(found, sizeof(found), "every tensor is finite, the norm itself overflows");
+    else if (n_ranks > 1) snprintf(found + strlen(found), sizeof(found) - strlen(found), " of rank %d", of);
     LONG_PATH kept = "none";
     int64_t newest = checkpoint_newest(r->s.out);
     if (newest >= 0) checkpoint_path(kept, r->s.out, "model", newest, "");
@@ -7198,14 +7936,14 @@ static bool begin_step(Run *r, Step *step) {
     const double decay = weight_decay(&r->s, r->p.tokens, r->p.step_tokens);
     *step = {r->p.step, r->p.samples, r->p.tokens, lr, seconds_now()};
     model_step_begin(&r->m);
-    for (int micro = 0; micro < accumulate; micro++) {
-        if (micro > 0 && stop_requested) return false;
-        data_batch(&r->data, step->samples + (int64_t)micro * B + 1, B, r->tokens);
+    for (int micro = 0; micro < accumulate; micro++) { // the next samples, rank after rank
+        if (micro > 0 && stops()) return false;
+        data_batch(&r->data, step->samples + ((int64_t)micro * n_ranks + rank) * B + 1, B, r->tokens);
         model_micro_step(&r->m, r->tokens, B, (int)r->s.ctx_len, accumulate);
     }
     model_update(&r->m, step->step, lr, decay);
     r->p.step++;
-    r->p.samples += (int64_t)B * accumulate;
+    r->p.samples += samples_per_step(&r->s);
     r->p.tokens += tokens_per_step(&r->s);
     return true;
 }
@@ -7219,7 +7957,7 @@ static void end_step(Run *r, const Step *step, bool validation) {
     if (r->step_seconds > 0) seconds = fmin(seconds, seconds_since_last_step(&r->m, step->step));
     const int64_t tokens = tokens_per_step(&r->s);
     const double speed = (double)tokens / seconds; // tokens per second
-    const double peak = 100 * speed * model_flops_per_token(&r->m) / machine_peak_flops();
+    const double peak = 100 * speed * model_flops_per_token(&r->m) / (machine_peak_flops() * n_ranks);
     r->step_seconds = r->step_seconds > 0 ? 0.95 * r->step_seconds + 0.05 * seconds : seconds;
     const long left = lround((double)(r->n_steps - step->step - 1) * r->step_seconds);
     char peak_text[32] = "", val_text[32] = "", peak_column[64] = "";
@@ -7252,7 +7990,7 @@ static void train(Run *r) {
     const bool validates = r->s.val_every > 0 && data_validation_samples(&r->data) > 0;
     bool first = true, waiting = false;
     Step step, late; // late: if waiting, the step whose result is still to be read
-    while (r->p.step < r->n_steps && !stop_requested) {
+    while (r->p.step < r->n_steps && !stops()) {
         const bool profiled = r->p.step + 1 == r->s.profile_step;
         if (profiled) profile_begin();
         const bool begun = begin_step(r, &step);
@@ -7283,7 +8021,7 @@ static int64_t find_resumed(const Settings *s, bool says_what) {
     struct dirent **names;
     struct stat status;
     int64_t newest = checkpoint_newest(s->out);
-    if (newest < 0 && !print_config) folder_complete(s->out);
+    if (newest < 0 && !print_config && rank == 0) folder_complete(s->out);
     newest = checkpoint_newest(s->out);
     if (newest >= 0) return newest;
     const int n = scandir(s->out, &names, is_weights, alphasort);
@@ -7370,7 +8108,7 @@ static void run_data(Run *r) {
 }
 
 static void run_print(const Run *r, int64_t paper) { // paper: sequences of the paper's step, if known
-    const int64_t ours = r->s.micro_bsz * r->s.accumulate_grad_batches;
+    const int64_t ours = samples_per_step(&r->s);
     settings_print(&r->s);
     if (r->data.train.bytes) data_print(&r->data);
     if (paper && paper != ours) {
@@ -7379,7 +8117,8 @@ static void run_print(const Run *r, int64_t paper) { // paper: sequences of the 
             printf(": --train.accumulate_grad_batches %ld makes it whole", r->s.accumulate_grad_batches * paper / ours);
         printf("\n");
     }
-    printf("machine    %s\n", machine_name());
+    printf("machine    %s", machine_name());
+    printf(n_ranks > 1 ? ", one of %d GPUs\n" : "\n", n_ranks);
     model_print_memory(&r->m);
 }
 
@@ -7404,7 +8143,7 @@ static void run_begin(Run *r) {
 
 static void run_train(Run *r) {
     const Settings *s = &r->s;
-    if (r->data.held_back) {
+    if (r->data.held_back && rank == 0) {
         LONG_PATH path;
         FileOut file;
         snprintf(path, sizeof(path), "%s/val.txt", s->out);
@@ -7412,7 +8151,7 @@ static void run_train(Run *r) {
         file_write(&file, r->data.valid.bytes, (size_t)r->data.valid.n_tokens);
         file_end(&file);
     }
-    r->log = log_open(s->out, r->p.step);
+    r->log = rank == 0 ? log_open(s->out, r->p.step) : fopen("/dev/null", "w");
     r->tokens = (int *)malloc((size_t)(s->micro_bsz * (s->ctx_len + 1)) * sizeof(int));
     train(r);
     if (stop_requested) printf("stopped by a signal; --train.resume 1 goes on\n");
@@ -7430,6 +8169,12 @@ static void run_close(Run *r) { // what is there at the end
     }
 }
 
+static bool flag_given(int argc, char **argv, const char *flag) {
+    for (int i = 1; i < argc; i++)
+        if (strcmp(argv[i], flag) == 0) return true;
+    return false;
+}
+
 int main(int argc, char **argv) {
     static Run run; // zeros
     Run *r = &run;
@@ -7437,17 +8182,22 @@ int main(int argc, char **argv) {
     const char **arguments = (const char **)argv + 1;
     program_begin("train_goldfinch");
     setvbuf(stdout, nullptr, _IOLBF, 0);
+    ranks_from_launcher();
     run_settings(r, argc - 1, arguments);
     if (print_config) {
         settings_print_config(s);
         return 0;
     }
+    ranks_start(s, r->resumed); // before anything of CUDA is called
+    if (r->resumed >= 0 && !flag_given(argc, argv, "--train.accumulate_grad_batches") &&
+        !flag_given(argc, argv, "--train.micro_bsz"))
+        ranks_keep_batch(s, &r->p);
     machine_start();
     const bool trains = s->train_stage != 1;
     if (trains) run_data(r);
     model_plan(&r->m, s, (int)s->micro_bsz, (int)s->ctx_len);
     run_print(r, paper_batch(argc - 1, arguments));
-    folder_create(s->out);
+    if (rank == 0) folder_create(s->out);
     folder_lock(s->out);
     model_allocate(&r->m);
     if (r->resumed >= 0) run_resume(r);
@@ -7457,11 +8207,12 @@ int main(int argc, char **argv) {
         return 0;
     }
     catch_signals(SA_RESTART); // from here on there is something to lose
-    folder_remove(s->out, is_temporary);
-    if (r->resumed < 0) folder_begin(s->out);
+    if (rank == 0) folder_remove(s->out, is_temporary);
+    if (rank == 0 && r->resumed < 0) folder_begin(s->out);
     if (trains) run_train(r);
     else run_save(r);
-    run_close(r);
+    ranks_end();
+    if (rank == 0) run_close(r);
     return 0;
 }
 #endif
@@ -7656,9 +8407,16 @@ char *json_string(Json *j) { // unescaped in place
 
 // Keys of the reference that have no meaning here; they are accepted and reported.
 static const char *unused_keys[] = {
-    "train.wandb",     "train.strategy",    "train.epoch_begin",       "train.epoch_save",
-    "train.devices",   "train.num_nodes",   "train.ds_bucket_mb",      "train.accelerator",
-    "train.precision", "train.magic_prime", "train.log_every_n_steps", "train.check_val_every_n_epoch",
+    "train.wandb",
+    "train.strategy",
+    "train.epoch_begin",
+    "train.epoch_save",
+    "train.ds_bucket_mb",
+    "train.accelerator",
+    "train.precision",
+    "train.magic_prime",
+    "train.log_every_n_steps",
+    "train.check_val_every_n_epoch",
 };
 
 typedef struct Config { // a file that is being read
@@ -7995,8 +8753,9 @@ int64_t gf_binidx(const char *prefix, int64_t *n_docs, int32_t *tokens, int64_t 
 static void model_free(Model *m) {
     CUDA_CHECK(cudaStreamSynchronize(stream));
     if (PRECISION_BF16) cudaFree(m->params);
+    if (m->gradients_at >= 0) m->grads = nullptr;
     for (void *p : {(void *)m->master, (void *)m->grads, (void *)m->m, (void *)m->v, (void *)m->activations,
-                    (void *)m->pieces, (void *)m->tokens, (void *)m->squares, (void *)m->totals, (void *)m->state})
+                    (void *)m->pieces, (void *)m->tokens, (void *)m->squares, (void *)m->state})
         cudaFree(p);
     for (int i = 0; i < 4; i++) {
         cudaFreeHost(m->staged[i]);
@@ -8052,15 +8811,15 @@ void gf_tensor_group(Model *m, int i, double *lr_scale, double *weight_decay) {
 }
 
 void gf_set_param(Model *m, int i, const float *values) {
-    CUDA_CHECK(cudaMemcpy(m->master + m->tensors[i].offset, values, m->tensors[i].size * sizeof(float),
-                          cudaMemcpyHostToDevice));
+    block_write(m, m->master, &m->tensors[i], values);
     model_params_changed(m);
 }
 
 void gf_get_param(Model *m, int i, float *values) {
     CUDA_CHECK(cudaStreamSynchronize(stream));
-    CUDA_CHECK(cudaMemcpy(values, m->master + m->tensors[i].offset, m->tensors[i].size * sizeof(float),
-                          cudaMemcpyDeviceToHost));
+    const float *master = PRECISION_BF16 ? (const float *)whole_block(m, m->master) : m->master;
+    CUDA_CHECK(
+        cudaMemcpy(values, master + m->tensors[i].offset, m->tensors[i].size * sizeof(float), cudaMemcpyDeviceToHost));
 }
 
 void gf_get_grad(Model *m, int i, float *values) {
@@ -8100,6 +8859,16 @@ double gf_update(Model *m, int step, double lr) {
     model_update(m, step, lr, m->s.weight_decay);
     return model_result(m, step).norm;
 }
+
+int gf_ranks(int n) { // starts n - 1 more processes; returns this one's rank
+    Settings s;
+    settings_default(&s);
+    s.devices = n;
+    ranks_start(&s, -1);
+    return rank;
+}
+
+double gf_update_loss(Model *m, int step) { return model_result(m, step).loss; } // of all ranks
 
 // x (rows, A) rotated in place as q and k of positions first, first + 1, ..
 void gf_rope(int argc, const char **argv, int64_t first, int rows, int A, float *x) {

@@ -224,6 +224,13 @@ inline cudaError_t cudaStreamCreate(cudaStream_t *stream) {
     return cudaSuccess;
 }
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) { return cudaStreamCreate(stream); }
+inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned, int) {
+    return cudaStreamCreate(stream);
+}
+inline cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
+    *least = *greatest = 0;
+    return cudaSuccess;
+}
 inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
@@ -265,15 +272,23 @@ struct cudaDeviceProp {
     size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin;
 };
 
-inline cudaError_t cudaGetDeviceCount(int *count) {
-    *count = 1;
+inline cudaError_t cudaGetDeviceCount(int *count) { // one a core, for processes that share the machine (nccl.h)
+    const char *text = getenv("CUDA_ON_CPU_DEVICES");
+    *count = text ? atoi(text) : omp_get_num_procs();
     return cudaSuccess;
 }
+namespace cuda_on_cpu {
+inline int device_in_use = 0;
+} // namespace cuda_on_cpu
 inline cudaError_t cudaSetDevice(int device) {
-    return device == 0 ? cudaSuccess : cuda_on_cpu::result(cudaErrorInvalidValue);
+    int count;
+    cudaGetDeviceCount(&count);
+    if (device < 0 || device >= count) return cuda_on_cpu::result(cudaErrorInvalidValue);
+    cuda_on_cpu::device_in_use = device;
+    return cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int *device) {
-    *device = 0;
+    *device = cuda_on_cpu::device_in_use;
     return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {

@@ -1,0 +1,293 @@
+#!/usr/bin/env python3
+"""Training on 1, 2, 4, .. GPUs of this machine: speed, efficiency, memory, and what communication costs.
+
+    dev/scaling.py                          # L12 and L24 on 1, 2, 4, 8 GPUs, as far as they are here
+    dev/scaling.py --gpus 1,2 --models L12 --steps 20
+    dev/scaling.py --gpus 2 --models L24 --sockets --accumulate 8       # NCCL over TCP instead of NVLink
+    dev/scaling.py --checks                 # same bits twice; resume on fewer GPUs; the paper's settings for 100 steps
+    dev/scaling.py --computed               # no GPU: the table of dev/README.md, 1 to 512 GPUs, from measured bandwidths
+
+Each run trains on random tokens (or --data PREFIX) and is stopped after its steps, before it would save. A step's time is
+the median of the second half of the steps. `not hidden` is what a step takes longer than one GPU's, as a part of what the
+exchange takes by itself (which needs PyTorch to be measured; otherwise it is left out).
+"""
+import argparse
+import csv
+import os
+import shutil
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+
+here = os.path.dirname(os.path.abspath(__file__))
+trainer = os.path.join(here, "..", "train_goldfinch")
+MODELS = {
+    "L12": dict(parameters=186_617_856, flags="-c goldfinch -c L12D768ctx1024minipile --train.grad_cp 0".split(),
+                micro_bsz=32, ctx_len=1024),
+    "L24": dict(parameters=1_445_257_216, flags="-c goldfinch -c L24D2048ctx2048minipile --train.grad_cp 2".split(),
+                micro_bsz=8, ctx_len=2048),
+    "tiny": dict(parameters=0, flags="--model.n_layer 3 --model.n_embd 64 --model.ctx_len 32 --model.vocab_size 65536".split(),
+                 micro_bsz=2, ctx_len=32),              # tries this script without a GPU
+}
+
+
+def log_rows(folder):
+    try:
+        with open(os.path.join(folder, "log.csv")) as f:
+            return [r for r in csv.DictReader(f) if r["norm"] and r["ms"]]
+    except FileNotFoundError:
+        return []
+
+
+def gpu_memory():
+    """MiB in use on each GPU, [] without nvidia-smi."""
+    try:
+        out = subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], capture_output=True,
+                             text=True, timeout=20).stdout
+        return [int(x) for x in out.split()]
+    except (FileNotFoundError, subprocess.TimeoutExpired, ValueError):
+        return []
+
+
+def cards():
+    try:
+        out = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20)
+        return [line for line in out.stdout.split("\n") if line]
+    except FileNotFoundError:
+        return []
+
+
+class Run:
+    """One training run; stop() after `steps` lines of its log, or let it end."""
+
+    def __init__(self, flags, folder, environment=None):
+        self.folder = folder
+        self.error = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen([trainer, *flags, "--train.out", folder], stdout=subprocess.DEVNULL, stderr=self.error,
+                                        env={**os.environ, **(environment or {})}, start_new_session=True)
+        self.memory = []
+
+    def wait(self, steps, limit):
+        """True once the log has so many lines (None: once it ended well)."""
+        end = time.time() + limit
+        looked = 0
+        while time.time() < end:
+            code = self.process.poll()
+            rows = len(log_rows(self.folder))
+            if steps is not None and rows >= steps:
+                return True
+            if code is not None:
+                return code == 0 and steps is None
+            if rows >= 3 and time.time() - looked > 1:
+                looked = time.time()
+                used = gpu_memory()
+                self.memory = [max(a, b) for a, b in zip(used, self.memory or used)]
+            time.sleep(0.05)
+        return False
+
+    def stop(self):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.error.seek(0)
+        return self.error.read().strip()
+
+
+def train(flags, folder, steps, limit, environment=None, ends=False):
+    """Rows of the log, GPU memory in MiB, error text."""
+    shutil.rmtree(folder, ignore_errors=True)
+    run = Run(flags, folder, environment)
+    good = run.wait(None if ends else steps, limit)
+    rows = log_rows(folder)
+    memory = run.memory
+    error = run.stop()
+    return rows if good else [], memory, error or ("" if good else f"{len(rows)} of {steps} steps within {limit} s")
+
+
+def random_tokens(prefix, n):
+    with open(prefix + ".bin", "wb") as f:
+        f.write(os.urandom(2 * n))
+    with open(prefix + ".idx", "wb") as f:
+        f.write(b"MMIDIDX\0\0" + struct.pack("<QBQQiqqq", 1, 8, 1, 2, n, 0, 0, 1))
+
+
+EXCHANGE = """
+import os, sys, torch, torch.distributed as dist
+rank, n, numbers = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(sys.argv[1])
+torch.cuda.set_device(rank)
+dist.init_process_group("nccl")
+numbers = numbers // n * n
+g = torch.zeros(numbers, device="cuda")
+w = torch.zeros(numbers, device="cuda", dtype=torch.bfloat16)
+share_g, share_w = torch.zeros(numbers // n, device="cuda"), torch.zeros(numbers // n, device="cuda", dtype=torch.bfloat16)
+def timed(f, k=5):
+    for _ in range(2): f()
+    torch.cuda.synchronize(); dist.barrier(); torch.cuda.synchronize()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(k): f()
+    end.record(); torch.cuda.synchronize()
+    return begin.elapsed_time(end) / k
+a = timed(lambda: dist.reduce_scatter_tensor(share_g, g))
+b = timed(lambda: dist.all_gather_into_tensor(w, share_w))
+if rank == 0: print("exchange", a, b, flush=True)
+os._exit(0)
+"""
+
+
+def exchange_ms(n, parameters, environment=None):
+    """ms of the reduce-scatter of fp32 gradients and of the all-gather of bf16 weights, alone; None without PyTorch."""
+    if n < 2 or not parameters:
+        return None
+    base = {**os.environ, **(environment or {}), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(20000 + os.getpid() % 20000)}
+    runs = [subprocess.Popen([sys.executable, "-c", EXCHANGE, str(parameters)], env={**base, "RANK": str(r), "LOCAL_RANK": str(r)},
+                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for r in range(n)]
+    try:
+        out = runs[0].communicate(timeout=60)[0].split()
+        return (float(out[1]), float(out[2])) if out[:1] == ["exchange"] else None
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        for r in runs:
+            r.kill()
+            r.wait()
+
+
+def measure(a, data, folder):
+    environment = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"} if a.sockets else {}
+    print(f"{'model':6} {'GPUs':>4} {'accumulate':>10} {'ms':>9} {'tok/s':>9} {'times one':>9} {'efficiency':>10} {'GiB a GPU':>9} "
+          f"{'exchange ms':>11} {'not hidden':>10}", flush=True)
+    table = []
+    for name in a.models.split(","):
+        model = MODELS[name]
+        one = None
+        for n in a.gpus:
+            flags = [*model["flags"], "--train.data_type", "binidx", "--train.data_file", data, "--train.validation_data_file", "",
+                     "--train.val_every", "0", "--train.save_every", "0", "--train.max_steps", "1000000", "--train.devices", str(n),
+                     "--train.micro_bsz", str(model["micro_bsz"]), "--train.accumulate_grad_batches", str(a.accumulate), *a.flags]
+            rows, memory, error = train(flags, folder, a.steps, a.limit, environment)
+            if not rows:
+                print(f"{name:6} {n:4} did not run: {error}", flush=True)
+                continue
+            ms = statistics.median(float(r["ms"]) for r in rows[len(rows) // 2:])
+            speed = n * a.accumulate * model["micro_bsz"] * model["ctx_len"] / ms * 1e3
+            one = (n, speed, ms) if one is None else one
+            alone = exchange_ms(n, model["parameters"], environment)
+            times, gib = speed / one[1] * one[0], max(memory[:n]) / 1024 if memory else 0
+            total = f"{sum(alone):.2f}" if alone else ""
+            rest = f"{100 * max(0, ms - one[2]) / sum(alone):.0f} %" if alone and one[0] == 1 else ""
+            print(f"{name:6} {n:4} {a.accumulate:10} {ms:9.2f} {speed:9.0f} {times:9.3f} {100 * times / n:8.1f} % {gib:9.1f} {total:>11} "
+                  f"{rest:>10}", flush=True)
+            table.append(dict(model=name, gpus=n, accumulate=a.accumulate, sockets=int(a.sockets), ms=f"{ms:.2f}", tok_s=f"{speed:.0f}",
+                              times=f"{times:.4f}", gib=f"{gib:.2f}", exchange_ms=total, not_hidden=rest,
+                              card=(cards() or ["CPU"])[0]))
+    if a.csv and table:
+        with open(a.csv, "w") as f:
+            out = csv.DictWriter(f, table[0].keys())
+            out.writeheader()
+            out.writerows(table)
+
+
+def columns(rows):
+    return [tuple(r[k] for k in ("step", "tokens", "loss", "norm", "lr")) for r in rows]
+
+
+def checks(a, data, folder):
+    """Each with the first of the models, on the most GPUs."""
+    model, most = MODELS[a.models.split(",")[0]], max(a.gpus)
+    base = [*model["flags"], "--train.data_type", "binidx", "--train.data_file", data, "--train.validation_data_file", "",
+            "--train.val_every", "0", "--train.micro_bsz", str(max(1, model["micro_bsz"] // 4)), *a.flags]
+    runs = [train([*base, "--train.devices", str(most), "--train.max_steps", "12", "--train.save_every", "6"], f"{folder}{i}", 12,
+                  a.limit, ends=True) for i in range(2)]
+    hashes = []
+    for i in range(2):
+        for kind in ("model", "state"):
+            try:
+                with open(f"{folder}{i}/{kind}_000012.safetensors", "rb") as f:
+                    header = f.read(8 + struct.unpack("<Q", f.read(8))[0])
+                hashes.append(header[header.index(b'"hash":"') + 8:][:16])
+            except (FileNotFoundError, ValueError, struct.error):
+                hashes.append(f"none {len(hashes)}")
+    same = runs[0][0] and columns(runs[0][0]) == columns(runs[1][0]) and hashes[:2] == hashes[2:]
+    print(f"{most} GPUs, 12 steps twice: {'the same losses, norms and tensors, bit for bit' if same else 'DIFFERENT ' + runs[1][2]}",
+          flush=True)
+
+    fewer = max([n for n in a.gpus if n < most], default=1)
+    shutil.rmtree(folder + "2", ignore_errors=True)
+    train([*base, "--train.devices", str(most), "--train.max_steps", "6"], folder + "2", 6, a.limit, ends=True)
+    run = Run(["--train.resume", "1", "--train.max_steps", "12", "--train.devices", str(fewer), "--train.data_file", data],
+              folder + "2")
+    run.wait(None, a.limit)
+    error = run.stop()
+    rows = log_rows(folder + "2")
+    apart = [abs(float(x["loss"]) / float(y["loss"]) - 1) for x, y in zip(rows, runs[0][0])]
+    kept = len(rows) == 12 and [r[k] for r in rows for k in ("tokens", "lr")] == [r[k] for r in runs[0][0] for k in ("tokens", "lr")]
+    print(f"6 steps on {most} GPUs, 6 more on {fewer}: "
+          f"{'the same tokens and rates, losses up to %.1e apart' % max(apart) if kept else 'DIFFERENT ' + error}", flush=True)
+
+    for name, n in (("L12", 2), ("L24", 4)):
+        if name not in a.models.split(",") or n not in a.gpus:
+            continue
+        flags = [f for f in MODELS[name]["flags"] if f not in ("--train.grad_cp", "0", "2")]
+        rows, memory, error = train([*flags, "--train.data_file", data, "--train.validation_data_file", "", "--train.devices", str(n)],
+                                    folder + "3", 100, 3 * a.limit)
+        ms = statistics.median(float(r["ms"]) for r in rows[50:]) if rows else 0
+        print(f"the paper's {name} on {n} GPUs, 100 steps: " + (f"{ms:.1f} ms, loss {rows[0]['loss']} to {rows[-1]['loss']}, "
+              f"{max(memory, default=0) / 1024:.1f} GiB" if rows else "did not run: " + error), flush=True)
+    for i in range(4):
+        shutil.rmtree(f"{folder}{i}", ignore_errors=True)
+
+
+def computed():
+    """Step time and memory from one GPU's step and two bandwidths: a ring sends (n - 1) / n of the block each way."""
+    gib = 2**30
+    # ms of a step on one H100, of which backward; fixed GiB beside the optimizer's, both measured
+    measured = {"L12": (84.0, 52.0, 19.0 - 186_617_856 * 12 / gib), "L24": (314.0, 195.0, 55.0 - 1_445_257_216 * 12 / gib)}
+    inside, between = 330e9, 40e9       # B/s: NCCL in a host of 8 H100 (bus bandwidth); a GPU's share of 400 Gb/s between hosts
+    print("| model | GPUs | exchange, ms | step, ms | tokens/s | efficiency | GiB a GPU |\n|---|---|---|---|---|---|---|")
+    for name, (ms, backward, fixed) in measured.items():
+        model = MODELS[name]
+        for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
+            bandwidth = inside if n <= 8 else between
+            sums, weights = ([model["parameters"] * width * (n - 1) / n / bandwidth * 1e3 for width in (4, 2)])
+            last = sums * 65536 * (768 if name == "L12" else 2048) / model["parameters"]    # emb's gradients: nothing is left to hide them
+            step = ms + max(last if n > 1 else 0, sums - backward) + max(0, weights - (ms - backward) / 2)
+            tokens = n * model["micro_bsz"] * model["ctx_len"] / step * 1e3
+            memory = fixed + model["parameters"] * 12 / n / gib
+            print(f"| {name} | {n} | {sums + weights:.1f} | {step:.1f} | {tokens:,.0f} | {100 * ms / step:.1f} % | {memory:.1f} |")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--gpus", default="1,2,4,8", help="numbers of GPUs")
+    p.add_argument("--models", default="L12,L24", help=", ".join(MODELS))
+    p.add_argument("--steps", type=int, default=24, help="of each run")
+    p.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
+    p.add_argument("--sockets", action="store_true", help="NCCL without NVLink and shared memory")
+    p.add_argument("--data", help="PREFIX of a binidx pair; random tokens without it")
+    p.add_argument("--limit", type=int, default=150, help="seconds that a run may take")
+    p.add_argument("--csv", help="file for the table")
+    p.add_argument("--checks", action="store_true", help="same bits, resume, the paper's settings, in place of the table")
+    p.add_argument("--computed", action="store_true", help="the computed table")
+    p.add_argument("flags", nargs="*", help="behind --: more flags of the trainer")
+    a = p.parse_args()
+    if a.computed:
+        computed()
+        return
+    available = len(cards()) or int(os.environ.get("CUDA_ON_CPU_DEVICES", os.cpu_count()))
+    a.gpus = [int(n) for n in a.gpus.split(",") if int(n) <= available]
+    print(f"{', '.join(sorted(set(cards()))) or 'CPU'} x {available}", flush=True)
+    with tempfile.TemporaryDirectory() as tmp:
+        data = a.data or os.path.join(tmp, "tokens")
+        if not a.data:
+            random_tokens(data, 20_000_000)
+        (checks if a.checks else measure)(a, data, os.path.join(tmp, "out"))
+
+
+if __name__ == "__main__":
+    main()
