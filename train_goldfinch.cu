@@ -25,6 +25,7 @@
 //     kept      stays from the forward to the backward pass; scratch (tmp): all layers use the same
 //     remake    to compute again in the backward pass what was not kept (grad_cp)
 //     lead      1 if row 0 is the token before the first, which only a shift sees (inference); else 0
+//     rank      one of several processes, each with a GPU of its own (section 9); also its number
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 1. Settings: one table gives the struct, the command line, -h, the block printed at the start and the checkpoint's
