@@ -25,6 +25,7 @@
 //     kept      stays from the forward to the backward pass; scratch (tmp): all layers use the same
 //     remake    to compute again in the backward pass what was not kept (grad_cp)
 //     lead      1 if row 0 is the token before the first, which only a shift sees (inference); else 0
+//     rank      one of several processes, each with a GPU of its own (section 9); also its number
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 1. Settings: one table gives the struct, the command line, -h, the block printed at the start and the checkpoint's
@@ -7618,7 +7619,7 @@ static int64_t devices_to_start(const Settings *s) {
 
 // Starts the other ranks of this machine (where no launcher did), or takes the place that the launcher says; then all
 // meet. Before anything of CUDA is called.
-static void ranks_start(const Settings *s) {
+static void ranks_start(const Settings *s, int64_t resumed) {
     uint64_t run = 0;
     int port = 0, listener = -1;
     const char *host = "127.0.0.1";
@@ -7668,7 +7669,7 @@ static void ranks_start(const Settings *s) {
     ranks.heard = (double *)calloc(n_ranks, sizeof(double));
     ranks.left = (bool *)calloc(n_ranks, sizeof(bool));
     for (int i = 0; i < n_ranks; i++) ranks.sockets[i] = -1;
-    const Hello mine = {run, hash_bytes(hash_start, s, sizeof(*s)), rank, n_ranks};
+    const Hello mine = {run, hash_bytes(hash_bytes(hash_start, s, sizeof(*s)), &resumed, 8), rank, n_ranks};
     if (rank == 0) meet_as_first(listener, &mine);
     else meet_first(host, port, &mine);
     for (int i = 0; i < n_ranks; i++) ranks.heard[i] = seconds_now();
@@ -8032,7 +8033,7 @@ static int64_t find_resumed(const Settings *s, bool says_what) {
     struct dirent **names;
     struct stat status;
     int64_t newest = checkpoint_newest(s->out);
-    if (newest < 0 && !print_config) folder_complete(s->out);
+    if (newest < 0 && !print_config && rank == 0) folder_complete(s->out);
     newest = checkpoint_newest(s->out);
     if (newest >= 0) return newest;
     const int n = scandir(s->out, &names, is_weights, alphasort);
@@ -8199,7 +8200,7 @@ int main(int argc, char **argv) {
         settings_print_config(s);
         return 0;
     }
-    ranks_start(s); // before anything of CUDA is called
+    ranks_start(s, r->resumed); // before anything of CUDA is called
     if (r->resumed >= 0 && !flag_given(argc, argv, "--train.accumulate_grad_batches") &&
         !flag_given(argc, argv, "--train.micro_bsz"))
         ranks_keep_batch(s, &r->p);
@@ -8875,7 +8876,7 @@ int gf_ranks(int n) { // starts n - 1 more processes; returns this one's rank
     Settings s;
     settings_default(&s);
     s.devices = n;
-    ranks_start(&s);
+    ranks_start(&s, -1);
     return rank;
 }
 
