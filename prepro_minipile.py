@@ -24,6 +24,7 @@ import array
 import ast
 import collections
 import concurrent.futures
+import contextlib
 import fcntl
 import functools
 import gzip
@@ -56,6 +57,8 @@ VOCABULARY = "rwkv_vocab_v20230424.txt"
 END_OF_TEXT = b"<|endoftext|>"                  # encodes to 0
 LAST_ID = 65529                                 # ids above are unused; a model's vocabulary is 65536
 BLOCK = 1 << 20                                 # bytes read at once
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LONGEST_LINE = 1 << 22                          # of a text that is kept whole while its UTF-8 is looked at
 UNIT = 1 << 18                                  # bytes of text that a process tokenizes at once
 
@@ -71,6 +74,16 @@ class Fail(Exception):
 def require(package, pip_name):
     if importlib.util.find_spec(package) is None:
         raise Fail(f"the Python package {pip_name} is missing: python3 -m pip install {pip_name}")
+
+
+def say(text):
+    """A line to standard output. Whoever reads it may have seen enough, which is no fault of the data's."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # what is held goes there
+        if not isinstance(error, BrokenPipeError):
+            raise Fail(f"standard output: {error.strerror}", 1)
 
 
 def many(n, what):
@@ -98,7 +111,7 @@ class Progress:
         self.what, self.total = what, total     # total: how much there is to read, in the unit of .where(); 0: unknown
         self.where = lambda: 0                  # how much of it has been read
         self.begin = self.last = time.monotonic()
-        self.bytes = self.tokens = self.skipped = self.empty = 0
+        self.bytes = self.tokens = self.skipped = self.empty = self.marks = self.returns = self.ends = 0
         self.begin_at = 0                       # what was there before we began, as after a broken download
         self.terminal = sys.stderr.isatty()
 
@@ -154,6 +167,10 @@ class Source:
             with open(path, "rb") as raw:
                 self.progress.where = lambda: before + raw.tell()
                 kind = file_kind(path)
+                if raw.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise Fail(f"{path}: expected the file itself, found a pointer of Git LFS to it: `git lfs pull` "
+                               "brings it")
+                raw.seek(0)
                 if kind == "parquet":
                     self.progress.where = lambda: before + size * self.parquet_part
                     size = os.path.getsize(path)
@@ -167,13 +184,19 @@ class Source:
                 self.progress.where = lambda: before
 
     def text(self, stream, name):
-        """Blocks of valid UTF-8: whole lines, or parts of very long ones. Byte-level ids take any bytes."""
-        line, rest = 1, b""
+        """Blocks of valid UTF-8: whole lines, or parts of very long ones. Byte-level ids take any bytes. A byte order mark
+        and carriage returns before line feeds are left out, and counted."""
+        line, rest, first = 1, b"", True
         while block := rest + stream.read(BLOCK):
             if block[-1:] != b"\n":
                 block += stream.readline(LONGEST_LINE)
             tail = 0 if block == rest else incomplete_tail(block)       # block == rest: nothing follows
             block, rest = block[:len(block) - tail], block[len(block) - tail:]
+            if first and block.startswith(BYTE_ORDER_MARK):
+                block, self.progress.marks = block[3:], self.progress.marks + 1
+            first = False
+            self.progress.returns += block.count(b"\r\n")
+            block = block.replace(b"\r\n", b"\n")
             lines = block.count(b"\n")
             if not self.args.bytes:
                 try:
@@ -231,8 +254,10 @@ class Source:
             table = pyarrow.parquet.ParquetFile(path, memory_map=True)
             if field not in table.schema_arrow.names:
                 raise Fail(f'{path}: no field "{field}" (--field), only {", ".join(table.schema_arrow.names)}')
+            if table.schema_arrow.names.count(field) > 1:
+                raise Fail(f'{path}: field "{field}": expected once, found {table.schema_arrow.names.count(field)} times')
             for batch in table.iter_batches(batch_size=256, columns=[field]):
-                for value in batch.column(0):
+                for value in batch.column(field):               # "a.b" brings a struct's a{b}, too
                     row += 1
                     try:
                         yield value.as_py().encode(), True
@@ -299,7 +324,9 @@ class ZstdReader(io.RawIOBase):
 
 
 def incomplete_tail(block):
-    """How many bytes at the end begin a UTF-8 character that does not end there."""
+    """How many bytes at the end begin a UTF-8 character that does not end there, or perhaps a line end of two bytes."""
+    if block[-1:] == b"\r":
+        return 1
     for n in range(1, min(len(block), 3) + 1):
         lead = block[-n]
         if lead < 0x80:
@@ -368,9 +395,8 @@ def write_vocabulary():
     if path == target or path is None:
         return
     os.makedirs("data", exist_ok=True)
-    with open(target + ".tmp", "w", encoding="utf-8", newline="\n") as f:
+    with replacing(target) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as f:
         f.write(text)
-    os.replace(target + ".tmp", target)
 
 
 @functools.lru_cache(None)
@@ -447,10 +473,11 @@ def encode(text):
 
 
 def encode_unit(unit):
-    """The ids of all pieces as u16, [(number of ids, ends)], bytes of text."""
+    """The ids of all pieces as u16, [(number of ids, ends)], bytes of text, how often <|endoftext|> stands in it."""
     pieces = [(encode(text), ends) for text, ends in unit]
     ids = b"".join(struct.pack(f"<{len(ids)}H", *ids) for ids, _ in pieces)
-    return ids, [(len(ids), ends) for ids, ends in pieces], sum(len(text) for text, _ in unit)
+    counts = [(len(ids), ends) for ids, ends in pieces]
+    return ids, counts, sum(len(text) for text, _ in unit), sum(text.count(END_OF_TEXT) for text, _ in unit)
 
 
 LOW_BYTE = bytes((b + 1) & 255 for b in range(256))             # of byte + 1
@@ -461,7 +488,7 @@ def encode_unit_bytes(unit):
     text = b"".join(text for text, _ in unit)
     ids = bytearray(2 * len(text))
     ids[0::2], ids[1::2] = text.translate(LOW_BYTE), text.translate(HIGH_BYTE)
-    return ids, [(len(text), ends) for text, ends in unit], len(text)
+    return ids, [(len(text), ends) for text, ends in unit], len(text), 0
 
 
 def in_order(function, items, processes):
@@ -583,10 +610,21 @@ class Writer:
 
 
 def remove(path):
-    try:
+    with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    except FileNotFoundError:
-        pass
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A name to write a file under, which becomes PATH once it is whole and on the disk; else PATH stays as it is."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        remove(temporary)
 
 
 def publish(prefix, suffix):
@@ -629,7 +667,7 @@ def write_pairs(args, pieces, progress, prefix, val):
         train, valid = writers[0], writers[-1]
         draw, document, into = random.Random(args.seed), 0, None
         function, processes = (encode_unit_bytes, 1) if args.bytes else (encode_unit, args.processes)
-        for ids, counts, n_bytes in in_order(function, units(pieces, args.bytes, progress), processes):
+        for ids, counts, n_bytes, ends_inside in in_order(function, units(pieces, args.bytes, progress), processes):
             view, at = memoryview(ids), 0
             for count, ends in counts:
                 into = into or (valid if document > 0 and draw.random() < val else train)
@@ -639,6 +677,7 @@ def write_pairs(args, pieces, progress, prefix, val):
                     into.end()
                     into, document = None, document + 1
             progress.add(n_bytes, at // 2)
+            progress.ends += ends_inside
         if document == 0:
             raise Fail("no document has any text in it: nothing to write")
         if val > 0 and document > 1 and valid.documents == 0:
@@ -659,11 +698,15 @@ def write_pairs(args, pieces, progress, prefix, val):
         raise
     for writer in writers:
         writer.close()
-        print(f"{writer.prefix}: {many(writer.tokens, 'token')} in {many(writer.documents, 'document')}")
+        say(f"{writer.prefix}: {many(writer.tokens, 'token')} in {many(writer.documents, 'document')}")
     left_out = [many(n, what) for n, what in ((progress.skipped, "broken record"),
-                                              (progress.empty, "document without text")) if n]
-    print(f"{size_text(progress.bytes)} of text in {seconds:.1f} s: {progress.bytes / 1e6 / seconds:.1f} MB/s"
+                                              (progress.empty, "document without text"),
+                                              (progress.marks, "byte order mark"),
+                                              (progress.returns, "carriage return")) if n]
+    say(f"{size_text(progress.bytes)} of text in {seconds:.1f} s: {progress.bytes / 1e6 / seconds:.1f} MB/s"
           + (f"; left out: {', '.join(left_out)}" if left_out else ""))
+    if progress.ends:
+        say(f"<|endoftext|> stands in the text {many(progress.ends, 'time')}: it became token 0, as at a document's end")
     return writers
 
 
@@ -764,7 +807,7 @@ def fetch_pair(prefix, processes):
                 remove(tokens)
         raise Fail(str(error), 1)
     publish(prefix, "part")
-    print(f"{Index(prefix + '.bin', prefix + '.idx')}: fetched")
+    say(f"{Index(prefix + '.bin', prefix + '.idx')}: fetched")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -783,9 +826,9 @@ class Index:
         version, self.code, n, marks = struct.unpack("<QBQQ", idx[9:34])
         self.expect(idx_path, "version", version == 1, 1, version)
         self.expect(idx_path, "data type", self.code in TYPE_LETTER, "1, 2, 3, 4, 5 or 8", self.code)
-        self.expect(idx_path, "document marks", marks == n + 1, n + 1, marks)
-        self.expect(idx_path, "size", size == 42 + 20 * n, 42 + 20 * n, size)
-        self.letter, self.documents = TYPE_LETTER[self.code], n
+        self.expect(idx_path, "document marks", marks >= 1, "1 or more", marks)
+        self.expect(idx_path, "size", size == 34 + 12 * n + 8 * marks, 34 + 12 * n + 8 * marks, size)
+        self.letter, self.documents, self.empty = TYPE_LETTER[self.code], marks - 1, 0
         self.width = array.array(self.letter).itemsize
         self.sizes, self.offsets, self.marks = (idx[34:34 + 4 * n].cast("i"), idx[34 + 4 * n:34 + 12 * n].cast("q"),
                                                 idx[34 + 12 * n:].cast("q"))
@@ -796,11 +839,11 @@ class Index:
                 self.expect(idx_path, f"offsets[{i}]", False, offset, found)
             offset += length * self.width
         for i, found in enumerate(self.marks):
-            low, high = (mark + 1, n) if i else (0, 0)
+            low, high = (mark, n) if i else (0, 0)              # a document: sequences, one as a rule, or none
             if not low <= found <= high:
                 self.expect(idx_path, f"documents[{i}]", False, f"{low} to {high}", found)
             mark = found
-        self.expect(idx_path, f"documents[{n}]", mark == n, n, mark)
+        self.expect(idx_path, "documents", mark == n, f"marks up to the last sequence, {n}", f"them to end at {mark}")
         self.tokens = offset // self.width
         if bin_path:
             found = os.path.getsize(bin_path)
@@ -818,6 +861,8 @@ class Index:
     def document(self, i):
         """Its first token and the one after its last."""
         begin, last = self.marks[i], self.marks[i + 1] - 1
+        if begin > last:
+            return 0, 0
         return self.offsets[begin] // self.width, self.offsets[last] // self.width + self.sizes[last]
 
 
@@ -848,9 +893,9 @@ def verify(bin_path, idx_path, processes):
         raise Fail(f"{bin_path}: token[{wrong}]: expected 0 to {LAST_ID}, found {tokens[wrong]}")
     for i in range(index.documents):
         begin, end = index.document(i)
-        if begin == end or tokens[end - 1] != 0:
-            raise Fail(f"{bin_path}: document {i}: expected a 0 at its end, found "
-                       + ("no tokens" if begin == end else f"{tokens[end - 1]} (token {end - 1})"))
+        index.empty += begin == end
+        if begin < end and tokens[end - 1] != 0:
+            raise Fail(f"{bin_path}: document {i}: expected a 0 at its end, found {tokens[end - 1]} (token {end - 1})")
     return index, tokens, counts
 
 
@@ -868,19 +913,21 @@ def check(prefix, args):
     vocabulary = {0: END_OF_TEXT, **{b + 1: bytes([b]) for b in range(256)}}
     if max(counts) > 256:
         vocabulary = load_vocabulary()
-    print(f"{index}; u{8 * index.width}, ids {min(counts)} to {max(counts)}")
+    kind = ("u" if index.letter.isupper() else "i") + str(8 * index.width)
+    say(f"{index}{f', {index.empty} of them empty' if index.empty else ''}; {kind}, ids {min(counts)} to {max(counts)}")
     if vocabulary:
-        closing, text = index.documents, index.tokens - index.documents
+        closing = index.documents - index.empty
+        text = index.tokens - closing
         n_bytes = sum(n * len(vocabulary[token]) for token, n in counts.items()) - closing * len(END_OF_TEXT)
-        print(f"{many(n_bytes, 'byte')} of text, {n_bytes / max(text, 1):.3f} per token, closing 0s not counted")
+        say(f"{many(n_bytes, 'byte')} of text, {n_bytes / max(text, 1):.3f} per token, closing 0s not counted")
     prime = magic_prime(index.tokens, args.ctx_len)
-    print(f"magic prime for --model.ctx_len {args.ctx_len}: {prime or 'none, that is too little text'}")
+    say(f"magic prime for --model.ctx_len {args.ctx_len}: {prime or 'none, that is too little text'}")
     for i in sorted({0, index.documents // 2, index.documents - 1}):
         begin, end = index.document(i)
-        ids = tokens[begin:min(end - 1, begin + 64)].tolist()
+        ids = tokens[begin:max(begin, min(end - 1, begin + 64))].tolist()
         shown = b"".join(map(vocabulary.get, ids)).decode(errors="replace")[:80] if vocabulary else ids
-        print(f"document {i}, {many(end - begin, 'token')}: {shown!r}")
-    print(f"{prefix}: valid")
+        say(f"document {i}, {many(end - begin, 'token')}: {shown!r}")
+    say(f"{prefix}: valid")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -906,7 +953,7 @@ def from_files(args):
     flags = f"--train.data_file {args.output}" + (" --model.vocab_size 320" if args.bytes else "")
     if len(writers) == 2:
         flags += f" --train.validation_data_file {args.output}_validation"
-    print(f"./train_goldfinch {flags}")
+    say(f"./train_goldfinch {flags}")
 
 
 def minipile(args):
@@ -915,7 +962,7 @@ def minipile(args):
     for prefix, split in ((args.output + "_validation", "validation"), (args.output, "train")):
         found = None if args.force else there(prefix)
         if found:
-            print(found)
+            say(found)
         elif split == "train" and not args.retokenize:
             fetch_pair(prefix, args.processes)
         else:

@@ -4,6 +4,7 @@
 # dependencies = ["torch", "numpy", "safetensors"]
 # ///
 """Turns checkpoints of the authors' code (.pth) into ours (.safetensors) and back. The tensors' names are the same.
+What torch saved may also end in .pt, .bin or .ckpt and be wrapped, as by Lightning, DeepSpeed or torch.compile.
 
   dev/convert.py rwkv-final.pth model.safetensors --config model.yaml
   dev/convert.py out/model_001000.safetensors rwkv-1000.pth
@@ -13,11 +14,15 @@ A .pth holds no settings: most can be told from its tensors, but not positions (
 """
 
 import argparse
+import contextlib
 import os
 import re
 import sys
 
-PREFIXES = ("module.", "_forward_module.", "_orig_mod.", "model.")      # what wrappers put before the names
+TORCH = (".pth", ".pt", ".bin", ".ckpt")
+WRAPPERS = ("state_dict", "module", "model_state_dict", "model")        # where others keep the tensors: Lightning, DeepSpeed, ..
+PREFIXES = ("module.", "model.", "_forward_module.")                    # what they put before the names
+PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")     # and between their parts
 
 
 def stop(message):
@@ -51,35 +56,76 @@ def read_config(path):
 
 
 def bare_name(name):
+    name = ".".join(part for part in name.split(".") if part not in PARTS)
     while name.startswith(PREFIXES):
         name = name[name.index(".") + 1:]
     return name
 
 
-def load_pth(path):
+def look_at(path, torch_saved):
+    """Stops at what stands in a file's place, or under a wrong ending."""
+    try:
+        with open(path, "rb") as f:
+            start = f.read(64)
+    except OSError as error:
+        stop(f"{path}: {error.strerror}")
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        stop(f"{path}: expected the file itself, found a pointer of Git LFS to it: `git lfs pull` brings it")
+    if not torch_saved and start[:2] in (b"PK", b"\x80\x02"):
+        stop(f"{path}: expected safetensors, found what torch.save writes: it ends in .pth elsewhere")
+    if torch_saved and start[8:9] == b"{" and start[:2] not in (b"PK", b"\x80\x02"):
+        stop(f"{path}: expected what torch.save writes, found safetensors")
+
+
+def load_torch(path):
     import torch
+    look_at(path, True)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                          # its kinds depend on torch's version
+        if "weights_only" in str(error):
+            stop(f"{path}: holds Python objects beside tensors, which are not run here; where you trust the file: "
+                 f"torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'plain.pth'), or ['module']")
         stop(f"{path}: expected a state_dict saved by torch: {str(error).splitlines()[0]}")
-    if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
-        weights = weights["state_dict"]                                 # Lightning's checkpoints
+    while isinstance(weights, dict) and not any(isinstance(w, torch.Tensor) for w in weights.values()):
+        inner = [key for key in WRAPPERS if isinstance(weights.get(key), dict)]
+        if not inner:
+            break
+        weights = weights[inner[0]]
     if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
         stop(f"{path}: expected a state_dict, that is names and tensors")
-    weights = {bare_name(name): w for name, w in weights.items()}
-    # bf16 and fp32 are taken as they stand; fp16 and fp64 become fp32. Tensors of their own memory, row by row.
-    kept = (torch.bfloat16, torch.float32)
-    return {name: (w if w.dtype in kept else w.float()).clone().contiguous() for name, w in weights.items()}
+    named = {}
+    for name, w in weights.items():
+        if bare_name(name) in named:
+            stop(f"{path}: tensor {bare_name(name)}: expected once, found twice, the second time as {name}")
+        # bf16 and fp32 are taken as they stand; fp16 and fp64 become fp32. Tensors of their own memory, row by row.
+        named[bare_name(name)] = (w if w.dtype in (torch.bfloat16, torch.float32) else w.float()).clone().contiguous()
+    return named
 
 
 def load_safetensors(path):
     import safetensors
     from safetensors.torch import load_file
+    look_at(path, False)
     try:
         weights = load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         stop(f"{path}: {error}")
     return weights
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A name to write a file under, which becomes PATH once it is whole and on the disk; else PATH stays as it is."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
 
 
 def main():
@@ -88,22 +134,35 @@ def main():
     parser.add_argument("target", metavar="TO", help="the other one of these")
     parser.add_argument("--config", metavar="FILE", help="settings of a .pth, from --print-config")
     args = parser.parse_args()
-    kinds = [os.path.splitext(path)[1] for path in (args.source, args.target)]
-    if kinds not in ([".pth", ".safetensors"], [".safetensors", ".pth"]):
+    from_torch, to_torch = (os.path.splitext(path)[1] in TORCH for path in (args.source, args.target))
+    ours = [os.path.splitext(path)[1] == ".safetensors" for path in (args.source, args.target)]
+    if not (from_torch and ours[1] or ours[0] and to_torch):
         stop(f"expected a .pth and a .safetensors file, found {args.source} and {args.target}")
     try:
         import torch
         from safetensors.torch import save_file
     except ImportError as error:
         stop(f"the Python package {error.name} is missing: python3 -m pip install torch numpy safetensors")
-    to_ours = kinds[0] == ".pth"
-    weights = load_pth(args.source) if to_ours else load_safetensors(args.source)
+    weights = load_torch(args.source) if from_torch else load_safetensors(args.source)
     if "emb.weight" not in weights:
         stop(f"{args.source}: tensor emb.weight: expected, not found")
-    if to_ours:
-        save_file(weights, args.target, metadata=read_config(args.config) if args.config else None)
-    else:
-        torch.save(weights, args.target)
+    if "head.weight" not in weights:
+        weights["head.weight"] = weights["emb.weight"].clone()
+        print(f"{args.source}: no tensor head.weight: taken to be emb.weight, as of a model whose head is tied to it")
+    settings = read_config(args.config) if args.config else None
+    try:
+        with replacing(args.target) as temporary:
+            if from_torch:
+                save_file(weights, temporary, metadata=settings)
+            else:
+                with open(temporary, "wb") as f:
+                    torch.save(weights, f)
+    except Exception as error:                                          # torch and safetensors have errors of their own
+        cause = error
+        while isinstance(cause, BaseException) and not isinstance(cause, OSError) and cause.__context__:
+            cause = cause.__context__
+        why = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
+        stop(f"{args.target}: could not be written: {why}")
     types = sorted({str(w.dtype).replace("torch.", "") for w in weights.values()})
     print(f"{args.target}: {len(weights)} tensors, {sum(w.numel() for w in weights.values())} parameters, {', '.join(types)}")
 

@@ -7,9 +7,11 @@
 them) survive both ways, and ./infer_goldfinch runs them. Needs ./train_goldfinch and ./infer_goldfinch.
 """
 
+import argparse
 import math
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -128,6 +130,46 @@ def main():
         found = load_file("half.safetensors") if code == 0 else {}
         kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         check(f"{dtype} is stored as {kept}", same(found, {name: w.to(dtype).to(kept) for name, w in weights.items()}), out + err)
+    wrapped = {"deepspeed.pt": {"module": {f"module.{k}": w for k, w in weights.items()}, "ds_version": "0.16"},
+               "lightning.ckpt": {"state_dict": {f"_forward_module.model.{k}": w for k, w in weights.items()}, "epoch": 3},
+               "compiled.bin": {f"_orig_mod.{k.replace('blocks.0.', 'blocks.0._orig_mod.')}": w for k, w in weights.items()},
+               "nested.pth": {"model": {"module": {f"module.model._orig_mod.{k}": w for k, w in weights.items()}}, "step": 7}}
+    for name, saved in wrapped.items():
+        torch.save(saved, name)
+        code, out, err = run(sys.executable, CONVERT, name, "wrapped.safetensors")
+        check(f"{name} is unwrapped", code == 0 and same(load_file("wrapped.safetensors"), weights), out + err)
+    tied = {k: w for k, w in weights.items() if k != "head.weight"}
+    torch.save(tied, "tied.pth")
+    code, out, err = run(sys.executable, CONVERT, "tied.pth", "tied.safetensors")
+    check("a tied head is written out, and said", code == 0 and "no tensor head.weight: taken to be emb.weight" in out and
+          same(load_file("tied.safetensors"), {**tied, "head.weight": weights["emb.weight"]}), out + err)
+
+    before = open("wrapped.safetensors", "rb").read()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    for source, target in (("compiled.bin", "wrapped.safetensors"), ("compiled.bin", "new.safetensors"),
+                           ("wrapped.safetensors", "new.pth")):
+        done = subprocess.run((sys.executable, CONVERT, source, target), capture_output=True, text=True, preexec_fn=limit)
+        check(f"a full disk: {target}", done.returncode == 1 and len(done.stderr.splitlines()) == 1
+              and re.match(f"convert.py: {target}: could not be written: .*File too large", done.stderr), done.stderr)
+    check("keeps what was there", open("wrapped.safetensors", "rb").read() == before)
+    check("and leaves nothing", not [f for f in os.listdir(".") if f.startswith("new") or f.endswith(".tmp")], os.listdir("."))
+
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+    for name in ("pointer.pth", "pointer.safetensors"):
+        open(name, "w", encoding="utf-8").write(pointer)
+    os.link("tied.pth", "zip.safetensors")
+    os.link("tied.safetensors", "tensors.pth")
+    torch.save({"hyper": argparse.Namespace(x=1), **wrapped["lightning.ckpt"]}, "objects.ckpt")
+    torch.save({"a.weight": torch.ones(1), "module.a.weight": torch.ones(1)}, "twice.pth")
+    for pattern, arguments in (("pointer.pth: .*Git LFS", ("pointer.pth", "b.safetensors")),
+                               ("pointer.safetensors: .*Git LFS", ("pointer.safetensors", "b.pth")),
+                               ("zip.safetensors: .*found what torch.save writes", ("zip.safetensors", "b.pth")),
+                               ("tensors.pth: .*found safetensors", ("tensors.pth", "b.safetensors")),
+                               ("objects.ckpt: holds Python objects", ("objects.ckpt", "b.safetensors")),
+                               ("twice.pth: tensor a.weight: expected once", ("twice.pth", "b.safetensors"))):
+        code, out, err = run(sys.executable, CONVERT, *arguments)
+        check(f"refused: {pattern}", code == 1 and len(err.splitlines()) == 1 and re.match(f"convert.py: {pattern}", err), err)
+
     for what, arguments in (("two files of a kind", ("a.pth", "b.pth")), ("no such file", ("none.pth", "b.safetensors")),
                             ("no state_dict", ("config.pth", "b.safetensors")), ("no model", ("empty.pth", "b.safetensors"))):
         os.replace("config.yaml", "config.pth") if os.path.exists("config.yaml") else None
