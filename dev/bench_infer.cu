@@ -29,7 +29,7 @@ static void random_weights(Model *m) {
         const Tensor *t = &m->tensors[i];
         const bool matrix = t->ndim > 1 && t->shape[0] > 1, low_rank = strstr(t->name, "_w1") || strstr(t->name, "_w2");
         const InitKind kind = t->init.kind;
-        if (matrix && (kind == ORTHOGONAL || kind == HEAD_ORTHOGONAL || kind == UNIFORM || kind == CONSTANT)) {
+        if (matrix && (kind == ORTHOGONAL || kind == HEAD_ORTHO || kind == UNIFORM || kind == CONSTANT)) {
             const double inputs = (double)(low_rank ? t->shape[t->ndim - 2] : t->shape[1]);
             const float factor = (float)((low_rank ? 0.5 : 1) / sqrt(inputs));
             const int blocks = (int)ceil_div(t->size, 256);
