@@ -38,7 +38,7 @@ static void random_weights(Model *m) {
             continue;
         }
         float *x = (float *)malloc(t->size * sizeof(float));
-        tensor_init(m, t, x, tensor_key(t->name, 1));
+        tensor_init(m, t, x, nullptr, tensor_key(t->name, 1)); // no matrix: no scratch
         CUDA_CHECK(cudaMemcpyAsync(m->master + t->offset, x, t->size * sizeof(float), cudaMemcpyHostToDevice, stream));
         CUDA_CHECK(cudaStreamSynchronize(stream));
         free(x);
@@ -152,9 +152,12 @@ static void check_state(Bench *b, KvKind kv, int64_t T) {
     snprintf(path, sizeof(path), "/tmp/bench_infer.%d.state", (int)getpid());
     infer_reset(b->f);
     infer_feed(b->f, b->ids, T);
-    infer_save_state(b->f, path);
+    FileOut file;
+    Utf8 unfinished = {};
+    file_begin(&file, path);
+    infer_save_state(b->f, &file, &unfinished);
     decode(b, n, first);
-    infer_load_state(b->f, path);
+    infer_load_state(b->f, path, &unfinished);
     decode(b, n, second);
     unlink(path);
     for (int i = 0; i < n; i++) same += first[i] == second[i];
