@@ -1611,7 +1611,7 @@ struct MixerEnd {
 
 // ---- jobs ----
 
-// hidden = tanh(w (ln1 + dx * time_maa_x)): the hidden layer of a time mixer's mixes
+// hidden = tanh(w (ln1 + diff * time_maa_x)): the hidden layer of a time mixer's mixes
 struct MixHidden : OneVector {
     NormShiftMix<1> mix;
     const floatX *w;
@@ -1796,7 +1796,7 @@ struct MixSum {
     }
 };
 
-// x_i = ln + dx * (mu_i + hidden_i w_i): grid (columns / 256, mixes), 128 threads
+// x_i = ln + diff * (mu_i + hidden_i w_i): grid (columns / 256, mixes), 128 threads
 struct Mixed {
     const floatX *ln, *shift, *mu[5], *w; // w (mixes, 32, C)
     const float *hidden;                  // (mixes, 32)
@@ -2385,7 +2385,7 @@ static void prepare_gold(Infer *f) {
         prepare_side(g, g.v, false, p.time_value_w1, p.time_value_w2, rank, scratch);
         if (g.rope.used) prepare_rotated(g);
         g.stage = g.k.stage > g.rotated_stage ? g.k.stage : g.rotated_stage;
-        // (xo + dxo mu) @ w1 = xo_t @ (1 - mu) w1 + xo_{t-1} @ mu w1
+        // (xo + diff mu) @ w1 = xo_t @ (1 - mu) w1 + xo_{t-1} @ mu w1
         for (int before = 0; before < 2; before++)
             scale_rows<<<blocks_of(C * 64), 256, 0, stream>>>(w1[before], p.time_maa_kv_w1.w, p.time_maa_v_cache.w,
                                                               !before, C * 64, 64);

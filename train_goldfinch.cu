@@ -2008,7 +2008,7 @@ static void ddlerp_backward(const MixTask<n> &mix, const DdlerpGradients &g, TX 
 
 // ---- ddlerp's hidden layer ----
 //
-//     h = tanh((x + (shift(x) - x) * mu) @ w1)              w1: the first R = 32 n columns of (C, ld)
+//     h = tanh((x + diff * mu) @ w1)              w1: the first R = 32 n columns of (C, ld)
 //
 // The shift is linear, so it may as well come after the product, where a token has R numbers, not C:
 //
@@ -2022,7 +2022,7 @@ static void ddlerp_backward(const MixTask<n> &mix, const DdlerpGradients &g, TX 
 //     x's gradient += dz @ both^T                  dboth = x^T @ dz
 //     dw1 = (1 - mu) P + mu Q                      dmu = sum over the columns of w1 (Q - P)
 //
-// So x + dx * mu and its gradient are never written: of BT C floatX, 1 unit goes through memory forward and 3 backward.
+// So x + diff * mu and its gradient are never written: of BT C floatX, 1 unit goes through memory forward and 3 backward.
 // The price: twice the flops, and z and dz (at C = 768, n = 5 the bytes of 1.7 units, and of 1.2). The products are
 // cuBLAS'.
 __global__ void ddlerp_hidden_weights_kernel(floatX *both, const floatX *w1, const floatX *mu, int C, int R, int ld) {
