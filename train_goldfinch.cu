@@ -1243,8 +1243,8 @@ typedef struct Tensor {
     int ndim, layer; // layer: -1 at the top
     int64_t shape[3], size, offset;
     Init init;
-    double lr_scale; // factor on the learning rate
-    int decay;       // 1: weight decay applies
+    double lr_scale;   // factor on the learning rate
+    bool weight_decay; // whether it applies
 } Tensor;
 
 // Weights and gradients, as a matrix: `rows` rows of `columns` numbers, ld apart (all dimensions but the last: rows).
@@ -3870,7 +3870,7 @@ __global__ void sum_losses(double *totals, const float *losses, const int *right
 struct Piece {
     int64_t offset;
     int count;
-    float lr_scale, decay;
+    float lr_scale, weight_decay; // factors on the rates of the step
 };
 static const int PIECE = 16384;
 
@@ -3917,7 +3917,7 @@ __global__ void adamw_kernel(floatX *params, float *master, float *m, float *v, 
     const float clip = state->clip;
     if (clip == 0) return;
     const Piece piece = pieces[blockIdx.x];
-    const float lr = a.lr * piece.lr_scale, decay = a.weight_decay * piece.decay;
+    const float lr = a.lr * piece.lr_scale, decay = a.weight_decay * piece.weight_decay;
     for (int i = threadIdx.x * 8; i < piece.count; i += blockDim.x * 8) {
         const int64_t at = piece.offset + i;
         const Pack g = load(grads + at);
@@ -4125,7 +4125,7 @@ typedef struct Model {
     Params top;
     Layer *layers;
     floatX *params; // device blocks; FP32 builds: params is master
-    float *grads, *master, *m, *v;
+    float *grads, *master, *moment1, *moment2;
     char *activations;
     int64_t activation_bytes;
     // inside the activation block
@@ -5070,7 +5070,7 @@ static void add_tensor(Model *m, int layer, Param *field, const char *name, Shap
         wide += shape.size[i] > 1;
     }
     t->init = init;
-    t->decay = GROUPS[group].weight_decay && wide >= 2;
+    t->weight_decay = GROUPS[group].weight_decay && wide >= 2;
     t->lr_scale = !m->s.layerwise_lr ? 1 : m->s.train_stage == 2 ? GROUPS[group].rate_stage_2 : GROUPS[group].rate;
     t->offset = m->n_block;
     field->ld = field->columns = (int)t->shape[t->ndim - 1];
@@ -5286,7 +5286,7 @@ static void model_allocate_weights(Model *m) { // masters, weights, pieces
         const Tensor *t = &m->tensors[i];
         for (int64_t at = 0; at < t->size; at += PIECE)
             *piece++ = {t->offset + at, (int)(t->size - at < PIECE ? t->size - at : PIECE), (float)t->lr_scale,
-                        (float)t->decay};
+                        (float)t->weight_decay};
         guard_gap(m->master + t->offset + t->size, GUARD_BYTES);
         if (PRECISION_BF16) guard_gap(m->params + t->offset + t->size, GUARD_BYTES);
     }
@@ -5316,7 +5316,7 @@ void model_allocate(Model *m) { // all that training needs
     if (model_total_bytes(m) > (int64_t)available) model_too_large(m, (int64_t)available);
     model_allocate_weights(m);
     model_allocate_activations(m);
-    for (float **block : {&m->grads, &m->m, &m->v}) {
+    for (float **block : {&m->grads, &m->moment1, &m->moment2}) {
         device_alloc((void **)block, m->n_block * 4);
         for (int i = 0; i < m->n_tensors; i++)
             guard_gap(*block + m->tensors[i].offset + m->tensors[i].size, GUARD_BYTES);
@@ -5451,8 +5451,8 @@ static void model_init_weights(Model *m, uint64_t seed) {
         float *x = (float *)malloc(t->size * sizeof(float));
         tensor_init(m, t, x, scratch, tensor_key(t->name, seed));
         CUDA_CHECK(cudaMemcpy(m->master + t->offset, x, t->size * sizeof(float), cudaMemcpyHostToDevice));
-        CUDA_CHECK(cudaMemset(m->m + t->offset, 0, t->size * sizeof(float)));
-        CUDA_CHECK(cudaMemset(m->v + t->offset, 0, t->size * sizeof(float)));
+        CUDA_CHECK(cudaMemset(m->moment1 + t->offset, 0, t->size * sizeof(float)));
+        CUDA_CHECK(cudaMemset(m->moment2 + t->offset, 0, t->size * sizeof(float)));
         free(x);
     }
     CUDA_CHECK(cudaFree(scratch));
@@ -5627,7 +5627,7 @@ static void model_step_begin(Model *m) {
     };
     for (int i = 0; i < m->n_tensors; i++) {
         const Tensor *t = &m->tensors[i];
-        if (t->decay && m->fields[i] != &m->top.emb) continue;
+        if (t->weight_decay && m->fields[i] != &m->top.emb) continue;
         if (t->offset != end) {
             clear();
             begin = t->offset;
@@ -5663,7 +5663,8 @@ static void model_update(Model *m, int64_t step, double lr, double weight_decay)
                      (float)weight_decay,
                      (float)(1 - pow(s.beta1, step + 1.0)),
                      (float)(1 - pow(s.beta2, step + 1.0))};
-    adamw_kernel<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->m, m->v, m->grads, m->pieces, m->state, a);
+    adamw_kernel<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->moment1, m->moment2, m->grads, m->pieces,
+                                                  m->state, a);
     CUDA_CHECK(cudaGetLastError()); // of all launches of the step
     CUDA_CHECK(cudaMemcpyAsync(&m->results[step % 2], m->state, sizeof(UpdateState), cudaMemcpyDeviceToHost, stream));
     CUDA_CHECK(cudaEventRecord(m->result_done[step % 3], stream));
@@ -6737,7 +6738,9 @@ static void checkpoint_save(const Model *m, const Settings *s, const Progress *p
     LONG_PATH path;
     FileOut model, state;
     const FileBlock weights = weights_block(m);
-    const FileBlock others[] = {{"master.", "F32", m->master, 4}, {"m.", "F32", m->m, 4}, {"v.", "F32", m->v, 4}};
+    const FileBlock others[] = {{"master.", "F32", m->master, 4},
+                                {"m.", "F32", m->moment1, 4},
+                                {"v.", "F32", m->moment2, 4}};
     checkpoint_path(path, s->out, "model", p->step, "");
     file_begin(&model, path);
     checkpoint_path(path, s->out, "state", p->step, "");
@@ -6957,8 +6960,8 @@ static void checkpoint_open(SafeTensors *state, const char *folder, int64_t step
 
 static void checkpoint_load(Model *m, SafeTensors *state) {
     block_load(m, state, "master.", m->master, false);
-    block_load(m, state, "m.", m->m, false);
-    block_load(m, state, "v.", m->v, false);
+    block_load(m, state, "m.", m->moment1, false);
+    block_load(m, state, "v.", m->moment2, false);
     expect(state->path, "tensors", -1, 3 * m->n_tensors, 3 * m->n_tensors, state->n_tensors);
     model_params_changed(m);
     safetensors_close(state);
@@ -7995,7 +7998,7 @@ int64_t gf_binidx(const char *prefix, int64_t *n_docs, int32_t *tokens, int64_t 
 static void model_free(Model *m) {
     CUDA_CHECK(cudaStreamSynchronize(stream));
     if (PRECISION_BF16) cudaFree(m->params);
-    for (void *p : {(void *)m->master, (void *)m->grads, (void *)m->m, (void *)m->v, (void *)m->activations,
+    for (void *p : {(void *)m->master, (void *)m->grads, (void *)m->moment1, (void *)m->moment2, (void *)m->activations,
                     (void *)m->pieces, (void *)m->tokens, (void *)m->squares, (void *)m->totals, (void *)m->state})
         cudaFree(p);
     for (int i = 0; i < 4; i++) {
@@ -8048,7 +8051,7 @@ int gf_tensor_shape(Model *m, int i, int64_t shape[4]) {
 
 void gf_tensor_group(Model *m, int i, double *lr_scale, double *weight_decay) {
     *lr_scale = m->tensors[i].lr_scale;
-    *weight_decay = m->tensors[i].decay;
+    *weight_decay = m->tensors[i].weight_decay;
 }
 
 void gf_set_param(Model *m, int i, const float *values) {
