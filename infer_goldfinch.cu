@@ -595,11 +595,17 @@ __device__ inline void stage_copy(TilePair *to, const TilePair *from, int pairs)
         async_copy16((char *)to + 16 * i, (const char *)from + 16 * i, true);
 }
 
-#if PRECISION_BF16 || defined(CUDA_ON_CPU)
+// Long code of which nvcc is to compile one copy, not one for each place that it is called from. An fp32 product is a
+// long sequence of shuffles.
+#ifdef CUDA_ON_CPU
+#define OUT_OF_LINE inline
+#else
+#define OUT_OF_LINE __noinline__
+#endif
+#if PRECISION_BF16
 #define INLINE_PRODUCT inline
 #else
-// fp32 products are long sequences of shuffles: copies would take minutes to compile
-#define INLINE_PRODUCT __noinline__
+#define INLINE_PRODUCT OUT_OF_LINE
 #endif
 
 // c[i] += a[0] b[i][0] + a[1] b[i][1], b in lanes' order, `apart` pairs from one i to the next
@@ -859,8 +865,8 @@ __device__ inline void past_scores(const PastRows &rows, const PastSmem &s, cons
 }
 
 // The scores of keys with a rope: those must be made channel by channel, in another sweep, from k1 and u.
-__device__ inline void past_rotated_scores(const PastRows &rows, const PastSmem &s, const GoldSource &g,
-                                           const PastTask &task, int64_t t0) {
+__device__ OUT_OF_LINE void past_rotated_scores(PastRows rows, const GoldSource &g, const PastTask &task, int64_t t0) {
+    const PastSmem s = past_smem(dynamic_smem<char>(), g, blockDim.x / 32, task.M);
     const int warp = threadIdx.x / 32, ldc = g.R32 + PAD, ldh = 64 + PAD, ldu = g.rank_pad + PAD, stages = g.C / 32;
     const floatX *c = s.c + warp * 16 * ldc, *h = s.h + warp * 16 * ldh, *u = s.u + warp * 16 * ldu;
     const TileA hidden[2] = {load_a(h, ldh), load_a(h + 16, ldh)};
@@ -1009,8 +1015,9 @@ __device__ inline void past_low_rank(const PastSmem &s, const GoldSource &g, int
 }
 
 // Grid: splits of the tokens before the window. Each writes its sums over its tokens.
-template <int groups, bool rope>
-__global__ void __launch_bounds__(256, 1) past_attention_kernel(GoldSource g, PastTask task) {
+template <int groups>
+__global__ void __launch_bounds__(256, 1)
+    past_attention_kernel(const __grid_constant__ GoldSource g, const __grid_constant__ PastTask task) {
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32, pairs = task.M * g.H, step = 15 * warps;
     const PastSmem s = past_smem(dynamic_smem<char>(), g, warps, task.M);
     let_next_start();
@@ -1032,12 +1039,12 @@ __global__ void __launch_bounds__(256, 1) past_attention_kernel(GoldSource g, Pa
         async_commit();
         past_rows(rows, s, g, t0, T);
         past_sweep<groups, true>(rows, s, g, task);
-        if constexpr (rope) {
+        if (g.rope.used) {
             __syncthreads();
             stage_copy(s.stage, g.rotated_tiles, g.rotated_stage);
             stage_copy(s.stage + g.rotated_stage * 32, task.query.q, 1);
             async_commit();
-            past_rotated_scores(rows, s, g, task, t0);
+            past_rotated_scores(rows, g, task, t0);
         } else {
             past_scores(rows, s, g, task, t0);
         }
@@ -1210,10 +1217,7 @@ template <typename T> static void gold_attention(Infer *f, const GoldSource &g, 
         if (splits > 0) {
             const PastTask past = {f->past_query, f->past_sums, f->place, m, here};
             const size_t smem = past_smem(nullptr, g, f->past_warps, here).bytes;
-            auto kernel = g.rank_pad == 64
-                              ? g.rope.used ? past_attention_kernel<2, true> : past_attention_kernel<2, false>
-                          : g.rope.used ? past_attention_kernel<4, true>
-                                        : past_attention_kernel<4, false>;
+            auto kernel = g.rank_pad == 64 ? past_attention_kernel<2> : past_attention_kernel<4>;
             allow_smem(kernel, smem);
             launch_early(past_queries, dim3(g.H), WINDOW_THREADS, 0, f->past_query, part.query, g, here);
             launch_early(kernel, dim3(splits), 32 * f->past_warps, smem, g, past);
@@ -1607,7 +1611,7 @@ struct MixerEnd {
 
 // ---- jobs ----
 
-// hidden = tanh(w (ln1 + dx * time_maa_x)): the hidden layer of a time mixer's mixes
+// hidden = tanh(w (ln1 + diff * time_maa_x)): the hidden layer of a time mixer's mixes
 struct MixHidden : OneVector {
     NormShiftMix<1> mix;
     const floatX *w;
@@ -1792,7 +1796,7 @@ struct MixSum {
     }
 };
 
-// x_i = ln + dx * (mu_i + hidden_i w_i): grid (columns / 256, mixes), 128 threads
+// x_i = ln + diff * (mu_i + hidden_i w_i): grid (columns / 256, mixes), 128 threads
 struct Mixed {
     const floatX *ln, *shift, *mu[5], *w; // w (mixes, 32, C)
     const float *hidden;                  // (mixes, 32)
@@ -2380,7 +2384,7 @@ static void prepare_gold(Infer *f) {
         prepare_side(g, g.v, false, p.time_value_w1, p.time_value_w2, rank, scratch);
         if (g.rope.used) prepare_rotated(g);
         g.stage = g.k.stage > g.rotated_stage ? g.k.stage : g.rotated_stage;
-        // (xo + dxo mu) @ w1 = xo_t @ (1 - mu) w1 + xo_{t-1} @ mu w1
+        // (xo + diff mu) @ w1 = xo_t @ (1 - mu) w1 + xo_{t-1} @ mu w1
         for (int before = 0; before < 2; before++)
             scale_rows<<<blocks_of(C * 64), 256, 0, stream>>>(w1[before], p.time_maa_kv_w1.w, p.time_maa_v_cache.w,
                                                               !before, C * 64, 64);

@@ -570,36 +570,36 @@ static void rms_norm_backward(float *dx, const float *dy, const float *x, int D,
 // --------------------------------------------------------------------------------------------------------------------
 // Token shift
 
-// d_t = x_{t-1} - x_t, with x_{-1} = 0 at the start of each sequence. x, d (B, T, C)
-static void shift_difference(float *d, const float *x, int B, int T, int C) {
+// diff_t = x_{t-1} - x_t, with x_{-1} = 0 at the start of each sequence. x, diff (B, T, C)
+static void shift_difference(float *diff, const float *x, int B, int T, int C) {
     for (int t = 0; t < B * T; t++)
-        for (int64_t i = (int64_t)t * C; i < (int64_t)(t + 1) * C; i++) d[i] += (t % T ? x[i - C] : 0) - x[i];
+        for (int64_t i = (int64_t)t * C; i < (int64_t)(t + 1) * C; i++) diff[i] += (t % T ? x[i - C] : 0) - x[i];
 }
 
-static void shift_difference_backward(float *dx, const float *dd, int B, int T, int C) {
+static void shift_difference_backward(float *dx, const float *ddiff, int B, int T, int C) {
     for (int t = 0; t < B * T; t++) {
         int last = t % T == T - 1;
-        for (int64_t i = (int64_t)t * C; i < (int64_t)(t + 1) * C; i++) dx[i] += (last ? 0 : dd[i + C]) - dd[i];
+        for (int64_t i = (int64_t)t * C; i < (int64_t)(t + 1) * C; i++) dx[i] += (last ? 0 : ddiff[i + C]) - ddiff[i];
     }
 }
 
-// y = x + d * (maa + m): between this token's x and the last one's, by a learned amount per channel (maa, (C)) and
+// y = x + diff * (maa + m): between this token's x and the last one's, by a learned amount per channel (maa, (C)) and
 // optionally one that depends on the data (m, (rows, C), may be NULL).
-static void mix(float *y, const float *x, const float *d, const Param *maa, const float *m, int rows) {
+static void lerp(float *y, const float *x, const float *diff, const Param *maa, const float *m, int rows) {
     int C = maa->size;
-    for (int64_t i = 0; i < (int64_t)rows * C; i++) y[i] += x[i] + d[i] * (maa->w[i % C] + (m ? m[i] : 0));
+    for (int64_t i = 0; i < (int64_t)rows * C; i++) y[i] += x[i] + diff[i] * (maa->w[i % C] + (m ? m[i] : 0));
 }
 
-static void mix_backward(float *dx, float *dd, float *dm, const float *dy, const float *d, const Param *maa,
-                         const float *m, int rows) {
+static void lerp_backward(float *dx, float *ddiff, float *dm, const float *dy, const float *diff, const Param *maa,
+                          const float *m, int rows) {
     int C = maa->size;
     for (int c = 0; c < C; c++) {
         double dmaa = 0;
         for (int64_t i = c; i < (int64_t)rows * C; i += C) {
             dx[i] += dy[i];
-            dd[i] += dy[i] * (maa->w[c] + (m ? m[i] : 0));
-            if (m) dm[i] += dy[i] * d[i];
-            dmaa += (double)dy[i] * d[i];
+            ddiff[i] += dy[i] * (maa->w[c] + (m ? m[i] : 0));
+            if (m) dm[i] += dy[i] * diff[i];
+            dmaa += (double)dy[i] * diff[i];
         }
         maa->g[c] += dmaa;
     }
@@ -784,9 +784,9 @@ static void rope(const Ref *m, float *x, int direction) {
 #define TEMPORARY(width) temporary(m, (int64_t)m->rows *(width))
 
 // x060c2, Finch-C2:
-//     d    = shift(x) - x
-//     m_i  = (tanh((x + d time_maa_x) @ time_maa_w1))_i @ time_maa_w2[i]        i = r, k, v, w, v2
-//     x_i  = x + d (time_maa_i + m_i)
+//     diff = shift(x) - x
+//     m_i  = (tanh((x + diff time_maa_x) @ time_maa_w1))_i @ time_maa_w2[i]        i = r, k, v, w, v2
+//     x_i  = x + diff (time_maa_i + m_i)
 //     r    = receptance x_r;  k = key x_k;  v = value x_v
 //     v2   = value x_v2 + tanh(x_v2 @ time_value2_w1) @ time_value2_w2
 //     w    = time_decay + tanh(x_w @ time_decay_w1) @ time_decay_w2
@@ -799,13 +799,13 @@ static const char *const finch_c2_mixes[5] = {
 
 static void tmix_finch_c2(Ref *m, int l, float *out, const float *x) {
     int rows = m->rows, C = m->C, A = m->A;
-    float *d = KEEP("att.d", C), *xx = KEEP("att.xx", C), *h = KEEP("att.h", 160);
+    float *diff = KEEP("att.diff", C), *xx = KEEP("att.xx", C), *h = KEEP("att.h", 160);
     float *mi = KEEP("att.m", 5 * C), *xi = KEEP("att.x", 5 * C); // (5, rows, C)
-    shift_difference(d, x, m->B, m->T, C);
-    mix(xx, x, d, P("att.time_maa_x"), NULL, rows);
+    shift_difference(diff, x, m->B, m->T, C);
+    lerp(xx, x, diff, P("att.time_maa_x"), NULL, rows);
     low_rank(mi, h, xx, P("att.time_maa_w1"), P("att.time_maa_w2"), rows);
     for (int i = 0; i < 5; i++)
-        mix(xi + (int64_t)i * rows * C, x, d, P(finch_c2_mixes[i]), mi + (int64_t)i * rows * C, rows);
+        lerp(xi + (int64_t)i * rows * C, x, diff, P(finch_c2_mixes[i]), mi + (int64_t)i * rows * C, rows);
     float *xr = xi, *xk = xr + rows * C, *xv = xk + rows * C, *xw = xv + rows * C, *xv2 = xw + rows * C;
 
     float *r = KEEP("att.r", A), *k = KEEP("att.k", A), *v = KEEP("att.v", A), *w = KEEP("att.w", A);
@@ -830,7 +830,7 @@ static void tmix_finch_c2(Ref *m, int l, float *out, const float *x) {
 
 static void tmix_finch_c2_backward(Ref *m, int l, float *dx, const float *dout, const float *x) {
     int rows = m->rows, C = m->C, A = m->A;
-    const float *d = SAVED("att.d"), *mi = SAVED("att.m"), *w = SAVED("att.w"), *k = SAVED("att.k");
+    const float *diff = SAVED("att.diff"), *mi = SAVED("att.m"), *w = SAVED("att.w"), *k = SAVED("att.k");
     const float *xr = SAVED("att.x"), *xk = xr + rows * C, *xv = xk + rows * C, *xw = xv + rows * C;
     const float *xv2 = xw + rows * C;
     float *dxi = TEMPORARY(5 * C), *dmi = TEMPORARY(5 * C);
@@ -861,24 +861,24 @@ static void tmix_finch_c2_backward(Ref *m, int l, float *dx, const float *dout, 
     linear_backward(dxk, dk, xk, P("att.key.weight"), rows);
     linear_backward(dxv, dv, xv, P("att.value.weight"), rows);
 
-    float *dd = TEMPORARY(C), *dxx = TEMPORARY(C);
+    float *ddiff = TEMPORARY(C), *dxx = TEMPORARY(C);
     for (int i = 0; i < 5; i++) {
         int64_t at = (int64_t)i * rows * C;
-        mix_backward(dx, dd, dmi + at, dxi + at, d, P(finch_c2_mixes[i]), mi + at, rows);
+        lerp_backward(dx, ddiff, dmi + at, dxi + at, diff, P(finch_c2_mixes[i]), mi + at, rows);
     }
     low_rank_backward(dxx, dmi, SAVED("att.h"), SAVED("att.xx"), P("att.time_maa_w1"), P("att.time_maa_w2"), rows);
-    mix_backward(dx, dd, NULL, dxx, d, P("att.time_maa_x"), NULL, rows);
-    shift_difference_backward(dx, dd, m->B, m->T, C);
+    lerp_backward(dx, ddiff, NULL, dxx, diff, P("att.time_maa_x"), NULL, rows);
+    shift_difference_backward(dx, ddiff, m->B, m->T, C);
     (void)x;
 }
 
 // gold, the GOLD attention. It sees x, and of earlier layers only x0 (the normed embedding) and K0 (TokenCat below):
-//     d    = shift(x) - x;  xo = rms_norm(x0);  dxo = shift(xo) - xo;  dK0 = shift(K0) - K0
-//     m_q  = tanh((x + d time_maa_x) @ time_maa_q_w1) @ time_maa_q_w2
-//     q    = LayerNorm_ln_q(query (x + d (time_maa_q + m_q)))
-//     m_i  = (tanh((xo + dxo time_maa_v_cache) @ time_maa_kv_w1))_i @ time_maa_kv_w2[i]        i = k, v
-//     k    = K0 + dK0 (time_maa_k + m_k)
-//     v    = xo + dxo (time_maa_v + m_v)
+//     diff = shift(x) - x;  xo = rms_norm(x0);  diff_xo = shift(xo) - xo;  diff_K0 = shift(K0) - K0
+//     m_q  = tanh((x + diff time_maa_x) @ time_maa_q_w1) @ time_maa_q_w2
+//     q    = LayerNorm_ln_q(query (x + diff (time_maa_q + m_q)))
+//     m_i  = (tanh((xo + diff_xo time_maa_v_cache) @ time_maa_kv_w1))_i @ time_maa_kv_w2[i]        i = k, v
+//     k    = K0 + diff_K0 (time_maa_k + m_k)
+//     v    = xo + diff_xo (time_maa_v + m_v)
 //     k    = LayerNorm_ln_k(k + tanh(k @ time_key_w1) @ time_key_w2)
 //     v    = LayerNorm_ln_v(v + tanh(v @ time_value_w1) @ time_value_w2)
 //     out  = output LayerNorm_ln_x(attention(rope(q), rope(k), v))
@@ -886,32 +886,33 @@ static void tmix_finch_c2_backward(Ref *m, int l, float *dx, const float *dout, 
 static void tmix_gold(Ref *m, int l, float *out, const float *x) {
     int rows = m->rows, C = m->C, B = m->B, T = m->T;
     const float *x0 = saved(m, -1, "x0"), *K0 = saved(m, -1, "k_cache");
-    float *d = KEEP("att.d", C), *xx = KEEP("att.xx", C), *h_q = KEEP("att.h_q", 32), *m_q = KEEP("att.m_q", C);
+    float *diff = KEEP("att.diff", C), *xx = KEEP("att.xx", C), *h_q = KEEP("att.h_q", 32), *m_q = KEEP("att.m_q", C);
     float *xq = KEEP("att.xq", C), *q_linear = KEEP("att.q_linear", C), *q = KEEP("att.q", C);
-    shift_difference(d, x, B, T, C);
-    mix(xx, x, d, P("att.time_maa_x"), NULL, rows);
+    shift_difference(diff, x, B, T, C);
+    lerp(xx, x, diff, P("att.time_maa_x"), NULL, rows);
     low_rank(m_q, h_q, xx, P("att.time_maa_q_w1"), P("att.time_maa_q_w2"), rows);
-    mix(xq, x, d, P("att.time_maa_q"), m_q, rows);
+    lerp(xq, x, diff, P("att.time_maa_q"), m_q, rows);
     linear(q_linear, xq, P("att.query.weight"), rows);
     layer_norm(q, q_linear, P("att.ln_q.weight"), P("att.ln_q.bias"), rows);
 
-    float *xo = KEEP("att.xo", C), *dxo = KEEP("att.dxo", C), *xxo = KEEP("att.xxo", C), *d_K0 = KEEP("att.d_K0", C);
+    float *xo = KEEP("att.xo", C), *diff_xo = KEEP("att.diff_xo", C), *xxo = KEEP("att.xxo", C),
+          *diff_K0 = KEEP("att.diff_K0", C);
     float *m_kv = KEEP("att.m_kv", 2 * C), *m_k = m_kv, *m_v = m_kv + rows * C;
     rms_norm(xo, x0, C, rows);
-    shift_difference(dxo, xo, B, T, C);
-    shift_difference(d_K0, K0, B, T, C);
-    mix(xxo, xo, dxo, P("att.time_maa_v_cache"), NULL, rows);
+    shift_difference(diff_xo, xo, B, T, C);
+    shift_difference(diff_K0, K0, B, T, C);
+    lerp(xxo, xo, diff_xo, P("att.time_maa_v_cache"), NULL, rows);
     low_rank(m_kv, KEEP("att.h_kv", 64), xxo, P("att.time_maa_kv_w1"), P("att.time_maa_kv_w2"), rows);
 
     int rank = P("att.time_key_w1")->shape[1];
     float *k_mix = KEEP("att.k_mix", C), *k_sum = KEEP("att.k_sum", C), *k = KEEP("att.k", C);
-    mix(k_mix, K0, d_K0, P("att.time_maa_k"), m_k, rows);
+    lerp(k_mix, K0, diff_K0, P("att.time_maa_k"), m_k, rows);
     memcpy(k_sum, k_mix, (size_t)rows * C * sizeof(float));
     low_rank(k_sum, KEEP("att.h_k", rank), k_mix, P("att.time_key_w1"), P("att.time_key_w2"), rows);
     layer_norm(k, k_sum, P("att.ln_k.weight"), P("att.ln_k.bias"), rows);
 
     float *v_mix = KEEP("att.v_mix", C), *v_sum = KEEP("att.v_sum", C), *v = KEEP("att.v", C);
-    mix(v_mix, xo, dxo, P("att.time_maa_v"), m_v, rows);
+    lerp(v_mix, xo, diff_xo, P("att.time_maa_v"), m_v, rows);
     memcpy(v_sum, v_mix, (size_t)rows * C * sizeof(float));
     low_rank(v_sum, KEEP("att.h_v", rank), v_mix, P("att.time_value_w1"), P("att.time_value_w2"), rows);
     layer_norm(v, v_sum, P("att.ln_v.weight"), P("att.ln_v.bias"), rows);
@@ -927,7 +928,8 @@ static void tmix_gold(Ref *m, int l, float *out, const float *x) {
 static void tmix_gold_backward(Ref *m, int l, float *dx, const float *dout, const float *x) {
     int rows = m->rows, C = m->C, B = m->B, T = m->T;
     const float *x0 = saved(m, -1, "x0");
-    const float *d = SAVED("att.d"), *dxo = SAVED("att.dxo"), *m_k = SAVED("att.m_kv"), *m_v = m_k + rows * C;
+    const float *diff = SAVED("att.diff"), *diff_xo = SAVED("att.diff_xo"), *m_k = SAVED("att.m_kv"),
+                *m_v = m_k + rows * C;
 
     float *dnormed = TEMPORARY(C), *dy = TEMPORARY(C), *dq = TEMPORARY(C), *dk = TEMPORARY(C), *dv = TEMPORARY(C);
     linear_backward(dnormed, dout, SAVED("att.normed"), P("att.output.weight"), rows);
@@ -936,38 +938,40 @@ static void tmix_gold_backward(Ref *m, int l, float *dx, const float *dout, cons
     rope(m, dq, -1);
     rope(m, dk, -1);
 
-    float *g_xo = TEMPORARY(C), *g_dxo = TEMPORARY(C), *g_d_K0 = TEMPORARY(C); // gradients of xo, dxo, d_K0
+    float *g_xo = TEMPORARY(C), *g_diff_xo = TEMPORARY(C),
+          *g_diff_K0 = TEMPORARY(C); // gradients of xo, diff_xo, diff_K0
     float *dm_k = TEMPORARY(2 * C), *dm_v = dm_k + rows * C;
     float *dv_sum = TEMPORARY(C), *dv_mix = TEMPORARY(C);
     layer_norm_backward(dv_sum, dv, SAVED("att.v_sum"), P("att.ln_v.weight"), P("att.ln_v.bias"), rows);
     memcpy(dv_mix, dv_sum, (size_t)rows * C * sizeof(float));
     low_rank_backward(dv_mix, dv_sum, SAVED("att.h_v"), SAVED("att.v_mix"), P("att.time_value_w1"),
                       P("att.time_value_w2"), rows);
-    mix_backward(g_xo, g_dxo, dm_v, dv_mix, dxo, P("att.time_maa_v"), m_v, rows);
+    lerp_backward(g_xo, g_diff_xo, dm_v, dv_mix, diff_xo, P("att.time_maa_v"), m_v, rows);
 
     float *dk_sum = TEMPORARY(C), *dk_mix = TEMPORARY(C);
     layer_norm_backward(dk_sum, dk, SAVED("att.k_sum"), P("att.ln_k.weight"), P("att.ln_k.bias"), rows);
     memcpy(dk_mix, dk_sum, (size_t)rows * C * sizeof(float));
     low_rank_backward(dk_mix, dk_sum, SAVED("att.h_k"), SAVED("att.k_mix"), P("att.time_key_w1"), P("att.time_key_w2"),
                       rows);
-    mix_backward(m->dK0, g_d_K0, dm_k, dk_mix, SAVED("att.d_K0"), P("att.time_maa_k"), m_k, rows);
-    shift_difference_backward(m->dK0, g_d_K0, B, T, C);
+    lerp_backward(m->dK0, g_diff_K0, dm_k, dk_mix, SAVED("att.diff_K0"), P("att.time_maa_k"), m_k, rows);
+    shift_difference_backward(m->dK0, g_diff_K0, B, T, C);
 
     float *dxxo = TEMPORARY(C);
     low_rank_backward(dxxo, dm_k, SAVED("att.h_kv"), SAVED("att.xxo"), P("att.time_maa_kv_w1"), P("att.time_maa_kv_w2"),
                       rows);
-    mix_backward(g_xo, g_dxo, NULL, dxxo, dxo, P("att.time_maa_v_cache"), NULL, rows);
-    shift_difference_backward(g_xo, g_dxo, B, T, C);
+    lerp_backward(g_xo, g_diff_xo, NULL, dxxo, diff_xo, P("att.time_maa_v_cache"), NULL, rows);
+    shift_difference_backward(g_xo, g_diff_xo, B, T, C);
     rms_norm_backward(m->dx0, g_xo, x0, C, rows);
 
-    float *dq_linear = TEMPORARY(C), *dxq = TEMPORARY(C), *dm_q = TEMPORARY(C), *dd = TEMPORARY(C), *dxx = TEMPORARY(C);
+    float *dq_linear = TEMPORARY(C), *dxq = TEMPORARY(C), *dm_q = TEMPORARY(C), *ddiff = TEMPORARY(C),
+          *dxx = TEMPORARY(C);
     layer_norm_backward(dq_linear, dq, SAVED("att.q_linear"), P("att.ln_q.weight"), P("att.ln_q.bias"), rows);
     linear_backward(dxq, dq_linear, SAVED("att.xq"), P("att.query.weight"), rows);
-    mix_backward(dx, dd, dm_q, dxq, d, P("att.time_maa_q"), SAVED("att.m_q"), rows);
+    lerp_backward(dx, ddiff, dm_q, dxq, diff, P("att.time_maa_q"), SAVED("att.m_q"), rows);
     low_rank_backward(dxx, dm_q, SAVED("att.h_q"), SAVED("att.xx"), P("att.time_maa_q_w1"), P("att.time_maa_q_w2"),
                       rows);
-    mix_backward(dx, dd, NULL, dxx, d, P("att.time_maa_x"), NULL, rows);
-    shift_difference_backward(dx, dd, B, T, C);
+    lerp_backward(dx, ddiff, NULL, dxx, diff, P("att.time_maa_x"), NULL, rows);
+    shift_difference_backward(dx, ddiff, B, T, C);
     (void)x;
 }
 
@@ -977,11 +981,11 @@ static void tmix_gold_backward(Ref *m, int l, float *dx, const float *dout, cons
 //     out = sigmoid(receptance x_r) (value k)
 static void cmix(Ref *m, int l, float *out, const float *x) {
     int rows = m->rows, C = m->C, F = m->F;
-    float *d = KEEP("ffn.d", C), *xk = KEEP("ffn.xk", C), *xr = KEEP("ffn.xr", C);
+    float *diff = KEEP("ffn.diff", C), *xk = KEEP("ffn.xk", C), *xr = KEEP("ffn.xr", C);
     float *k = KEEP("ffn.k", F), *kk = KEEP("ffn.kk", F), *v = KEEP("ffn.v", C), *r = KEEP("ffn.r", C);
-    shift_difference(d, x, m->B, m->T, C);
-    mix(xk, x, d, P("ffn.time_maa_k"), NULL, rows);
-    mix(xr, x, d, P("ffn.time_maa_r"), NULL, rows);
+    shift_difference(diff, x, m->B, m->T, C);
+    lerp(xk, x, diff, P("ffn.time_maa_k"), NULL, rows);
+    lerp(xr, x, diff, P("ffn.time_maa_r"), NULL, rows);
     linear(k, xk, P("ffn.key.weight"), rows);
     for (int64_t i = 0; i < (int64_t)rows * F; i++) kk[i] = k[i] > 0 ? k[i] * k[i] : 0;
     linear(v, kk, P("ffn.value.weight"), rows);
@@ -994,9 +998,9 @@ static void cmix(Ref *m, int l, float *out, const float *x) {
 
 static void cmix_backward(Ref *m, int l, float *dx, const float *dout, const float *x) {
     int rows = m->rows, C = m->C, F = m->F;
-    const float *r = SAVED("ffn.r"), *v = SAVED("ffn.v"), *k = SAVED("ffn.k"), *d = SAVED("ffn.d");
+    const float *r = SAVED("ffn.r"), *v = SAVED("ffn.v"), *k = SAVED("ffn.k"), *diff = SAVED("ffn.diff");
     float *dr = TEMPORARY(C), *dv = TEMPORARY(C), *dk = TEMPORARY(F), *dxk = TEMPORARY(C), *dxr = TEMPORARY(C);
-    float *dd = TEMPORARY(C);
+    float *ddiff = TEMPORARY(C);
     for (int64_t i = 0; i < (int64_t)rows * C; i++) {
         dr[i] = dout[i] * v[i] * r[i] * (1 - r[i]);
         dv[i] = dout[i] * r[i];
@@ -1005,41 +1009,42 @@ static void cmix_backward(Ref *m, int l, float *dx, const float *dout, const flo
     linear_backward(dk, dv, SAVED("ffn.kk"), P("ffn.value.weight"), rows);
     for (int64_t i = 0; i < (int64_t)rows * F; i++) dk[i] *= k[i] > 0 ? 2 * k[i] : 0;
     linear_backward(dxk, dk, SAVED("ffn.xk"), P("ffn.key.weight"), rows);
-    mix_backward(dx, dd, NULL, dxk, d, P("ffn.time_maa_k"), NULL, rows);
-    mix_backward(dx, dd, NULL, dxr, d, P("ffn.time_maa_r"), NULL, rows);
-    shift_difference_backward(dx, dd, m->B, m->T, C);
+    lerp_backward(dx, ddiff, NULL, dxk, diff, P("ffn.time_maa_k"), NULL, rows);
+    lerp_backward(dx, ddiff, NULL, dxr, diff, P("ffn.time_maa_r"), NULL, rows);
+    shift_difference_backward(dx, ddiff, m->B, m->T, C);
     (void)x;
 }
 
 // What x060, x060b and gptalpha share, for n inputs whose mixes are `names`:
-//     d   = shift(x) - x
-//     m_i = (tanh((x + d time_maa_x) @ W1))_i @ W2[i]
-//     x_i = x + d (time_maa_i + m_i)
+//     diff = shift(x) - x
+//     m_i = (tanh((x + diff time_maa_x) @ W1))_i @ W2[i]
+//     x_i = x + diff (time_maa_i + m_i)
 // Keeps x_i as "att.x" (n, rows, C).
-static float *data_mixes(Ref *m, int l, const float *x, const char *const *names, int n, const Param *W1,
-                         const Param *W2) {
+static float *mixed_inputs(Ref *m, int l, const float *x, const char *const *names, int n, const Param *W1,
+                           const Param *W2) {
     int rows = m->rows, C = m->C;
-    float *d = KEEP("att.d", C), *xx = KEEP("att.xx", C), *h = KEEP("att.h", 32 * n);
+    float *diff = KEEP("att.diff", C), *xx = KEEP("att.xx", C), *h = KEEP("att.h", 32 * n);
     float *mi = KEEP("att.m", n * C), *xi = KEEP("att.x", n * C);
-    shift_difference(d, x, m->B, m->T, C);
-    mix(xx, x, d, P("att.time_maa_x"), NULL, rows);
+    shift_difference(diff, x, m->B, m->T, C);
+    lerp(xx, x, diff, P("att.time_maa_x"), NULL, rows);
     low_rank(mi, h, xx, W1, W2, rows);
-    for (int i = 0; i < n; i++) mix(xi + (int64_t)i * rows * C, x, d, P(names[i]), mi + (int64_t)i * rows * C, rows);
+    for (int i = 0; i < n; i++)
+        lerp(xi + (int64_t)i * rows * C, x, diff, P(names[i]), mi + (int64_t)i * rows * C, rows);
     return xi;
 }
 
-static void data_mixes_backward(Ref *m, int l, float *dx, const float *dxi, const char *const *names, int n,
-                                const Param *W1, const Param *W2) {
+static void mixed_inputs_backward(Ref *m, int l, float *dx, const float *dxi, const char *const *names, int n,
+                                  const Param *W1, const Param *W2) {
     int rows = m->rows, C = m->C;
-    const float *d = SAVED("att.d"), *mi = SAVED("att.m");
-    float *dmi = TEMPORARY(n * C), *dd = TEMPORARY(C), *dxx = TEMPORARY(C);
+    const float *diff = SAVED("att.diff"), *mi = SAVED("att.m");
+    float *dmi = TEMPORARY(n * C), *ddiff = TEMPORARY(C), *dxx = TEMPORARY(C);
     for (int i = 0; i < n; i++) {
         int64_t at = (int64_t)i * rows * C;
-        mix_backward(dx, dd, dmi + at, dxi + at, d, P(names[i]), mi + at, rows);
+        lerp_backward(dx, ddiff, dmi + at, dxi + at, diff, P(names[i]), mi + at, rows);
     }
     low_rank_backward(dxx, dmi, SAVED("att.h"), SAVED("att.xx"), W1, W2, rows);
-    mix_backward(dx, dd, NULL, dxx, d, P("att.time_maa_x"), NULL, rows);
-    shift_difference_backward(dx, dd, m->B, m->T, C);
+    lerp_backward(dx, ddiff, NULL, dxx, diff, P("att.time_maa_x"), NULL, rows);
+    shift_difference_backward(dx, ddiff, m->B, m->T, C);
 }
 
 // w = time_decay + tanh(x_w @ time_decay_w1) @ time_decay_w2
@@ -1125,7 +1130,7 @@ static const char *const finch_mixes[5] = {
 static void tmix_finch(Ref *m, int l, float *out, const float *x) {
     int rows = m->rows, C = m->C, A = m->A;
     double divisor = m->s.head_size_divisor;
-    float *xw = data_mixes(m, l, x, finch_mixes, 5, P("att.time_maa_w1"), P("att.time_maa_w2"));
+    float *xw = mixed_inputs(m, l, x, finch_mixes, 5, P("att.time_maa_w1"), P("att.time_maa_w2"));
     float *xk = xw + rows * C, *xv = xk + rows * C, *xr = xv + rows * C, *xg = xr + rows * C;
     float *r = KEEP("att.r", A), *k = KEEP("att.k", A), *v = KEEP("att.v", A), *g = KEEP("att.g", A);
     float *y = KEEP("att.y", A), *gated = KEEP("att.gated", A), *w = data_decay(m, l, xw);
@@ -1159,7 +1164,7 @@ static void tmix_finch_backward(Ref *m, int l, float *dx, const float *dout, con
     linear_backward(dxk, dk, xk, P("att.key.weight"), rows);
     linear_backward(dxv, dv, xv, P("att.value.weight"), rows);
     linear_backward(dxg, dg, xg, P("att.gate.weight"), rows);
-    data_mixes_backward(m, l, dx, dxw, finch_mixes, 5, P("att.time_maa_w1"), P("att.time_maa_w2"));
+    mixed_inputs_backward(m, l, dx, dxw, finch_mixes, 5, P("att.time_maa_w1"), P("att.time_maa_w2"));
     (void)x;
 }
 
@@ -1169,7 +1174,7 @@ static const char *const finch_b_mixes[4] = {"att.time_maa_r", "att.time_maa_k",
 
 static void tmix_finch_b(Ref *m, int l, float *out, const float *x) {
     int rows = m->rows, C = m->C, A = m->A;
-    float *xr = data_mixes(m, l, x, finch_b_mixes, 4, P("att.time_maa_rkvw_w1"), P("att.time_maa_rkvw_w2"));
+    float *xr = mixed_inputs(m, l, x, finch_b_mixes, 4, P("att.time_maa_rkvw_w1"), P("att.time_maa_rkvw_w2"));
     float *xk = xr + rows * C, *xv = xk + rows * C, *xw = xv + rows * C;
     float *r = KEEP("att.r", A), *k = KEEP("att.k", A), *v = KEEP("att.v", A);
     float *y = KEEP("att.y", A), *normed = KEEP("att.normed", A), *w = data_decay(m, l, xw);
@@ -1197,12 +1202,12 @@ static void tmix_finch_b_backward(Ref *m, int l, float *dx, const float *dout, c
     linear_backward(dxr, dr, xr, P("att.receptance.weight"), rows);
     linear_backward(dxk, dk, xk, P("att.key.weight"), rows);
     linear_backward(dxv, dv, xv, P("att.value.weight"), rows);
-    data_mixes_backward(m, l, dx, dxr, finch_b_mixes, 4, P("att.time_maa_rkvw_w1"), P("att.time_maa_rkvw_w2"));
+    mixed_inputs_backward(m, l, dx, dxr, finch_b_mixes, 4, P("att.time_maa_rkvw_w1"), P("att.time_maa_rkvw_w2"));
     (void)x;
 }
 
 // y = x time_mix + shift(x) (1 - time_mix), Eagle's mix, which does not depend on the data. x, y (B, T, C)
-static void eagle_mix(float *y, const float *x, const Param *time_mix, int T, int rows) {
+static void eagle_lerp(float *y, const float *x, const Param *time_mix, int T, int rows) {
     int C = time_mix->size;
     for (int64_t i = 0; i < (int64_t)rows * C; i++) {
         double a = time_mix->w[i % C], before = i / C % T ? x[i - C] : 0;
@@ -1210,7 +1215,7 @@ static void eagle_mix(float *y, const float *x, const Param *time_mix, int T, in
     }
 }
 
-static void eagle_mix_backward(float *dx, const float *dy, const float *x, const Param *time_mix, int T, int rows) {
+static void eagle_lerp_backward(float *dx, const float *dy, const float *x, const Param *time_mix, int T, int rows) {
     int C = time_mix->size;
     for (int c = 0; c < C; c++) {
         double a = time_mix->w[c], sum = 0;
@@ -1235,10 +1240,10 @@ static void tmix_eagle(Ref *m, int l, float *out, const float *x) {
     float *r = KEEP("att.r", A), *k = KEEP("att.k", A), *v = KEEP("att.v", A), *g = KEEP("att.g", A),
           *w = KEEP("att.w", A);
     float *y = KEEP("att.y", A), *gated = KEEP("att.gated", A);
-    eagle_mix(xk, x, P("att.time_mix_k"), m->T, rows);
-    eagle_mix(xv, x, P("att.time_mix_v"), m->T, rows);
-    eagle_mix(xr, x, P("att.time_mix_r"), m->T, rows);
-    eagle_mix(xg, x, P("att.time_mix_g"), m->T, rows);
+    eagle_lerp(xk, x, P("att.time_mix_k"), m->T, rows);
+    eagle_lerp(xv, x, P("att.time_mix_v"), m->T, rows);
+    eagle_lerp(xr, x, P("att.time_mix_r"), m->T, rows);
+    eagle_lerp(xg, x, P("att.time_mix_g"), m->T, rows);
     linear(r, xr, P("att.receptance.weight"), rows);
     linear(k, xk, P("att.key.weight"), rows);
     linear(v, xv, P("att.value.weight"), rows);
@@ -1265,10 +1270,10 @@ static void tmix_eagle_backward(Ref *m, int l, float *dx, const float *dout, con
     linear_backward(dxv, dv, SAVED("att.xv"), P("att.value.weight"), rows);
     linear_backward(dxr, dr, SAVED("att.xr"), P("att.receptance.weight"), rows);
     linear_backward(dxg, dg, SAVED("att.xg"), P("att.gate.weight"), rows);
-    eagle_mix_backward(dx, dxk, x, P("att.time_mix_k"), m->T, rows);
-    eagle_mix_backward(dx, dxv, x, P("att.time_mix_v"), m->T, rows);
-    eagle_mix_backward(dx, dxr, x, P("att.time_mix_r"), m->T, rows);
-    eagle_mix_backward(dx, dxg, x, P("att.time_mix_g"), m->T, rows);
+    eagle_lerp_backward(dx, dxk, x, P("att.time_mix_k"), m->T, rows);
+    eagle_lerp_backward(dx, dxv, x, P("att.time_mix_v"), m->T, rows);
+    eagle_lerp_backward(dx, dxr, x, P("att.time_mix_r"), m->T, rows);
+    eagle_lerp_backward(dx, dxg, x, P("att.time_mix_g"), m->T, rows);
 }
 
 // gptalpha, with the mixes r, k, v:
@@ -1278,7 +1283,7 @@ static const char *const gptalpha_mixes[3] = {"att.time_maa_r", "att.time_maa_k"
 
 static void tmix_gptalpha(Ref *m, int l, float *out, const float *x) {
     int rows = m->rows, C = m->C, A = m->A;
-    float *xr = data_mixes(m, l, x, gptalpha_mixes, 3, P("att.time_maa_w1"), P("att.time_maa_w2"));
+    float *xr = mixed_inputs(m, l, x, gptalpha_mixes, 3, P("att.time_maa_w1"), P("att.time_maa_w2"));
     float *xk = xr + rows * C, *xv = xk + rows * C;
     float *q_linear = KEEP("att.q_linear", A), *k_linear = KEEP("att.k_linear", A), *v_linear = KEEP("att.v_linear", A);
     float *q = KEEP("att.q", A), *k = KEEP("att.k", A), *v = KEEP("att.v", A);
@@ -1313,7 +1318,7 @@ static void tmix_gptalpha_backward(Ref *m, int l, float *dx, const float *dout, 
     linear_backward(dxr, dq_linear, xr, P("att.query.weight"), rows);
     linear_backward(dxk, dk_linear, xk, P("att.key.weight"), rows);
     linear_backward(dxv, dv_linear, xv, P("att.value.weight"), rows);
-    data_mixes_backward(m, l, dx, dxr, gptalpha_mixes, 3, P("att.time_maa_w1"), P("att.time_maa_w2"));
+    mixed_inputs_backward(m, l, dx, dxr, gptalpha_mixes, 3, P("att.time_maa_w1"), P("att.time_maa_w2"));
     (void)x;
 }
 
@@ -1347,8 +1352,8 @@ static void cmix_eagle(Ref *m, int l, float *out, const float *x) {
     int rows = m->rows, C = m->C, F = m->F;
     float *xk = KEEP("ffn.xk", C), *xr = KEEP("ffn.xr", C), *k = KEEP("ffn.k", F), *kk = KEEP("ffn.kk", F);
     float *v = KEEP("ffn.v", C), *r = KEEP("ffn.r", C);
-    eagle_mix(xk, x, P("ffn.time_mix_k"), m->T, rows);
-    eagle_mix(xr, x, P("ffn.time_mix_r"), m->T, rows);
+    eagle_lerp(xk, x, P("ffn.time_mix_k"), m->T, rows);
+    eagle_lerp(xr, x, P("ffn.time_mix_r"), m->T, rows);
     linear(k, xk, P("ffn.key.weight"), rows);
     for (int64_t i = 0; i < (int64_t)rows * F; i++) kk[i] = k[i] > 0 ? k[i] * k[i] : 0;
     linear(v, kk, P("ffn.value.weight"), rows);
@@ -1369,8 +1374,8 @@ static void cmix_eagle_backward(Ref *m, int l, float *dx, const float *dout, con
     linear_backward(dk, dv, SAVED("ffn.kk"), P("ffn.value.weight"), rows);
     for (int64_t i = 0; i < (int64_t)rows * F; i++) dk[i] *= k[i] > 0 ? 2 * k[i] : 0;
     linear_backward(dxk, dk, SAVED("ffn.xk"), P("ffn.key.weight"), rows);
-    eagle_mix_backward(dx, dxk, x, P("ffn.time_mix_k"), m->T, rows);
-    eagle_mix_backward(dx, dxr, x, P("ffn.time_mix_r"), m->T, rows);
+    eagle_lerp_backward(dx, dxk, x, P("ffn.time_mix_k"), m->T, rows);
+    eagle_lerp_backward(dx, dxr, x, P("ffn.time_mix_r"), m->T, rows);
 }
 
 // llama's channel mix: out = w2 (silu(w1 x) (w3 x))

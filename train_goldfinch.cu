@@ -1260,8 +1260,8 @@ typedef struct Tensor {
     int ndim, layer; // layer: -1 at the top
     int64_t shape[3], size, offset;
     Init init;
-    double lr_scale; // factor on the learning rate
-    int decay;       // 1: weight decay applies
+    double lr_scale;   // factor on the learning rate
+    bool weight_decay; // whether it applies
 } Tensor;
 
 // Weights and gradients, as a matrix: `rows` rows of `columns` numbers, ld apart (all dimensions but the last: rows).
@@ -2025,7 +2025,7 @@ static void ddlerp_backward(const MixTask<n> &mix, const DdlerpGradients &g, TX 
 
 // ---- ddlerp's hidden layer ----
 //
-//     h = tanh((x + (shift(x) - x) * mu) @ w1)              w1: the first R = 32 n columns of (C, ld)
+//     h = tanh((x + diff * mu) @ w1)              w1: the first R = 32 n columns of (C, ld)
 //
 // The shift is linear, so it may as well come after the product, where a token has R numbers, not C:
 //
@@ -2039,9 +2039,9 @@ static void ddlerp_backward(const MixTask<n> &mix, const DdlerpGradients &g, TX 
 //     x's gradient += dz @ both^T                  dboth = x^T @ dz
 //     dw1 = (1 - mu) P + mu Q                      dmu = sum over the columns of w1 (Q - P)
 //
-// So x + dx * mu and its gradient are never written: of BT C floatX, 1 unit goes through memory forward and 3 backward.
-// The price: twice the flops, and z and dz (at C = 768, n = 5 the bytes of 1.7 units, and of 1.2). The products are
-// cuBLAS'.
+// So x + diff * mu and its gradient are never written: of BT C floatX, 1 unit goes through memory forward and 3
+// backward. The price: twice the flops, and z and dz (at C = 768, n = 5 the bytes of 1.7 units, and of 1.2). The
+// products are cuBLAS'.
 __global__ void ddlerp_hidden_weights_kernel(floatX *both, const floatX *w1, const floatX *mu, int C, int R, int ld) {
     const int at = (blockIdx.x * blockDim.x + threadIdx.x) * 8, c = at / R, r = at % R;
     if (c >= C) return;
@@ -3887,9 +3887,9 @@ __global__ void sum_losses(double *totals, const float *losses, const int *right
 struct Piece {
     int64_t offset; // in the block
     int count;
-    float lr_scale, decay;
-    int number;   // among all pieces; with several GPUs (section 9) a rank works on some of them only
-    int64_t kept; // where masters and moments are, of which a rank keeps only what it works on
+    float lr_scale, weight_decay; // factors on the rates of the step
+    int number;                   // among all pieces; with several GPUs (section 9) a rank works on some of them only
+    int64_t kept;                 // where masters and moments are, of which a rank keeps only what it works on
 };
 static const int PIECE = 16384;
 
@@ -3936,7 +3936,7 @@ __global__ void adamw_kernel(floatX *params, float *master, float *m, float *v, 
     const float clip = state->clip;
     if (clip == 0) return;
     const Piece piece = pieces[blockIdx.x];
-    const float lr = a.lr * piece.lr_scale, decay = a.weight_decay * piece.decay;
+    const float lr = a.lr * piece.lr_scale, decay = a.weight_decay * piece.weight_decay;
     for (int i = threadIdx.x * 8; i < piece.count; i += blockDim.x * 8) {
         const int64_t at = piece.offset + i, kept = piece.kept + i, of_master = PRECISION_BF16 ? kept : at;
         const Pack g = load(grads + at);
@@ -4155,9 +4155,10 @@ typedef struct Model {
     Buckets buckets; // section 9: how several GPUs share the block
     Params top;
     Layer *layers;
-    // device blocks; FP32 builds: params is master. Several GPUs: each has a shard of m, v and, in BF16 builds, master
+    // device blocks; FP32 builds: params is master. Several GPUs: each has a shard of the moments and, in BF16 builds,
+    // master
     floatX *params;
-    float *grads, *master, *m, *v;
+    float *grads, *master, *moment1, *moment2;
     char *activations;
     int64_t activation_bytes;
     int64_t gradients_at; // bytes into the activations where the gradients lie; -1: they have memory of their own
@@ -5115,7 +5116,7 @@ static void add_tensor(Model *m, int layer, Param *field, const char *name, Shap
         wide += shape.size[i] > 1;
     }
     t->init = init;
-    t->decay = GROUPS[group].weight_decay && wide >= 2;
+    t->weight_decay = GROUPS[group].weight_decay && wide >= 2;
     t->lr_scale = !m->s.layerwise_lr ? 1 : m->s.train_stage == 2 ? GROUPS[group].rate_stage_2 : GROUPS[group].rate;
     field->ld = field->columns = (int)t->shape[t->ndim - 1];
     field->rows = (int)(t->size / field->columns);
@@ -5369,7 +5370,7 @@ static void model_make_pieces(Model *m) {
                 next = next < t->offset + t->size ? next : t->offset + t->size;
                 if (at < begin || at >= end) continue;
                 pieces = (Piece *)realloc(pieces, (m->n_pieces + 1) * sizeof(Piece));
-                pieces[m->n_pieces++] = {at,     (int)(next - at), (float)t->lr_scale, (float)t->decay,
+                pieces[m->n_pieces++] = {at,     (int)(next - at), (float)t->lr_scale, (float)t->weight_decay,
                                          number, kept + at - begin};
             }
             m->n_squares = number;
@@ -5422,7 +5423,7 @@ void model_allocate(Model *m) { // all that training needs
     if (model_total_bytes(m) > (int64_t)available) model_too_large(m, (int64_t)available);
     model_allocate_weights(m);
     model_allocate_activations(m);
-    for (float **block : {&m->m, &m->v}) {
+    for (float **block : {&m->moment1, &m->moment2}) {
         device_alloc((void **)block, m->n_block / n_ranks * sizeof(float));
         guard_gaps(m, *block);
     }
@@ -5576,8 +5577,8 @@ static void model_init_weights(Model *m, uint64_t seed) {
         float *x = (float *)malloc(t->size * sizeof(float));
         tensor_init(m, t, x, scratch, tensor_key(t->name, seed));
         block_write(m, m->master, t, x);
-        block_write(m, m->m, t, nullptr);
-        block_write(m, m->v, t, nullptr);
+        block_write(m, m->moment1, t, nullptr);
+        block_write(m, m->moment2, t, nullptr);
         free(x);
     }
     CUDA_CHECK(cudaFree(scratch));
@@ -5680,7 +5681,8 @@ static void gradients_clear(Model *m, int part) {
     int64_t begin = 0, end = 0; // neighbours in one go
     for (int i = 0; i <= m->n_tensors && m->first_micro_batch; i++) {
         const Tensor *t = &m->tensors[i];
-        const bool clears = i < m->n_tensors && tensor_part(m, i) == part && (!t->decay || m->fields[i] == &m->top.emb);
+        const bool clears =
+            i < m->n_tensors && tensor_part(m, i) == part && (!t->weight_decay || m->fields[i] == &m->top.emb);
         if (clears && t->offset == end) {
             end += t->size;
             continue;
@@ -5804,7 +5806,9 @@ static void model_update(Model *m, int64_t step, double lr, double weight_decay)
     for (int b = 0; b < m->buckets.n; b++) {
         const Piece *pieces = m->pieces + m->buckets.first_piece[b];
         const int n = m->buckets.first_piece[b + 1] - m->buckets.first_piece[b];
-        if (n) adamw_kernel<<<n, 256, 0, stream>>>(m->params, m->master, m->m, m->v, m->grads, pieces, m->state, a);
+        if (n)
+            adamw_kernel<<<n, 256, 0, stream>>>(m->params, m->master, m->moment1, m->moment2, m->grads, pieces,
+                                                m->state, a);
         weights_spread(m, b);
     }
     CUDA_CHECK(cudaGetLastError()); // of all launches of the step
@@ -6889,8 +6893,8 @@ static void checkpoint_save(const Model *m, const Settings *s, const Progress *p
     FileOut model, state;
     const FileBlock weights = weights_block(m);
     const FileBlock others[] = {{"master.", "F32", m->master, PRECISION_BF16 ? nullptr : m->master, 4},
-                                {"m.", "F32", m->m, nullptr, 4},
-                                {"v.", "F32", m->v, nullptr, 4}};
+                                {"m.", "F32", m->moment1, nullptr, 4},
+                                {"v.", "F32", m->moment2, nullptr, 4}};
     for (int b = 0; b < 3 && rank > 0; b++) block_to_write(m, &others[b]); // of which rank 0 writes all shards
     if (rank > 0) return;
     checkpoint_path(path, s->out, "model", p->step, "");
@@ -7114,8 +7118,8 @@ static void checkpoint_open(SafeTensors *state, const char *folder, int64_t step
 
 static void checkpoint_load(Model *m, SafeTensors *state) {
     block_load(m, state, "master.", m->master, false);
-    block_load(m, state, "m.", m->m, false);
-    block_load(m, state, "v.", m->v, false);
+    block_load(m, state, "m.", m->moment1, false);
+    block_load(m, state, "v.", m->moment2, false);
     expect(state->path, "tensors", -1, 3 * m->n_tensors, 3 * m->n_tensors, state->n_tensors);
     model_params_changed(m);
     safetensors_close(state);
@@ -8766,7 +8770,7 @@ static void model_free(Model *m) {
     CUDA_CHECK(cudaStreamSynchronize(stream));
     if (PRECISION_BF16) cudaFree(m->params);
     if (m->gradients_at >= 0) m->grads = nullptr;
-    for (void *p : {(void *)m->master, (void *)m->grads, (void *)m->m, (void *)m->v, (void *)m->activations,
+    for (void *p : {(void *)m->master, (void *)m->grads, (void *)m->moment1, (void *)m->moment2, (void *)m->activations,
                     (void *)m->pieces, (void *)m->tokens, (void *)m->squares, (void *)m->state})
         cudaFree(p);
     for (int i = 0; i < 4; i++) {
@@ -8819,7 +8823,7 @@ int gf_tensor_shape(Model *m, int i, int64_t shape[4]) {
 
 void gf_tensor_group(Model *m, int i, double *lr_scale, double *weight_decay) {
     *lr_scale = m->tensors[i].lr_scale;
-    *weight_decay = m->tensors[i].decay;
+    *weight_decay = m->tensors[i].weight_decay;
 }
 
 void gf_set_param(Model *m, int i, const float *values) {

@@ -31,7 +31,7 @@ static Array<char> piece_bytes, state_bytes; // arrays of one Piece each, one Up
 __global__ void adamw_1(floatX *params, float *master, float *m, float *v, const float *grads, const Piece *pieces,
                         float clip, AdamW a) {
     const Piece piece = pieces[blockIdx.x];
-    const float lr = a.lr * piece.lr_scale, decay = a.weight_decay * piece.decay;
+    const float lr = a.lr * piece.lr_scale, decay = a.weight_decay * piece.weight_decay;
     for (int64_t i = piece.offset + threadIdx.x; i < piece.offset + piece.count; i += blockDim.x) {
         const float g = grads[i] * clip;
         m[i] = a.beta1 * m[i] + (1 - a.beta1) * g;
@@ -44,7 +44,7 @@ __global__ void adamw_1(floatX *params, float *master, float *m, float *v, const
 __global__ void adamw_2(floatX *params, float *master, float *m, float *v, const float *grads, const Piece *pieces,
                         float clip, AdamW a) {
     const Piece piece = pieces[blockIdx.x];
-    const float lr = a.lr * piece.lr_scale, decay = a.weight_decay * piece.decay;
+    const float lr = a.lr * piece.lr_scale, decay = a.weight_decay * piece.weight_decay;
     for (int64_t i = piece.offset + threadIdx.x * 8; i < piece.offset + piece.count; i += blockDim.x * 8) {
         const Pack g = load(grads + i);
         Pack first = load(m + i), second = load(v + i), p = load(master + i);
@@ -101,7 +101,8 @@ static void setup(const int *shape) {
         const double g = grads[i] * CLIP, m = HYPER.beta1 * first[i] + (1 - HYPER.beta1) * g;
         const double v = HYPER.beta2 * second[i] + (1 - HYPER.beta2) * g * g;
         const double step = m / HYPER.correction1 / (sqrt(v / HYPER.correction2) + HYPER.eps);
-        const double p = master[i] - HYPER.lr * piece.lr_scale * (step + HYPER.weight_decay * piece.decay * master[i]);
+        const double p =
+            master[i] - HYPER.lr * piece.lr_scale * (step + HYPER.weight_decay * piece.weight_decay * master[i]);
         first.expect(i, m);
         second.expect(i, v);
         master.expect(i, p);

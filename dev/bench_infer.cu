@@ -29,7 +29,7 @@ static void random_weights(Model *m) {
         const Tensor *t = &m->tensors[i];
         const bool matrix = t->ndim > 1 && t->shape[0] > 1, low_rank = strstr(t->name, "_w1") || strstr(t->name, "_w2");
         const InitKind kind = t->init.kind;
-        if (matrix && (kind == ORTHOGONAL || kind == HEAD_ORTHOGONAL || kind == UNIFORM || kind == CONSTANT)) {
+        if (matrix && (kind == ORTHOGONAL || kind == HEAD_ORTHO || kind == UNIFORM || kind == CONSTANT)) {
             const double inputs = (double)(low_rank ? t->shape[t->ndim - 2] : t->shape[1]);
             const float factor = (float)((low_rank ? 0.5 : 1) / sqrt(inputs));
             const int blocks = (int)ceil_div(t->size, 256);
@@ -38,7 +38,7 @@ static void random_weights(Model *m) {
             continue;
         }
         float *x = (float *)malloc(t->size * sizeof(float));
-        tensor_init(m, t, x, tensor_key(t->name, 1));
+        tensor_init(m, t, x, nullptr, tensor_key(t->name, 1)); // no matrix: no scratch
         CUDA_CHECK(cudaMemcpyAsync(m->master + t->offset, x, t->size * sizeof(float), cudaMemcpyHostToDevice, stream));
         CUDA_CHECK(cudaStreamSynchronize(stream));
         free(x);
@@ -152,9 +152,12 @@ static void check_state(Bench *b, KvKind kv, int64_t T) {
     snprintf(path, sizeof(path), "/tmp/bench_infer.%d.state", (int)getpid());
     infer_reset(b->f);
     infer_feed(b->f, b->ids, T);
-    infer_save_state(b->f, path);
+    FileOut file;
+    Utf8 unfinished = {};
+    file_begin(&file, path);
+    infer_save_state(b->f, &file, &unfinished);
     decode(b, n, first);
-    infer_load_state(b->f, path);
+    infer_load_state(b->f, path, &unfinished);
     decode(b, n, second);
     unlink(path);
     for (int i = 0; i < n; i++) same += first[i] == second[i];

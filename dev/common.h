@@ -119,7 +119,7 @@ static Model *lab_model(int layers, int B, int T, int C) {
     static auto &made = *new std::vector<Model *>;
     if (!made.empty()) {
         Model *before = made.back();
-        for (float *p : {before->master, before->grads, before->m, before->v}) CUDA_CHECK(cudaFree(p));
+        for (float *p : {before->master, before->grads, before->moment1, before->moment2}) CUDA_CHECK(cudaFree(p));
         if (PRECISION_BF16) CUDA_CHECK(cudaFree(before->params));
         CUDA_CHECK(cudaFree(before->activations));
     }
