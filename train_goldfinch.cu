@@ -5969,6 +5969,7 @@ typedef struct Dataset {
     const uint8_t *bytes; // tokens back to back, little-endian
     int64_t n_tokens, n_documents;
     int code;              // data type as in .idx; 0: text, an id is a byte + 1
+    bool allocated;        // bytes are a copy
     bool had_mark;         // of a text: a byte order mark was left out
     int64_t returns, ends; // of a text: carriage returns before a newline, left out; "<|endoftext|>"
 } Dataset;
@@ -6031,13 +6032,11 @@ static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n) {
 // it is checked against itself and against the size of PREFIX.bin.
 static void dataset_open_binidx(Dataset *d, const char *prefix) {
     LONG_PATH path;
-    PATH bare; // of PREFIX.bin, too
     int64_t size, bin_size;
-    snprintf(bare, sizeof(bare), "%s", prefix);
-    char *dot = strrchr(bare, '.');
-    if (dot && (strcmp(dot, ".bin") == 0 || strcmp(dot, ".idx") == 0)) *dot = '\0';
-    prefix = bare;
-    snprintf(path, sizeof(path), "%s.idx", prefix);
+    const char *dot = strrchr(prefix, '.'); // PREFIX.bin is as good a name
+    const bool named = dot && (strcmp(dot, ".bin") == 0 || strcmp(dot, ".idx") == 0);
+    const int length = (int)(named ? dot - prefix : (ptrdiff_t)strlen(prefix));
+    snprintf(path, sizeof(path), "%.*s.idx", length, prefix);
     const uint8_t *idx = map_file(path, &size);
     expect(path, "size", -1, 34, INT64_MAX, size);
     if (memcmp(idx, "MMIDIDX\0\0", 9) != 0) die(2, "%s: magic: expected \"MMIDIDX\", found other bytes", path);
@@ -6068,7 +6067,7 @@ static void dataset_open_binidx(Dataset *d, const char *prefix) {
             "%s: documents: expected marks up to the last sequence, %ld, found them to end at %ld (lost by a merge?)",
             path, n, mark);
     munmap((void *)idx, (size_t)size);
-    snprintf(path, sizeof(path), "%s.bin", prefix);
+    snprintf(path, sizeof(path), "%.*s.bin", length, prefix);
     d->bytes = map_file(path, &bin_size);
     expect(path, "size", -1, tokens * width, tokens * width, bin_size);
     snprintf(d->name, sizeof(d->name), "%s", path);
@@ -6149,7 +6148,7 @@ static bool beside_program(PATH path, const char *name) {
         LONG_PATH there;
         snprintf(there, sizeof(there), "%s/%s", folder, name);
         if (access(there, R_OK) != 0 || strlen(there) >= sizeof(PATH)) continue;
-        snprintf(path, sizeof(PATH), "%s", there);
+        strcpy(path, there);
         return true;
     }
     return false;
@@ -6249,9 +6248,18 @@ typedef struct Data {
     bool text, held_back;                            // held_back: valid was cut out of data_file
 } Data;
 
+static int64_t count_of(const char *what, const uint8_t *text, const uint8_t *end) {
+    const size_t n = strlen(what);
+    int64_t count = 0;
+    for (const uint8_t *at = text; at; count += at != nullptr) {
+        at = (const uint8_t *)memmem(at, (size_t)(end - at), what, n);
+        if (at) at++;
+    }
+    return count;
+}
+
 // A text, as UTF-8 with "\n" at the end of a line: a byte order mark and the "\r" of every "\r\n" are left out.
 static void dataset_open_text(Dataset *d, const char *name) {
-    const char *end_of_text = "<|endoftext|>";
     int64_t size;
     const uint8_t *file = map_file(name, &size);
     snprintf(d->name, sizeof(d->name), "%s", name);
@@ -6260,10 +6268,8 @@ static void dataset_open_text(Dataset *d, const char *name) {
         die(2, "%s: expected UTF-8, found UTF-16: `iconv -f UTF-16 -t UTF-8` turns it", name);
     d->had_mark = size >= 3 && memcmp(file, "\xEF\xBB\xBF", 3) == 0;
     const uint8_t *from = file + (d->had_mark ? 3 : 0), *end = file + size;
-    for (const uint8_t *at = from; (at = (const uint8_t *)memmem(at, (size_t)(end - at), "\r\n", 2)); at++)
-        d->returns++;
-    for (const uint8_t *at = from; (at = (const uint8_t *)memmem(at, (size_t)(end - at), end_of_text, 13)); at++)
-        d->ends++;
+    d->returns = count_of("\r\n", from, end);
+    d->ends = count_of("<|endoftext|>", from, end);
     d->bytes = from;
     d->n_tokens = end - from - d->returns;
     if (d->returns == 0) return;
@@ -6272,6 +6278,7 @@ static void dataset_open_text(Dataset *d, const char *name) {
         if (from[0] != '\r' || from + 1 == end || from[1] != '\n') *to++ = *from;
     munmap((void *)file, (size_t)size);
     d->bytes = text;
+    d->allocated = true;
 }
 
 static void dataset_open(Dataset *d, const Settings *s, const char *name) {
@@ -6299,6 +6306,7 @@ static void data_open(Data *data, const Settings *s) {
         dataset_open(&data->train, s, s->data_file);
     } else if (data->text) {
         data->train.bytes = demo_text(&data->train.n_tokens);
+        data->train.allocated = true;
         snprintf(data->train.name, sizeof(data->train.name), "the project's own source text");
     } else {
         die(2, "--train.data_file: expected the PREFIX of a binidx pair, found nothing");
@@ -6311,7 +6319,13 @@ static void data_open(Data *data, const Settings *s) {
         Dataset train, valid;
         text_split(&data->train, &train, &valid);
         data->held_back = valid.n_tokens > s->ctx_len; // fewer could not be used
-        if (data->held_back) data->train = train, data->valid = valid;
+        if (!data->held_back) {
+            free((void *)train.bytes);
+            free((void *)valid.bytes);
+        } else {
+            if (data->train.allocated) free((void *)data->train.bytes);
+            data->train = train, data->valid = valid;
+        }
     }
     expect(data->train.name, "tokens, at least 2 ctx_len + 1", -1, 2 * s->ctx_len + 1, INT64_MAX, data->train.n_tokens);
     if (s->validation_data_file[0])
