@@ -460,32 +460,28 @@ __global__ void append_to_ring_kernel(floatX *ring, const floatX *from, int64_t 
 
 // ---- older tokens: keys and values from (id, c), made in registers and used at once ----
 //
-//     z  = id_k0[id] + W_c c,   K0 = z / (|z| / sqrt(C) + 1e-8)
-//     k1 = K0 + (shift(K0) - K0) * (time_maa_k + h_k mix_k),
-//         h = tanh(id_h[id] + id_h_before[id before]);   v1 from id_xo
-//     k  = LayerNorm(k1 + W2 u),   u = tanh(w1 k1);             v likewise from v1
+//     z  = id_k0[id] + W_c c
+//     K0 = z / (|z| / sqrt(C) + 1e-8)
+//     h  = tanh(id_h[id] + id_h_before[id before])
+//     k1 = K0 + (shift(K0) - K0) * (time_maa_k + h_k mix_k)       v1 likewise from id_xo
+//     k  = LayerNorm(k1 + W2 u),   u = tanh(w1 k1)                v likewise from v1
 //
 // What makes it affordable is that neither W2 u nor the norm is needed channel by channel. With W2's mean over channels
 // taken off (a LayerNorm does not see it), and for a query q with q~ = q * gain:
 //
 //     mean(k)    = mean(k1)
 //     C var(k)   = |k1|^2 + 2 u . (W2^T k1) + u . (W2^T W2) u - C mean^2
-//     q . k
-//         = (q~ . k1 + (W2^T q~) . u - mean sum(q~)) / deviation + q . bias
-//             W2^T q~: once per query and head
-//     sum of p v = gain * (sum p' v1 + W2 sum p' u - sum p' mean) + bias sum p,  p' = p / deviation
-//         W2: once, at the end
-//     |z|^2
-//         = |id_k0|^2 + 2 (W_c^T id_k0) . c + c . (W_c^T W_c) c                          tables over the vocabulary
+//     q . k      = (q~ . k1 + (W2^T q~) . u - mean sum(q~)) / deviation + q . bias      W2^T q~: once a query and head
+//     sum of p v = gain * (sum p' v1 + W2 sum p' u - sum p' mean) + bias sum p          p' = p / deviation; W2 once
+//     |z|^2      = |id_k0|^2 + 2 (W_c^T id_k0) . c + c . (W_c^T W_c) c                  tables over the vocabulary
 //
 // So a token's channels pass by once, 32 at a time (a sweep), and what stays is in registers: [u's input | W2^T k1]. A
 // warp has 16 tokens, the first of them only for the shift of the others. Weights come from L2 through shared memory,
 // in the order in which lanes need them, while those before are multiplied; a block's warps share them:
 //
-//     keys:
-//         z (16 x 32) = c W_c^T;  mixes (16 x 32) = h mix;  U (16 x 2 rank) += k1 [w1 | W2]       and scores += k1 q~
+//     keys:    z (16 x 32) = c W_c^T;  mixes (16 x 32) = h mix;  U (16 x 2 rank) += k1 [w1 | W2];  scores += k1 q~
 //     values:                          mixes;                    U += v1 [w1 | W2]
-//     then softmax, and for each head once more v1, to add p' v1.
+//     then softmax, and for each head once more v1, to add p' v1
 //
 // Flops per token and layer: 2 C (R + 4 rank + 96), on 16 x 8 tiles of tensor cores. Limited by shared memory: a tile's
 // 256 bytes of weights serve 16 tokens.

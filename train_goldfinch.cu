@@ -2030,7 +2030,7 @@ static void ddlerp_backward(const MixTask<n> &mix, const DdlerpGradients &g, TX 
 // The shift is linear, so it may as well come after the product, where a token has R numbers, not C:
 //
 //     both = [ (1 - mu) w1 | mu w1 ]  (C, 2R)
-//         z = x @ both  (BT, 2R, fp32): what a token gives to itself, and to the next
+//     z    = x @ both                 (BT, 2R, fp32): what a token gives to itself, and to the next
 //     h_t  = tanh(z_t[:R] + z_{t-1}[R:])
 //
 // and back, with dz_t = [ dh_t | dh_{t+1} ] (dh before the tanh; zero past the end of a sequence) and P, Q the halves
@@ -2821,8 +2821,9 @@ static void wkv_backward(const WkvGradients &g, const Wkv &p, int B) {
 
 // ---- causal attention, without any T x T buffer ----
 //
-//     y_t = sum_{s<=t} p_ts v_s,
-//         p_ts = exp(q_t . k_s / sqrt(N) - log_sum_t),   log_sum_t = log sum_{s<=t} exp(q_t . k_s / sqrt(N))
+//     y_t       = sum_{s<=t} p_ts v_s
+//     p_ts      = exp(q_t . k_s / sqrt(N) - log_sum_t)
+//     log_sum_t = log sum_{s<=t} exp(q_t . k_s / sqrt(N))
 //
 // q, k, v, y are (B, T, A), head h at channels h N; log_sum (B, H, T) in units of log 2. A block takes 128 queries of a
 // head, each of its four warps 32, and walks the keys with a running maximum and sum (FlashAttention-2, arXiv
@@ -3638,10 +3639,10 @@ __global__ void gate_backward_kernel(floatX *dr, floatX *dv, const floatX *dout,
 
 // ---- rope: positions as rotations (spec section 3) ----
 //
-//     (a, b) = channels (2i, 2i + 1) of each head  ->  (a cos z - b sin z, a sin z + b cos z),
-//         z = position * velocity_i
-//     rope:  velocity_i = base^(-2i/N) / rescale
-//         brope:  velocity_i = pi 2^-i / rescale,  0 for i >= int(log2(ctx_len))
+//     (a, b) = channels (2i, 2i + 1) of each head  ->  (a cos z - b sin z, a sin z + b cos z)
+//     z      = position * velocity_i
+//     rope:    velocity_i = base^(-2i/N) / rescale
+//     brope:   velocity_i = pi 2^-i / rescale,  0 for i >= int(log2(ctx_len))
 //
 // An fp32 z would be off by 1e-2 at position 262,144: whole turns are taken away in fp64 first. The gradient is
 // rotated back.
