@@ -3902,7 +3902,7 @@ static const int PIECE = 16384;
 
 struct UpdateState {        // on the device; the host reads it a step later
     float loss, norm, clip; // clip: factor on the gradients; 0 if not to be applied
-    int skip;               // set once the norm was not finite: no update until the host clears it
+    int skip;               // set once the norm was not finite, for good: the host sees it and ends the run
 };
 
 __global__ void squares_of_pieces_kernel(double *squares, const float *grads, const Piece *pieces) {
