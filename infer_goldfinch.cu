@@ -161,7 +161,7 @@ struct PastSums {
     float *out, *u, *top, *sum, *mean;
 };
 
-struct PastQuery {     // made of the queries by past_queries
+struct PastQuery {     // made of the queries by past_queries_kernel
     TilePair *q, *u;   // q~ as right operand of k1; W2^T q~ as right operand of u
     float *sum, *bias; // (H M): sum of q~ over the head; q . bias
 };
@@ -234,18 +234,18 @@ typedef struct Infer {
 static const int MOST_SPLITS = 256; // blocks that share a context: one a multiprocessor
 static const int WINDOW = 4096;     // most tokens whose keys and values are kept
 
-__global__ void append_tokens(int *to, const int *ids, int n) {
+__global__ void append_tokens_kernel(int *to, const int *ids, int n) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) to[i] = ids[i];
 }
 
-__global__ void append_floats(floatX *to, const floatX *from, int64_t n) {
+__global__ void append_floats_kernel(floatX *to, const floatX *from, int64_t n) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) to[i] = from[i];
 }
 
 // A warp a token: c8 = round(c / scale), scale = largest |c| / 127.
-__global__ void append_int8(int8_t *to, float *scales, const floatX *from, int R) {
+__global__ void append_int8_kernel(int8_t *to, float *scales, const floatX *from, int R) {
     const floatX *c = from + (int64_t)blockIdx.x * R;
     float largest = 0;
     for (int i = threadIdx.x; i < R; i += 32) largest = fmaxf(largest, fabsf((float)c[i]));
@@ -256,8 +256,8 @@ __global__ void append_int8(int8_t *to, float *scales, const floatX *from, int R
 }
 
 // to (rows, columns) = from (its rows and columns fewer, the rest zero), or from transposed; from's rows are ld apart.
-__global__ void pack_matrix(floatX *to, int rows, int columns, const floatX *from, int64_t ld, int from_rows,
-                            int from_columns, bool t) {
+__global__ void pack_matrix_kernel(floatX *to, int rows, int columns, const floatX *from, int64_t ld, int from_rows,
+                                   int from_columns, bool t) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (int64_t)rows * columns) return;
     const int row = (int)(i / columns), column = (int)(i % columns);
@@ -266,14 +266,14 @@ __global__ void pack_matrix(floatX *to, int rows, int columns, const floatX *fro
 }
 
 // by mu or 1 - mu
-__global__ void scale_rows(floatX *to, const floatX *from, const floatX *mu, bool rest, int64_t n, int columns) {
+__global__ void scale_rows_kernel(floatX *to, const floatX *from, const floatX *mu, bool rest, int64_t n, int columns) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
     const float factor = (float)mu[i / columns];
     to[i] = (floatX)((float)from[i] * (rest ? 1 - factor : factor));
 }
 
-__global__ void number_tokens(int *ids, int first, int n) {
+__global__ void number_tokens_kernel(int *ids, int first, int n) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) ids[i] = first + i;
 }
@@ -283,7 +283,7 @@ static int multiple_of_32(int n) { return (n + 31) / 32 * 32; }
 static int padded_rank(int rank) { return rank <= 64 ? 64 : (rank + 127) / 128 * 128; }
 
 // to (n, rows) = from (rows, columns) transposed, columns up to n zeros, less the mean over a column. A block a column.
-__global__ void pack_centered(floatX *to, const floatX *from, int rows, int columns) {
+__global__ void pack_centered_kernel(floatX *to, const floatX *from, int rows, int columns) {
     __shared__ float2 shared[32];
     const int column = blockIdx.x;
     float sum = 0;
@@ -295,7 +295,7 @@ __global__ void pack_centered(floatX *to, const floatX *from, int rows, int colu
             (floatX)(column < rows ? (float)from[(int64_t)column * columns + i] - mean : 0);
 }
 
-__global__ void sum_squares(float *to, const floatX *from, int columns) { // of rows, a warp each
+__global__ void sum_squares_kernel(float *to, const floatX *from, int columns) { // of rows, a warp each
     float sum = 0;
     from += (int64_t)blockIdx.x * columns;
     for (int i = threadIdx.x; i < columns; i += 32) sum += (float)from[i] * (float)from[i];
@@ -453,39 +453,35 @@ __global__ void __launch_bounds__(WINDOW_THREADS, 2) window_attention_kernel(Win
 }
 
 // Rows at.. of the ring; a block a row.
-__global__ void append_to_ring(floatX *ring, const floatX *from, int64_t at, int64_t window, int C) {
+__global__ void append_to_ring_kernel(floatX *ring, const floatX *from, int64_t at, int64_t window, int C) {
     const int c = threadIdx.x * 8;
     if (c < C) store(ring + (at + blockIdx.x) % window * C + c, load(from + (int64_t)blockIdx.x * C + c));
 }
 
 // ---- older tokens: keys and values from (id, c), made in registers and used at once ----
 //
-//     z  = id_k0[id] + W_c c,   K0 = z / (|z| / sqrt(C) + 1e-8)
-//     k1 = K0 + (shift(K0) - K0) * (time_maa_k + h_k mix_k),
-//         h = tanh(id_h[id] + id_h_before[id before]);   v1 from id_xo
-//     k  = LayerNorm(k1 + W2 u),   u = tanh(w1 k1);             v likewise from v1
+//     z  = id_k0[id] + W_c c
+//     K0 = z / (|z| / sqrt(C) + 1e-8)
+//     h  = tanh(id_h[id] + id_h_before[id before])
+//     k1 = K0 + (shift(K0) - K0) * (time_maa_k + h_k mix_k)       v1 likewise from id_xo
+//     k  = LayerNorm(k1 + W2 u),   u = tanh(w1 k1)                v likewise from v1
 //
 // What makes it affordable is that neither W2 u nor the norm is needed channel by channel. With W2's mean over channels
 // taken off (a LayerNorm does not see it), and for a query q with q~ = q * gain:
 //
 //     mean(k)    = mean(k1)
 //     C var(k)   = |k1|^2 + 2 u . (W2^T k1) + u . (W2^T W2) u - C mean^2
-//     q . k
-//         = (q~ . k1 + (W2^T q~) . u - mean sum(q~)) / deviation + q . bias
-//             W2^T q~: once per query and head
-//     sum of p v = gain * (sum p' v1 + W2 sum p' u - sum p' mean) + bias sum p,  p' = p / deviation
-//         W2: once, at the end
-//     |z|^2
-//         = |id_k0|^2 + 2 (W_c^T id_k0) . c + c . (W_c^T W_c) c                          tables over the vocabulary
+//     q . k      = (q~ . k1 + (W2^T q~) . u - mean sum(q~)) / deviation + q . bias      W2^T q~: once a query and head
+//     sum of p v = gain * (sum p' v1 + W2 sum p' u - sum p' mean) + bias sum p          p' = p / deviation; W2 once
+//     |z|^2      = |id_k0|^2 + 2 (W_c^T id_k0) . c + c . (W_c^T W_c) c                  tables over the vocabulary
 //
 // So a token's channels pass by once, 32 at a time (a sweep), and what stays is in registers: [u's input | W2^T k1]. A
 // warp has 16 tokens, the first of them only for the shift of the others. Weights come from L2 through shared memory,
 // in the order in which lanes need them, while those before are multiplied; a block's warps share them:
 //
-//     keys:
-//         z (16 x 32) = c W_c^T;  mixes (16 x 32) = h mix;  U (16 x 2 rank) += k1 [w1 | W2]       and scores += k1 q~
+//     keys:    z (16 x 32) = c W_c^T;  mixes (16 x 32) = h mix;  U (16 x 2 rank) += k1 [w1 | W2];  scores += k1 q~
 //     values:                          mixes;                    U += v1 [w1 | W2]
-//     then softmax, and for each head once more v1, to add p' v1.
+//     then softmax, and for each head once more v1, to add p' v1
 //
 // Flops per token and layer: 2 C (R + 4 rank + 96), on 16 x 8 tiles of tensor cores. Limited by shared memory: a tile's
 // 256 bytes of weights serve 16 tokens.
@@ -504,7 +500,7 @@ struct PackTiles {
     bool k_channels, n_channels;
 };
 
-__global__ void pack_tiles(TilePair *to, PackTiles s) {
+__global__ void pack_tiles_kernel(TilePair *to, PackTiles s) {
     const int k32 = blockIdx.x % (s.K / 32), n8 = blockIdx.x / (s.K / 32), lane = threadIdx.x;
     const int n = 8 * n8 + lane / 4, column = s.n_channels ? tile_channel(n) : n;
     TilePair pair;
@@ -521,7 +517,7 @@ __global__ void pack_tiles(TilePair *to, PackTiles s) {
 }
 
 // to[j stage 32 + lane] = the lane's eight channels of 32 j..; a warp a stage
-__global__ void pack_mu(TilePair *to, const floatX *mu, int stage) {
+__global__ void pack_mu_kernel(TilePair *to, const floatX *mu, int stage) {
     const int lane = threadIdx.x;
     store((floatX *)(to + (int64_t)blockIdx.x * stage * 32 + lane), load(mu + 32 * blockIdx.x + lane % 4 * 8));
 }
@@ -1073,7 +1069,8 @@ __global__ void __launch_bounds__(256, 1)
 
 // q~ = q * ln_k's gain (with rope: q), W2^T q~ and two sums, of all queries of a head: a block. q~ includes log2(e) /
 // sqrt(N): softmax goes by powers of 2.
-__global__ void __launch_bounds__(WINDOW_THREADS) past_queries(PastQuery to, QuerySource q, GoldSource g, int M) {
+__global__ void __launch_bounds__(WINDOW_THREADS)
+    past_queries_kernel(PastQuery to, QuerySource q, GoldSource g, int M) {
     __shared__ float2 shared[32];
     __shared__ __align__(16) float qs[8][N];
     __shared__ float low_rank[8][32];
@@ -1139,7 +1136,7 @@ __global__ void __launch_bounds__(WINDOW_THREADS) past_queries(PastQuery to, Que
 // gain.
 template <typename T>
 __global__ void __launch_bounds__(256)
-    combine_splits(T *y, SplitSums window, PastSums past, GoldSource g, int window_splits, int past_splits) {
+    combine_splits_kernel(T *y, SplitSums window, PastSums past, GoldSource g, int window_splits, int past_splits) {
     __shared__ float2 shared[32];
     __shared__ float weights[WINDOW_SPLITS + MOST_SPLITS];
     __shared__ __align__(16) float low_rank[MAX_C / 16];
@@ -1219,10 +1216,10 @@ template <typename T> static void gold_attention(Infer *f, const GoldSource &g, 
             const size_t smem = past_smem(nullptr, g, f->past_warps, here).bytes;
             auto kernel = g.rank_pad == 64 ? past_attention_kernel<2> : past_attention_kernel<4>;
             allow_smem(kernel, smem);
-            launch_early(past_queries, dim3(g.H), WINDOW_THREADS, 0, f->past_query, part.query, g, here);
+            launch_early(past_queries_kernel, dim3(g.H), WINDOW_THREADS, 0, f->past_query, part.query, g, here);
             launch_early(kernel, dim3(splits), 32 * f->past_warps, smem, g, past);
         }
-        launch_early(combine_splits<T>, dim3(g.H, here), 256, 0, y + (int64_t)m * g.C, f->sums, f->past_sums, g,
+        launch_early(combine_splits_kernel<T>, dim3(g.H, here), 256, 0, y + (int64_t)m * g.C, f->sums, f->past_sums, g,
                      f->window_splits, splits);
     }
 }
@@ -1230,8 +1227,8 @@ template <typename T> static void gold_attention(Infer *f, const GoldSource &g, 
 // ---- attention of layers that keep their own keys and values (gptalpha, llama) ----
 //
 // A warp takes 16 queries of a head and a share of the context, in tiles of 64 tokens: attention_forward_kernel, but
-// that the queries are the context's last tokens. combine_kept puts the shares together. Floor: bytes, each key and
-// value once per 16 queries.
+// that the queries are the context's last tokens. combine_kept_kernel puts the shares together. Floor: bytes, each key
+// and value once per 16 queries.
 
 // warps: eight for each of an H100's multiprocessors
 static const int KEPT_QUERIES = 16, KEPT_TILE = 64, KEPT_WARPS = 1056;
@@ -1313,7 +1310,7 @@ __global__ void __launch_bounds__(32) kept_attention_kernel(KeptTask task) {
 }
 
 // y (M, A) from the splits' sums; a block a query
-__global__ void combine_kept(floatX *y, SplitSums sums, int splits, int M, int A) {
+__global__ void combine_kept_kernel(floatX *y, SplitSums sums, int splits, int M, int A) {
     const int m = blockIdx.x, H = A / N;
     for (int c = threadIdx.x; c < A; c += blockDim.x) {
         const int pair = m * H + c / N, pairs = M * H;
@@ -1339,7 +1336,7 @@ static void attend_in_tiles(Infer *f, floatX *y, const floatX *q, const floatX *
     const int splits = (int)ceil_div(tiles, per);
     const KeptTask task = {q, keys, values, first, f->kept_sums, M, (int)per, d.A};
     kept_attention_kernel<<<dim3(splits, d.H, groups), 32, 0, stream>>>(task);
-    combine_kept<<<M, 256, 0, stream>>>(y, task.to, splits, M, d.A);
+    combine_kept_kernel<<<M, 256, 0, stream>>>(y, task.to, splits, M, d.A);
 }
 
 // A layer's `attend`: keeps the rows' keys and values, then attends over all that is kept.
@@ -1760,8 +1757,8 @@ struct CmixOut : OneVector { // out = residual + gate * (value k)
 
 // The token's place in the context, and x = x0 = LayerNorm_ln0(emb[token]). One block.
 __global__ void __launch_bounds__(MV_THREADS)
-    decode_begin(float *x, Place *place, int *ids, const int *token, const floatX *emb, const floatX *gain,
-                 const floatX *bias, int64_t window, int C) {
+    decode_begin_kernel(float *x, Place *place, int *ids, const int *token, const floatX *emb, const floatX *gain,
+                        const floatX *bias, int64_t window, int C) {
     let_next_start();
     // negative: nothing could be drawn, the host will say
     norm_vector(x, emb + (int64_t)max(*token, 0) * C, gain, bias, C);
@@ -1803,7 +1800,7 @@ struct Mixed {
     floatX *xs;                           // (mixes, C)
 };
 
-__global__ void __launch_bounds__(128) decode_mixes(Mixed p, int C) {
+__global__ void __launch_bounds__(128) decode_mixes_kernel(Mixed p, int C) {
     __shared__ __align__(16) float parts[4][256];
     const int i = blockIdx.y, c = blockIdx.x * 256 + threadIdx.x % 32 * 8;
     MixSum mix = {};
@@ -1829,7 +1826,7 @@ struct WkvStep {
     int H;
 };
 
-__global__ void __launch_bounds__(128) wkv_step(WkvStep p) {
+__global__ void __launch_bounds__(128) wkv_step_kernel(WkvStep p) {
     __shared__ __align__(16) float parts[16][N];
     __shared__ __align__(16) float parts2[VALUE2_RANK][16];
     __shared__ float r[N];
@@ -1933,7 +1930,7 @@ struct KeySums : OneVector {
 
 // k1 = K0 + (shift(K0) - K0) * (time_maa_k + m_k), and v1 likewise from xo. Grid (columns / 256, 2 G): layer, side
 __global__ void __launch_bounds__(128)
-    decode_keys_values(floatX *kv1, const GoldSource *sources, const float *z, const Place *place, int C) {
+    decode_keys_values_kernel(floatX *kv1, const GoldSource *sources, const float *z, const Place *place, int C) {
     __shared__ __align__(16) float parts[4][256];
     __shared__ float2 shared[32];
     __shared__ float h[32];
@@ -1990,8 +1987,8 @@ struct KvHidden : OneVector { // u = tanh(w1 x), x: k1 or v1 of a layer
 };
 
 // kv2 = kv1 + w2 u. Grid (columns / 256, 2 G): layer, side; eight lanes take 64 numbers of a row, eight rows at a time
-__global__ void __launch_bounds__(256)
-    decode_kv_low_rank(float *kv2, const GoldSource *sources, const floatX *kv1, const floatX *u, int rank, int C) {
+__global__ void __launch_bounds__(256) decode_kv_low_rank_kernel(float *kv2, const GoldSource *sources,
+                                                                 const floatX *kv1, const floatX *u, int rank, int C) {
     const GoldSource &g = sources[blockIdx.y / 2];
     const int lane = threadIdx.x % 8, first = blockIdx.x * 256 + threadIdx.x / 8;
     const floatX *w = (blockIdx.y % 2 ? g.v.w2 : g.k.w2) + 8 * lane;
@@ -2016,8 +2013,8 @@ __global__ void __launch_bounds__(256)
 }
 
 // Their norms, into the window. A block for each layer and side.
-__global__ void __launch_bounds__(MV_THREADS)
-    decode_window_append(const GoldSource *sources, const float *kv2, const Place *place, int64_t window, int C) {
+__global__ void __launch_bounds__(MV_THREADS) decode_window_append_kernel(const GoldSource *sources, const float *kv2,
+                                                                          const Place *place, int64_t window, int C) {
     const GoldSource &g = sources[blockIdx.x / 2];
     const GoldSource::Side &s = blockIdx.x % 2 ? g.v : g.k;
     let_next_start();
@@ -2063,7 +2060,7 @@ static void finch_c2_decode(Infer *f, Layer *layer) {
                          p.time_maa_w2.w,
                          row.hidden,
                          row.xs};
-    launch_early(decode_mixes, dim3((int)ceil_div(d.C, 256), mixes), 128, 0, mixed, d.C);
+    launch_early(decode_mixes_kernel, dim3((int)ceil_div(d.C, 256), mixes), 128, 0, mixed, d.C);
     FinchProducts products = {};
     products.xs = row.xs, products.value = p.value.w, products.receptance = p.receptance.w, products.key = p.key.w;
     products.decay_w1 = packed.decay_w1, products.value2_w1 = packed.value2_w1,
@@ -2086,7 +2083,7 @@ static void finch_c2_decode(Infer *f, Layer *layer) {
                           v2,
                           f->m.s.use_one_minus_w != 0,
                           d.H};
-    launch_early(wkv_step, dim3(d.H, 4), 128, 0, step);
+    launch_early(wkv_step_kernel, dim3(d.H, 4), 128, 0, step);
     tmix_out_decode(f, layer, TmixOut());
 }
 
@@ -2104,14 +2101,14 @@ static void cache_decode(Infer *f) {
     sums.rows = d.C, sums.K = g.R32;
     matvec(sums, 2 * g.R32);
     const dim3 sides((int)ceil_div(d.C, 256), 2 * f->G);
-    launch_early(decode_keys_values, sides, 128, 0, row.kv1, f->device_sources, row.z, f->place, d.C);
+    launch_early(decode_keys_values_kernel, sides, 128, 0, row.kv1, f->device_sources, row.z, f->place, d.C);
     KvHidden hidden = {};
     hidden.sources = f->device_sources, hidden.kv1 = row.kv1, hidden.u = row.u, hidden.rows = g.rank_pad,
     hidden.K = d.C;
     matvec(hidden, d.C, 2 * f->G);
-    launch_early(decode_kv_low_rank, sides, 256, 0, row.kv2, f->device_sources, row.kv1, row.u, g.rank_pad, d.C);
-    launch_early(decode_window_append, dim3(2 * f->G), MV_THREADS, 0, f->device_sources, row.kv2, f->place, f->window,
-                 d.C);
+    launch_early(decode_kv_low_rank_kernel, sides, 256, 0, row.kv2, f->device_sources, row.kv1, row.u, g.rank_pad, d.C);
+    launch_early(decode_window_append_kernel, dim3(2 * f->G), MV_THREADS, 0, f->device_sources, row.kv2, f->place,
+                 f->window, d.C);
     next_starts_late = true; // so all that follows may read the cache early
 }
 
@@ -2122,7 +2119,7 @@ static void gold_decode(Infer *f, Layer *layer) {
     const GoldSource &g = f->sources[layer->index - d.G0];
     mix_hidden_decode(f, layer, 1);
     const Mixed mixed = {row.ln, layer->tmix_shift, {p.time_maa_q.w}, p.time_maa_q_w2.w, row.hidden, row.xs};
-    launch_early(decode_mixes, dim3((int)ceil_div(d.C, 256), 1), 128, 0, mixed, d.C);
+    launch_early(decode_mixes_kernel, dim3((int)ceil_div(d.C, 256), 1), 128, 0, mixed, d.C);
     Product<floatX> query = {};
     query.x = row.xs, query.w = p.query.w, query.out = row.q, query.rows = d.C, query.K = d.C;
     matvec(query, d.C);
@@ -2174,8 +2171,8 @@ static void queue_step(Infer *f, const int *token) {
     const Dims &d = m->d;
     const Row &row = f->row;
     const Params &top = m->top, &first = m->layers[0].p;
-    decode_begin<<<1, MV_THREADS, 0, stream>>>(row.x, f->place, f->ids, token, top.emb.w, first.ln0.gain.w,
-                                               first.ln0.bias.w, f->window, d.C);
+    decode_begin_kernel<<<1, MV_THREADS, 0, stream>>>(row.x, f->place, f->ids, token, top.emb.w, first.ln0.gain.w,
+                                                      first.ln0.bias.w, f->window, d.C);
     for (int l = 0; l < d.L; l++) {
         Layer *layer = &f->m.layers[l];
         if (f->G && l == d.G0) cache_decode(f);
@@ -2221,8 +2218,8 @@ static void alloc_floats(floatX **p, int64_t n) { device_alloc((void **)p, n * s
 static floatX *packed(int rows, int columns, Param from, int from_rows, int from_columns, bool t) {
     floatX *to;
     alloc_floats(&to, (int64_t)rows * columns);
-    pack_matrix<<<blocks_of((int64_t)rows * columns), 256, 0, stream>>>(to, rows, columns, from.w, from.ld, from_rows,
-                                                                        from_columns, t);
+    pack_matrix_kernel<<<blocks_of((int64_t)rows * columns), 256, 0, stream>>>(to, rows, columns, from.w, from.ld,
+                                                                               from_rows, from_columns, t);
     return to;
 }
 
@@ -2295,7 +2292,7 @@ static void prepare_decode(Infer *f) {
 static void pack_pairs(TilePair *to, const floatX *p, int64_t ld_k, int64_t ld_n, int K, int columns, int per,
                        int inner, int outer, int step, bool k_channels, bool n_channels) {
     const PackTiles how = {p, ld_k, ld_n, K, per, inner, outer, step, k_channels, n_channels};
-    pack_tiles<<<columns / 8 * (K / 32), 32, 0, stream>>>(to, how);
+    pack_tiles_kernel<<<columns / 8 * (K / 32), 32, 0, stream>>>(to, how);
 }
 
 // w^T w of w (rows, n), as right operand
@@ -2318,7 +2315,7 @@ static void prepare_side(GoldSource &g, GoldSource::Side &side, bool keys, Param
     side.stage = from_c + 4 + 8 * groups + 1;
     side.w1 = packed(g.rank_pad, C, w1, C, rank, true);
     alloc_floats(&centered, (int64_t)C * g.rank_pad);
-    pack_centered<<<g.rank_pad, 256, 0, stream>>>(centered, w2.w, rank, C);
+    pack_centered_kernel<<<g.rank_pad, 256, 0, stream>>>(centered, w2.w, rank, C);
     side.w2 = centered;
     side.gram = gram_of(centered, C, g.rank_pad, scratch);
     device_alloc((void **)&tiles, (int64_t)passes * C / 32 * side.stage * 32 * sizeof(TilePair));
@@ -2333,7 +2330,7 @@ static void prepare_side(GoldSource &g, GoldSource::Side &side, bool keys, Param
         pack_pairs(to, side.w1 + (int64_t)pass * of * C, 1, C, C, of, tiles_of, 1, 0, side.stage, true, false);
         pack_pairs(to + tiles_of * 32, side.w2 + pass * of, g.rank_pad, 1, C, of, tiles_of, 1, 0, side.stage, true,
                    false);
-        pack_mu<<<C / 32, 32, 0, stream>>>(to + 2 * tiles_of * 32, side.mu, side.stage);
+        pack_mu_kernel<<<C / 32, 32, 0, stream>>>(to + 2 * tiles_of * 32, side.mu, side.stage);
     }
 }
 
@@ -2386,15 +2383,15 @@ static void prepare_gold(Infer *f) {
         g.stage = g.k.stage > g.rotated_stage ? g.k.stage : g.rotated_stage;
         // (xo + diff mu) @ w1 = xo_t @ (1 - mu) w1 + xo_{t-1} @ mu w1
         for (int before = 0; before < 2; before++)
-            scale_rows<<<blocks_of(C * 64), 256, 0, stream>>>(w1[before], p.time_maa_kv_w1.w, p.time_maa_v_cache.w,
-                                                              !before, C * 64, 64);
+            scale_rows_kernel<<<blocks_of(C * 64), 256, 0, stream>>>(w1[before], p.time_maa_kv_w1.w,
+                                                                     p.time_maa_v_cache.w, !before, C * 64, 64);
         for (int64_t first = 0; first < V; first += m->T) {
             const int here = (int)(V - first < m->T ? V - first : m->T);
             set_batch(m, 1, here);
-            number_tokens<<<blocks_of(here), 256, 0, stream>>>(m->tokens, (int)first, here);
+            number_tokens_kernel<<<blocks_of(here), 256, 0, stream>>>(m->tokens, (int)first, here);
             model_embed(m);
             if (i == 0) {
-                append_floats<<<blocks_of(here * C), 256, 0, stream>>>(f->id_xo + first * C, m->xo, here * C);
+                append_floats_kernel<<<blocks_of(here * C), 256, 0, stream>>>(f->id_xo + first * C, m->xo, here * C);
                 linear_forward(f->id_k0 + first * C, m->x0, columns_of(W, 0, d.C), here);
             }
             matmul(id_h + first * 64, 64, rows(m->xo, C), rows(w1[0], 64), here, 64, d.C);
@@ -2402,7 +2399,7 @@ static void prepare_gold(Infer *f) {
         }
     }
     matmul(f->id_c, R32, rows(f->id_k0, C), rows(f->w_c, R32), d.V, R32, d.C);
-    sum_squares<<<d.V, 32, 0, stream>>>(f->id_squares, f->id_k0, d.C);
+    sum_squares_kernel<<<d.V, 32, 0, stream>>>(f->id_squares, f->id_k0, d.C);
     CUDA_CHECK(
         cudaMemcpyAsync(f->device_sources, f->sources, f->G * sizeof(GoldSource), cudaMemcpyHostToDevice, stream));
     CUDA_CHECK(cudaStreamSynchronize(stream));
@@ -2465,7 +2462,7 @@ static void settings_from_tensors(Settings *s, const SafeTensors *file) {
 // ---- the window ----
 
 // Rows of the cache: c of tokens first.. (zeros before the context) for a block each, as the trainer's layers want it
-__global__ void read_cache_rows(floatX *to, int *ids, GoldSource g, int64_t first) {
+__global__ void read_cache_rows_kernel(floatX *to, int *ids, GoldSource g, int64_t first) {
     const int64_t t = first + blockIdx.x;
     for (int i = threadIdx.x; i < g.R; i += blockDim.x) {
         float c = 0;
@@ -2486,20 +2483,20 @@ static void fill_window(Infer *f, int64_t begin, int64_t end) {
         m->d.lead = 1;
         m->d.first = at - 1;
         set_batch(m, 1, n + 1);
-        read_cache_rows<<<n + 1, 128, 0, stream>>>(m->cache, m->tokens, f->sources[0], at - 1);
+        read_cache_rows_kernel<<<n + 1, 128, 0, stream>>>(m->cache, m->tokens, f->sources[0], at - 1);
         model_embed(m);
         linear_forward(m->k0_sum, m->x0, columns_of(W, 0, d.C), d.BT);
         linear_forward(m->k0_sum, m->cache, columns_of(W, d.C, d.R), d.BT, 1);
-        rms_norm_forward<<<d.BT, row_threads(d.A), 0, stream>>>(m->k0, m->k0_sum, d.A);
+        rms_norm_forward_kernel<<<d.BT, row_threads(d.A), 0, stream>>>(m->k0, m->k0_sum, d.A);
         for (floatX *row : {m->k0, m->xo}) // before the first token there is nothing
             if (at == 0) CUDA_CHECK(cudaMemsetAsync(row, 0, d.C * sizeof(floatX), stream));
         for (int i = 0; i < f->G; i++) {
             Layer *layer = &m->layers[d.G0 + i];
             gold_keys_values(m, layer);
-            append_to_ring<<<n, row_threads(d.C), 0, stream>>>(f->sources[i].k.ring, layer->gold.k + d.C, at, f->window,
-                                                               d.C);
-            append_to_ring<<<n, row_threads(d.C), 0, stream>>>(f->sources[i].v.ring, layer->gold.v + d.C, at, f->window,
-                                                               d.C);
+            append_to_ring_kernel<<<n, row_threads(d.C), 0, stream>>>(f->sources[i].k.ring, layer->gold.k + d.C, at,
+                                                                      f->window, d.C);
+            append_to_ring_kernel<<<n, row_threads(d.C), 0, stream>>>(f->sources[i].v.ring, layer->gold.v + d.C, at,
+                                                                      f->window, d.C);
         }
     }
     if (begin != f->window_end) f->window_begin = begin; // no longer joined to what was there
@@ -2513,13 +2510,13 @@ static void extend_window(Infer *f) {
     if (f->G && begin < f->position) fill_window(f, begin, f->position);
 }
 
-__global__ void set_place(Place *place, Place now) { *place = now; }
+__global__ void set_place_kernel(Place *place, Place now) { *place = now; }
 
 // Tells the device where the context stands; first: the position of the first query to come, less one for a recorded
 // step.
 static void move_place(Infer *f, int64_t first) {
     const Place now = {first, f->window_begin};
-    set_place<<<1, 1, 0, stream>>>(f->place, now);
+    set_place_kernel<<<1, 1, 0, stream>>>(f->place, now);
 }
 
 static void make_window(Infer *f) { // from what is saved
@@ -2823,10 +2820,12 @@ static void append_to_cache(Infer *f, const floatX *x, int n) {
     Model *m = &f->m;
     const Dims &d = m->d;
     const int64_t at = f->position;
-    append_tokens<<<blocks_of(n), 256, 0, stream>>>(f->ids + at, m->tokens + 1, n);
+    append_tokens_kernel<<<blocks_of(n), 256, 0, stream>>>(f->ids + at, m->tokens + 1, n);
     linear_forward(m->cache, x + d.C, m->top.w_kv_cache_a, n);
-    if (f->kv == KV_INT8) append_int8<<<n, 32, 0, stream>>>(f->c8 + at * d.R, f->scales + at, m->cache, d.R);
-    else append_floats<<<blocks_of((int64_t)n * d.R), 256, 0, stream>>>(f->c + at * d.R, m->cache, (int64_t)n * d.R);
+    if (f->kv == KV_INT8) append_int8_kernel<<<n, 32, 0, stream>>>(f->c8 + at * d.R, f->scales + at, m->cache, d.R);
+    else
+        append_floats_kernel<<<blocks_of((int64_t)n * d.R), 256, 0, stream>>>(f->c + at * d.R, m->cache,
+                                                                              (int64_t)n * d.R);
 }
 
 // Keeps the last rows of x (n rows from row 1) for the GOLD layers: the newest `tail` of them.
@@ -2854,7 +2853,7 @@ static void infer_chunk(Infer *f, const int *ids, int n, bool all) {
     }
     floatX *x = m->layers[d.G0].x;
     const int64_t E = (int64_t)d.BT * d.C;
-    add_forward<<<pack_blocks(E), 256, 0, stream>>>(x, m->layers[d.G0 - 1].x_mid, m->branch, E);
+    add_forward_kernel<<<pack_blocks(E), 256, 0, stream>>>(x, m->layers[d.G0 - 1].x_mid, m->branch, E);
     append_to_cache(f, x, n);
     f->position += n;
     if (!all) {
@@ -2950,7 +2949,7 @@ static void score_context(Infer *f, const int *ids, int64_t n, int chunk, Score 
             const int count = here - row < m->slice ? here - row : m->slice;
             head_and_loss(m, m->xf + (int64_t)(1 + row) * d.C, targets, row, count, 0);
         }
-        sum_losses<<<1, 256, 0, stream>>>(m->totals, m->losses, m->right, here);
+        sum_losses_kernel<<<1, 256, 0, stream>>>(m->totals, m->losses, m->right, here);
         // ids + done may be the caller's pageable memory
         CUDA_CHECK(cudaStreamSynchronize(stream));
         score->targets += here;
@@ -3450,7 +3449,7 @@ __device__ inline Mass sample_mass(float below_top) { // e^below_top, at most 1
 }
 
 // logits with penalties and bans, and the largest of each block's. Before that, the last drawn token is counted.
-__global__ void sample_adjust(Sampler s, const float *logits) {
+__global__ void sample_adjust_kernel(Sampler s, const float *logits) {
     __shared__ float tops[SAMPLE_THREADS / 32];
     let_next_start();
     wait_for_previous();
@@ -3531,7 +3530,7 @@ __device__ inline SampleCut sample_cut(const Sampler &s, int step) {
 
 // Weighs and counts the block's tokens that may be the cut, by the next digit of their keys. Whole numbers: atomics in
 // any order give the same sums. Masses have 40 bits, added up in three digits.
-__global__ void sample_narrow(Sampler s, int step) {
+__global__ void sample_narrow_kernel(Sampler s, int step) {
     __shared__ unsigned masses[SAMPLE_DIGITS][SAMPLE_BINS];
     __shared__ unsigned counts[SAMPLE_BINS];
     const int t = threadIdx.x, begin = blockIdx.x * s.tokens_of_block, end = min(begin + s.tokens_of_block, s.V);
@@ -3564,7 +3563,7 @@ __device__ inline int2 sample_part(const Sampler &s, int block) {
 }
 
 // weights = p^(1/temperature) of the tokens that stay, 0 for others
-__global__ void sample_weigh(Sampler s) {
+__global__ void sample_weigh_kernel(Sampler s) {
     __shared__ int ties_of_thread[SAMPLE_THREADS];
     __shared__ Mass sums[SAMPLE_THREADS];
     __shared__ float2 shared[32];
@@ -3603,7 +3602,7 @@ __global__ void sample_weigh(Sampler s) {
 
 // Walks up the weights in the order of the ids to a number drawn below their sum: first by blocks, then by threads'
 // parts, then by tokens. One block. A random number depends on the seed and the position in the context alone.
-__global__ void sample_draw(Sampler s) {
+__global__ void sample_draw_kernel(Sampler s) {
     __shared__ Mass sums[SAMPLE_THREADS];
     __shared__ Mass rest; // of the number, within the block that was hit
     __shared__ int block;
@@ -3698,11 +3697,11 @@ static void sampler_begin(Sampler *s, int64_t position, double uniform) {
 // Queues a draw from logits (V); its id comes to *s->drawn. The arguments are the same every time: fit for a CUDA
 // graph.
 static void sampler_queue(const Sampler *s, const float *logits) {
-    launch_early(sample_adjust, dim3(s->blocks), SAMPLE_THREADS, 0, *s, logits);
+    launch_early(sample_adjust_kernel, dim3(s->blocks), SAMPLE_THREADS, 0, *s, logits);
     for (int step = 0; s->searches && step < SAMPLE_STEPS; step++)
-        launch_early(sample_narrow, dim3(s->blocks), SAMPLE_THREADS, 0, *s, step);
-    launch_early(sample_weigh, dim3(s->blocks), SAMPLE_THREADS, 0, *s);
-    launch_early(sample_draw, dim3(1), SAMPLE_THREADS, 0, *s);
+        launch_early(sample_narrow_kernel, dim3(s->blocks), SAMPLE_THREADS, 0, *s, step);
+    launch_early(sample_weigh_kernel, dim3(s->blocks), SAMPLE_THREADS, 0, *s);
+    launch_early(sample_draw_kernel, dim3(1), SAMPLE_THREADS, 0, *s);
 }
 
 // Queues a step and the next draw: the token drawn last goes in.
@@ -3741,7 +3740,7 @@ void gf_sample_probabilities(const float *logits, int V, const int *history, int
     sampler_begin(&s, 0, uniform);
     for (int i = 0; i < n_history; i++) { // as if each of these had been drawn
         CUDA_CHECK(cudaMemcpy(&s.state->drawn, &history[i], sizeof(int), cudaMemcpyHostToDevice));
-        if (i + 1 < n_history) sample_adjust<<<s.blocks, SAMPLE_THREADS, 0, stream>>>(s, device_logits);
+        if (i + 1 < n_history) sample_adjust_kernel<<<s.blocks, SAMPLE_THREADS, 0, stream>>>(s, device_logits);
         CUDA_CHECK(cudaStreamSynchronize(stream));
     }
     sampler_queue(&s, device_logits);

@@ -363,7 +363,7 @@ static int multiprocessors;
 [[maybe_unused]] static int block_smem;         // bytes of shared memory that a block can have
 
 #ifdef GPU_ARCH
-__global__ void no_work(void) {}
+__global__ void no_work_kernel(void) {}
 #endif
 
 static int ranks_device(int devices); // section 9: which of them is this rank's
@@ -386,7 +386,7 @@ static void machine_start(void) { // once, before the first allocation
     compute_capability = 10 * device.major + device.minor;
 #ifdef GPU_ARCH // what the Makefile built for
     cudaFuncAttributes attributes;
-    const cudaError_t code = cudaFuncGetAttributes(&attributes, no_work);
+    const cudaError_t code = cudaFuncGetAttributes(&attributes, no_work_kernel);
     if (code != cudaSuccess)
         die(2,
             "%s is sm_%d%d, and this build, made with GPU_ARCH=\"%s\", holds no code for it (%s); "
@@ -1483,7 +1483,7 @@ static void embedding_layernorm_backward(floatX *dx, const floatX *dout, const f
 // ---- rms norm, without parameters ----
 //
 //     out = x / (|x| / sqrt(C) + 1e-8)
-__global__ void rms_norm_forward(floatX *out, const floatX *x, int C) {
+__global__ void rms_norm_forward_kernel(floatX *out, const floatX *x, int C) {
     __shared__ float2 shared[32];
     const int64_t at = (int64_t)blockIdx.x * C + threadIdx.x * 8;
     const bool mine = threadIdx.x * 8 < (unsigned)C;
@@ -1498,7 +1498,7 @@ __global__ void rms_norm_forward(floatX *out, const floatX *x, int C) {
 // With n = |x| / sqrt(C), e = n + 1e-8:  dx = dout / e - x (dout . x) / (C n e^2),  and 0 where x = 0.
 // dout in fp32; plus `add` (fp32, may be null); added to what dx holds if `accumulate`.
 template <bool accumulate>
-__global__ void rms_norm_backward(floatX *dx, const float *dout, const float *add, const floatX *x, int C) {
+__global__ void rms_norm_backward_kernel(floatX *dx, const float *dout, const float *add, const floatX *x, int C) {
     __shared__ float2 shared[32];
     const int64_t at = (int64_t)blockIdx.x * C + threadIdx.x * 8;
     const bool mine = threadIdx.x * 8 < (unsigned)C;
@@ -1523,8 +1523,8 @@ __global__ void rms_norm_backward(floatX *dx, const float *dout, const float *ad
 // ids (distinct), starts (distinct + 1), order (B T): order[starts[i]..starts[i+1]) are the positions of ids[i].
 static const int EMBEDDING_ROWS = 16, EMBEDDING_CHANNELS = 64;
 
-__global__ void embedding_backward(float *demb, const floatX *dx, const int *ids, const int *starts, const int *order,
-                                   int C) {
+__global__ void embedding_backward_kernel(float *demb, const floatX *dx, const int *ids, const int *starts,
+                                          const int *order, int C) {
     __shared__ __align__(16) float sums[EMBEDDING_ROWS][EMBEDDING_CHANNELS];
     const int row = threadIdx.x / 8, c = blockIdx.y * EMBEDDING_CHANNELS + threadIdx.x % 8 * 8,
               end = starts[blockIdx.x + 1];
@@ -2030,7 +2030,7 @@ static void ddlerp_backward(const MixTask<n> &mix, const DdlerpGradients &g, TX 
 // The shift is linear, so it may as well come after the product, where a token has R numbers, not C:
 //
 //     both = [ (1 - mu) w1 | mu w1 ]  (C, 2R)
-//         z = x @ both  (BT, 2R, fp32): what a token gives to itself, and to the next
+//     z    = x @ both                 (BT, 2R, fp32): what a token gives to itself, and to the next
 //     h_t  = tanh(z_t[:R] + z_{t-1}[R:])
 //
 // and back, with dz_t = [ dh_t | dh_{t+1} ] (dh before the tanh; zero past the end of a sequence) and P, Q the halves
@@ -2090,7 +2090,7 @@ __global__ void ddlerp_hidden_weights_backward_kernel(float *dw1, float *dmu, co
 // ---- element by element ----
 
 // One function of each Pack, n elements (a multiple of 8): h = tanh(h)
-__global__ void tanh_forward(floatX *h, int64_t n) {
+__global__ void tanh_forward_kernel(floatX *h, int64_t n) {
     const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (at >= n) return;
     Pack v = load(h + at);
@@ -2098,7 +2098,7 @@ __global__ void tanh_forward(floatX *h, int64_t n) {
     store(h + at, v);
 }
 
-__global__ void tanh_backward(floatX *dh, const floatX *h, int64_t n) { // dh *= 1 - h^2
+__global__ void tanh_backward_kernel(floatX *dh, const floatX *h, int64_t n) { // dh *= 1 - h^2
     const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (at >= n) return;
     Pack out = load(dh + at);
@@ -2107,7 +2107,7 @@ __global__ void tanh_backward(floatX *dh, const floatX *h, int64_t n) { // dh *=
     store(dh + at, out);
 }
 
-__global__ void add_forward(floatX *out, const floatX *a, const floatX *b, int64_t n) {
+__global__ void add_forward_kernel(floatX *out, const floatX *a, const floatX *b, int64_t n) {
     const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (at >= n) return;
     Pack v = load(a + at);
@@ -2821,8 +2821,9 @@ static void wkv_backward(const WkvGradients &g, const Wkv &p, int B) {
 
 // ---- causal attention, without any T x T buffer ----
 //
-//     y_t = sum_{s<=t} p_ts v_s,
-//         p_ts = exp(q_t . k_s / sqrt(N) - log_sum_t),   log_sum_t = log sum_{s<=t} exp(q_t . k_s / sqrt(N))
+//     y_t       = sum_{s<=t} p_ts v_s
+//     p_ts      = exp(q_t . k_s / sqrt(N) - log_sum_t)
+//     log_sum_t = log sum_{s<=t} exp(q_t . k_s / sqrt(N))
 //
 // q, k, v, y are (B, T, A), head h at channels h N; log_sum (B, H, T) in units of log 2. A block takes 128 queries of a
 // head, each of its four warps 32, and walks the keys with a running maximum and sum (FlashAttention-2, arXiv
@@ -3000,7 +3001,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 }
 
 // delta (B, H, T): dy_t . y_t per head, what the softmax's gradient subtracts. Blocks of a row; 8 lanes hold a head.
-__global__ void attention_delta(float *delta, const floatX *dy, const floatX *y, int T, int H) {
+__global__ void attention_delta_kernel(float *delta, const floatX *dy, const floatX *y, int T, int H) {
     const int c = threadIdx.x * 8;
     const bool mine = c < H * N;
     const int64_t row = blockIdx.x, at = row * H * N + c;
@@ -3033,7 +3034,8 @@ __device__ inline void attention_own(Left &a, Left &b, HeadRow *smem, const floa
 }
 
 __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
-    attention_backward_kv(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+    attention_backward_kv_kernel(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T,
+                                 int H) {
     HeadRow *smem = dynamic_smem<HeadRow>();    // 64 queries, 64 dy; the next 64 of each
     __shared__ float2 stats[2][ATTENTION_TILE]; // log_sum, delta of these queries
     const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
@@ -3084,7 +3086,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 }
 
 __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
-    attention_backward_q(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
+    attention_backward_q_kernel(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
     HeadRow *smem = dynamic_smem<HeadRow>(); // 64 keys, 64 values; the next 64 of each
     const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
     // the longest rows first
@@ -3142,10 +3144,10 @@ static void attention_forward_by_warps(floatX *y, float *log_sum, const floatX *
 static void attention_backward_by_warps(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int B,
                                         int T, int H) {
     const dim3 grid((int)ceil_div(T, ATTENTION_ROWS), H, B);
-    allow_smem(attention_backward_kv, ATTENTION_SMEM);
-    attention_backward_kv<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(g, q, k, v, T, H);
-    allow_smem(attention_backward_q, ATTENTION_SMEM);
-    attention_backward_q<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(g, q, k, v, T, H);
+    allow_smem(attention_backward_kv_kernel, ATTENTION_SMEM);
+    attention_backward_kv_kernel<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(g, q, k, v, T, H);
+    allow_smem(attention_backward_q_kernel, ATTENTION_SMEM);
+    attention_backward_q_kernel<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(g, q, k, v, T, H);
 }
 
 // ---- the same attention by warpgroups (sm_90a) ----
@@ -3459,7 +3461,8 @@ __device__ inline void attention_backward_q_group(QueryTiles &s, floatX *dq_out,
 
 // Blocks: (heads of all sequences, rows); the first warpgroup copies. The longest rows come first.
 __global__ void __launch_bounds__(512, 1)
-    attention_forward_warpgroups(floatX *y, float *log_sum, const __grid_constant__ AttentionMaps maps, int T, int H) {
+    attention_forward_warpgroups_kernel(floatX *y, float *log_sum, const __grid_constant__ AttentionMaps maps, int T,
+                                        int H) {
 #ifdef WARPGROUPS
     ForwardTiles &s = *dynamic_smem<ForwardTiles>();
     const int b = blockIdx.x / H, h = blockIdx.x % H, group = threadIdx.x / 128 - 1;
@@ -3484,7 +3487,8 @@ __global__ void __launch_bounds__(512, 1)
 }
 
 __global__ void __launch_bounds__(384, 1)
-    attention_backward_kv_warpgroups(AttentionGradients g, const __grid_constant__ AttentionMaps maps, int T, int H) {
+    attention_backward_kv_warpgroups_kernel(AttentionGradients g, const __grid_constant__ AttentionMaps maps, int T,
+                                            int H) {
 #ifdef WARPGROUPS
     KeyValueTiles &s = *dynamic_smem<KeyValueTiles>();
     const int b = blockIdx.x / H, h = blockIdx.x % H, group = threadIdx.x / 128 - 1, k0 = blockIdx.y * 128;
@@ -3506,7 +3510,8 @@ __global__ void __launch_bounds__(384, 1)
 }
 
 __global__ void __launch_bounds__(512, 1)
-    attention_backward_q_warpgroups(AttentionGradients g, const __grid_constant__ AttentionMaps maps, int T, int H) {
+    attention_backward_q_warpgroups_kernel(AttentionGradients g, const __grid_constant__ AttentionMaps maps, int T,
+                                           int H) {
 #ifdef WARPGROUPS
     QueryTiles &s = *dynamic_smem<QueryTiles>();
     const int b = blockIdx.x / H, h = blockIdx.x % H, group = threadIdx.x / 128 - 1;
@@ -3536,7 +3541,7 @@ static bool has_warpgroups(void) {
     static int known = -1;
     if (known < 0) {
         cudaFuncAttributes code;
-        CUDA_CHECK(cudaFuncGetAttributes(&code, attention_forward_warpgroups));
+        CUDA_CHECK(cudaFuncGetAttributes(&code, attention_forward_warpgroups_kernel));
         known = compute_capability == 90 && code.ptxVersion >= 90;
     }
     return known;
@@ -3548,8 +3553,9 @@ static void attention_forward_by_warpgroups(floatX *y, float *log_sum, const flo
     const int A = H * N;
     const size_t smem = sizeof(ForwardTiles);
     const AttentionMaps maps = {head_map(q, B, T, A), head_map(k, B, T, A), head_map(v, B, T, A), {}};
-    allow_smem(attention_forward_warpgroups, smem);
-    attention_forward_warpgroups<<<dim3(B * H, (int)ceil_div(T, 192)), 512, smem, stream>>>(y, log_sum, maps, T, H);
+    allow_smem(attention_forward_warpgroups_kernel, smem);
+    attention_forward_warpgroups_kernel<<<dim3(B * H, (int)ceil_div(T, 192)), 512, smem, stream>>>(y, log_sum, maps, T,
+                                                                                                   H);
 }
 
 static void attention_backward_by_warpgroups(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v,
@@ -3557,13 +3563,12 @@ static void attention_backward_by_warpgroups(AttentionGradients g, const floatX 
     const int A = H * N;
     const AttentionMaps maps = {head_map(q, B, T, A), head_map(k, B, T, A), head_map(v, B, T, A),
                                 head_map(g.dy, B, T, A)};
-    allow_smem(attention_backward_kv_warpgroups, sizeof(KeyValueTiles));
-    attention_backward_kv_warpgroups<<<dim3(B * H, (int)ceil_div(T, 128)), 384, sizeof(KeyValueTiles), stream>>>(g,
-                                                                                                                 maps,
-                                                                                                                 T, H);
-    allow_smem(attention_backward_q_warpgroups, sizeof(QueryTiles));
-    attention_backward_q_warpgroups<<<dim3(B * H, (int)ceil_div(T, 192)), 512, sizeof(QueryTiles), stream>>>(g, maps, T,
-                                                                                                             H);
+    allow_smem(attention_backward_kv_warpgroups_kernel, sizeof(KeyValueTiles));
+    attention_backward_kv_warpgroups_kernel<<<dim3(B * H, (int)ceil_div(T, 128)), 384, sizeof(KeyValueTiles), stream>>>(
+        g, maps, T, H);
+    allow_smem(attention_backward_q_warpgroups_kernel, sizeof(QueryTiles));
+    attention_backward_q_warpgroups_kernel<<<dim3(B * H, (int)ceil_div(T, 192)), 512, sizeof(QueryTiles), stream>>>(
+        g, maps, T, H);
 }
 #endif
 
@@ -3579,7 +3584,7 @@ static void attention_backward(floatX *dq, floatX *dk, floatX *dv, float *delta,
                                const float *log_sum, const floatX *q, const floatX *k, const floatX *v, int B, int T,
                                int H) {
     const AttentionGradients g = {dq, dk, dv, dy, log_sum, delta};
-    attention_delta<<<B * T, row_threads(H * N), 0, stream>>>(delta, dy, y, T, H);
+    attention_delta_kernel<<<B * T, row_threads(H * N), 0, stream>>>(delta, dy, y, T, H);
 #if WARPGROUP_KERNELS
     if (has_warpgroups()) return attention_backward_by_warpgroups(g, q, k, v, B, T, H);
 #endif
@@ -3590,7 +3595,7 @@ static void attention_backward(floatX *dq, floatX *dk, floatX *dv, float *delta,
 //
 //     k = relu(key x_k)^2        out = sigmoid(receptance x_r) * (value k)
 
-__global__ void relu_squared_forward(floatX *k, int64_t n) {
+__global__ void relu_squared_forward_kernel(floatX *k, int64_t n) {
     const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (at >= n) return;
     Pack v = load(k + at);
@@ -3598,7 +3603,8 @@ __global__ void relu_squared_forward(floatX *k, int64_t n) {
     store(k + at, v);
 }
 
-__global__ void relu_squared_backward(floatX *dk, const floatX *k, int64_t n) { // dk *= 2 relu, and relu = sqrt(k)
+__global__ void relu_squared_backward_kernel(floatX *dk, const floatX *k,
+                                             int64_t n) { // dk *= 2 relu, and relu = sqrt(k)
     const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (at >= n) return;
     Pack out = load(dk + at);
@@ -3607,7 +3613,7 @@ __global__ void relu_squared_backward(floatX *dk, const floatX *k, int64_t n) { 
     store(dk + at, out);
 }
 
-__global__ void gate_forward(floatX *out, const floatX *r, const floatX *v, int64_t n) { // out = sigmoid(r) v
+__global__ void gate_forward_kernel(floatX *out, const floatX *r, const floatX *v, int64_t n) { // out = sigmoid(r) v
     const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (at >= n) return;
     Pack gate = load(r + at);
@@ -3616,7 +3622,8 @@ __global__ void gate_forward(floatX *out, const floatX *r, const floatX *v, int6
     store(out + at, gate);
 }
 
-__global__ void gate_backward(floatX *dr, floatX *dv, const floatX *dout, const floatX *r, const floatX *v, int64_t n) {
+__global__ void gate_backward_kernel(floatX *dr, floatX *dv, const floatX *dout, const floatX *r, const floatX *v,
+                                     int64_t n) {
     const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (at >= n) return;
     Pack gate = load(r + at), value = load(v + at);
@@ -3632,10 +3639,10 @@ __global__ void gate_backward(floatX *dr, floatX *dv, const floatX *dout, const 
 
 // ---- rope: positions as rotations (spec section 3) ----
 //
-//     (a, b) = channels (2i, 2i + 1) of each head  ->  (a cos z - b sin z, a sin z + b cos z),
-//         z = position * velocity_i
-//     rope:  velocity_i = base^(-2i/N) / rescale
-//         brope:  velocity_i = pi 2^-i / rescale,  0 for i >= int(log2(ctx_len))
+//     (a, b) = channels (2i, 2i + 1) of each head  ->  (a cos z - b sin z, a sin z + b cos z)
+//     z      = position * velocity_i
+//     rope:    velocity_i = base^(-2i/N) / rescale
+//     brope:   velocity_i = pi 2^-i / rescale,  0 for i >= int(log2(ctx_len))
 //
 // An fp32 z would be off by 1e-2 at position 262,144: whole turns are taken away in fp64 first. The gradient is
 // rotated back.
@@ -3669,7 +3676,7 @@ __device__ inline Pack rope_pack(Pack v, const Rope &rope, int64_t position, int
 }
 
 // x (rows, A) in place; row 0 has position `first`, every T rows it begins again.
-__global__ void rope_rotate(floatX *x, Rope rope, int64_t first, int T, int A, float direction) {
+__global__ void rope_rotate_kernel(floatX *x, Rope rope, int64_t first, int T, int A, float direction) {
     const int c = threadIdx.x * 8;
     if (c >= A) return;
     floatX *at = x + (int64_t)blockIdx.x * A + c;
@@ -3762,7 +3769,7 @@ static void gated_group_norm_backward(floatX *dy, floatX *dg, const floatX *dout
 // ---- Llama's gate ----
 
 // out = silu(a) b
-__global__ void swiglu_forward(floatX *out, const floatX *a, const floatX *b, int64_t n) {
+__global__ void swiglu_forward_kernel(floatX *out, const floatX *a, const floatX *b, int64_t n) {
     const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (at >= n) return;
     Pack v = load(a + at);
@@ -3771,8 +3778,8 @@ __global__ void swiglu_forward(floatX *out, const floatX *a, const floatX *b, in
     store(out + at, v);
 }
 
-__global__ void swiglu_backward(floatX *da, floatX *db, const floatX *dout, const floatX *a, const floatX *b,
-                                int64_t n) {
+__global__ void swiglu_backward_kernel(floatX *da, floatX *db, const floatX *dout, const floatX *a, const floatX *b,
+                                       int64_t n) {
     const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (at >= n) return;
     const Pack dy = load(dout + at);
@@ -3866,7 +3873,7 @@ __device__ inline double block_sum_256(double v, double (&sums)[256]) {
 }
 
 // totals[0] += the sum of losses, totals[1] += the number right; one block
-__global__ void sum_losses(double *totals, const float *losses, const int *right, int n) {
+__global__ void sum_losses_kernel(double *totals, const float *losses, const int *right, int n) {
     __shared__ double loss_sums[256];
     __shared__ double right_sums[256];
     double loss = 0, count = 0;
@@ -3895,10 +3902,10 @@ static const int PIECE = 16384;
 
 struct UpdateState {        // on the device; the host reads it a step later
     float loss, norm, clip; // clip: factor on the gradients; 0 if not to be applied
-    int skip;               // set once the norm was not finite: no update until the host clears it
+    int skip;               // set once the norm was not finite, for good: the host sees it and ends the run
 };
 
-__global__ void squares_of_pieces(double *squares, const float *grads, const Piece *pieces) {
+__global__ void squares_of_pieces_kernel(double *squares, const float *grads, const Piece *pieces) {
     __shared__ float2 shared[32];
     const Piece piece = pieces[blockIdx.x];
     float sum = 0;
@@ -3910,8 +3917,8 @@ __global__ void squares_of_pieces(double *squares, const float *grads, const Pie
     if (threadIdx.x == 0) squares[piece.number] = sum;
 }
 
-__global__ void norm_and_clip(UpdateState *state, const double *squares, int n, const double *totals, float per_target,
-                              float limit) {
+__global__ void norm_and_clip_kernel(UpdateState *state, const double *squares, int n, const double *totals,
+                                     float per_target, float limit) {
     __shared__ double sums[256];
     double sum = 0;
     for (int i = threadIdx.x; i < n; i += 256) sum += squares[i];
@@ -3956,7 +3963,7 @@ __global__ void adamw_kernel(floatX *params, float *master, float *m, float *v, 
 }
 
 // the working copy of fp32 masters
-__global__ void round_params(floatX *params, const float *master, const Piece *pieces) {
+__global__ void round_params_kernel(floatX *params, const float *master, const Piece *pieces) {
     const Piece piece = pieces[blockIdx.x];
     for (int i = threadIdx.x * 8; i < piece.count; i += blockDim.x * 8)
         store(params + piece.offset + i, load(master + piece.kept + i));
@@ -4229,7 +4236,7 @@ static void linear_backward(const Model *m, floatX *dx, const floatX *dout, cons
 static void low_rank_forward(floatX *out, floatX *h, const floatX *x, Param w1, Param w2, int M, float beta = 0) {
     const int I = w1.rows, R = w1.columns, O = w2.columns;
     matmul(h, R, rows(x, I), rows(w1.w, R), M, R, I);
-    tanh_forward<<<pack_blocks((int64_t)M * R), 256, 0, stream>>>(h, (int64_t)M * R);
+    tanh_forward_kernel<<<pack_blocks((int64_t)M * R), 256, 0, stream>>>(h, (int64_t)M * R);
     matmul(out, O, rows(h, R), rows(w2.w, O), M, O, R, beta);
 }
 
@@ -4239,7 +4246,7 @@ static void low_rank_backward(floatX *dx, floatX *dh, const floatX *dout, const 
     const int I = w1.rows, R = w1.columns, O = w2.columns;
     matmul(dh, R, rows(dout, O), columns(w2.w, O), M, R, O);
     matmul(w2.g, O, columns(h, R), rows(dout, O), R, O, M, 1);
-    tanh_backward<<<pack_blocks((int64_t)M * R), 256, 0, stream>>>(dh, h, (int64_t)M * R);
+    tanh_backward_kernel<<<pack_blocks((int64_t)M * R), 256, 0, stream>>>(dh, h, (int64_t)M * R);
     matmul(w1.g, R, columns(x, I), rows(dh, R), I, R, M, 1);
     matmul(dx, I, rows(dh, R), columns(w1.w, R), M, I, R, beta);
 }
@@ -4248,7 +4255,8 @@ static void low_rank_backward(floatX *dx, floatX *dh, const floatX *dout, const 
 
 static void rope_layer(const Model *m, floatX *x, float direction) {
     const Dims &d = m->d;
-    if (m->rope.used) rope_rotate<<<d.BT, row_threads(d.A), 0, stream>>>(x, m->rope, d.first, d.T, d.A, direction);
+    if (m->rope.used)
+        rope_rotate_kernel<<<d.BT, row_threads(d.A), 0, stream>>>(x, m->rope, d.first, d.T, d.A, direction);
 }
 static void rope_forward(const Model *m, floatX *q_or_k) { rope_layer(m, q_or_k, 1); }
 static void rope_backward(const Model *m, floatX *gradient) { rope_layer(m, gradient, -1); }
@@ -4477,14 +4485,14 @@ static void token_cat_forward(Model *m, const floatX *x) {
     linear_forward(m->cache, x, m->top.w_kv_cache_a, d.BT);
     linear_forward(m->k0_sum, m->x0, W_x, d.BT);
     linear_forward(m->k0_sum, m->cache, W_c, d.BT, 1);
-    rms_norm_forward<<<d.BT, row_threads(d.A), 0, stream>>>(m->k0, m->k0_sum, d.A);
+    rms_norm_forward_kernel<<<d.BT, row_threads(d.A), 0, stream>>>(m->k0, m->k0_sum, d.A);
 }
 
 // Adds to dx, the gradient of x; x0's share goes to dx0 in fp32.
 static void token_cat_backward(Model *m, floatX *dx, const floatX *x) {
     const Dims &d = m->d;
     const Param W = m->top.w_kv_cache_b, W_x = columns_of(W, 0, d.C), W_c = columns_of(W, d.C, d.R);
-    rms_norm_backward<false>
+    rms_norm_backward_kernel<false>
         <<<d.BT, row_threads(d.A), 0, stream>>>(m->dk0_sum, m->dk0, (const float *)nullptr, m->k0_sum, d.A);
     linear_backward(m, m->dcache, m->dk0_sum, m->cache, W_c, d.BT);
     weight_backward(W_x, m->dk0_sum, m->x0, d.BT, m->first_micro_batch);
@@ -4650,10 +4658,10 @@ static void cmix_forward(Model *m, Layer *layer, floatX *out, const floatX *x) {
     const int64_t E = (int64_t)d.BT * d.C, EF = (int64_t)d.BT * d.F;
     mixed_inputs_forward(d, a.mixed, x);
     linear_forward(a.k, a.xk, p.ffn_key, d.BT);
-    relu_squared_forward<<<pack_blocks(EF), 256, 0, stream>>>(a.k, EF);
+    relu_squared_forward_kernel<<<pack_blocks(EF), 256, 0, stream>>>(a.k, EF);
     linear_forward(a.v, a.k, p.ffn_value, d.BT);
     linear_forward(a.r, a.xr, p.ffn_receptance, d.BT);
-    gate_forward<<<pack_blocks(E), 256, 0, stream>>>(out, a.r, a.v, E);
+    gate_forward_kernel<<<pack_blocks(E), 256, 0, stream>>>(out, a.r, a.v, E);
 }
 
 static void cmix_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout, const floatX *x) {
@@ -4662,10 +4670,10 @@ static void cmix_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
     Cmix &a = layer->ffn;
     auto &tmp = a.tmp;
     const int64_t E = (int64_t)d.BT * d.C, EF = (int64_t)d.BT * d.F;
-    gate_backward<<<pack_blocks(E), 256, 0, stream>>>(tmp.dr, tmp.dv, dout, a.r, a.v, E);
+    gate_backward_kernel<<<pack_blocks(E), 256, 0, stream>>>(tmp.dr, tmp.dv, dout, a.r, a.v, E);
     linear_backward(m, tmp.dxr, tmp.dr, a.xr, p.ffn_receptance, d.BT);
     linear_backward(m, tmp.dk, tmp.dv, a.k, p.ffn_value, d.BT);
-    relu_squared_backward<<<pack_blocks(EF), 256, 0, stream>>>(tmp.dk, a.k, EF);
+    relu_squared_backward_kernel<<<pack_blocks(EF), 256, 0, stream>>>(tmp.dk, a.k, EF);
     linear_backward(m, tmp.dxk, tmp.dk, a.xk, p.ffn_key, d.BT);
     mixed_inputs_backward(m, a.mixed, dx, x);
 }
@@ -5002,7 +5010,7 @@ static void cmix_llama_forward(Model *m, Layer *layer, floatX *out, const floatX
     const int64_t EF = (int64_t)d.BT * FL;
     linear_forward(a.a, x, p.ffn_w1, d.BT);
     linear_forward(a.b, x, p.ffn_w3, d.BT);
-    swiglu_forward<<<pack_blocks(EF), 256, 0, stream>>>(a.k, a.a, a.b, EF);
+    swiglu_forward_kernel<<<pack_blocks(EF), 256, 0, stream>>>(a.k, a.a, a.b, EF);
     linear_forward(out, a.k, p.ffn_w2, d.BT);
 }
 
@@ -5014,7 +5022,7 @@ static void cmix_llama_backward(Model *m, Layer *layer, floatX *dx, const floatX
     const int FL = llama_width(d);
     const int64_t EF = (int64_t)d.BT * FL;
     linear_backward(m, tmp.dk, dout, a.k, p.ffn_w2, d.BT);
-    swiglu_backward<<<pack_blocks(EF), 256, 0, stream>>>(tmp.da, tmp.db, tmp.dk, a.a, a.b, EF);
+    swiglu_backward_kernel<<<pack_blocks(EF), 256, 0, stream>>>(tmp.da, tmp.db, tmp.dk, a.a, a.b, EF);
     linear_backward(m, dx, tmp.da, x, p.ffn_w1, d.BT);
     linear_backward(m, dx, tmp.db, x, p.ffn_w3, d.BT, 1);
 }
@@ -5444,7 +5452,7 @@ __host__ __device__ static inline double hash_uniform(uint64_t key, uint64_t i) 
     return ((double)(splitmix64(key, i) >> 12) + 0.5) / 4503599627370496.0;       // 52 bits
 }
 
-__global__ void fill_normal(float *x, int64_t n, uint64_t key) { // Box-Muller
+__global__ void fill_normal_kernel(float *x, int64_t n, uint64_t key) { // Box-Muller
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
     const float radius = sqrtf(-2 * logf((float)hash_uniform(key, 2 * i)));
@@ -5452,7 +5460,7 @@ __global__ void fill_normal(float *x, int64_t n, uint64_t key) { // Box-Muller
 }
 
 // Makes the `count` <= 16 rows of a panel (length n) orthonormal by Gram-Schmidt. One block.
-__global__ void __launch_bounds__(1024) orthonormalize_panel(float *panel, int count, int64_t n) {
+__global__ void __launch_bounds__(1024) orthonormalize_panel_kernel(float *panel, int count, int64_t n) {
     __shared__ float2 shared[32];
     for (int row = 0; row < count; row++) {
         float *x = panel + row * n;
@@ -5477,7 +5485,7 @@ __global__ void __launch_bounds__(1024) orthonormalize_panel(float *panel, int c
 static void orthonormal_rows(float *work, int count, int n, uint64_t key) {
     const int threads = n < 32 * 32 ? 32 : n < 32 * 1024 ? (int)ceil_div(n, 1024) * 32 : 1024;
     float *dots = work + (int64_t)count * n;
-    fill_normal<<<(int)ceil_div((int64_t)count * n, 256), 256, 0, stream>>>(work, (int64_t)count * n, key);
+    fill_normal_kernel<<<(int)ceil_div((int64_t)count * n, 256), 256, 0, stream>>>(work, (int64_t)count * n, key);
     for (int done = 0; done < count; done += PANEL) {
         const int here = count - done < PANEL ? count - done : PANEL;
         float *panel = work + (int64_t)done * n;
@@ -5487,7 +5495,7 @@ static void orthonormal_rows(float *work, int count, int n, uint64_t key) {
                 matmul(dots, done, rows(panel, n), columns(work, n), here, done, n);
                 matmul(panel, n, rows(dots, done), rows(work, n), here, n, done, 1, 1, 0, -1);
             }
-            orthonormalize_panel<<<1, threads, 0, stream>>>(panel, here, n);
+            orthonormalize_panel_kernel<<<1, threads, 0, stream>>>(panel, here, n);
         }
     }
 }
@@ -5562,7 +5570,8 @@ static void block_write(const Model *m, float *block, const Tensor *t, const flo
 
 // masters were written: round them again
 static void model_params_changed(Model *m) {
-    if (PRECISION_BF16 && m->n_pieces) round_params<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->pieces);
+    if (PRECISION_BF16 && m->n_pieces)
+        round_params_kernel<<<m->n_pieces, 256, 0, stream>>>(m->params, m->master, m->pieces);
     for (int b = 0; b < m->buckets.n; b++) weights_spread(m, b);
     weights_needed(m, m->d.L + 1);
     CUDA_CHECK(cudaGetLastError());
@@ -5604,7 +5613,7 @@ static void layer_forward(Model *m, Layer *layer) {
     carry_shift(m, layer->ln1, layer->tmix_shift);
     layer->tmix->forward(m, layer, m->branch, layer->ln1);
     if (m->s.parallel) { // both mixers see the same x
-        add_forward<<<pack_blocks(E), 256, 0, stream>>>(layer->x_mid, layer->x, m->branch, E);
+        add_forward_kernel<<<pack_blocks(E), 256, 0, stream>>>(layer->x_mid, layer->x, m->branch, E);
         layernorm_forward(layer->ln2, layer->x, p.ln2, d.BT);
     } else {
         add_layernorm_forward(layer->ln2, layer->x_mid, layer->x, m->branch, p.ln2, d.BT);
@@ -5619,7 +5628,7 @@ static void model_embed(Model *m) {
     const Params &first = m->layers[0].p;
     weights_needed(m, 1);
     embedding_layernorm_forward(m->x0, m->top.emb.w, m->tokens, first.ln0, d.BT);
-    if (has_cache(m)) rms_norm_forward<<<d.BT, row_threads(d.C), 0, stream>>>(m->xo, m->x0, d.C);
+    if (has_cache(m)) rms_norm_forward_kernel<<<d.BT, row_threads(d.C), 0, stream>>>(m->xo, m->x0, d.C);
 }
 
 // Layers begin..end-1; the first one's x is in place. Every residual sum is made by the norm that reads it first.
@@ -5671,7 +5680,7 @@ static void model_classifier(Model *m, float scale) {
         weight_backward(m->top.head, m->logits, xf, here, m->first_micro_batch && row == 0);
         input_backward(m->dln1 + row * d.C, m->logits, m->top.head, here);
     }
-    sum_losses<<<1, 256, 0, stream>>>(m->totals, m->losses, m->right, d.BT);
+    sum_losses_kernel<<<1, 256, 0, stream>>>(m->totals, m->losses, m->right, d.BT);
 }
 
 // ---- backward ----
@@ -5731,21 +5740,20 @@ static void model_backward(Model *m) {
         if (l > 0) gradients_final(m, 1 + l); // not of ln0, among layer 0's
     }
     if (has_cache(m))
-        rms_norm_backward<true>
+        rms_norm_backward_kernel<true>
             <<<d.BT, row_threads(d.C), 0, stream>>>(m->dx, m->dxo, (const float *)m->dx0, m->x0, d.C);
     gradients_clear(m, 0);
     embedding_layernorm_backward(m->dln1, m->dx, top.emb.w, m->tokens, first.ln0, m->partial, d.BT);
     const int *ids = m->tokens + 2 * d.BT, *starts = ids + m->distinct, *order = starts + m->distinct + 1;
-    embedding_backward<<<dim3(m->distinct, d.C / EMBEDDING_CHANNELS), 8 * EMBEDDING_ROWS, 0, stream>>>(top.emb.g,
-                                                                                                       m->dln1, ids,
-                                                                                                       starts, order,
-                                                                                                       d.C);
+    embedding_backward_kernel<<<dim3(m->distinct, d.C / EMBEDDING_CHANNELS), 8 * EMBEDDING_ROWS, 0, stream>>>(
+        top.emb.g, m->dln1, ids, starts, order, d.C);
     gradients_final(m, 0);
 }
 
 // ---- a step ----
 
-// Host tokens (B, T + 1) to the device: inputs, targets, and the positions sorted by input id for embedding_backward.
+// Host tokens (B, T + 1) to the device: inputs, targets, and the positions sorted by input id for
+// embedding_backward_kernel.
 static void stage_tokens(Model *m, const int *tokens, int B, int T) {
     set_batch(m, B, T);
     const int slot = (int)(m->micro_steps++ % 4), BT = m->d.BT, V = m->d.V;
@@ -5791,11 +5799,11 @@ static void model_update(Model *m, int64_t step, double lr, double weight_decay)
     const Settings &s = m->s;
     NamedRange range("optimizer");
     gradients_finish(m);
-    if (m->n_pieces) squares_of_pieces<<<m->n_pieces, 256, 0, stream>>>(m->squares, m->grads, m->pieces);
+    if (m->n_pieces) squares_of_pieces_kernel<<<m->n_pieces, 256, 0, stream>>>(m->squares, m->grads, m->pieces);
     sum_over_ranks(m->squares, m->n_squares + 2); // a piece's from its rank; and of m->totals
     const float per_target = (float)(1.0 / m->targets_in_step),
                 limit = s.gradient_clip_val > 0 ? (float)s.gradient_clip_val : FLT_MAX;
-    norm_and_clip<<<1, 256, 0, stream>>>(m->state, m->squares, m->n_squares, m->totals, per_target, limit);
+    norm_and_clip_kernel<<<1, 256, 0, stream>>>(m->state, m->squares, m->n_squares, m->totals, per_target, limit);
     const AdamW a = {(float)lr,
                      (float)s.beta1,
                      (float)s.beta2,
@@ -8910,7 +8918,7 @@ void gf_rope(int argc, const char **argv, int64_t first, int rows, int A, float 
     device_alloc((void **)&device, (int64_t)rows * A * sizeof(floatX));
     for (int i = 0; i < rows * A; i++) host[i] = (floatX)x[i];
     CUDA_CHECK(cudaMemcpy(device, host, (size_t)rows * A * sizeof(floatX), cudaMemcpyHostToDevice));
-    rope_rotate<<<rows, row_threads(A), 0, stream>>>(device, make_rope(&s), first, rows, A, 1);
+    rope_rotate_kernel<<<rows, row_threads(A), 0, stream>>>(device, make_rope(&s), first, rows, A, 1);
     copy_to_host(x, device, (int64_t)rows * A);
     cudaFree(device);
     free(host);

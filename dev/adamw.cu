@@ -82,7 +82,7 @@ static void setup(const int *shape) {
     // every third one decays, every second one learns faster
     for (int64_t at = 0; at < n; at += PIECE) {
         const int64_t i = at / PIECE;
-        pieces.push_back({at, (int)std::min<int64_t>(PIECE, n - at), i % 2 ? 2.f : 1.f, i % 3 ? 0.f : 1.f, i, at});
+        pieces.push_back({at, (int)std::min<int64_t>(PIECE, n - at), i % 2 ? 2.f : 1.f, i % 3 ? 0.f : 1.f, (int)i, at});
     }
     const UpdateState state = {0, 0, CLIP, 0};
     piece_bytes.fill(

@@ -33,7 +33,7 @@ static void random_weights(Model *m) {
             const double inputs = (double)(low_rank ? t->shape[t->ndim - 2] : t->shape[1]);
             const float factor = (float)((low_rank ? 0.5 : 1) / sqrt(inputs));
             const int blocks = (int)ceil_div(t->size, 256);
-            fill_normal<<<blocks, 256, 0, stream>>>(m->master + t->offset, t->size, tensor_key(t->name, 1));
+            fill_normal_kernel<<<blocks, 256, 0, stream>>>(m->master + t->offset, t->size, tensor_key(t->name, 1));
             scale_floats<<<blocks, 256, 0, stream>>>(m->master + t->offset, t->size, factor);
             continue;
         }

@@ -232,7 +232,7 @@ __global__ void mix_backward_sums(Targets dmu, const floatX *dm, int BT, int C) 
 static void product_gradients(void) { // dh, dw2 from dm
     matmul(dh.p, HIDDEN, rows(dm.p, C, (int64_t)BT * C), columns(w2.p, C, MIX_RANK * C), BT, MIX_RANK, C, 0, MIXES,
            MIX_RANK);
-    tanh_backward<<<pack_blocks((int64_t)BT * HIDDEN), 256, 0, stream>>>(dh.p, h.p, (int64_t)BT * HIDDEN);
+    tanh_backward_kernel<<<pack_blocks((int64_t)BT * HIDDEN), 256, 0, stream>>>(dh.p, h.p, (int64_t)BT * HIDDEN);
     matmul(dw2.p, C, columns(h.p, HIDDEN, MIX_RANK), rows(dm.p, C, (int64_t)BT * C), MIX_RANK, C, BT, 1, MIXES,
            MIX_RANK * C);
 }
@@ -276,7 +276,7 @@ static void hidden_run(int version) {
     if (version == 1) {
         lerp_forward<1>({{mu_x.p}, {}, {xx.p}}, x.p, BT, T, C);
         matmul(h.p, HIDDEN, rows(xx.p, C), rows(w1.p, HIDDEN), BT, HIDDEN, C);
-        tanh_forward<<<pack_blocks((int64_t)BT * HIDDEN), 256, 0, stream>>>(h.p, (int64_t)BT * HIDDEN);
+        tanh_forward_kernel<<<pack_blocks((int64_t)BT * HIDDEN), 256, 0, stream>>>(h.p, (int64_t)BT * HIDDEN);
     }
     if (version == 2) hidden_in_use();
 }
@@ -287,7 +287,7 @@ static void hidden_backward_run(int version) {
         matmul(dw1.p, HIDDEN, columns(xx.p, C), rows(dh.p, HIDDEN), C, HIDDEN, BT, 1);
         matmul(dxx.p, C, rows(dh.p, HIDDEN), columns(w1.p, HIDDEN), BT, C, HIDDEN);
         lerp_backward<1>({{mu_x.p}, {}, {dxx.p}}, g[0].p, {{dmu_x.p}}, partial.p, x.p, BT, T, C);
-        add_forward<<<pack_blocks((int64_t)BT * C), 256, 0, stream>>>(dx.p, dx.p, g[0].p, (int64_t)BT * C);
+        add_forward_kernel<<<pack_blocks((int64_t)BT * C), 256, 0, stream>>>(dx.p, dx.p, g[0].p, (int64_t)BT * C);
     }
     if (version == 2) hidden_backward_in_use();
 }
