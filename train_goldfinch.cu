@@ -6259,10 +6259,8 @@ typedef struct Data {
 static int64_t count_of(const char *what, const uint8_t *text, const uint8_t *end) {
     const size_t n = strlen(what);
     int64_t count = 0;
-    for (const uint8_t *at = text; at; count += at != nullptr) {
-        at = (const uint8_t *)memmem(at, (size_t)(end - at), what, n);
-        if (at) at++;
-    }
+    for (const uint8_t *at = (const uint8_t *)memmem(text, (size_t)(end - text), what, n); at; count++)
+        at = (const uint8_t *)memmem(at + n, (size_t)(end - at) - n, what, n);
     return count;
 }
 
