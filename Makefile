@@ -10,7 +10,8 @@ make [train]           build ./train_goldfinch: for the GPU if nvcc and a GPU (s
 make infer             build ./infer_goldfinch
 make test_goldfinch    build ./test_goldfinch, the checks; run it alone or with golden tables: ./test_goldfinch FILE...
 make test              build all, run ./test_goldfinch and the scripts dev/test*.sh
-make dev/NAME          build one program of the kernel lab (dev/README.md), or bench_infer: inference in figures
+make dev/NAME          build one program of the kernel lab (dev/README.md), bench_infer (inference in figures) or
+                       fuzz (damaged files for every reader)
 make cache-table       print how large the caches of the paper's models are, from 1 k to 1 M tokens
 make clean             remove what was built (not out/ and data/)
 
@@ -31,11 +32,11 @@ endef
 
 # the kernel lab: every file there that includes dev/common.h
 LAB := $(patsubst dev/%.cu,%,$(shell grep -l '^#include "common.h"' dev/*.cu))
-DEV := $(LAB) bench_infer
+DEV := $(LAB) bench_infer fuzz
 
 ifneq ($(filter clean help,$(MAKECMDGOALS)),)
 clean:
-	rm -rf build train_goldfinch infer_goldfinch test_goldfinch fuzz_config $(DEV:%=dev/%)
+	rm -rf build train_goldfinch infer_goldfinch test_goldfinch $(DEV:%=dev/%)
 help:
 	$(info $(HELP))
 	@:
@@ -189,7 +190,7 @@ TO_THE_TOP = ln -f $< $@ 2>/dev/null || cp --remove-destination $< $@
 
 train: train_goldfinch
 infer: infer_goldfinch
-train_goldfinch infer_goldfinch test_goldfinch fuzz_config: %: $(DIR)/%
+train_goldfinch infer_goldfinch test_goldfinch: %: $(DIR)/%
 	@$(TO_THE_TOP)
 
 test: train_goldfinch infer_goldfinch test_goldfinch
@@ -201,7 +202,7 @@ test: train_goldfinch infer_goldfinch test_goldfinch
 cache-table: $(DIR)/infer_goldfinch
 	@$< --cache-table
 
-$(DIR)/train_goldfinch $(DIR)/infer_goldfinch $(DIR)/fuzz_config: %: %.o
+$(DIR)/train_goldfinch $(DIR)/infer_goldfinch: %: %.o
 	$(LINK)
 $(DIR)/train_goldfinch.o: CUFLAGS += $(NCCL_FLAGS)
 $(DIR)/train_goldfinch: NCCL_LINK := $(NCCL_LINK_TRAINER)

@@ -2153,8 +2153,8 @@ static double tensor_error(const float *got, const float *want, int64_t n) {
 }
 
 // The kernels' last pass against the reference's, tensor by tensor.
-// For tables of ours (not golden ones), whose shapes make more gradients vanish (with T = 1 no token sees another):
-// those below 1e-6 of the largest one are compared with 0, beside the largest.
+// Where more gradients vanish than zero_beside knows of (with T = 1 no token sees another), they are compared with 0,
+// beside the largest one: of tables those below 1e-9, as in compare_to_table, of our own shapes those below 1e-6 of it.
 static void compare_to_reference(Comparison *c, Ref *m, Model *k, double loss, double want, int golden) {
     *c = (Comparison){.limits = pass_limits(m, 1), .first = relative(loss, want)};
     char name[64];
@@ -2171,7 +2171,7 @@ static void compare_to_reference(Comparison *c, Ref *m, Model *k, double loss, d
         float *got = kernels_gradient(k, p);
         double norm = beside ? norm_of(beside->g, beside->size) : norm_of(p->g, p->size);
         double error = beside ? norm_of(got, p->size) / norm : tensor_error(got, p->g, p->size);
-        if (!golden && norm < 1e-6 * largest) error = norm_of(got, p->size) / largest;
+        if (norm < (golden ? 1e-9 : 1e-6 * largest)) error = norm_of(got, p->size) / largest;
         add_error(c->others, &c->n_others, p->name, error);
         free(got);
     }
