@@ -17,8 +17,12 @@
 //              them there
 //            3 tensor cores: a warp takes 16 rows. Each fragment loaded from shared memory (256 bytes) feeds one
 //              product of 16x8x16: shared memory (128 bytes a clock) is the bottleneck
-//            4 in use: a warp takes 32 rows, a fragment feeds two products; what a warp keeps stays in registers;
-//              squares above the diagonal are left out; the next tile is copied behind one barrier
+//            4 in use before Hopper: a warp takes 32 rows, a fragment feeds two products; what a warp keeps stays in
+//              registers; squares above the diagonal are left out; the next tile is copied behind one barrier
+//            5 in use on Hopper (sm_90a): warpgroups, as in attention_forward.cu; the same sums in the same order, so
+//              the same bits as 4. Keys and values: two warpgroups of 64 keys; queries: three of 64. Left operands come
+//              from shared memory with each product; from registers they would be 5 % faster, but nvcc 13.0.88 then
+//              writes over registers that the next turn needs
 //
 //     make -C dev attention_backward && dev/attention_backward [VERSION [B H T]]
 
@@ -327,7 +331,7 @@ static Cost cost(const int *shape) {
 
 int main(int argc, char **argv) {
     std::vector<const char *> versions = {"a thread a row", "tiles in shared memory", "tensor cores, 16 rows a warp",
-                                          "in use: 32 rows a warp"};
+                                          "in use before Hopper: 32 rows a warp"};
     if (lab_has_warpgroups()) versions.push_back("in use on Hopper: warpgroups");
     return lab_main({{"attention_backward",
                       {{"B", 1}, {"H", 1}, {"T", 1}},

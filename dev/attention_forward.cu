@@ -1,5 +1,5 @@
-// Causal attention, forward:  y_t = sum_{s<=t} p_ts v_s, p_ts = exp(q_t . k_s / 8 - l_t), l_t = log sum_{s<=t} exp(q_t
-// . k_s / 8)
+// Causal attention, forward:  y_t = sum_{s<=t} p_ts v_s,   p_ts = exp(q_t . k_s / 8 - l_t),
+//                             l_t = log sum_{s<=t} exp(q_t . k_s / 8)
 //
 // q, k, v, y (B, T, H, 64); l (B, H, T), in units of log 2, is kept for the backward pass.
 //
@@ -16,9 +16,15 @@
 //            4 tensor cores: a warp takes 16 queries by 64 keys (FlashAttention-2). Each fragment of keys or values
 //              loaded from shared memory (256 bytes) feeds one product of 16x8x16: shared memory (128 bytes a clock) is
 //              the bottleneck
-//            5 in use: a warp takes 32 queries by 32 keys, so that a fragment feeds two products; squares above the
-//              diagonal are left out; copies are two tiles ahead behind one barrier; the maximum moves only when it
-//              must
+//            5 in use before Hopper: a warp takes 32 queries by 32 keys, so that a fragment feeds two products; squares
+//              above the diagonal are left out; copies are two tiles ahead behind one barrier; the maximum moves only
+//              when it must
+//            6 in use on Hopper (sm_90a): a warpgroup takes 64 queries by 128 keys; products (wgmma) read shared memory
+//              themselves and run in the background, copies (TMA) cost no instruction. While the tensor cores multiply
+//              the next scores and these values, the warps take exponentials. Three warpgroups, so that one multiplies
+//              while others do not: 0.388 ms where two gave 0.456 (8x32x2048). To make them take turns by barriers
+//              changed nothing; to leave out tiles above the diagonal made it slower (0.395), by registers; to take a
+//              part of the exponentials by a polynomial, too (0.397)
 //
 //     make -C dev attention_forward && dev/attention_forward [VERSION [B H T]]
 
@@ -243,7 +249,7 @@ static Cost cost(const int *shape) {
 int main(int argc, char **argv) {
     std::vector<const char *> versions = {"a thread a query, two passes", "one pass: the online softmax",
                                           "keys and values in shared memory", "tensor cores, 16 queries a warp",
-                                          "in use: 32 queries a warp"};
+                                          "in use before Hopper: 32 queries a warp"};
     if (lab_has_warpgroups()) versions.push_back("in use on Hopper: warpgroups");
     return lab_main({{"attention_forward",
                       {{"B", 1}, {"H", 1}, {"T", 1}},
