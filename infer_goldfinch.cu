@@ -4242,6 +4242,7 @@ int main(int argc, char **argv) {
     safetensors_close(&model);
     if (o->score) {
         session_score(s, ids, n, n_bytes);
+        free(ids);
         return stop_requested ? 130 : 0;
     }
 
