@@ -29,13 +29,13 @@ answers() {                                             # answers PATTERN TEXT: 
     stub "$tmp/bin/nvidia-smi" "printf '$2'"
     build -n train && says "$1"; check "nvidia-smi says \"$2\": $1" $?
 }
-answers 'GPU build, BF16, sm 90: nvcc and a GPU are here \(GPU' '9.0\n9.0\n'
-answers 'GPU build, BF16, sm 86: .*sm_61 beside it: older than sm_80' '6.1\n8.6\n'
-answers 'GPU build, BF16, sm 80 120: ' '12.0\n 8.0\r\n'
+answers 'GPU build, BF16, sm 90( with NCCL)?: nvcc and a GPU are here \(GPU' '9.0\n9.0\n'
+answers 'GPU build, BF16, sm 86( with NCCL)?: .*sm_61 beside it: older than sm_80' '6.1\n8.6\n'
+answers 'GPU build, BF16, sm 80 120( with NCCL)?: ' '12.0\n 8.0\r\n'
 answers 'CPU build, FP32: the GPU here is sm_75, older than sm_80' '7.5\n'
 answers 'CPU build, FP32: .* finds no GPU' ''
 answers 'CPU build, FP32: .* is no number' 'Field compute_cap is not a valid field to query.\n'
-answers 'GPU build, BF16, sm 90: ' '[N/A]\n9.0\n'
+answers 'GPU build, BF16, sm 90( with NCCL)?: ' '[N/A]\n9.0\n'
 build -n GPU=1 GPU_ARCH="120 80" train
 says 'arch=compute_80,code=sm_80 .*arch=compute_120,code=compute_120 ' && ! says 'code=compute_80'
 check "a GPU build has machine code for each architecture, and PTX of the newest" $?
