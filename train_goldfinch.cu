@@ -7403,6 +7403,7 @@ static bool wait_for_children(double patience) {
     say_to_all(letters, 2);
     if (rank == 0) remove_unfinished_files();
     wait_for_children(2);
+    usleep(200000); // a connection that closes at once may take along what was said
     _exit(code);
 }
 

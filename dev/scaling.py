@@ -5,7 +5,7 @@
     dev/scaling.py --gpus 1,2 --models L12 --steps 20
     dev/scaling.py --gpus 2 --models L24 --sockets --accumulate 8       # NCCL over TCP instead of NVLink
     dev/scaling.py --checks                 # same bits twice; resume on fewer GPUs; the paper's settings for 100 steps
-    dev/scaling.py --computed               # no GPU: the table of dev/README.md, 1 to 512 GPUs, from measured bandwidths
+    dev/scaling.py --computed               # no GPU: the table of dev/README.md, 1 to 512 GPUs
 
 Each run trains on random tokens (or --data PREFIX) and is stopped after its steps, before it would save. A step's time is
 the median of the second half of the steps. `not hidden` is what a step takes longer than one GPU's, as a part of what the
@@ -244,22 +244,31 @@ def checks(a, data, folder):
 
 
 def computed():
-    """Step time and memory from one GPU's step and two bandwidths: a ring sends (n - 1) / n of the block each way."""
-    gib = 2**30
-    # ms of a step on one H100, of which backward; fixed GiB beside the optimizer's, both measured
-    measured = {"L12": (84.0, 52.0, 19.0 - 186_617_856 * 12 / gib), "L24": (314.0, 195.0, 55.0 - 1_445_257_216 * 12 / gib)}
-    inside, between = 330e9, 40e9       # B/s: NCCL in a host of 8 H100 (bus bandwidth); a GPU's share of 400 Gb/s between hosts
-    print("| model | GPUs | exchange, ms | step, ms | tokens/s | efficiency | GiB a GPU |\n|---|---|---|---|---|---|---|")
-    for name, (ms, backward, fixed) in measured.items():
-        model = MODELS[name]
+    """Step time and memory for 1 to 512 GPUs. Measured: a step and its memory on one H100, of which the backward pass takes 62 %;
+    NCCL's bus bandwidth on 2, 4 and 8 H100 of a host (all-reduce of 1 GiB); how much longer a step takes where the sums run
+    beside the backward pass (two H200, NVLink). Assumed: 40 GB/s a GPU between hosts (400 Gb/s each); machines of 8 GPUs. All
+    else is computed: a ring sends (n - 1) / n of a block, 4 bytes a parameter for the sums and 2 for the weights."""
+    gib, bandwidths, between, slower = 2**30, {2: 329e9, 4: 355e9, 8: 361e9}, 40e9, 4 / 83
+    measured = {"L12": (84.0, 19.0, 12, 768), "L24": (314.0, 55.0, 24, 2048)}     # ms, GiB, layers, channels
+    print("| model | GPUs | sums, ms | weights, ms | step, ms | tokens/s | efficiency | GiB a GPU |\n|---|---|---|---|---|---|---|---|")
+    for name, (ms, memory, layers, channels) in measured.items():
+        parameters, head = MODELS[name]["parameters"], 65536 * channels
         for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
-            bandwidth = inside if n <= 8 else between
-            sums, weights = ([model["parameters"] * width * (n - 1) / n / bandwidth * 1e3 for width in (4, 2)])
-            last = sums * 65536 * (768 if name == "L12" else 2048) / model["parameters"]    # emb's gradients: nothing is left to hide them
-            step = ms + max(last if n > 1 else 0, sums - backward) + max(0, weights - (ms - backward) / 2)
-            tokens = n * model["micro_bsz"] * model["ctx_len"] / step * 1e3
-            memory = fixed + model["parameters"] * 12 / n / gib
-            print(f"| {name} | {n} | {sums + weights:.1f} | {step:.1f} | {tokens:,.0f} | {100 * ms / step:.1f} % | {memory:.1f} |")
+            sums, weights = (parameters * width * (n - 1) / n / bandwidths.get(n, between) * 1e3 for width in (4, 2))
+            backward, last = 0.62 * ms, sums * head / parameters        # the embedding's gradients come last: nothing hides them
+            if n == 1:
+                step = ms
+            elif n <= 8:                                                # after the backward pass
+                step = ms + sums
+            else:                                                       # beside it
+                step = ms * (1 + slower) + max(last, sums - backward)
+            step -= 1.32 / 124e6 * parameters * (1 - 1 / n)         # AdamW on a share: 1.32 ms for 124 M parameters on an H100
+            step += max(0, weights - (ms - backward))                   # beside the update and the next forward pass
+            # two or more: masters and moments sharded; gradients where activations were, but for the head's and a layer's
+            freed = 0 if n == 1 else parameters * (12 * (1 - 1 / n) + 4) - 4 * (head + (parameters - 2 * head) / layers)
+            tokens = n * MODELS[name]["micro_bsz"] * MODELS[name]["ctx_len"] / step * 1e3
+            print(f"| {name} | {n} | {sums:.1f} | {weights:.1f} | {step:.1f} | {tokens:,.0f} | {100 * ms / step:.1f} % | "
+                  f"{memory - freed / gib:.1f} |")
 
 
 def main():
