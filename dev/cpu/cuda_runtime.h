@@ -180,6 +180,7 @@ inline cudaError_t cudaFreeHost(void *p) {
 }
 
 inline cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind) {
+    if (bytes > 0 && (to == nullptr || from == nullptr)) return cudaErrorInvalidValue;
     if (bytes > 0) memmove(to, from, bytes);
     return cudaSuccess;
 }
