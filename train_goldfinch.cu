@@ -3186,7 +3186,7 @@ struct QueryTiles {
 #ifdef WARPGROUPS
 __device__ inline bool leads_warpgroup(void) { return threadIdx.x % 128 == 0; }
 
-// Row of the block's first token that this lane's x[0] is of, within the warpgroup's 64
+// Which of the warpgroup's 64 rows this lane's x[0] and x[1] are of; x[2] and x[3] are 8 rows on
 __device__ inline int warpgroup_row(void) { return threadIdx.x % 128 / 32 * 16 + tile_row(0); }
 
 // x (64 x N), times a factor for each of the lane's two rows, to memory; t: of the lane's first row
@@ -7844,13 +7844,13 @@ static bool validate(Run *r) {
     const int64_t samples = some > 0 && some < all ? some : all;
     const int batches = (int)ceil_div(samples, r->s.micro_bsz);
     double loss = 0, correct = 0, *sums = (double *)calloc(2 * batches, sizeof(double));
-    for (int begin = 0; begin < batches; begin += n_ranks) { // the next ones, a rank each
+    for (int next = 0; next < batches; next += n_ranks) { // the next ones, a rank each
         if (stops()) {
-            printf("validation: ended by a signal after %ld of %ld samples\n", begin * r->s.micro_bsz, samples);
+            printf("validation: ended by a signal after %ld of %ld samples\n", next * r->s.micro_bsz, samples);
             free(sums);
             return false;
         }
-        const int i = begin + rank;
+        const int i = next + rank;
         if (i >= batches) continue;
         const int64_t first = i * r->s.micro_bsz;
         const int B = (int)(samples - first < r->s.micro_bsz ? samples - first : r->s.micro_bsz);
@@ -8058,9 +8058,8 @@ static void train(Run *r) {
 static int64_t find_resumed(const Settings *s, bool says_what) {
     struct dirent **names;
     struct stat status;
-    int64_t newest = checkpoint_newest(s->out);
-    if (newest < 0 && !print_config && rank == 0) folder_complete(s->out);
-    newest = checkpoint_newest(s->out);
+    if (checkpoint_newest(s->out) < 0 && !print_config && rank == 0) folder_complete(s->out);
+    const int64_t newest = checkpoint_newest(s->out);
     if (newest >= 0) return newest;
     const int n = scandir(s->out, &names, is_weights, alphasort);
     if (n > 0)
