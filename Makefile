@@ -119,11 +119,13 @@ space := $(empty) $(empty)
 
 ifeq ($(GPU),1)
   VARIANT := gpu-$(PRECISION)-sm$(subst $(space),-,$(strip $(GPU_ARCH)))
-  # machine code for these, and PTX of the newest, of which a driver makes code for GPUs that are newer still
-  NEWEST := $(shell printf '%s\n' $(GPU_ARCH) | sort -n | tail -n 1)
+  # Machine code for these. Several are a build to be passed on: it has PTX of the newest, too, of which a driver makes
+  # code for GPUs that are newer still. PTX for one more target is another run of the compiler's front end, so a build
+  # for one GPU goes without.
+  NEWEST := $(if $(word 2,$(GPU_ARCH)),$(shell printf '%s\n' $(GPU_ARCH) | sort -n | tail -n 1))
   CUFLAGS := -O3 -std=c++17 -lineinfo -Xcompiler -fopenmp,-Wall,-Wextra,$(PARTLY_USED) -diag-suppress 177 \
              $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a:90=90a)$(comma)code=sm_$(a:90=90a)) \
-             -gencode arch=compute_$(NEWEST),code=compute_$(NEWEST) -DGPU_ARCH='"$(strip $(GPU_ARCH))"' $(DEFINES)
+             $(if $(NEWEST),-gencode arch=compute_$(NEWEST)$(comma)code=compute_$(NEWEST)) -DGPU_ARCH='"$(strip $(GPU_ARCH))"' $(DEFINES)
   CFLAGS := -O2 -g -std=gnu11 $(WARN) $(DEFINES)
   # The toolkit's libraries; of pip's packages, which hold libcublas.so.13 but no libcublas.so, by their files' names
   LIB = $(firstword $(wildcard $(CUDA)/lib64/lib$(1).so $(CUDA)/lib/lib$(1).so) \
@@ -166,8 +168,8 @@ else
     DEFINES += -DCUDA_ON_CPU_OPENBLAS
   endif
   CUFLAGS := $(OPTIMIZE) -g -std=c++17 -fno-strict-aliasing -fopenmp $(WARN) $(PARTLY_USED) -Wno-unknown-pragmas \
-             -Wno-attributes $(if $(findstring clang,$(CXX)),-Wno-pass-failed) -iquote . -Idev/cpu -DCUDA_ON_CPU \
-             -DGOLDFINCH_NCCL=1 $(DEFINES)
+             -Wno-attributes $(if $(findstring clang,$(CXX)),-Wno-pass-failed) -iquote . -iquote build/cpp -Idev/cpu \
+             -DCUDA_ON_CPU -DGOLDFINCH_NCCL=1 $(DEFINES)
   CFLAGS := $(if $(DEBUG)$(SANITIZE),$(OPTIMIZE),-O2) -g -std=gnu11 $(WARN) $(DEFINES)
   LINK = $(CXX) $(OPTIMIZE) -fopenmp $^ -o $@ $(if $(BLAS),-l$(BLAS)) -lm
   LAB_FLAGS := -iquote dev $(if $(DEBUG)$(SANITIZE),,-O1)
@@ -227,8 +229,9 @@ $(DIR)/kernels_for_test.o: infer_goldfinch.cu Makefile $(DIR)/commands | $(DIR)
 	$(NVCC) $(CUFLAGS) -DGOLDFINCH_TEST -MMD -c $< -o $@
 else
 # g++ does not know `kernel<<<shape>>>(arguments);`. One sed expression makes a call of it (dev/cpu/launch.h), another
-# announces shared arrays (one in a line), a third turns to the rewritten files where one includes another. Lines stay,
-# but for a line that begins with <<<: it joins the one above, and an empty line takes its place.
+# announces shared arrays (one in a line), a third turns to the rewritten files where one includes another: by their names
+# in build/cpp, so that a file has one name in all rules. Lines stay, but for a line that begins with <<<: it joins the
+# one above, and an empty line takes its place.
 NAME := [A-Za-z_][A-Za-z0-9_:]*
 KERNEL := ($(NAME)(<([^<>]|<[^<>]*>)*>)?)
 SHAPE := (([^>]|>{1,2}[^>])*)
@@ -236,7 +239,7 @@ CALL := [\&](const auto \&...arguments) { \1(arguments...); }
 CU_TO_CPP = sed -Ez 's/\n *(<<<[^\n]*)/\1\n/g' $< | sed -E \
   -e 's/$(KERNEL)<<<$(SHAPE)>>>/cuda_on_cpu::launch("\1", cuda_on_cpu::Shape(\4), $(CALL))/g' \
   -e 's/__shared__[^;()]*( |__align__\([^)]*\) [^;]* )($(NAME))(\[[^;]*)?;/& CUDA_ON_CPU_SHARED(\2)/' \
-  -e 's/^(\#include "[^"]*)\.cu"/\1.cu.cpp"/'
+  -e 's/^(\#include ")(\.\.\/)?([^"]*\.cu)"/\1\3.cpp"/'
 
 vpath %.cu dev
 .SECONDARY: $(DEV:%=build/cpp/dev/%.cu.cpp)

@@ -424,6 +424,26 @@ static void free_temporary(Ref *m) {
 }
 
 // --------------------------------------------------------------------------------------------------------------------
+// What a bf16 build keeps. Between kernels it rounds numbers to 8 bits; sums, and gradients of parameters, are fp32.
+// With `rounds` the reference does the same where it has computed an activation or its gradient, so that one can say
+// what error such storage costs a model, whoever computes it.
+
+static int rounds;
+
+static float bf16(float x) { // to nearest, ties to even
+    union {
+        float value;
+        uint32_t bits;
+    } u = {x};
+    u.bits = (u.bits + 0x7FFF + (u.bits >> 16 & 1)) & 0xFFFF0000u;
+    return u.value;
+}
+
+static void store(float *x, int64_t n) {
+    for (int64_t i = 0; i < n && rounds; i++) x[i] = bf16(x[i]);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
 // Linear algebra. Every function here and below ADDS to what it computes into; activations start as zeros.
 
 // y[i][j] += sum over k of a[i][k] b[k][j], for i < I, j < J, k < K.
@@ -456,12 +476,14 @@ static void matmul(float *y, int y_row, const float *a, int a_row, int a_col, co
 static void linear(float *y, const float *x, const Param *W, int rows) {
     int out = W->shape[0], in = W->shape[1];
     matmul(y, out, x, in, 1, W->w, 1, in, rows, out, in);
+    store(y, (int64_t)rows * out);
 }
 
 static void linear_backward(float *dx, const float *dy, const float *x, const Param *W, int rows) {
     int out = W->shape[0], in = W->shape[1];
     matmul(dx, in, dy, out, 1, W->w, in, 1, rows, in, out);
     matmul(W->g, in, dy, 1, out, x, in, 1, out, in, rows);
+    store(dx, (int64_t)rows * in);
 }
 
 // Low-rank function: h = tanh(x @ W1); y = h @ W2.  W1 (in, n rank); W2 (rank, out), or (n, rank, out) for n outputs,
@@ -471,6 +493,7 @@ static void low_rank(float *y, float *h, const float *x, const Param *W1, const 
     int n = W2->ndim == 3 ? W2->shape[0] : 1, rank = W2->shape[W2->ndim - 2], out = W2->shape[W2->ndim - 1];
     matmul(h, width, x, in, 1, W1->w, width, 1, rows, width, in);
     for (int64_t i = 0; i < (int64_t)rows * width; i++) h[i] = tanh(h[i]);
+    store(h, (int64_t)rows * width);
     for (int i = 0; i < n; i++) {
         matmul(y + (int64_t)i * rows * out, out, h + i * rank, width, 1, W2->w + i * rank * out, out, 1, rows, out,
                rank);
@@ -488,6 +511,7 @@ static void low_rank_backward(float *dx, const float *dy, const float *h, const 
         matmul(W2->g + i * rank * out, out, h + i * rank, 1, width, dyi, out, 1, rank, out, rows);
     }
     for (int64_t i = 0; i < (int64_t)rows * width; i++) dh[i] *= 1 - (double)h[i] * h[i];
+    store(dh, (int64_t)rows * width);
     matmul(dx, in, dh, width, 1, W1->w, 1, width, rows, in, width);
     matmul(W1->g, width, x, 1, in, dh, width, 1, in, width, rows);
     free(dh);
@@ -514,6 +538,7 @@ static void layer_norm(float *y, const float *x, const Param *gain, const Param 
     for (int t = 0; t < rows; t++, x += D, y += D) {
         Moments s = moments(x, D);
         for (int i = 0; i < D; i++) y[i] += (x[i] - s.mean) * s.rstd * gain->w[i] + bias->w[i];
+        store(y, D);
     }
 }
 
@@ -535,6 +560,7 @@ static void layer_norm_backward(float *dx, const float *dy, const float *x, cons
             double n = (x[i] - s.mean) * s.rstd, dn = (double)dy[i] * gain->w[i];
             dx[i] += (dn - mean_dn - n * mean_dn_n) * s.rstd;
         }
+        store(dx, D);
     }
     for (int i = 0; i < D; i++) {
         gain->g[i] += dgain[i];
@@ -551,6 +577,7 @@ static void rms_norm(float *y, const float *x, int D, int rows) {
         for (int i = 0; i < D; i++) square += (double)x[i] * x[i];
         double scale = 1 / (sqrt(square / D) + 1e-8);
         for (int i = 0; i < D; i++) y[i] += x[i] * scale;
+        store(y, D);
     }
 }
 
@@ -564,6 +591,7 @@ static void rms_norm_backward(float *dx, const float *dy, const float *x, int D,
         double rms = sqrt(square / D), scale = 1 / (rms + 1e-8);
         if (rms == 0) continue; // by decision: the norm has no derivative at 0
         for (int i = 0; i < D; i++) dx[i] += dy[i] * scale - x[i] * dot * scale * scale / (rms * D);
+        store(dx, D);
     }
 }
 
@@ -588,6 +616,7 @@ static void shift_difference_backward(float *dx, const float *ddiff, int B, int 
 static void lerp(float *y, const float *x, const float *diff, const Param *maa, const float *m, int rows) {
     int C = maa->size;
     for (int64_t i = 0; i < (int64_t)rows * C; i++) y[i] += x[i] + diff[i] * (maa->w[i % C] + (m ? m[i] : 0));
+    store(y, (int64_t)rows * C);
 }
 
 static void lerp_backward(float *dx, float *ddiff, float *dm, const float *dy, const float *diff, const Param *maa,
@@ -633,6 +662,7 @@ static void wkv(float *y, const float *r, const float *k, const float *v, const 
                 }
             }
             for (int j = 0; j < N; j++) y[at + j] += sum[j];
+            store(y + at, N);
         }
     }
 }
@@ -671,6 +701,7 @@ static void wkv_backward(float *dr, float *dk, float *dv, float *dw, float *du, 
                 du_sum[i] += ri * ki * v_dy;
             }
             for (int j = 0; j < N; j++) dv[at + j] += dv_sum[j];
+            store(dr + at, N), store(dk + at, N), store(dv + at, N), store(dw + at, N);
         }
         for (int i = 0; i < N && du; i++) du[bh % H * N + i] += du_sum[i];
     }
@@ -708,6 +739,7 @@ static void attention(float *y, const float *q, const float *k, const float *v, 
             for (int s = 0; s <= t; s++)
                 for (int j = 0; j < N; j++) sum[j] += p[s] * v[head + (int64_t)s * stride + j];
             for (int j = 0; j < N; j++) y[head + (int64_t)t * stride + j] += sum[j];
+            store(y + head + (int64_t)t * stride, N);
         }
     }
     free(p);
@@ -739,12 +771,14 @@ static void attention_backward(float *dq, float *dk, float *dv, const float *dy,
                 }
             }
             for (int j = 0; j < N; j++) dq[at + j] += dq_sum[j];
+            store(dq + at, N);
         }
         for (int t = 0; t < T; t++) {
             for (int j = 0; j < N; j++) {
                 dk[head + (int64_t)t * stride + j] += dk_sum[t][j];
                 dv[head + (int64_t)t * stride + j] += dv_sum[t][j];
             }
+            store(dk + head + (int64_t)t * stride, N), store(dv + head + (int64_t)t * stride, N);
         }
     }
     free(p);
@@ -772,6 +806,7 @@ static void rope(const Ref *m, float *x, int direction) {
         x[c] = a * cos(angle) - b * sin(angle);
         x[c + 1] = a * sin(angle) + b * cos(angle);
     }
+    store(x, (int64_t)m->rows * m->A);
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -988,12 +1023,14 @@ static void cmix(Ref *m, int l, float *out, const float *x) {
     lerp(xr, x, diff, P("ffn.time_maa_r"), NULL, rows);
     linear(k, xk, P("ffn.key.weight"), rows);
     for (int64_t i = 0; i < (int64_t)rows * F; i++) kk[i] = k[i] > 0 ? k[i] * k[i] : 0;
+    store(kk, (int64_t)rows * F);
     linear(v, kk, P("ffn.value.weight"), rows);
     linear(r, xr, P("ffn.receptance.weight"), rows);
     for (int64_t i = 0; i < (int64_t)rows * C; i++) {
         r[i] = 1 / (1 + exp(-r[i]));
         out[i] += r[i] * v[i];
     }
+    store(out, (int64_t)rows * C);
 }
 
 static void cmix_backward(Ref *m, int l, float *dx, const float *dout, const float *x) {
@@ -1005,9 +1042,11 @@ static void cmix_backward(Ref *m, int l, float *dx, const float *dout, const flo
         dr[i] = dout[i] * v[i] * r[i] * (1 - r[i]);
         dv[i] = dout[i] * r[i];
     }
+    store(dr, (int64_t)rows * C), store(dv, (int64_t)rows * C);
     linear_backward(dxr, dr, SAVED("ffn.xr"), P("ffn.receptance.weight"), rows);
     linear_backward(dk, dv, SAVED("ffn.kk"), P("ffn.value.weight"), rows);
     for (int64_t i = 0; i < (int64_t)rows * F; i++) dk[i] *= k[i] > 0 ? 2 * k[i] : 0;
+    store(dk, (int64_t)rows * F);
     linear_backward(dxk, dk, SAVED("ffn.xk"), P("ffn.key.weight"), rows);
     lerp_backward(dx, ddiff, NULL, dxk, diff, P("ffn.time_maa_k"), NULL, rows);
     lerp_backward(dx, ddiff, NULL, dxr, diff, P("ffn.time_maa_r"), NULL, rows);
@@ -1089,6 +1128,7 @@ static void gated_group_norm(float *out, const float *y, const float *g, const P
             int c = i % gain->size;
             out[i] += ((y[i] / scale - mean) * rstd * gain->w[c] + bias->w[c]) * silu(g[i]);
         }
+        store(out + at, N);
     }
 }
 
@@ -1110,6 +1150,7 @@ static void gated_group_norm_backward(float *dy, float *dg, const float *dout, c
             dg[at + i] += dout[at + i] * (n[i] * gain->w[c] + bias->w[c]) * silu_gradient(g[at + i]);
         }
         for (int i = 0; i < N; i++) dy[at + i] += (dn[i] - mean_dn - n[i] * mean_dn_n) * rstd / scale;
+        store(dy + at, N), store(dg + at, N);
     }
     for (int64_t c = 0; c < gain->size; c++) {
         gain->g[c] += dgain[c];
@@ -1213,6 +1254,7 @@ static void eagle_lerp(float *y, const float *x, const Param *time_mix, int T, i
         double a = time_mix->w[i % C], before = i / C % T ? x[i - C] : 0;
         y[i] += x[i] * a + before * (1 - a);
     }
+    store(y, (int64_t)rows * C);
 }
 
 static void eagle_lerp_backward(float *dx, const float *dy, const float *x, const Param *time_mix, int T, int rows) {
@@ -1356,9 +1398,11 @@ static void cmix_eagle(Ref *m, int l, float *out, const float *x) {
     eagle_lerp(xr, x, P("ffn.time_mix_r"), m->T, rows);
     linear(k, xk, P("ffn.key.weight"), rows);
     for (int64_t i = 0; i < (int64_t)rows * F; i++) kk[i] = k[i] > 0 ? k[i] * k[i] : 0;
+    store(kk, (int64_t)rows * F);
     linear(v, kk, P("ffn.value.weight"), rows);
     linear(r, xr, P("ffn.receptance.weight"), rows);
     for (int64_t i = 0; i < (int64_t)rows * C; i++) out[i] += v[i] / (1 + exp(-r[i]));
+    store(out, (int64_t)rows * C);
 }
 
 static void cmix_eagle_backward(Ref *m, int l, float *dx, const float *dout, const float *x) {
@@ -1370,9 +1414,11 @@ static void cmix_eagle_backward(Ref *m, int l, float *dx, const float *dout, con
         dr[i] = dout[i] * v[i] * s * (1 - s);
         dv[i] = dout[i] * s;
     }
+    store(dr, (int64_t)rows * C), store(dv, (int64_t)rows * C);
     linear_backward(dxr, dr, SAVED("ffn.xr"), P("ffn.receptance.weight"), rows);
     linear_backward(dk, dv, SAVED("ffn.kk"), P("ffn.value.weight"), rows);
     for (int64_t i = 0; i < (int64_t)rows * F; i++) dk[i] *= k[i] > 0 ? 2 * k[i] : 0;
+    store(dk, (int64_t)rows * F);
     linear_backward(dxk, dk, SAVED("ffn.xk"), P("ffn.key.weight"), rows);
     eagle_lerp_backward(dx, dxk, x, P("ffn.time_mix_k"), m->T, rows);
     eagle_lerp_backward(dx, dxr, x, P("ffn.time_mix_r"), m->T, rows);
@@ -1385,6 +1431,7 @@ static void cmix_llama(Ref *m, int l, float *out, const float *x) {
     linear(a, x, P("ffn.w1.weight"), rows);
     linear(b, x, P("ffn.w3.weight"), rows);
     for (int64_t i = 0; i < (int64_t)rows * W; i++) k[i] = silu(a[i]) * b[i];
+    store(k, (int64_t)rows * W);
     linear(out, k, P("ffn.w2.weight"), rows);
 }
 
@@ -1397,6 +1444,7 @@ static void cmix_llama_backward(Ref *m, int l, float *dx, const float *dout, con
         da[i] = dk[i] * b[i] * silu_gradient(a[i]);
         db[i] = dk[i] * silu(a[i]);
     }
+    store(da, (int64_t)rows * W), store(db, (int64_t)rows * W);
     linear_backward(dx, da, x, P("ffn.w1.weight"), rows);
     linear_backward(dx, db, x, P("ffn.w3.weight"), rows);
 }
@@ -1471,6 +1519,7 @@ static int has_gold(const Ref *m) { return m->G0 < m->L && !strcmp(m->s.tmix2, "
 
 static void add(float *y, const float *x, int64_t n) {
     for (int64_t i = 0; i < n; i++) y[i] += x[i];
+    store(y, n);
 }
 
 static float *block(Ref *m, int l, const float *x) {
@@ -1536,6 +1585,7 @@ static void loss_backward(float *dlogits, const float *logits, const int *target
             double p = exp((double)logits[i] - logits[largest]) / total;
             dlogits[i] += (p - (i == targets[t]) + z_term) * scale / rows;
         }
+        store(dlogits, V);
     }
 }
 
@@ -2038,34 +2088,21 @@ static uint64_t digest(const Bits *b) {
 // One comparison: a first number, errors in the order of computation, errors in any order; and how large they may be
 
 typedef struct Limits {
-    const char *first, *ordered, *others; // what is compared
-    double first_limit, ordered_limit, others_limit;
-    // if not 0, the others pass by their median, and if no larger part of them than this
-    double median_limit, above_tenth;
-    // is above 1e-1; those above others_limit are listed
+    const char *first, *ordered, *others;                          // what is compared
+    double first_limit, ordered_limit, others_limit, median_limit; // the others' median
 } Limits;
 
-static const Limits pass_fp32 = {"loss", "activation", "gradient", 1e-4, 1e-4, 1e-4, 0, 0};
-static const Limits pass_bf16 = {"loss", "activation", "gradient", 2e-3, 4e-2, 6e-2, 3e-2, 0.15};
-// with x060 or x052: where y is small, group norm amplifies its rounding (the FP32 run is what proves these kernels)
-static const Limits pass_bf16_group_norm = {"loss", "activation", "gradient", 2e-3, 4e-2, 1e-1, 6e-2, 1};
-static const Limits run_fp32 = {"learning rate", "step", "final parameter", 1e-6, 1e-4, 1e-3, 0, 0};
-static const Limits run_bf16 = {"learning rate", "step", "unjudged final parameter", 1e-6, 5e-2, INFINITY, 0, 0};
-
-static const Limits *pass_limits(Ref *m, int kernels) {
-    if (!kernels || gf_precision() == 32) return &pass_fp32;
-    for (int l = 0; l < m->L; l++)
-        if (param(m, l, "att.gate.weight")) return &pass_bf16_group_norm;
-    return &pass_bf16;
-}
+static const Limits pass_limits = {"loss", "activation", "gradient", 1e-4, 1e-4, 1e-4, INFINITY};
+static const Limits run_fp32 = {"learning rate", "step", "final parameter", 1e-6, 1e-4, 1e-3, INFINITY};
+static const Limits run_bf16 = {"learning rate", "step", "unjudged final parameter", 1e-6, 5e-2, INFINITY, INFINITY};
 
 typedef struct Error {
     char name[64];
-    double value;
+    double value, allowed; // allowed: if not 0, in place of others_limit
 } Error;
 
 typedef struct Comparison {
-    const Limits *limits;
+    Limits limits;
     double first;
     int n_ordered, n_others;
     Error ordered[256], others[512];
@@ -2083,6 +2120,10 @@ static int larger_first(const void *a, const void *b) {
     return (x < y) - (x > y);
 }
 
+static int is_off(const Error *e, const Limits *limit) {
+    return e->value > (e->allowed ? e->allowed : limit->others_limit);
+}
+
 // The verdict in one line, below it what is off. Sorts the others.
 static void judge(Comparison *c, const char *format, ...) {
     char title[256];
@@ -2091,36 +2132,51 @@ static void judge(Comparison *c, const char *format, ...) {
     vsnprintf(title, sizeof(title), format, args);
     va_end(args);
 
-    const Limits *limit = c->limits;
+    const Limits *limit = &c->limits;
     const Error *first_off = NULL;
     double largest = 0;
     for (int i = 0; i < c->n_ordered; i++) {
         if (!first_off && c->ordered[i].value > limit->ordered_limit) first_off = &c->ordered[i];
         largest = fmax(largest, c->ordered[i].value);
     }
-    int n = c->n_others, listed = 0, above_tenth = 0;
+    int n = c->n_others, listed = 0;
     qsort(c->others, n, sizeof(Error), larger_first);
-    for (int i = 0; i < n; i++) {
-        listed += c->others[i].value > limit->others_limit;
-        above_tenth += c->others[i].value > 1e-1;
-    }
+    for (int i = 0; i < n; i++) listed += is_off(&c->others[i], limit);
     double median = n ? c->others[n / 2].value : 0;
-    int first_good = c->first <= limit->first_limit;
-    int by_median = limit->median_limit > 0;
-    int others_good = by_median ? median <= limit->median_limit && above_tenth <= limit->above_tenth * n : !listed;
-    check(first_good && !first_off && others_good, "%s: %s %.1e, %ss up to %.1e, %ss up to %.1e, median %.1e", title,
-          limit->first, c->first, limit->ordered, largest, limit->others, n ? c->others[0].value : 0, median);
+    int first_good = c->first <= limit->first_limit, median_good = median <= limit->median_limit;
+    check(first_good && !first_off && !listed && median_good,
+          "%s: %s %.1e, %ss up to %.1e, %ss up to %.1e, median %.1e", title, limit->first, c->first, limit->ordered,
+          largest, limit->others, n ? c->others[0].value : 0, median);
     if (!first_good) note("the %s is off by %.2e, allowed %.0e", limit->first, c->first, limit->first_limit);
     if (first_off) {
-        note("first %s that is off: %s by %.2e, allowed %.0e", limit->ordered, first_off->name, first_off->value,
+        note("first %s that is off: %s by %.2e, allowed %.1e", limit->ordered, first_off->name, first_off->value,
              limit->ordered_limit);
     }
-    if (!others_good && by_median) {
-        note("allowed: median %.0e, and %.0f%% of the %ss above 1e-1; %d of %d are", limit->median_limit,
-             100 * limit->above_tenth, limit->others, above_tenth, n);
-    }
-    for (int i = 0; i < listed; i++)
-        note("%s of %s: %.2e%s", limit->others, c->others[i].name, c->others[i].value, by_median ? "" : ", too much");
+    if (!median_good) note("the %ss' median is %.2e, allowed %.1e", limit->others, median, limit->median_limit);
+    for (int i = 0; i < n; i++)
+        if (is_off(&c->others[i], limit))
+            note("%s of %s: %.2e, allowed %.1e", limit->others, c->others[i].name, c->others[i].value,
+                 c->others[i].allowed ? c->others[i].allowed : limit->others_limit);
+}
+
+// A bf16 build may be off by what bf16 costs the model: the errors of the reference's own pass with rounding (rounded),
+// compared to the same numbers. The two differ in what they round, the kernels' sums in registers for one, and each
+// rounding is a draw. Seen over all our models and tables: activations at most 2.8 times as far off, the gradients'
+// median 1.9 times, the largest 2.0 times. With `each`, for errors of whole tensors: each gradient, or the median of all
+// if that is larger, at most 1.5 times. Not so with x060, whose group norm blows up what a small first y was rounded by:
+// there single tensors depend on one draw. A table's probe is one draw, too. The loss is off by 1e-3 at most.
+static void allow_rounding(Comparison *c, Comparison *rounded, int each) {
+    double largest = 0;
+    Error own[sizeof(c->others) / sizeof(*c->others)];
+    memcpy(own, rounded->others, sizeof(own));
+    for (int i = 0; i < rounded->n_ordered; i++) largest = fmax(largest, rounded->ordered[i].value);
+    qsort(rounded->others, rounded->n_others, sizeof(Error), larger_first);
+    double median = rounded->others[rounded->n_others / 2].value;
+    c->limits.first_limit = 2e-3;
+    c->limits.ordered_limit = 4 * largest;
+    c->limits.others_limit = 3 * rounded->others[0].value;
+    c->limits.median_limit = 2.5 * median;
+    for (int i = 0; i < c->n_others && each; i++) c->others[i].allowed = 3 * fmax(own[i].value, median);
 }
 
 // Names of the activations in the order of computation; returns 0 after the last.
@@ -2152,15 +2208,30 @@ static double tensor_error(const float *got, const float *want, int64_t n) {
     return fmax(fabs(norm_of(got, n) - norm), distance(got, want, n) / sqrt(3)) / norm;
 }
 
-// The kernels' last pass against the reference's, tensor by tensor.
+// The reference once more as a bf16 build would store its numbers: weights, activations and their gradients (rounds).
+// What it is off is what bf16 costs this model, here and in the kernels. Leaves m as it is. *loss: its loss.
+static Ref *ref_rounded(const Ref *m, double *loss) {
+    Ref *r = ref_create(&m->s);
+    for (int i = 0; i < m->n_params; i++)
+        for (int64_t j = 0; j < m->params[i].size; j++) r->params[i].w[j] = bf16(m->params[i].w[j]);
+    rounds = 1;
+    *loss = ref_forward(r, inputs, targets, m->B, m->T).cross_entropy;
+    ref_backward(r, inputs, targets, 1);
+    rounds = 0;
+    return r;
+}
+
+static float *copy_of(const float *x, int64_t n) { return memcpy(zeros(n, sizeof(float)), x, n * sizeof(float)); }
+
+// The kernels' last pass (k), or that of another reference (k NULL, r), against the reference's, tensor by tensor.
 // Where more gradients vanish than zero_beside knows of (with T = 1 no token sees another), they are compared with 0,
 // beside the largest one: of tables those below 1e-9, as in compare_to_table, of our own shapes those below 1e-6 of it.
-static void compare_to_reference(Comparison *c, Ref *m, Model *k, double loss, double want, int golden) {
-    *c = (Comparison){.limits = pass_limits(m, 1), .first = relative(loss, want)};
+static void compare_tensors(Comparison *c, Ref *m, Model *k, Ref *r, double loss, double want, int golden) {
+    *c = (Comparison){.limits = pass_limits, .first = relative(loss, want)};
     char name[64];
     for (int i = 0; activation_name(m, i, name); i++) {
         Array *a = kept(m, -1, name);
-        float *got = kernels_activation(k, name, a->size);
+        float *got = k ? kernels_activation(k, name, a->size) : copy_of(kept(r, -1, name)->data, a->size);
         add_error(c->ordered, &c->n_ordered, name, tensor_error(got, a->data, a->size));
         free(got);
     }
@@ -2168,13 +2239,25 @@ static void compare_to_reference(Comparison *c, Ref *m, Model *k, double loss, d
     for (int i = 0; i < m->n_params; i++) largest = fmax(largest, norm_of(m->params[i].g, m->params[i].size));
     for (int i = 0; i < m->n_params; i++) {
         Param *p = &m->params[i], *beside = zero_beside(m, p);
-        float *got = kernels_gradient(k, p);
+        float *got = k ? kernels_gradient(k, p) : copy_of(r->params[i].g, p->size);
         double norm = beside ? norm_of(beside->g, beside->size) : norm_of(p->g, p->size);
         double error = beside ? norm_of(got, p->size) / norm : tensor_error(got, p->g, p->size);
         if (norm < (golden ? 1e-9 : 1e-6 * largest)) error = norm_of(got, p->size) / largest;
         add_error(c->others, &c->n_others, p->name, error);
         free(got);
     }
+}
+
+// The kernels against the reference, and what they may be off: rounded is the reference's pass with rounding, or NULL.
+static void compare_to_reference(Comparison *c, Ref *m, Model *k, Ref *rounded, double loss, double want, int golden) {
+    compare_tensors(c, m, k, NULL, loss, want, golden);
+    if (!rounded) return;
+    Comparison *of_rounded = zeros(1, sizeof(Comparison));
+    compare_tensors(of_rounded, m, NULL, rounded, want, want, golden);
+    int each = 1;
+    for (int l = 0; l < m->L; l++) each = each && time_mixer(m, l)->forward != tmix_finch;
+    allow_rounding(c, of_rounded, each);
+    free(of_rounded);
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -2298,7 +2381,7 @@ static int table_complete(const Table *t, Ref *m, const char *kind) {
 
 // Either the kernels' last pass (k) or the reference's (k NULL) against the table.
 static void compare_to_table(Comparison *c, const Table *t, Ref *m, Model *k, double loss) {
-    *c = (Comparison){.limits = pass_limits(m, k != NULL), .first = relative(loss, t->loss)};
+    *c = (Comparison){.limits = pass_limits, .first = relative(loss, t->loss)};
     char name[64];
     for (int i = 0; activation_name(m, i, name); i++) {
         const TableRow *row = table_row(t, "act", name);
@@ -2392,9 +2475,9 @@ static void check_inference(const char *title, int B, int T, Ref *m, Model *k) {
 }
 
 static void check_table(const Table *t, Ref *m) {
-    Comparison *c = zeros(1, sizeof(Comparison));
+    Comparison *c = zeros(1, sizeof(Comparison)), *of_rounded = zeros(1, sizeof(Comparison));
     hash_tokens(t->name, t->B, t->T, m->V);
-    double want = ref_forward(m, inputs, targets, t->B, t->T).cross_entropy;
+    double want = ref_forward(m, inputs, targets, t->B, t->T).cross_entropy, rounded_loss;
     ref_backward(m, inputs, targets, 1);
     if (table_complete(t, m, "grad")) {
         compare_to_table(c, t, m, NULL, want);
@@ -2404,19 +2487,25 @@ static void check_table(const Table *t, Ref *m) {
     if (!kernels_supported(&t->s)) skip("%s: these mixers are not built into the kernels", t->name);
     else k = kernels_like(m, t->B, t->T, t->name);
     if (k) {
+        Ref *rounded = gf_precision() == 16 ? ref_rounded(m, &rounded_loss) : NULL;
         gf_zero_grad(k);
         double loss = gf_loss_backward(k, inputs, targets, t->B, t->T, 1);
         compare_to_table(c, t, m, k, loss);
+        if (rounded) {
+            compare_to_table(of_rounded, t, rounded, NULL, rounded_loss);
+            allow_rounding(c, of_rounded, 0);
+        }
         judge(c, "%s: kernels against the table", t->name);
-        compare_to_reference(c, m, k, loss, want, 1);
+        compare_to_reference(c, m, k, rounded, loss, want, 1);
         judge(c, "%s: kernels against the C reference", t->name);
+        if (rounded) ref_free(rounded);
         Bits bits = kernels_bits(m, k, loss, t->B * t->T);
         note("bits of the kernels' loss, gradients and logits: %016llx", (unsigned long long)digest(&bits));
         free(bits.data);
         if (!trainer_only) check_inference(t->name, t->B, t->T, m, k);
         gf_free(k);
     }
-    free(c);
+    free(c), free(of_rounded);
 }
 
 static void check_groups(const Table *t, Ref *m) {
@@ -2470,7 +2559,7 @@ static void train(const Table *t, Ref *m, Model *k, Step *steps) {
 static void compare_run(Comparison *c, const Table *t, Ref *m, Model *k, int to_reference, const Step *got,
                         const Step *want) {
     int bf16 = k && gf_precision() == 16;
-    *c = (Comparison){.limits = bf16 ? &run_bf16 : &run_fp32};
+    *c = (Comparison){.limits = bf16 ? run_bf16 : run_fp32};
     for (int s = 0; s < t->n_steps; s++) {
         char name[64];
         snprintf(name, sizeof(name), "loss of step %d", s);
@@ -2794,13 +2883,7 @@ static void check_finite_differences(void) {
 // WKV at extreme decays and odd lengths, against the recurrence in double, channel by channel
 
 static float to_storage(double x) { // what this build stores: fp32, or bf16 rounded to nearest even
-    float f = x;
-    uint32_t bits;
-    if (gf_precision() == 32) return f;
-    memcpy(&bits, &f, 4);
-    bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
-    memcpy(&f, &bits, 4);
-    return f;
+    return gf_precision() == 32 ? (float)x : bf16(x);
 }
 
 static float *random_array(const char *name, int salt, int64_t n, double offset, double scale) {
@@ -3056,21 +3139,22 @@ static void check_shapes(void) {
         {"n_layer=2 tmix=llama cmix=llama n_embd=192 rope.base=10000", 3, 1},
         {"n_layer=3 tmix=llama tmix2=gold rope.base=100", 1, 140},
         // with the divisor's default, 8, GroupNorm scales a first token's small numbers up so far that five such layers
-        // make any rounding 40 times as large as elsewhere: fp32 has digits to spare, bf16 has not and leaves this last
-        // one out
+        // make any rounding 40 times as large as elsewhere
         {"n_layer=6 tmix=x060 tmix2=gold inv_other_layer_ratio=6 rope.base=500 rope.rebase=3 rope.rescale=2", 2, 9},
     };
-    const size_t n_cases = sizeof(cases) / sizeof(*cases) - (gf_precision() == 16);
+    const size_t n_cases = sizeof(cases) / sizeof(*cases);
     Comparison *c = zeros(1, sizeof(Comparison));
     for (size_t i = 0; i < n_cases; i++) {
         int B = cases[i].B, T = cases[i].T;
         Model *k;
         Ref *m = small_model(cases[i].settings, cases[i].settings, B, T, &k);
         if (k) {
-            double want = ref_forward(m, inputs, targets, B, T).cross_entropy;
+            double want = ref_forward(m, inputs, targets, B, T).cross_entropy, unused;
             ref_backward(m, inputs, targets, 1);
             gf_zero_grad(k);
-            compare_to_reference(c, m, k, gf_loss_backward(k, inputs, targets, B, T, 1), want, 0);
+            Ref *rounded = gf_precision() == 16 ? ref_rounded(m, &unused) : NULL;
+            compare_to_reference(c, m, k, rounded, gf_loss_backward(k, inputs, targets, B, T, 1), want, 0);
+            if (rounded) ref_free(rounded);
             judge(c, "%s, %d x %d tokens", cases[i].settings, B, T);
             if (T > 64) check_inference(cases[i].settings, B, T, m, k); // more than one tile of a cache
         }
@@ -3140,12 +3224,11 @@ static void check_accumulation(void) {
     Model *k;
     Ref *m = small_model("n_layer=3 tmix2=gold", "accumulation", B, T, &k);
     if (!k) return free_both(m, k);
-    double want = ref_forward(m, inputs, targets, B, T).cross_entropy, loss = 0;
     Comparison *c = zeros(1, sizeof(Comparison));
     gf_zero_grad(k);
-    gf_loss_backward(k, inputs, targets, B, T, 1);
-    compare_to_reference(c, m, k, want, want, 0); // for its limits, and the batch of 4 as the reference below
-    c->n_ordered = c->n_others = 0;
+    double want = gf_loss_backward(k, inputs, targets, B, T, 1), loss = 0;
+    *c =
+        (Comparison){.limits = pass_limits}; // the batch of 4 as the reference: sums in another order, in any precision
     for (int i = 0; i < m->n_params; i++) gf_get_grad(k, kernels_index(k, m->params[i].name), m->params[i].g);
     gf_zero_grad(k);
     for (int b = 0; b < B; b++) loss += gf_loss_backward(k, inputs + b * T, targets + b * T, 1, T, B) / B;

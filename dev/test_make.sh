@@ -39,6 +39,7 @@ answers 'GPU build, BF16, sm 90( with NCCL)?: ' '[N/A]\n9.0\n'
 build -n GPU=1 GPU_ARCH="120 80" train
 says 'arch=compute_80,code=sm_80 .*arch=compute_120,code=compute_120 ' && ! says 'code=compute_80'
 check "a GPU build has machine code for each architecture, and PTX of the newest" $?
+build -n GPU=1 GPU_ARCH=90 train && says 'code=sm_90a ' && ! says 'code=compute_'; check "for one architecture, no PTX" $?
 
 echo "-- what is rebuilt"
 calls GPU=0 $stubs train && says '^cxx .*-march=native.* -c '; check "a first build compiles" $?
@@ -47,6 +48,10 @@ calls GPU=0 $stubs OPTIMIZE=-O2 train && says '^cxx -O2 .* -c '; check "with OPT
 calls GPU=0 $stubs train && says '^cxx -O3 .* -c '; check "and without it again" $?
 calls GPU=0 $stubs MARCH= train && says '^cxx .* -c ' && ! says march; check "MARCH= names no instructions" $?
 calls GPU=0 $stubs train && ! says '^cxx '; check "and has its own folder" $?
+calls GPU=0 $stubs dev/adamw
+depends=$(sed -nE 's/^cxx (.*) -MMD -c (.*adamw[.]cu[.]cpp) .*/\1 -MM \2/p' "$tmp/calls.txt")
+g++ $depends >"$tmp/out.txt" 2>"$tmp/err.txt" && says ' build/cpp/train_goldfinch[.]cu[.]cpp' && ! says '[.][.]/'
+check "a file that two programs include has one name, so it is written once" $?
 
 echo "-- the programs at the top"
 first=build/cpu-FP32-cxx/train_goldfinch
