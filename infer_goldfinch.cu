@@ -24,8 +24,9 @@
 //
 // How a prompt goes through (spec section 10): all tokens through the layers before the GOLD layers, in chunks of fixed
 // size, leaving states and, per token, its id and c = w_kv_cache_a x. The GOLD layers see only the last 2 G + 1 tokens
-// (G of them): each looks back one token in its time mixer and one in its channel mixer, so that the last token's
-// logits, and what is carried from there, are exact. Then, token by token, a step of matrix-vector kernels (section 3).
+// (G of them): keys and values of all tokens are made from ids and c, never from a GOLD layer's output, so no older token
+// need pass these layers; and each looks back one token in its time mixer and one in its channel mixer. So the last
+// token's logits, and what is carried from there, are exact. Then, token by token, a step of matrix-vector kernels (section 3).
 
 #define GOLDFINCH_NO_MAIN
 #include "train_goldfinch.cu"
@@ -115,14 +116,14 @@ template <typename F> static void run_recorded(Recording *r, const F &queue) {
 // c in floatX; c in 8 bits; the keys and values themselves; these if there is room for the whole context's, else c
 enum KvKind { KV_COMPRESSED, KV_INT8, KV_FULL, KV_IF_IT_FITS };
 
-// What a GOLD layer needs of tokens to make its keys and values, or has of them already. A token's key and value depend
-// on its id, its c, and those of the token before. Whatever depends on an id alone stands in tables over the
-// vocabulary.
 // right operands of two steps of 16 of a product's inner index
 struct alignas(16) TilePair {
     TileB b[2];
 };
 
+// What a GOLD layer needs of tokens to make its keys and values, or has of them already. A token's key and value depend
+// on its id, its c, and those of the token before. Whatever depends on an id alone stands in tables over the
+// vocabulary.
 struct GoldSource {
     const int *ids;   // (T)
     const floatX *c;  // (T, R)
@@ -3375,7 +3376,8 @@ int64_t gf_printable(const unsigned char *bytes, int64_t n, unsigned char *text)
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 6. Sampler (spec section 10), on the device: only the id that was drawn comes to the host.
+// 6. Sampler (spec section 10), on the device: only the id that was drawn comes to the host. In this order: bans and
+// penalties, softmax, top_p, top_k, then temperature (after the filters, as in the authors' code), the draw.
 //
 // No sorting. Logits become whole numbers with the same order (keys), probabilities whole numbers too (masses, in units
 // of 2^-39 of the likeliest token's): sums of these are the same in any order, so that results are the same bits in

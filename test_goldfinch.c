@@ -2423,7 +2423,7 @@ static int trainer_only; // --trainer
 // all at once, with the logits of every token and with those of each chunk's last (where the last layers see only a few
 // tokens), from all three caches, with windows of all tokens, few and one.
 static void check_inference(const char *title, int B, int T, Ref *m, Model *k) {
-    static const char *const kinds[3] = {"compressed cache", "8-bit cache", "full keys and values"};
+    static const char *const kinds[3] = {"compressed cache", "8-bit cache (--kv int8)", "full keys and values"};
     const int n_kinds = has_gold(m) ? 3 : 1, n_chunks = has_gold(m) ? 6 : 4;
     const int V = m->V, chunks[6] = {1, 7, 16, T, 1, T}, windows[6] = {T, 8, 1, T, 5, 3}, small[6] = {0, 1, 0, 0, 1, 1};
     double limit = gf_precision() == 16 ? 5e-2 : 1e-4, compressed = 0;

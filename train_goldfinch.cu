@@ -25,7 +25,9 @@
 //     kept      stays from the forward to the backward pass; scratch (tmp): all layers use the same
 //     remake    to compute again in the backward pass what was not kept (grad_cp)
 //     lead      1 if row 0 is the token before the first, which only a shift sees (inference); else 0
-//     rank      one of several processes, each with a GPU of its own (section 9); also its number
+//     rank      one of several processes, each with a GPU of its own (section 9), also its number; in TENSORS the width
+//               of GOLD's low-rank function. hidden: the width of any function x -> tanh(x w1) w2
+//     floor     the time that the least bytes or flops would take: what a kernel is measured by
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 1. Settings: one table gives the struct, the command line, -h, the block printed at the start and the checkpoint's
@@ -127,7 +129,7 @@ static void expect(const char *file, const char *field, int64_t index, int64_t l
     X(optimizer, REAL, weight_decay, "0.001", 0, 1e3, 0, "of the matrices") \
     X(optimizer, REAL, weight_decay_final, "-1", -1, 1e3, 0, "weight decay at my_exit_tokens (0 or less: no change)") \
     X(optimizer, REAL, gradient_clip_val, "1", 0, 1e9, 0, "largest norm of the gradient (0: any)") \
-    X(optimizer, INT,  layerwise_lr, "1", 0, 1, 1, "groups have their own factors on the learning rate") \
+    X(optimizer, INT,  layerwise_lr, "1", 0, 1, 1, "groups have factors on the learning rate: 2 for time_decay") \
     X(optimizer, INT,  grad_cp, "0", 0, 2, 1, "recompute in backward: 0 nothing, 2 what is cheap, 1 whole layers") \
     X(optimizer, INT,  train_stage, "3", 1, 3, 1, "1: initialize, save, stop; 2: train, own rate factors; 3: train") \
     X(optimizer, INT,  seed_everything, "1", 0, 1e15, 1, "of the initial weights and the samples") \
@@ -2025,13 +2027,13 @@ static void ddlerp_backward(const MixTask<n> &mix, const DdlerpGradients &g, TX 
 
 // ---- ddlerp's hidden layer ----
 //
-//     h = tanh((x + diff * mu) @ w1)              w1: the first R = 32 n columns of (C, ld)
+//     h = tanh((x + diff * mu) @ w1)              w1: the first hidden = 32 n columns of (C, ld)
 //
-// The shift is linear, so it may as well come after the product, where a token has R numbers, not C:
+// The shift is linear, so it may as well come after the product, where a token has hidden numbers, not C:
 //
-//     both = [ (1 - mu) w1 | mu w1 ]  (C, 2R)
-//     z    = x @ both                 (BT, 2R, fp32): what a token gives to itself, and to the next
-//     h_t  = tanh(z_t[:R] + z_{t-1}[R:])
+//     both = [ (1 - mu) w1 | mu w1 ]  (C, 2 hidden)
+//     z    = x @ both                 (BT, 2 hidden, fp32): what a token gives to itself, and to the next
+//     h_t  = tanh(z_t[:hidden] + z_{t-1}[hidden:])
 //
 // and back, with dz_t = [ dh_t | dh_{t+1} ] (dh before the tanh; zero past the end of a sequence) and P, Q the halves
 // of dboth:
@@ -2042,8 +2044,9 @@ static void ddlerp_backward(const MixTask<n> &mix, const DdlerpGradients &g, TX 
 // So x + diff * mu and its gradient are never written: of BT C floatX, 1 unit goes through memory forward and 3
 // backward. The price: twice the flops, and z and dz (at C = 768, n = 5 the bytes of 1.7 units, and of 1.2). The
 // products are cuBLAS'.
-__global__ void ddlerp_hidden_weights_kernel(floatX *both, const floatX *w1, const floatX *mu, int C, int R, int ld) {
-    const int at = (blockIdx.x * blockDim.x + threadIdx.x) * 8, c = at / R, r = at % R;
+__global__ void ddlerp_hidden_weights_kernel(floatX *both, const floatX *w1, const floatX *mu, int C, int hidden,
+                                             int ld) {
+    const int at = (blockIdx.x * blockDim.x + threadIdx.x) * 8, c = at / hidden, r = at % hidden;
     if (c >= C) return;
     const Pack v = load(w1 + (int64_t)c * ld + r);
     Pack here, next;
@@ -2051,35 +2054,35 @@ __global__ void ddlerp_hidden_weights_kernel(floatX *both, const floatX *w1, con
         next.x[j] = (float)mu[c] * v.x[j];
         here.x[j] = v.x[j] - next.x[j];
     }
-    store(both + (int64_t)c * 2 * R + r, here);
-    store(both + (int64_t)c * 2 * R + R + r, next);
+    store(both + (int64_t)c * 2 * hidden + r, here);
+    store(both + (int64_t)c * 2 * hidden + hidden + r, next);
 }
 
-__global__ void ddlerp_hidden_forward_kernel(floatX *h, const float *z, int BT, int T, int R) {
-    const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8, row = at / R;
+__global__ void ddlerp_hidden_forward_kernel(floatX *h, const float *z, int BT, int T, int hidden) {
+    const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8, row = at / hidden;
     if (row >= BT) return;
-    Pack v = load(z + row * R + at); // row * 2R + column
-    const Pack before = row % T ? load(z + (row - 1) * R + at) : zero_pack();
+    Pack v = load(z + row * hidden + at); // row * 2 hidden + column
+    const Pack before = row % T ? load(z + (row - 1) * hidden + at) : zero_pack();
     for (int j = 0; j < 8; j++) v.x[j] = tanhf(v.x[j] + before.x[j]);
     store(h + at, v);
 }
 
-__global__ void ddlerp_hidden_backward_kernel(floatX *dz, const floatX *dh, int BT, int T, int R) {
-    const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8, row = at / R;
+__global__ void ddlerp_hidden_backward_kernel(floatX *dz, const floatX *dh, int BT, int T, int hidden) {
+    const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8, row = at / hidden;
     if (row >= BT) return;
-    store(dz + row * R + at, load(dh + at));
-    store(dz + (row + 1) * R + at, (row + 1) % T ? load(dh + at + R) : zero_pack());
+    store(dz + row * hidden + at, load(dh + at));
+    store(dz + (row + 1) * hidden + at, (row + 1) % T ? load(dh + at + hidden) : zero_pack());
 }
 
 // dw1 and dmu, which are added to, from dboth: a warp a channel
 __global__ void ddlerp_hidden_weights_backward_kernel(float *dw1, float *dmu, const float *dboth, const floatX *w1,
-                                                      const floatX *mu, int C, int R, int ld) {
+                                                      const floatX *mu, int C, int hidden, int ld) {
     const int c = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
     if (c >= C) return;
     float sum = 0;
-    for (int r = lane; r < R; r += 32) {
+    for (int r = lane; r < hidden; r += 32) {
         const int64_t at = (int64_t)c * ld + r;
-        const float P = dboth[(int64_t)c * 2 * R + r], Q = dboth[(int64_t)c * 2 * R + R + r];
+        const float P = dboth[(int64_t)c * 2 * hidden + r], Q = dboth[(int64_t)c * 2 * hidden + hidden + r];
         dw1[at] += P + (float)mu[c] * (Q - P);
         sum += (float)w1[at] * (Q - P);
     }
@@ -2155,7 +2158,8 @@ static int pack_blocks(int64_t n) { return (int)ceil_div(n, 8 * 256); } // for b
 // memory bandwidth.
 
 static const int TILE = 16; // tokens of a tile
-// tokens from one state kept for the backward pass to the next
+// Tokens from one state kept for the backward pass to the next. Longer: fewer states in memory (B H T / CHUNK of N^2
+// floats a layer), but more of those between its tiles in the backward kernel's shared memory: what fits (WkvBackward).
 static const int CHUNK = PRECISION_BF16 ? 64 : 32;
 static const int LDT = TILE + PAD;
 static const int WKV_THREADS = 128;
@@ -2836,8 +2840,8 @@ static void wkv_backward(const WkvGradients &g, const Wkv &p, int B) {
 //             64 warp 2   #    #    \    .
 //             96 warp 3   #    #    #    \         (and the same shifted by 128, 256, .. for the next blocks)
 //
-// Floor: flops, 2 N for each product of each pair. Forward has 2 products, backward 5, of which we do 7: scores and
-// their gradients twice, so that every sum stays in one warp, without atomics. Beside a tile product (16 x 8 x 16),
+// Floor: flops, 2 N for each product of each pair. Forward has 2 products, backward 5. We do 7, in two kernels, one for
+// dk and dv, one for dq: scores and their gradients twice, so that every sum stays in one warp, without atomics. Beside a tile product (16 x 8 x 16),
 // which costs an H100 1 clock by its data sheet and 1.6 by mma.sync, it must load 128 bytes from shared memory, 1
 // clock, because a fragment (256 bytes) feeds two products and the left operands stay in registers; and make 16
 // exponentials forward, 1 clock.
@@ -3798,6 +3802,8 @@ __global__ void swiglu_backward_kernel(floatX *da, floatX *db, const floatX *dou
 //     loss_t = log sum_i exp(z_i) - z_target
 //     dz_i   = scale (softmax(z)_i - [i = target] + 1e-4 z_max [i = first of the largest])        scale = 1 / targets
 //
+// The last term keeps logits small (RWKV's L2Wrap, akin to a z-loss). It is in the gradient alone: no loss that is
+// printed has it.
 // A block takes a row of V logits and keeps it in registers, in bf16 up to 65536 of them; what is beyond is read three
 // times. losses[row]: loss; right[row]: 1 if the largest logit is the target's. scale 0 leaves the logits as they are
 // (validation).
@@ -4232,23 +4238,23 @@ static void linear_backward(const Model *m, floatX *dx, const floatX *dout, cons
     input_backward(dx, dout, W, M, beta);
 }
 
-// out (M, O) = tanh(x (M, I) w1) w2 + beta out: w1 (I, R), w2 (R, O). h (M, R): the hidden layer, kept.
+// out (M, O) = tanh(x (M, I) w1) w2 + beta out: w1 (I, hidden), w2 (hidden, O). h (M, hidden): the hidden layer, kept.
 static void low_rank_forward(floatX *out, floatX *h, const floatX *x, Param w1, Param w2, int M, float beta = 0) {
-    const int I = w1.rows, R = w1.columns, O = w2.columns;
-    matmul(h, R, rows(x, I), rows(w1.w, R), M, R, I);
-    tanh_forward_kernel<<<pack_blocks((int64_t)M * R), 256, 0, stream>>>(h, (int64_t)M * R);
-    matmul(out, O, rows(h, R), rows(w2.w, O), M, O, R, beta);
+    const int I = w1.rows, hidden = w1.columns, O = w2.columns;
+    matmul(h, hidden, rows(x, I), rows(w1.w, hidden), M, hidden, I);
+    tanh_forward_kernel<<<pack_blocks((int64_t)M * hidden), 256, 0, stream>>>(h, (int64_t)M * hidden);
+    matmul(out, O, rows(h, hidden), rows(w2.w, O), M, O, hidden, beta);
 }
 
-// dx = d(hidden layer's input) w1^T + beta dx. dx may be dout itself (it is written last). dh (M, R): scratch.
+// dx = d(hidden layer's input) w1^T + beta dx. dx may be dout itself (it is written last). dh (M, hidden): scratch.
 static void low_rank_backward(floatX *dx, floatX *dh, const floatX *dout, const floatX *h, const floatX *x, Param w1,
                               Param w2, int M, float beta = 0) {
-    const int I = w1.rows, R = w1.columns, O = w2.columns;
-    matmul(dh, R, rows(dout, O), columns(w2.w, O), M, R, O);
-    matmul(w2.g, O, columns(h, R), rows(dout, O), R, O, M, 1);
-    tanh_backward_kernel<<<pack_blocks((int64_t)M * R), 256, 0, stream>>>(dh, h, (int64_t)M * R);
-    matmul(w1.g, R, columns(x, I), rows(dh, R), I, R, M, 1);
-    matmul(dx, I, rows(dh, R), columns(w1.w, R), M, I, R, beta);
+    const int I = w1.rows, hidden = w1.columns, O = w2.columns;
+    matmul(dh, hidden, rows(dout, O), columns(w2.w, O), M, hidden, O);
+    matmul(w2.g, O, columns(h, hidden), rows(dout, O), hidden, O, M, 1);
+    tanh_backward_kernel<<<pack_blocks((int64_t)M * hidden), 256, 0, stream>>>(dh, h, (int64_t)M * hidden);
+    matmul(w1.g, hidden, columns(x, I), rows(dh, hidden), I, hidden, M, 1);
+    matmul(dx, I, rows(dh, hidden), columns(w1.w, hidden), M, I, hidden, beta);
 }
 
 // ---- positions: q and k (BT, A) of an attention are rotated in place, their gradients back ----

@@ -12,13 +12,13 @@
 //       and computes all 64 decays, as its 63 neighbours do
 //     2 the same, 8 tokens at a time in shared memory: a thread brings one key's numbers, a decay is computed once, and
 //       the loads of the next 8 tokens are under way while these are used
-//     3 in chunks of 16: what 16 tokens do to S and to each other are matrix products, so tensor cores do it, and S is
-//       touched 16 times less. With P_t[i] the product of the chunk's decays before t, and W(s,t) of those between s
+//     3 in tiles of 16: what 16 tokens do to S and to each other are matrix products, so tensor cores do it, and S is
+//       touched 16 times less. With P_t[i] the product of the tile's decays before t, and W(s,t) of those between s
 //       and t:
 //           a[t][s] = sum_i r_t[i] k_s[i] W(s,t)[i]     (s < t; on the diagonal u instead of W)
-//           y = (r P) S + a v          S <- D S + (k W(s,end))^T v,   D: all of the chunk
+//           y = (r P) S + a v          S <- D S + (k W(s,end))^T v,   D: all of the tile
 //       W(s,t) is not P_t / P_(s+1): that would overflow where decays are strong. It is multiplied up, pair by pair.
-//     4 in use: what it does better is told in train_goldfinch.cu, above wkv_forward_kernel
+//     4 in use: what it does better is told in train_goldfinch.cu, under "---- WKV"
 //
 //     make -C dev wkv_forward && dev/wkv_forward [VERSION [B T H]]
 
@@ -67,7 +67,7 @@ __global__ void wkv_2(floatX *y, In in, int T, int A) {
     const int h = blockIdx.x, j = threadIdx.x;
     const int64_t base = (int64_t)blockIdx.y * T * A + h * N + j;
     float S[N] = {};
-    floatX next[4][AHEAD]; // r, k, v, w of channel j, the chunk to come
+    floatX next[4][AHEAD]; // r, k, v, w of channel j, the tile to come
     shared_u[j] = (float)u[h * N + j];
     for (int t0 = -AHEAD; t0 < T; t0 += AHEAD) {
         float vj[AHEAD];
@@ -98,12 +98,12 @@ __global__ void wkv_2(floatX *y, In in, int T, int A) {
     }
 }
 
-// ---- 3: chunks of matrix products ----
+// ---- 3: tiles of matrix products ----
 
-// tokens of a chunk; rows of operands in shared memory
+// tokens of a tile; rows of operands in shared memory
 static const int TOKENS = 16, WIDTH = N + PAD, SQUARE = TOKENS + PAD;
 
-struct Chunk {
+struct Tile {
     float r[TOKENS][N], k[TOKENS][N], d[TOKENS][N], u[N], D[N], S[N][N + 4];
     float partial[8][TOKENS][TOKENS]; // the scores, over 8 channels each
     alignas(16) floatX v[TOKENS][WIDTH];
@@ -114,7 +114,7 @@ struct Chunk {
 };
 
 // Thread (s, 8 channels): k_s goes through the tokens after s, and decays on the way.
-__device__ inline void pairs(Chunk &c) {
+__device__ inline void pairs(Tile &c) {
     const int s = threadIdx.x % TOKENS, group = threadIdx.x / TOKENS;
     float score[TOKENS] = {};
     for (int i = 8 * group; i < 8 * group + 8; i++) {
@@ -133,7 +133,7 @@ __device__ inline void pairs(Chunk &c) {
 
 __global__ void wkv_3(floatX *y, In in, int T, int A) {
     const floatX *r = in.r, *k = in.k, *v = in.v, *w = in.w, *u = in.u;
-    Chunk &c = *dynamic_smem<Chunk>();
+    Tile &c = *dynamic_smem<Tile>();
     const int h = blockIdx.x, warp = threadIdx.x / 32;
     if (threadIdx.x < N) c.u[threadIdx.x] = (float)u[h * N + threadIdx.x];
     for (int i = threadIdx.x; i < N * N; i += blockDim.x) {
@@ -213,8 +213,8 @@ static void run(int version) {
     if (version == 1) wkv_1<<<grid, N, 0, stream>>>(y.p, in, T, A);
     if (version == 2) wkv_2<<<grid, N, 0, stream>>>(y.p, in, T, A);
     if (version == 3) {
-        allow_smem(wkv_3, sizeof(Chunk));
-        wkv_3<<<grid, 2 * N, sizeof(Chunk), stream>>>(y.p, in, T, A);
+        allow_smem(wkv_3, sizeof(Tile));
+        wkv_3<<<grid, 2 * N, sizeof(Tile), stream>>>(y.p, in, T, A);
     }
     if (version == 4) wkv_forward_in_use();
 }
@@ -253,7 +253,7 @@ static Cost cost(const int *shape) {
 int main(int argc, char **argv) {
     return lab_main({{"wkv_forward",
                       {{"B", 1}, {"T", 1}, {"H", 1}},
-                      {"a thread a value, token by token", "8 tokens in shared memory", "chunks on tensor cores",
+                      {"a thread a value, token by token", "8 tokens in shared memory", "tiles on tensor cores",
                        "in use"},
                       {{2, 1, 3}, {2, 37, 1}, {1, 150, 3}},
                       {{32, 1024, 12}, {8, 2048, 32}},
