@@ -38,6 +38,7 @@
 #include <float.h>
 #include <glob.h>
 #include <math.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -6487,10 +6488,16 @@ static void program_begin(const char *name) {
 // ---------------------------------------- what a checkpoint's file holds
 
 // The reader of JSON, which section 11 has for config files. Strings are unescaped in place.
-// the text ends with '\0'; part: of the file
+// Where reading goes on after an error, for whoever answers with its message and does not end.
+typedef struct JsonError {
+    jmp_buf back;
+    char message[sizeof(LONG_PATH) + 256];
+} JsonError;
+// the text ends with '\0'; part: of the file; error: null where an error ends the program
 typedef struct Json {
     char *at, *start;
     const char *path, *part;
+    JsonError *error;
 } Json;
 [[noreturn]] static void json_fail(const Json *j, const char *expected);
 static char json_peek(Json *j); // the next character that is not white space
@@ -6596,7 +6603,7 @@ static void safetensors_opened(SafeTensors *f, int fd, const char *path) { // fd
     expect(path, "header, bytes before a zero", -1, length, length, (int64_t)strlen(f->header));
     f->data = f->file + 8 + length;
     f->data_size = f->file_size - 8 - length;
-    Json json = {f->header, f->header, path, "header, "}, *j = &json;
+    Json json = {f->header, f->header, path, "header, ", nullptr}, *j = &json;
     json_expect(j, '{');
     if (json_peek(j) == '}') {
         j->at++;
@@ -8353,6 +8360,11 @@ static void settings_help(void) {
 [[noreturn]] static void json_fail(const Json *j, const char *expected) {
     char found[8] = "the end";
     if (*j->at) snprintf(found, sizeof(found), "'%c'", isprint((unsigned char)*j->at) ? *j->at : '?');
+    if (j->error) {
+        snprintf(j->error->message, sizeof(j->error->message), "%s: %sbyte %ld: expected %s, found %s", j->path,
+                 j->part, (j->at - j->start), expected, found);
+        longjmp(j->error->back, 1);
+    }
     die(2, "%s: %sbyte %ld: expected %s, found %s", j->path, j->part, (j->at - j->start), expected, found);
 }
 
@@ -8683,7 +8695,7 @@ static void config_read(Settings *s, const char *name, bool read_before) {
     }
     char *content = text + (strncmp(text, "\xEF\xBB\xBF", 3) == 0 ? 3 : 0); // without a byte order mark
     if (content[strspn(content, " \t\r\n")] == '{') {
-        Json json = {content, content, name, ""};
+        Json json = {content, content, name, "", nullptr};
         PATH path = "";
         config_json(c, &json, path);
         if (json_peek(&json) != '\0') json_fail(&json, "the end");
