@@ -135,6 +135,8 @@ static void expect(const char *file, const char *field, int64_t index, int64_t l
     X(data, PATH, data_file, "", 0, 0, 0, "binidx: PREFIX of PREFIX.bin and .idx; utf-8: a text") \
     X(data, WORD, data_type, "binidx", 0, 0, 0, "binidx (Megatron's format) or utf-8 (ids are bytes + 1)") \
     X(data, PATH, validation_data_file, "", 0, 0, 0, "as data_file (empty: none, or a tenth of a utf-8 data_file)") \
+    X(data, PATH, mask_file, "", 0, 0, 0, "PREFIX of a binidx of u8 beside data_file: 1 where a token's prediction counts") \
+    X(data, PATH, validation_mask_file, "", 0, 0, 0, "the same beside validation_data_file") \
     X(data, INT,  val_every, "100", 0, 1e15, 1, "steps between validations (0: none, not even at the end)") \
     X(data, INT,  val_batches, "0", 0, 1e9, 1, "micro-batches of one validation (0: the whole file)") \
     X(data, INT,  sample_every, "0", -1, 1e15, 1, "steps between samples, utf-8 only (0: one at the end; -1: none)") \
@@ -3801,7 +3803,7 @@ __global__ void swiglu_backward_kernel(floatX *da, floatX *db, const floatX *dou
 //
 // A block takes a row of V logits and keeps it in registers, in bf16 up to 65536 of them; what is beyond is read three
 // times. losses[row]: loss; right[row]: 1 if the largest logit is the target's. scale 0 leaves the logits as they are
-// (validation).
+// (validation). target -1: the row does not count, and all of it is 0.
 static const int CLASSIFIER_KEEPS = PRECISION_BF16 ? 8 : 1; // packs a thread
 
 __device__ inline float block_max(float v, float *shared) { // shared: 32 floats
@@ -3820,6 +3822,11 @@ __global__ void __launch_bounds__(1024)
     __shared__ float2 sums[32];
     floatX *z = logits + (int64_t)blockIdx.x * V;
     const int begin = threadIdx.x * 8, step = blockDim.x * 8, target = targets[blockIdx.x];
+    if (target < 0) { // the whole block
+        for (int c = begin; c < V && scale != 0; c += step) store(z + c, zero_pack());
+        if (threadIdx.x == 0) losses[blockIdx.x] = 0, right[blockIdx.x] = 0;
+        return;
+    }
     const float of_target = (float)z[target];
     RawPack<floatX> kept[CLASSIFIER_KEEPS];
 #pragma unroll
@@ -5755,7 +5762,8 @@ static void model_backward(Model *m) {
 
 // Host tokens (B, T + 1) to the device: inputs, targets, and the positions sorted by input id for
 // embedding_backward_kernel.
-static void stage_tokens(Model *m, const int *tokens, int B, int T) {
+// mask (B, T + 1): 1 where a token counts as a target; null: all do.
+static void stage_tokens(Model *m, const int *tokens, const uint8_t *mask, int B, int T) {
     set_batch(m, B, T);
     const int slot = (int)(m->micro_steps++ % 4), BT = m->d.BT, V = m->d.V;
     CUDA_CHECK(cudaEventSynchronize(m->staged_done[slot])); // its copy of four micro-steps ago
@@ -5763,6 +5771,8 @@ static void stage_tokens(Model *m, const int *tokens, int B, int T) {
     for (int b = 0; b < B; b++) {
         memcpy(inputs + (int64_t)b * T, tokens + (int64_t)b * (T + 1), T * sizeof(int));
         memcpy(targets + (int64_t)b * T, tokens + (int64_t)b * (T + 1) + 1, T * sizeof(int));
+        for (int t = 0; mask && t < T; t++)
+            if (!mask[(int64_t)b * (T + 1) + t + 1]) targets[(int64_t)b * T + t] = -1;
     }
     int *count = (int *)calloc((size_t)V + 1, sizeof(int)); // counting sort, stable
     for (int i = 0; i < BT; i++) count[inputs[i] + 1]++;
@@ -5786,14 +5796,17 @@ static void model_step_begin(Model *m) {
     m->targets_in_step = m->micro_in_step = 0;
 }
 
-static void model_micro_step(Model *m, const int *tokens, int B, int T, int accumulate) {
-    stage_tokens(m, tokens, B, T);
+// mask: see stage_tokens. step_targets: targets that count in the whole step, of all its micro-batches and ranks, so that
+// losses and gradients are means over these.
+static void model_micro_step(Model *m, const int *tokens, const uint8_t *mask, int B, int T, int accumulate,
+                             int64_t step_targets) {
+    m->targets_in_step = step_targets > 0 ? step_targets : 1;
+    stage_tokens(m, tokens, mask, B, T);
     m->buckets.sum = ++m->micro_in_step == accumulate;
     model_forward(m);
-    model_classifier(m, 1.f / ((float)B * T * accumulate * n_ranks));
+    model_classifier(m, 1.f / (float)m->targets_in_step);
     model_backward(m);
     m->first_micro_batch = false;
-    m->targets_in_step += (int64_t)B * T * n_ranks;
 }
 
 static void model_update(Model *m, int64_t step, double lr, double weight_decay) {
@@ -5843,10 +5856,11 @@ static double seconds_since_last_step(Model *m, int64_t step) {
 
 static bool model_step_done(Model *m, int64_t step) { return cudaEventQuery(m->result_done[step % 3]) == cudaSuccess; }
 
-static void model_evaluate(Model *m, const int *tokens, int B, int T, double *loss_sum, double *correct) {
+static void model_evaluate(Model *m, const int *tokens, const uint8_t *mask, int B, int T, double *loss_sum,
+                           double *correct) {
     double totals[2];
     CUDA_CHECK(cudaMemsetAsync(m->totals, 0, sizeof(totals), stream));
-    stage_tokens(m, tokens, B, T);
+    stage_tokens(m, tokens, mask, B, T);
     model_forward(m);
     model_classifier(m, 0);
     CUDA_CHECK(cudaGetLastError());
@@ -5867,7 +5881,7 @@ static void copy_to_host(float *to, const floatX *from, int64_t n) {
 static void model_logits_last(Model *m, const int *tokens, int n, float *logits) { // tokens (n), logits (V)
     int *padded = (int *)calloc(n + 1, sizeof(int));                               // the last target does not matter
     memcpy(padded, tokens, n * sizeof(int));
-    stage_tokens(m, padded, 1, n);
+    stage_tokens(m, padded, nullptr, 1, n);
     free(padded);
     model_forward(m);
     linear_forward(m->logits, m->xf + (int64_t)(n - 1) * m->d.C, m->top.head, 1);
@@ -5932,7 +5946,7 @@ static const char *model_find_nonfinite(Model *m, const int *tokens, int B, int 
         return bad(t->size);
     };
     const int64_t grad_cp = m->s.grad_cp;
-    stage_tokens(m, tokens, B, T);
+    stage_tokens(m, tokens, nullptr, B, T);
     model_forward(m);
     bool yes = false;
     for (int i = 0; i < m->n_tensors && !yes; i++) { // a weight itself?
@@ -6252,8 +6266,9 @@ static double order2_loss(const Dataset *train, const Dataset *text) {
 
 typedef struct Data {
     Dataset train, valid;                            // valid.n_tokens is 0 where there is none
+    Dataset train_mask, valid_mask;                  // u8 a token; bytes null: every token counts as a target
     int64_t file_tokens, ctx_len, vocab_size, prime; // file_tokens: data_file's, what is held back included
-    uint64_t hash;                                   // of data_file
+    uint64_t hash;                                   // of data_file and mask_file
     bool text, held_back;                            // held_back: valid was cut out of data_file
 } Data;
 
@@ -6304,6 +6319,22 @@ static uint64_t dataset_hash(const Dataset *d) {
     return hash;
 }
 
+// Which tokens count as targets: beside a dataset, as long as it.
+static void mask_open(Dataset *mask, const char *prefix, const Dataset *beside, const char *setting) {
+    if (!prefix[0]) return;
+    if (beside->code == 0) die(2, "--train.%s: expected with data_type binidx alone, found it beside a text", setting);
+    dataset_open_binidx(mask, prefix);
+    expect(mask->name, "data type, 1 for u8", -1, 1, 1, mask->code);
+    expect(mask->name, "tokens, as many as the data", -1, beside->n_tokens, beside->n_tokens, mask->n_tokens);
+}
+
+static void mask_read(const Dataset *mask, int64_t start, int64_t count, uint8_t *out) {
+    for (int64_t i = 0; i < count; i++) {
+        out[i] = mask->bytes[start + i];
+        if (out[i] > 1) expect(mask->name, "token", start + i, 0, 1, out[i]);
+    }
+}
+
 static void data_open(Data *data, const Settings *s) {
     memset(data, 0, sizeof(*data));
     data->ctx_len = s->ctx_len;
@@ -6338,6 +6369,11 @@ static void data_open(Data *data, const Settings *s) {
     if (s->validation_data_file[0])
         expect(data->valid.name, "tokens, at least ctx_len + 1", -1, s->ctx_len + 1, INT64_MAX, data->valid.n_tokens);
     data->prime = magic_prime(data->train.n_tokens, s->ctx_len);
+    mask_open(&data->train_mask, s->mask_file, &data->train, "mask_file");
+    if (data->train_mask.bytes) data->hash ^= dataset_hash(&data->train_mask);
+    if (s->validation_mask_file[0] && !s->validation_data_file[0])
+        die(2, "--train.validation_mask_file: expected with a validation_data_file, found none");
+    mask_open(&data->valid_mask, s->validation_mask_file, &data->valid, "validation_mask_file");
 }
 
 static void dataset_print_changes(const Dataset *d) { // what a reader of the file might not expect
@@ -6368,19 +6404,44 @@ static void data_print(const Data *data) {
             program_name, train->name, data->prime, slots, remedy);
 }
 
-// B training samples, number first, first + 1, .. (from 1, over the whole run): tokens (B, ctx_len + 1).
-static void data_batch(const Data *data, int64_t first, int B, int *tokens) {
+// B training samples, number first, first + 1, .. (from 1, over the whole run): tokens and, if there is a mask, mask
+// (B, ctx_len + 1).
+static void data_batch(const Data *data, int64_t first, int B, int *tokens, uint8_t *mask) {
+    const int64_t row = data->ctx_len + 1;
     for (int b = 0; b < B; b++) {
-        dataset_read(&data->train, sample_start(data->prime, data->ctx_len, first + b), data->ctx_len + 1,
-                     data->vocab_size, tokens + b * (data->ctx_len + 1));
+        const int64_t start = sample_start(data->prime, data->ctx_len, first + b);
+        dataset_read(&data->train, start, row, data->vocab_size, tokens + b * row);
+        if (mask) mask_read(&data->train_mask, start, row, mask + b * row);
     }
+}
+
+// Targets that count in n training samples; the first token of each is none.
+static int64_t data_targets(const Data *data, int64_t first, int64_t n) {
+    int64_t count = 0;
+    for (int64_t i = first; data->train_mask.bytes && i < first + n; i++) {
+        const uint8_t *mask = data->train_mask.bytes + sample_start(data->prime, data->ctx_len, i);
+        for (int64_t t = 1; t <= data->ctx_len; t++) count += mask[t];
+    }
+    return data->train_mask.bytes ? count : n * data->ctx_len;
 }
 
 // The validation set is walked in steps of ctx_len + 1; a rest at the end is left out.
 static int64_t data_validation_samples(const Data *data) { return data->valid.n_tokens / (data->ctx_len + 1); }
 
-void data_validation_batch(const Data *data, int64_t first, int B, int *tokens) { // tokens (B, ctx_len + 1)
-    dataset_read(&data->valid, first * (data->ctx_len + 1), B * (data->ctx_len + 1), data->vocab_size, tokens);
+// tokens, mask (B, ctx_len + 1); mask: null if there is none.
+static void data_validation_batch(const Data *data, int64_t first, int B, int *tokens, uint8_t *mask) {
+    const int64_t row = data->ctx_len + 1;
+    dataset_read(&data->valid, first * row, B * row, data->vocab_size, tokens);
+    if (mask) mask_read(&data->valid_mask, first * row, B * row, mask);
+}
+
+// Targets that count in the first `samples` of these.
+static int64_t data_validation_targets(const Data *data, int64_t samples) {
+    const int64_t row = data->ctx_len + 1;
+    if (!data->valid_mask.bytes) return samples * data->ctx_len;
+    int64_t count = 0;
+    for (int64_t i = 0; i < samples * row; i++) count += i % row > 0 && data->valid_mask.bytes[i];
+    return count;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -7788,6 +7849,7 @@ typedef struct Run {
     FILE *log;
     int64_t n_steps;     // of the whole run
     int *tokens;         // (micro_bsz, ctx_len + 1)
+    uint8_t *mask;       // as many
     double step_seconds; // running mean of a step; 0 before the first
     double val_loss;     // the last validation's
 } Run;
@@ -7849,6 +7911,7 @@ static bool validate(Run *r) {
     const double begin = seconds_now();
     const int64_t all = data_validation_samples(&r->data), some = r->s.val_batches * r->s.micro_bsz;
     const int64_t samples = some > 0 && some < all ? some : all;
+    uint8_t *mask = r->data.valid_mask.bytes ? r->mask : nullptr;
     const int batches = (int)ceil_div(samples, r->s.micro_bsz);
     double loss = 0, correct = 0, *sums = (double *)calloc(2 * batches, sizeof(double));
     for (int next = 0; next < batches; next += n_ranks) { // the next ones, a rank each
@@ -7861,16 +7924,17 @@ static bool validate(Run *r) {
         if (i >= batches) continue;
         const int64_t first = i * r->s.micro_bsz;
         const int B = (int)(samples - first < r->s.micro_bsz ? samples - first : r->s.micro_bsz);
-        data_validation_batch(&r->data, first, B, r->tokens);
-        model_evaluate(&r->m, r->tokens, B, (int)r->s.ctx_len, &sums[2 * i], &sums[2 * i + 1]);
+        data_validation_batch(&r->data, first, B, r->tokens, mask);
+        model_evaluate(&r->m, r->tokens, mask, B, (int)r->s.ctx_len, &sums[2 * i], &sums[2 * i + 1]);
     }
     host_sum_over_ranks(sums, 2 * batches); // each from the rank that has it
     for (int i = 0; i < batches; i++) loss += sums[2 * i], correct += sums[2 * i + 1];
     free(sums);
-    const double targets = (double)(samples * r->s.ctx_len);
+    const int64_t counted = data_validation_targets(&r->data, samples);
+    const double targets = counted > 0 ? (double)counted : 1;
     r->val_loss = loss / targets;
-    printf("validation: loss %.4f, accuracy %.1f %%, %.0f tokens, %.1f s\n", r->val_loss, 100 * correct / targets,
-           targets, seconds_now() - begin);
+    printf("validation: loss %.4f, accuracy %.1f %%, %ld tokens, %.1f s\n", r->val_loss, 100 * correct / targets,
+           counted, targets, seconds_now() - begin);
     return true;
 }
 
@@ -7959,7 +8023,7 @@ static void print_sample(Run *r, int64_t step) {
     const char *where = nullptr;
     int64_t micro = 0;
     for (; !where && micro < r->s.accumulate_grad_batches; micro++) {
-        data_batch(&r->data, step->samples + (micro * n_ranks + rank) * B + 1, B, r->tokens);
+        data_batch(&r->data, step->samples + (micro * n_ranks + rank) * B + 1, B, r->tokens, nullptr);
         where = model_find_nonfinite(&r->m, r->tokens, B, (int)r->s.ctx_len);
     }
     char found[256] = "";
@@ -7980,11 +8044,13 @@ static bool begin_step(Run *r, Step *step) {
     const double lr = learning_rate(&r->s, r->p.tokens, r->p.step_tokens);
     const double decay = weight_decay(&r->s, r->p.tokens, r->p.step_tokens);
     *step = {r->p.step, r->p.samples, r->p.tokens, lr, seconds_now()};
+    uint8_t *mask = r->data.train_mask.bytes ? r->mask : nullptr;
+    const int64_t targets = data_targets(&r->data, step->samples + 1, (int64_t)B * accumulate * n_ranks);
     model_step_begin(&r->m);
     for (int micro = 0; micro < accumulate; micro++) { // the next samples, rank after rank
         if (micro > 0 && stops()) return false;
-        data_batch(&r->data, step->samples + ((int64_t)micro * n_ranks + rank) * B + 1, B, r->tokens);
-        model_micro_step(&r->m, r->tokens, B, (int)r->s.ctx_len, accumulate);
+        data_batch(&r->data, step->samples + ((int64_t)micro * n_ranks + rank) * B + 1, B, r->tokens, mask);
+        model_micro_step(&r->m, r->tokens, mask, B, (int)r->s.ctx_len, accumulate, targets);
     }
     model_update(&r->m, step->step, lr, decay);
     r->p.step++;
@@ -8197,6 +8263,7 @@ static void run_train(Run *r) {
     }
     r->log = rank == 0 ? log_open(s->out, r->p.step) : fopen("/dev/null", "w");
     r->tokens = (int *)malloc((size_t)(s->micro_bsz * (s->ctx_len + 1)) * sizeof(int));
+    r->mask = (uint8_t *)malloc((size_t)(s->micro_bsz * (s->ctx_len + 1)));
     train(r);
     if (stop_requested) printf("stopped by a signal; --train.resume 1 goes on\n");
 }
@@ -8880,26 +8947,41 @@ void gf_get_grad(Model *m, int i, float *values) {
 void gf_init_weights(Model *m, uint64_t seed) { model_init_weights(m, seed); }
 void gf_zero_grad(Model *m) { model_step_begin(m); }
 
-double gf_loss_backward(Model *m, const int *tokens, const int *targets, int B, int T, int accumulate) {
-    // the model takes T + 1 tokens in a row;
-    int *both = (int *)malloc((size_t)B * (T + 1) * sizeof(int));
+// targets (B, T): the inputs one later, or -1 where they do not count. Returns the sum of losses over step_targets.
+double gf_masked_loss_backward(Model *m, const int *tokens, const int *targets, int B, int T, int accumulate,
+                               int64_t step_targets) {
+    const size_t n = (size_t)B * (T + 1);
+    // the model takes T + 1 tokens in a row, and a mask if any does not count
+    int *both = (int *)malloc(n * sizeof(int));
+    uint8_t *mask = (uint8_t *)calloc(n, 1);
+    bool masked = false;
     double before[2], after[2];
     CUDA_CHECK(cudaStreamSynchronize(stream));
     CUDA_CHECK(cudaMemcpy(before, m->totals, sizeof(before), cudaMemcpyDeviceToHost));
-    for (int b = 0; b < B; b++) { // targets are the inputs one later
+    for (int b = 0; b < B; b++) {
         for (int t = 0; t < T; t++) {
+            const int target = targets[b * T + t];
             both[b * (T + 1) + t] = tokens[b * T + t];
-            if (t + 1 < T && tokens[b * T + t + 1] != targets[b * T + t])
+            if (t + 1 < T && target >= 0 && tokens[b * T + t + 1] != target)
                 die(1, "gf_loss_backward: targets are not the next tokens");
+            mask[b * (T + 1) + t + 1] = target >= 0;
+            masked = masked || target < 0;
         }
-        both[b * (T + 1) + T] = targets[b * T + T - 1];
+        both[b * (T + 1) + T] = targets[b * T + T - 1] >= 0 ? targets[b * T + T - 1] : 0;
     }
-    model_micro_step(m, both, B, T, accumulate);
+    model_micro_step(m, both, masked ? mask : nullptr, B, T, accumulate, step_targets);
     CUDA_CHECK(cudaStreamSynchronize(stream));
     CUDA_CHECK(cudaGetLastError());
     CUDA_CHECK(cudaMemcpy(after, m->totals, sizeof(after), cudaMemcpyDeviceToHost));
     free(both);
-    return (after[0] - before[0]) / ((double)B * T);
+    free(mask);
+    return (after[0] - before[0]) / (double)m->targets_in_step;
+}
+
+double gf_loss_backward(Model *m, const int *tokens, const int *targets, int B, int T, int accumulate) {
+    const int micro_batches = accumulate * n_ranks;
+    return gf_masked_loss_backward(m, tokens, targets, B, T, accumulate, (int64_t)B * T * micro_batches) *
+           micro_batches;
 }
 
 int gf_activation(Model *m, const char *name, float *out) { return model_activation(m, name, out) ? 0 : -1; }

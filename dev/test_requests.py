@@ -147,8 +147,8 @@ def test_text(model, folder):
     check("an empty context is token 0", empty["logprob"] == whole["logprob"] and whole["tokens"] == n)
     pair = answers([{"text": text}, {"context_ids": [0, 11], "continuation": text}], "--prefix-ids", "0,11", model=model)
     check("--prefix-ids of two", pair[0]["logprob"] == pair[1]["logprob"] != whole["logprob"], pair)
-    escaped = answers([b'{"text":"\\u00d6\\u20ac\\n"}\n', '{"text":"Ö€\\n"}\n'.encode()], model=model)
-    check("escapes are the characters they stand for", escaped[0] == escaped[1] and escaped[0]["tokens"] == 6, escaped)
+    escaped = answers([b'{"text":"\\u00d6\\ud83d\\ude00\\n"}\n', '{"text":"Ö😀\\n"}\n'.encode()], model=model)
+    check("escapes are the characters they stand for", escaped[0] == escaped[1] and escaped[0]["tokens"] == 7, escaped)
     check("texts of no tokens", answers([{"text": ""}], model=model) == [{"logprob": 0, "tokens": 0}])
 
 
@@ -242,6 +242,7 @@ def test_errors(model, folder):
            (b'{"context": "a", "temperature": -1}\n', "temperature: expected a number from 0 to 100, found -1"),
            (b'{"context": "a", "temperature": 1e}\n', "expected a number"), (b'{"text": "a"} x\n', "the end of the line"),
            (b'{"text": "a\0b"}\n', "the end of a text"), (b'{"text": "\\u12"}\n', "an escape"),
+           (b'{"text": "\\ud800"}\n', "both halves"),
            (b'{"context": "a", "max_tokens": 99999999999999}\n', "tokens")]
     lines = [line for case in bad for line in (good, b"\n", case[0])] + [good]
     found = answers(lines, model=model)
