@@ -2413,6 +2413,14 @@ static int64_t shape_of(const SafeTensors *file, const char *name, int dimension
     return t && dimension < t->ndim ? t->shape[dimension] : 0;
 }
 
+static int64_t rank_of(const SafeTensors *file, const char *name) {
+    const int64_t rank = shape_of(file, name, 1);
+    if (rank < 8 || rank > 4096 || rank % 8)
+        die(2, "%s: tensor %s: shape[1]: expected a rank from 8 to 4096, a multiple of 8, found %ld", file->path, name,
+            rank);
+    return rank;
+}
+
 // The mixer all of whose tensors layer l has
 template <size_t n> static const char *mixer_from_tensors(const Mixer (&table)[n], const SafeTensors *file, int l) {
     for (const Mixer &mixer : table) {
@@ -2450,6 +2458,10 @@ static void settings_from_tensors(Settings *s, const SafeTensors *file) {
     }
     s->n_layer = L;
     s->dim_ffn = shape_of(file, "blocks.0.ffn.key.weight", 0);
+    if (strcmp(s->tmix, "x060") == 0) {
+        s->mix_rank = rank_of(file, "blocks.0.att.time_maa_w2");
+        s->decay_rank = rank_of(file, "blocks.0.att.time_decay_w1");
+    }
     s->dim_att = shape_of(file, "blocks.0.att.output.weight", 1);
     if (!s->dim_att) s->dim_att = shape_of(file, "blocks.0.att.wo.weight", 1);
     if (G0 < 0) s->tmix2[0] = s->cmix2[0] = '\0';

@@ -173,6 +173,7 @@ typedef struct Settings {
     struct {
         REAL rescale;
     } brope;
+    INT mix_rank, decay_rank; // of x060, where a file by others has other ranks: no settings, its tensors say it
 } Settings;
 
 typedef struct Setting {
@@ -262,6 +263,7 @@ static int64_t paper_batch(int argc, const char **argv); // sequences of the pap
 static void settings_default(Settings *s) {
     memset(s, 0, sizeof(*s));
     for (int i = 0; i < n_settings; i++) setting_set(s, &settings_table[i], settings_table[i].initial);
+    s->mix_rank = 32, s->decay_rank = 64;
 }
 
 static void settings_derive(Settings *s) { // what stands for a default that depends on others
@@ -1177,6 +1179,7 @@ static Shape shape(int64_t a, int64_t b, int64_t c) { return {3, {a, b, c}}; }
 
 static const int MIX_RANK = 32;                     // of a mix
 static const int DECAY_RANK = 64, VALUE2_RANK = 64; // of what depends on the data in w and v2
+// x060 may have others, mix_rank and decay_rank, as public RWKV-6 models of 7 and 14 G parameters do: inference alone.
 
 // The table: field, name in a checkpoint, shape, initial values, group, where. Letters as in the spec, beside
 // R: numbers per token in the cache; mixes: how many inputs a time mixer mixes; rank: of GOLD's key and value;
@@ -1204,15 +1207,15 @@ static const int DECAY_RANK = 64, VALUE2_RANK = 64; // of what depends on the da
     X(time_maa_w,       "att.time_maa_w",        (1, 1, C),             curve(1, 0),      SHIFT,     FINCHES) \
     X(time_maa_g,       "att.time_maa_g",        (1, 1, C),             curve(0.5, 0),    SHIFT,     FINCH) \
     X(time_maa_v2,      "att.time_maa_v2",       (1, 1, C),             curve(1, 0.3),    SHIFT,     FINCH_C2) \
-    X(time_maa_w1,      "att.time_maa_w1",       (C, MIX_RANK * mixes), constant(0),      VECTOR,    MIXED) \
-    X(time_maa_w2,      "att.time_maa_w2",       (mixes, MIX_RANK, C),  uniform(0.01),    VECTOR,    MIXED) \
+    X(time_maa_w1,      "att.time_maa_w1",       (C, mix_rank * mixes), constant(0),      VECTOR,    MIXED) \
+    X(time_maa_w2,      "att.time_maa_w2",       (mixes, mix_rank, C),  uniform(0.01),    VECTOR,    MIXED) \
     X(time_maa_q_w1,    "att.time_maa_q_w1",     (C, MIX_RANK),         constant(0),      VECTOR,    GOLD) \
     X(time_maa_q_w2,    "att.time_maa_q_w2",     (MIX_RANK, C),         uniform(0.01),    VECTOR,    GOLD) \
     X(time_maa_kv_w1,   "att.time_maa_kv_w1",    (C, 2 * MIX_RANK),     constant(0),      VECTOR,    GOLD) \
     X(time_maa_kv_w2,   "att.time_maa_kv_w2",    (2, MIX_RANK, C),      uniform(0.01),    VECTOR,    GOLD) \
     X(time_decay,       "att.time_decay",        (1, 1, A),             rule(TIME_DECAY), WKV_DECAY, FINCHES) \
-    X(time_decay_w1,    "att.time_decay_w1",     (C, DECAY_RANK),       constant(0),      VECTOR,    FINCHES) \
-    X(time_decay_w2,    "att.time_decay_w2",     (DECAY_RANK, A),       uniform(0.01),    VECTOR,    FINCHES) \
+    X(time_decay_w1,    "att.time_decay_w1",     (C, decay_rank),       constant(0),      VECTOR,    FINCHES) \
+    X(time_decay_w2,    "att.time_decay_w2",     (decay_rank, A),       uniform(0.01),    VECTOR,    FINCHES) \
     X(time_value2_w1,   "att.time_value2_w1",    (C, VALUE2_RANK),      constant(0),      VECTOR,    FINCH_C2) \
     X(time_value2_w2,   "att.time_value2_w2",    (VALUE2_RANK, A),      uniform(0.01),    VECTOR,    FINCH_C2) \
     X(time_faaaa,       "att.time_faaaa",        (H, N),                rule(TIME_FAAAA), SHIFT,     RWKV) \
@@ -1241,8 +1244,8 @@ static const int DECAY_RANK = 64, VALUE2_RANK = 64; // of what depends on the da
 
 // Fields that have another name, shape or beginning in some models.
 #define VARIANTS(X, NORM) \
-    X(time_maa_w1,      "att.time_maa_rkvw_w1",  (C, MIX_RANK * mixes), constant(0),      VECTOR,    FINCH_B) \
-    X(time_maa_w2,      "att.time_maa_rkvw_w2",  (mixes, MIX_RANK, C),  uniform(0.01),    VECTOR,    FINCH_B) \
+    X(time_maa_w1,      "att.time_maa_rkvw_w1",  (C, mix_rank * mixes), constant(0),      VECTOR,    FINCH_B) \
+    X(time_maa_w2,      "att.time_maa_rkvw_w2",  (mixes, mix_rank, C),  uniform(0.01),    VECTOR,    FINCH_B) \
     X(time_maa_r,       "att.time_mix_r",        (1, 1, C),             power(0.5, 0),    SHIFT,     EAGLE) \
     X(time_maa_k,       "att.time_mix_k",        (1, 1, C),             power(1, 0),      SHIFT,     EAGLE) \
     X(time_maa_v,       "att.time_mix_v",        (1, 1, C),             power(1, 0.3),    SHIFT,     EAGLE) \
@@ -1659,6 +1662,20 @@ static void lerp_backward(MixTask<n> mix, floatX *dx, Targets dmu, float *partia
 }
 
 // ---- ddlerp ----
+
+// where x_i holds m_i
+template <int n> __global__ void ddlerp_from_amounts_kernel(MixTask<n> mix, const floatX *x, int T, int C) {
+    const int c = threadIdx.x * 8;
+    if (c >= C) return;
+    const int64_t row = blockIdx.x, at = row * C + c;
+    const Pack v = load(x + at), before = row % T ? load(x + at - C) : zero_pack();
+    for (int i = 0; i < n; i++) {
+        const Pack mu = load(mix.mu[i] + c);
+        Pack out = load(mix.x[i] + at);
+        for (int j = 0; j < 8; j++) out.x[j] = v.x[j] + (before.x[j] - v.x[j]) * (mu.x[j] + out.x[j]);
+        store(mix.x[i] + at, out);
+    }
+}
 
 // A tile to shared memory in the background; rows not in [0, limit) become zeros, nothing is read where they would lie.
 // `from`: the tile's columns in row 0.
@@ -4030,7 +4047,7 @@ struct MixedInput {
     floatX **x, **dx; // (BT, C): the input, and its gradient
 };
 typedef struct MixedInputs {
-    int n = 0;
+    int n = 0, rank = MIX_RANK;
     MixedInput input[5] = {};
     const Param *mu_x = nullptr, *w1 = nullptr, *w2 = nullptr; // ddlerp: time_maa_x, _w1, _w2; lerp: null
     bool complement = false;                                   // lerp: the parameters are 1 - mu
@@ -4301,7 +4318,7 @@ template <int n> static MixTask<n> mix_backward_task(const Dims &d, const MixedI
 }
 
 static void mixed_inputs_hidden(const Dims &d, const MixedInputs &a, const floatX *x) { // h
-    const int hidden = MIX_RANK * a.n, ld = (int)a.w1->ld, blocks = pack_blocks((int64_t)d.C * hidden);
+    const int hidden = a.rank * a.n, ld = (int)a.w1->ld, blocks = pack_blocks((int64_t)d.C * hidden);
     ddlerp_hidden_weights_kernel<<<blocks, 256, 0, stream>>>(a.both, a.w1->w, a.mu_x->w, d.C, hidden, ld);
     matmul(a.tmp.z, 2 * hidden, rows(x, d.C), rows(a.both, 2 * hidden), d.BT, 2 * hidden, d.C);
     ddlerp_hidden_forward_kernel<<<pack_blocks((int64_t)d.BT * hidden), 256, 0, stream>>>(a.h, a.tmp.z, d.BT, d.T,
@@ -4321,10 +4338,20 @@ static void mixed_inputs_hidden_backward(const Dims &d, const MixedInputs &a, TX
     matmul(dx, d.C, rows(tmp.dz, 2 * hidden), columns(a.both, 2 * hidden), d.BT, d.C, 2 * hidden, 1);
 }
 
-// n inputs, which mix the same x, from `first` on; the hidden layer is there
+// n inputs, which mix the same x, from `first` on; the hidden layer is there. ddlerp_forward knows one rank: of another,
+// the m_i are products, to where the x_i will be.
 template <int n>
 static void mixed_inputs_part_forward(const Dims &d, const MixedInputs &a, const floatX *x, int first = 0) {
-    ddlerp_forward(mix_task<n>(d, a, first), x, d.BT, d.T, d.C);
+    const MixTask<n> task = mix_task<n>(d, a, first);
+    if (a.rank == MIX_RANK) {
+        ddlerp_forward(task, x, d.BT, d.T, d.C);
+        return;
+    }
+    for (int i = 0; i < n; i++) {
+        const floatX *h = a.h + a.rank * (first + i), *w2 = a.w2->w + (int64_t)a.rank * d.C * (first + i);
+        matmul(task.x[i], d.C, rows(h, a.rank * a.n), rows(w2, d.C), d.BT, d.C, a.rank);
+    }
+    ddlerp_from_amounts_kernel<n><<<d.BT, row_threads(d.C), 0, stream>>>(task, x, d.T, d.C);
 }
 
 // Their gradients to the hidden layer's, w2's and mu's, and to dx, which is added to if `accumulate`.
@@ -4698,7 +4725,7 @@ static void cmix_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
 static void finch_memory(const Dims &d, Layer *layer, Arena *kept, Arena *scratch) {
     Finch &a = layer->finch;
     auto &tmp = a.tmp;
-    const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A, low_rank = (int64_t)d.BT * DECAY_RANK;
+    const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A, low_rank = (int64_t)d.BT * layer->p.time_decay_w1.columns;
     if (a.mixed.w1) mixed_inputs_plan(d, &a.mixed, kept, scratch);
     for (floatX **p : {&a.xr, &a.xk, &a.xv}) take(kept, p, E);
     for (floatX **p : {&a.r, &a.k, &a.v, &a.y, &a.yn}) take(kept, p, EA);
@@ -4721,6 +4748,7 @@ static void finch_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
     Finch &a = layer->finch;
     auto &tmp = a.tmp;
     a.mixed = {.n = 5,
+               .rank = (int)m->s.mix_rank,
                .input = {{&p.time_maa_w, &a.xw, &tmp.dxw},
                          {&p.time_maa_k, &a.xk, &tmp.dxk},
                          {&p.time_maa_v, &a.xv, &tmp.dxv},
@@ -5098,6 +5126,10 @@ static void settings_check_mixers(const Settings *s) {
     if (tmix->needs_cache || (last->needs_cache && second_layers_begin(s) == 0))
         die(2, "--model.%s: '%s' needs a layer before it: n_layer %ld is too small for inv_other_layer_ratio %g",
             tmix->needs_cache ? "tmix" : "tmix2", last->name, s->n_layer, s->inv_other_layer_ratio);
+    for (const Mixer *mixer : {tmix, last}) // the kernels of the others have these ranks
+        if (mixer->tensors != FINCH && mixer->mixes > 0 && (s->mix_rank != MIX_RANK || s->decay_rank != DECAY_RANK))
+            die(2, "blocks.0.att: expected ranks %d and %d with tmix %s, found %ld and %ld", MIX_RANK, DECAY_RANK,
+                mixer->name, s->mix_rank, s->decay_rank);
     if (last->needs_cache && s->dim_att != s->n_embd)
         die(2, "--model.dim_att: with gold layers it must be n_embd, %ld, found %ld", s->n_embd, s->dim_att);
 }
@@ -5166,6 +5198,7 @@ static void place_tensors(Model *m) {
 static void add_tensors(Model *m, int layer, Params *params, int where, int mixes) {
     const int64_t V = m->d.V, C = m->d.C, A = m->d.A, F = m->d.F, R = m->d.R, H = m->d.H;
     const int64_t rank = gold_rank(m->d), FL = llama_width(m->d);
+    const int64_t mix_rank = m->s.mix_rank, decay_rank = m->s.decay_rank;
 #define ROW(field, name, sizes, init, group, places) \
     if ((places)&where) add_tensor(m, layer, &params->field, name, shape sizes, init, group);
 #define NORM_ROW(field, name, sizes, init, places) \
