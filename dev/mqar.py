@@ -154,19 +154,20 @@ def train(args, cell, gpu):
     environment = dict(os.environ, **({"CUDA_VISIBLE_DEVICES": str(gpu)} if args.gpus > 1 else {}))
     child = subprocess.Popen(command + args.flag, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     loss = accuracy = None
-    steps = done = 0
+    steps = total = done = 0
     for line in child.stdout:                                           # errors are one line: no pipe runs full
         step = re.match(r"step +(\d+) of (\d+)", line)
         found = re.match(r"validation: loss ([\d.naif]+), accuracy ([\d.]+) %", line)
-        steps = int(step[1]) if step else steps
+        steps, total = map(int, step.groups()) if step else (steps, total)
         if found:
             loss, accuracy = found[1], float(found[2])
             if accuracy >= args.enough and not done:
                 done = steps
                 child.send_signal(signal.SIGINT)                        # it has learned the task
     error = child.stderr.read()
-    if child.wait() != 0 and not done or accuracy is None:
-        raise RuntimeError(f"{' '.join(command)}\n{error}")
+    if not done and (child.wait() != 0 or accuracy is None or steps < total):
+        raise RuntimeError(f"{' '.join(command)}: exit code {child.returncode} after {steps} of {total} steps\n{error}")
+    child.wait()
     return [model, width, length, args.pairs or PAIRS[length], lr, args.seed, steps * batch * length, accuracy, loss,
             f"{time.time() - begin:.1f}"]
 
@@ -193,6 +194,12 @@ def run(args):
             finally:
                 gpus.append(slot)
         waiting = {pool.submit(work, cell): cell for cell in cells}
+
+        def stop_all(*_):
+            pool.shutdown(wait=False, cancel_futures=True)              # those that run end by themselves, or by the signal
+            stop("interrupted; the same command goes on")
+        signal.signal(signal.SIGTERM, stop_all)
+        signal.signal(signal.SIGINT, stop_all)
         for number, future in enumerate(concurrent.futures.as_completed(waiting), 1):
             try:
                 row = future.result()
