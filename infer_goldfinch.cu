@@ -4212,8 +4212,8 @@ void cache_table(void) { // the families of the paper at its sizes
 //     {"text": "a whole text"}                                     {"logprob": -9.5, "tokens": 3}
 //     {"context": "Once", "until": ["\n"], "max_tokens": 9}        {"text": " upon a time", "tokens": 4}
 //
-// In place of a text, its tokens: context_ids, continuation_ids, text_ids. A field "id" comes back in the answer. A line
-// that asks for nothing sensible is answered with "error", and the next one is read. "temperature" (0, unless given),
+// In place of a text, its tokens: context_ids, continuation_ids, text_ids. A field "id" comes back in the answer. A
+// line that asks for nothing sensible is answered with "error", and the next one is read. "temperature" (0, unless given),
 // "top_p" (1), "top_k" (0) and "seed" are those of a continuation that is drawn; nothing is penalized.
 //
 // A token may lie across the end of the context. Then the context's own tokens are taken, and of the tokens of both
@@ -4503,8 +4503,8 @@ __global__ void __launch_bounds__(256)
     greedy[blockIdx.x] = -first == (float)target;
 }
 
-// ids (n): the sum of the logarithms of their probabilities from number n_context on, and whether each is the likeliest.
-// The context's last token goes in with those after it: their rows give all that is asked for.
+// ids (n): the sum of the logarithms of their probabilities from number n_context on, and whether each is the
+// likeliest. The context's last token goes in with those after it: their rows give all that is asked for.
 static void score_ids(Requests *q, const int *ids, int64_t n_context, int64_t n, double *logprob, bool *greedy) {
     Infer *f = q->m;
     const Dims &d = f->m.d;
@@ -4546,8 +4546,8 @@ static int64_t find_stop(const Request *r, const uint8_t *text, int64_t n, int64
     return first;
 }
 
-// Draws tokens until the text ends, stops or is long enough. Returns their number, -1 if there was nothing to draw from;
-// text, n: the bytes before the stop, in q->written.
+// Draws tokens until the text ends, stops or is long enough. Returns their number, -1 if there was nothing to draw
+// from; n: the bytes before the stop, in q->written.
 static int64_t write_text(Requests *q, const Request *r, int64_t *n) {
     Infer *f = q->m;
     int64_t drawn = 0, room = 0;

@@ -1504,9 +1504,9 @@ static void block_backward(Ref *m, int l, float *dx, const float *x) {
 }
 
 // --------------------------------------------------------------------------------------------------------------------
-// The loss: cross-entropy, averaged over the n targets that count (-1: one that does not). Its gradient on the logits gets
-// one more term, which the reported loss does not include: 1e-4 z_max / n at each such position's largest logit (the
-// lowest id if several are largest).
+// The loss: cross-entropy, averaged over the n targets that count (-1: one that does not). Its gradient on the logits
+// gets one more term, which the reported loss does not include: 1e-4 z_max / n at each such position's largest logit
+// (the lowest id if several are largest).
 
 typedef struct Loss {
     double cross_entropy;
@@ -1718,8 +1718,8 @@ void gf_init_weights(Model *m, uint64_t seed);
 void gf_zero_grad(Model *m);
 // One micro-batch; adds gradients / accumulate, returns the mean cross-entropy. targets[t] is tokens[t + 1].
 double gf_loss_backward(Model *m, const int *tokens, const int *targets, int B, int T, int accumulate);
-// The same where some targets do not count, -1: step_targets do in the whole step, whose mean the gradients are then of.
-// Returns this micro-batch's part of the loss.
+// The same where some targets do not count, -1: step_targets do in the whole step, whose mean the gradients are then
+// of. Returns this micro-batch's part of the loss.
 double gf_masked_loss_backward(Model *m, const int *tokens, const int *targets, int B, int T, int accumulate,
                                int64_t step_targets);
 int gf_activation(Model *m, const char *name, float *out); // 0, or -1 if there is none of that name

@@ -135,7 +135,7 @@ static void expect(const char *file, const char *field, int64_t index, int64_t l
     X(data, PATH, data_file, "", 0, 0, 0, "binidx: PREFIX of PREFIX.bin and .idx; utf-8: a text") \
     X(data, WORD, data_type, "binidx", 0, 0, 0, "binidx (Megatron's format) or utf-8 (ids are bytes + 1)") \
     X(data, PATH, validation_data_file, "", 0, 0, 0, "as data_file (empty: none, or a tenth of a utf-8 data_file)") \
-    X(data, PATH, mask_file, "", 0, 0, 0, "PREFIX of a binidx of u8 beside data_file: 1 where a token's prediction counts") \
+    X(data, PATH, mask_file, "", 0, 0, 0, "PREFIX of a binidx of u8 beside data_file: 1: a token's prediction counts") \
     X(data, PATH, validation_mask_file, "", 0, 0, 0, "the same beside validation_data_file") \
     X(data, INT,  val_every, "100", 0, 1e15, 1, "steps between validations (0: none, not even at the end)") \
     X(data, INT,  val_batches, "0", 0, 1e9, 1, "micro-batches of one validation (0: the whole file)") \
@@ -1663,20 +1663,6 @@ static void lerp_backward(MixTask<n> mix, floatX *dx, Targets dmu, float *partia
 
 // ---- ddlerp ----
 
-// where x_i holds m_i
-template <int n> __global__ void ddlerp_from_amounts_kernel(MixTask<n> mix, const floatX *x, int T, int C) {
-    const int c = threadIdx.x * 8;
-    if (c >= C) return;
-    const int64_t row = blockIdx.x, at = row * C + c;
-    const Pack v = load(x + at), before = row % T ? load(x + at - C) : zero_pack();
-    for (int i = 0; i < n; i++) {
-        const Pack mu = load(mix.mu[i] + c);
-        Pack out = load(mix.x[i] + at);
-        for (int j = 0; j < 8; j++) out.x[j] = v.x[j] + (before.x[j] - v.x[j]) * (mu.x[j] + out.x[j]);
-        store(mix.x[i] + at, out);
-    }
-}
-
 // A tile to shared memory in the background; rows not in [0, limit) become zeros, nothing is read where they would lie.
 // `from`: the tile's columns in row 0.
 template <int rows, int columns, int threads>
@@ -1807,6 +1793,20 @@ template <int n> static void ddlerp_forward(MixTask<n> mix, const floatX *x, int
     const size_t smem = sizeof(DdlerpForward<n>);
     allow_smem(ddlerp_forward_kernel<n>, smem);
     ddlerp_forward_kernel<n><<<grid, MIX_FORWARD_THREADS, smem, stream>>>(mix, x, BT, T, C);
+}
+
+// Forward where the m_i are there already, in the place of the x_i (see mixed_inputs_part_forward)
+template <int n> __global__ void ddlerp_from_amounts_kernel(MixTask<n> mix, const floatX *x, int T, int C) {
+    const int c = threadIdx.x * 8;
+    if (c >= C) return;
+    const int64_t row = blockIdx.x, at = row * C + c;
+    const Pack v = load(x + at), before = row % T ? load(x + at - C) : zero_pack();
+    for (int i = 0; i < n; i++) {
+        const Pack mu = load(mix.mu[i] + c);
+        Pack out = load(mix.x[i] + at);
+        for (int j = 0; j < 8; j++) out.x[j] = v.x[j] + (before.x[j] - v.x[j]) * (mu.x[j] + out.x[j]);
+        store(mix.x[i] + at, out);
+    }
 }
 
 // Backward, first dx and dh: a block takes 64 rows, a warp 16 of them, and walks over all channels, 32 at a time,
@@ -4338,8 +4338,8 @@ static void mixed_inputs_hidden_backward(const Dims &d, const MixedInputs &a, TX
     matmul(dx, d.C, rows(tmp.dz, 2 * hidden), columns(a.both, 2 * hidden), d.BT, d.C, 2 * hidden, 1);
 }
 
-// n inputs, which mix the same x, from `first` on; the hidden layer is there. ddlerp_forward knows one rank: of another,
-// the m_i are products, to where the x_i will be.
+// n inputs, which mix the same x, from `first` on; the hidden layer is there. ddlerp_forward knows one rank: of
+// another, the m_i are products, to where the x_i will be.
 template <int n>
 static void mixed_inputs_part_forward(const Dims &d, const MixedInputs &a, const floatX *x, int first = 0) {
     const MixTask<n> task = mix_task<n>(d, a, first);
@@ -4725,7 +4725,8 @@ static void cmix_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
 static void finch_memory(const Dims &d, Layer *layer, Arena *kept, Arena *scratch) {
     Finch &a = layer->finch;
     auto &tmp = a.tmp;
-    const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A, low_rank = (int64_t)d.BT * layer->p.time_decay_w1.columns;
+    const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A,
+                  low_rank = (int64_t)d.BT * layer->p.time_decay_w1.columns;
     if (a.mixed.w1) mixed_inputs_plan(d, &a.mixed, kept, scratch);
     for (floatX **p : {&a.xr, &a.xk, &a.xv}) take(kept, p, E);
     for (floatX **p : {&a.r, &a.k, &a.v, &a.y, &a.yn}) take(kept, p, EA);
@@ -5794,8 +5795,7 @@ static void model_backward(Model *m) {
 // ---- a step ----
 
 // Host tokens (B, T + 1) to the device: inputs, targets, and the positions sorted by input id for
-// embedding_backward_kernel.
-// mask (B, T + 1): 1 where a token counts as a target; null: all do.
+// embedding_backward_kernel. mask (B, T + 1): 1 where a token counts as a target; null: all do.
 static void stage_tokens(Model *m, const int *tokens, const uint8_t *mask, int B, int T) {
     set_batch(m, B, T);
     const int slot = (int)(m->micro_steps++ % 4), BT = m->d.BT, V = m->d.V;
@@ -5829,8 +5829,8 @@ static void model_step_begin(Model *m) {
     m->targets_in_step = m->micro_in_step = 0;
 }
 
-// mask: see stage_tokens. step_targets: targets that count in the whole step, of all its micro-batches and ranks, so that
-// losses and gradients are means over these.
+// mask: see stage_tokens. step_targets: targets that count in the whole step, of all its micro-batches and ranks, so
+// that losses and gradients are means over these.
 static void model_micro_step(Model *m, const int *tokens, const uint8_t *mask, int B, int T, int accumulate,
                              int64_t step_targets) {
     m->targets_in_step = step_targets > 0 ? step_targets : 1;
@@ -6003,7 +6003,7 @@ static const char *model_find_nonfinite(Model *m, const int *tokens, int B, int 
     }
     model_step_begin(m);
     m->micro_in_step = 1; // so that none is the step's last: the gradients are this rank's alone
-    model_micro_step(m, tokens, B, T, 1);
+    model_micro_step(m, tokens, nullptr, B, T, 1, (int64_t)B * T * n_ranks);
     CUDA_CHECK(cudaStreamSynchronize(stream));
     // gradients: head first, then from the last block down
     for (int layer = m->d.L; layer >= -1 && !yes; layer--)
@@ -6581,12 +6581,12 @@ static void program_begin(const char *name) {
 
 // ---------------------------------------- what a checkpoint's file holds
 
-// The reader of JSON, which section 11 has for config files. Strings are unescaped in place.
 // Where reading goes on after an error, for whoever answers with its message and does not end.
 typedef struct JsonError {
     jmp_buf back;
     char message[sizeof(LONG_PATH) + 256];
 } JsonError;
+// The reader of JSON, which section 11 has for config files. Strings are unescaped in place.
 // the text ends with '\0'; part: of the file; error: null where an error ends the program
 typedef struct Json {
     char *at, *start;
@@ -7967,7 +7967,7 @@ static bool validate(Run *r) {
     const double targets = counted > 0 ? (double)counted : 1;
     r->val_loss = loss / targets;
     printf("validation: loss %.4f, accuracy %.1f %%, %ld tokens, %.1f s\n", r->val_loss, 100 * correct / targets,
-           counted, targets, seconds_now() - begin);
+           counted, seconds_now() - begin);
     return true;
 }
 
