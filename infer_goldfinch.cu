@@ -4213,8 +4213,8 @@ void cache_table(void) { // the families of the paper at its sizes
 //     {"context": "Once", "until": ["\n"], "max_tokens": 9}        {"text": " upon a time", "tokens": 4}
 //
 // In place of a text, its tokens: context_ids, continuation_ids, text_ids. A field "id" comes back in the answer. A
-// line that asks for nothing sensible is answered with "error", and the next one is read. "temperature" (0, unless given),
-// "top_p" (1), "top_k" (0) and "seed" are those of a continuation that is drawn; nothing is penalized.
+// line that asks for nothing sensible is answered with "error", and the next one is read. "temperature" (0, unless
+// given), "top_p" (1), "top_k" (0) and "seed" are those of a continuation that is drawn; nothing is penalized.
 //
 // A token may lie across the end of the context. Then the context's own tokens are taken, and of the tokens of both
 // texts together those after as many: what evaluation harnesses do.
@@ -4653,7 +4653,7 @@ static void requests_prefix(Requests *q, const char *text) { // "0" or "0,11"
     }
 }
 
-static void requests_open(Requests *q, const Options *o, SafeTensors *model, KvKind kv) {
+static void requests_open(Requests *q, const Options *o, SafeTensors *model, KvKind kv, int64_t capacity) {
     const Sampling how = {0, 1, 0, 0, 1, 0, 0}; // each request has its own
     q->o = o;
     q->kept.n = -1;
@@ -4662,7 +4662,7 @@ static void requests_open(Requests *q, const Options *o, SafeTensors *model, KvK
     q->json.error = &q->error;
     model_tokenizer(&q->tokenizer, model, o->vocab, &q->vocab_size);
     requests_prefix(q, o->prefix_ids);
-    q->m = infer_open(model, kv, 0); // as large a context as fits
+    q->m = infer_open(model, kv, capacity);
     safetensors_close(model);
     device_alloc((void **)&q->logits, SCORE_ROWS * q->vocab_size * sizeof(float));
     device_alloc((void **)&q->logprobs, SCORE_ROWS * sizeof(float));
@@ -4671,17 +4671,11 @@ static void requests_open(Requests *q, const Options *o, SafeTensors *model, KvK
     sampler_open(&q->sampler, (int)q->vocab_size, &how, &q->tokenizer, false);
 }
 
-static void answer_requests(const Options *o, SafeTensors *model, KvKind kv) {
-    static Requests requests; // zeros
+static int64_t answer_lines(Requests *q, FILE *file) { // returns how many
     static Request request;
-    Requests *q = &requests;
     char *line = nullptr;
     size_t room = 0;
     ssize_t n;
-    FILE *file = strcmp(o->requests, "-") == 0 ? stdin : fopen(o->requests, "rb");
-    if (!file) die(2, "%s: %s", o->requests, strerror(errno));
-    requests_open(q, o, model, kv);
-    const double begin = seconds_now();
     int64_t answers = 0;
     while ((n = getline(&line, &room, file)) > 0) {
         q->lines++;
@@ -4691,6 +4685,18 @@ static void answer_requests(const Options *o, SafeTensors *model, KvKind kv) {
         answers++;
     }
     if (ferror(file)) die(2, "%s: %s", q->json.path, strerror(errno));
+    free(line);
+    return answers;
+}
+
+static void answer_requests(const Options *o, SafeTensors *model, KvKind kv) {
+    static Requests requests; // zeros
+    Requests *q = &requests;
+    FILE *file = strcmp(o->requests, "-") == 0 ? stdin : fopen(o->requests, "rb");
+    if (!file) die(2, "%s: %s", o->requests, strerror(errno));
+    requests_open(q, o, model, kv, 0); // as large a context as fits
+    const double begin = seconds_now();
+    const int64_t answers = answer_lines(q, file);
     fprintf(stderr, "%ld requests, %ld of them in error | %ld tokens | %.1f s\n", answers, q->errors, q->tokens,
             seconds_now() - begin);
 }

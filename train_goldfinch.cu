@@ -8237,9 +8237,9 @@ static void run_data(Run *r) {
     if (p->data_tokens) expect(name, "tokens, as before in this run", -1, p->data_tokens, p->data_tokens, n);
     if (p->data_hash && p->data_hash != r->data.hash)
         die(2,
-            "%s: expected the data that this run began with, found as many tokens, but other ones; a new run on them "
-            "can take over the weights: --train.load_model",
-            name);
+            "%s%s%s: expected the data that this run began with, found as many tokens, but other ones; a new run on "
+            "them can take over the weights: --train.load_model",
+            name, s->mask_file[0] ? ", " : "", s->mask_file);
     p->data_tokens = n;
     p->data_hash = r->data.hash;
     if (s->my_exit_tokens == 0) s->my_exit_tokens = n;

@@ -87,13 +87,13 @@ def test_task(folder):
     check("more pairs than fit are refused", refused.returncode == 1 and "at least 4 pairs" in refused.stderr, refused.stderr)
 
 
-CELL = ["--lengths", 64, "--pairs", 4, "--vocab", 64, "--widths", 64, "--layers", 3]
-TRAINING = ["--lr", 5e-3, "--tokens", 3e6, "--batch-tokens", 2048, "--warmup", 20, "--val-every", 50, "--enough", 99]
+CELL = ["--lengths", 64, "--pairs", 4, "--vocab", 128, "--widths", 64, "--layers", 3]
+TRAINING = ["--lr", 5e-3, "--tokens", 4e5, "--batch-tokens", 1024, "--warmup", 20, "--val-every", 20, "--enough", 99]
 
 
 def test_recall(folder, quick):
     print("-- training it")
-    made = script("mqar.py", "make", "-o", folder, *CELL[:6], "--examples", 20000, "--valid-examples", 500)
+    made = script("mqar.py", "make", "-o", folder, *CELL[:6], "--examples", 20000, "--valid-examples", 100)
     check("make", made.returncode == 0, made.stderr)
     wrong = script("mqar.py", "run", "-o", folder, *CELL, *TRAINING, "--models", "Finch", "--program", "false")
     check("a trainer that fails is said, and what failed is tried again", wrong.returncode == 1 and
