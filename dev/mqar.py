@@ -212,7 +212,8 @@ def run(args):
             left = (time.time() - begin) / number * (len(cells) - number)
             print(f"{row[0]:10} width {row[1]:4} length {row[2]:5} lr {row[4]:g}: accuracy {row[7]:5.1f} % after "
                   f"{row[6] / 1e6:.1f} M tokens, {row[9]} s | {number} of {len(cells)}, {left / 60:.1f} min left", flush=True)
-    table(args)
+    if read_results(args):
+        table(args)
     if failed:
         stop(f"{len(failed)} of {len(cells)} cells failed; the next run tries them again")
 

@@ -104,7 +104,7 @@ good "all count" $masked ones --train.micro_bsz 3 --train.devices 2 --train.out 
 good "no mask" ${masked% *} --train.micro_bsz 3 --train.devices 2 --train.out none
 cmp -s <(cut -d, -f1-6 ones/log.csv) <(cut -d, -f1-6 none/log.csv) && ! same_run ones m2; check "the same losses and norms, bit for bit" $?
 good "3 steps" $masked letters --train.micro_bsz 3 --train.devices 2 --train.max_steps 3 --train.out mr
-good "3 more on one rank" --train.resume 1 --train.max_steps 6 --train.out mr
+good "3 more on one rank" $masked letters --train.resume 1 --train.max_steps 6 --train.out mr
 same_run m2 mr; check "the same bits" $?
 refused 2 'bytes.bin, ones: expected the data that this run began with' $masked ones --train.resume 1 --train.max_steps 7 --train.out mr
 

@@ -18,7 +18,7 @@ import torch                                                            # noqa: 
 from rwkv.model import RWKV                                             # noqa: E402
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-V, TOKENS = 256, 40
+V, TOKENS = 320, 40
 counts = {"passed": 0, "failed": 0}
 
 
