@@ -253,7 +253,8 @@ def plot(args):
         for i, model in enumerate(MODELS):
             points = sorted((k[1], a) for k, a in found.items() if k[0] == model and k[2] == length)
             if points:
-                panel.plot(*zip(*points), "os^Dv"[i] + "-", color=f"C{i}", label=model, linewidth=1.5, clip_on=False)
+                panel.plot(*zip(*points), "os^Dv"[i] + ("--" if i == 1 else "-"), color=f"C{i}", label=model, linewidth=1.5,
+                           markersize=12 - 2 * i, markerfacecolor="none", clip_on=False)    # of points that are alike all show
                 panel.set_xticks([width for width, _ in points])
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -262,7 +263,8 @@ def plot(args):
         panel.grid(alpha=0.3)
         panel.set_ylim(0, 100)
     panels[0][0].set_ylabel("answers that are right, %")
-    panels[0][-1].legend(frameon=False, loc="lower right")
+    lines = {line.get_label(): line for panel in panels[0] for line in panel.get_lines()}
+    figure.legend(lines.values(), lines, frameon=False, loc="outside right center")
     try:
         figure.savefig(args.picture, dpi=120)
     except (OSError, ValueError) as error:
