@@ -142,6 +142,7 @@ def test_compare(folder):
     check("interrupted: each run saves", child.returncode == 1 and "the same command goes on" in error, error)
     done = script("compare.py", *command)
     check("the same command goes on", done.returncode == 0 and "1 of 3 runs are there" in done.stdout, done.stdout + done.stderr)
+    check("from where it was", os.path.exists(log) and not [name for name in os.listdir(os.path.dirname(log)) if ".old" in name])
     rows = {}
     for name in os.listdir(out):
         path = os.path.join(out, name, "log.csv")
