@@ -9,7 +9,7 @@
 //     2. Attention   gold_attention: of a GOLD layer, over keys and values made on the fly from the cache
 //     3. One token   queue_step, matvec: decode
 //     4. Engine      infer_open, infer_feed: pre-fill, scoring, saved states
-//     5. Tokenizer   6. Sampler   7. Command line
+//     5. Tokenizer   6. Sampler   7. Command line   8. Requests
 //
 // More words with a meaning of their own:
 //     window    the newest tokens, whose keys and values are ready, in a ring; past: all tokens before it, whose keys
@@ -2414,6 +2414,14 @@ static int64_t shape_of(const SafeTensors *file, const char *name, int dimension
     return t && dimension < t->ndim ? t->shape[dimension] : 0;
 }
 
+static int64_t rank_of(const SafeTensors *file, const char *name) {
+    const int64_t rank = shape_of(file, name, 1);
+    if (rank < 8 || rank > 4096 || rank % 8)
+        die(2, "%s: tensor %s: shape[1]: expected a rank from 8 to 4096, a multiple of 8, found %ld", file->path, name,
+            rank);
+    return rank;
+}
+
 // The mixer all of whose tensors layer l has
 template <size_t n> static const char *mixer_from_tensors(const Mixer (&table)[n], const SafeTensors *file, int l) {
     for (const Mixer &mixer : table) {
@@ -2451,6 +2459,10 @@ static void settings_from_tensors(Settings *s, const SafeTensors *file) {
     }
     s->n_layer = L;
     s->dim_ffn = shape_of(file, "blocks.0.ffn.key.weight", 0);
+    if (strcmp(s->tmix, "x060") == 0) {
+        s->mix_rank = rank_of(file, "blocks.0.att.time_maa_w2");
+        s->decay_rank = rank_of(file, "blocks.0.att.time_decay_w1");
+    }
     s->dim_att = shape_of(file, "blocks.0.att.output.weight", 1);
     if (!s->dim_att) s->dim_att = shape_of(file, "blocks.0.att.wo.weight", 1);
     if (G0 < 0) s->tmix2[0] = s->cmix2[0] = '\0';
@@ -2616,12 +2628,13 @@ static float *infer_logits(Infer *f) { return f->logits; }
 
 // ---- what is carried: one list for forgetting, saving and loading ----
 
-// width: bytes of an element
+// width: bytes of an element; grows: with the context, and what is there is not written again
 typedef struct Carried {
     char name[48];
     const char *dtype;
     void *p;
     int64_t count, width;
+    bool grows;
 } Carried;
 
 static int infer_carried(const Infer *f, Carried *list) { // list: 6 + 4 L; returns how many
@@ -2629,25 +2642,27 @@ static int infer_carried(const Infer *f, Carried *list) { // list: 6 + 4 L; retu
     const Dims &d = f->m.d;
     const int64_t T = f->position;
     int n = 0;
-    auto add = [&](const char *name, int number, const char *dtype, const void *p, int64_t count, int64_t width) {
+    auto add = [&](const char *name, int number, const char *dtype, const void *p, int64_t count, int64_t width,
+                   bool grows = false) {
         if (!p) return;
         snprintf(list[n].name, sizeof(list[n].name), name, number);
-        list[n].dtype = dtype, list[n].p = (void *)p, list[n].count = count, list[n++].width = width;
+        list[n].dtype = dtype, list[n].p = (void *)p, list[n].count = count, list[n].width = width,
+        list[n++].grows = grows;
     };
     for (int l = 0; l < d.L; l++) {
         const Layer *layer = &f->m.layers[l];
         add("blocks.%d.tmix_shift", l, type, layer->tmix_shift, d.C, sizeof(floatX));
         add("blocks.%d.cmix_shift", l, type, layer->cmix_shift, d.C, sizeof(floatX));
         add("blocks.%d.wkv", l, "F32", layer->wkv_state, (int64_t)d.H * N * N, 4);
-        add("blocks.%d.keys", l, type, f->kept[l].keys, T * d.A, sizeof(floatX));
-        add("blocks.%d.values", l, type, f->kept[l].values, T * d.A, sizeof(floatX));
+        add("blocks.%d.keys", l, type, f->kept[l].keys, T * d.A, sizeof(floatX), true);
+        add("blocks.%d.values", l, type, f->kept[l].values, T * d.A, sizeof(floatX), true);
     }
     add("logits", 0, "F32", f->logits, d.V, 4);
     if (!f->G) return n;
-    add("ids", 0, "I32", f->ids, T, 4);
-    add("c", 0, type, f->c, T * d.R, sizeof(floatX));
-    add("c8", 0, "I8", f->c8, T * d.R, 1);
-    add("scales", 0, "F32", f->scales, T, 4);
+    add("ids", 0, "I32", f->ids, T, 4, true);
+    add("c", 0, type, f->c, T * d.R, sizeof(floatX), true);
+    add("c8", 0, "I8", f->c8, T * d.R, 1, true);
+    add("scales", 0, "F32", f->scales, T, 4, true);
     return n;
 }
 
@@ -3647,19 +3662,23 @@ static bool text_uncounted(const uint8_t *text, int n) {
     return n > 0 && memmem(plain, strlen(plain), text, (size_t)n) != nullptr;
 }
 
-void sampler_allocate(Sampler *s, int V, const Sampling *how, const uint8_t *kinds) { // kinds (V)
-    memset(s, 0, sizeof(*s));
-    s->V = V;
-    s->blocks = (int)(ceil_div(V, SAMPLE_TILE) < SAMPLE_BLOCKS ? ceil_div(V, SAMPLE_TILE) : SAMPLE_BLOCKS);
-    s->tokens_of_block = (int)ceil_div(V, s->blocks);
+static void sampler_set(Sampler *s, const Sampling *how) {
     s->presence = (float)how->presence;
     s->frequency = (float)how->frequency;
     s->decay = (float)how->decay;
     s->inverse_temperature = how->temperature > 0 ? (float)(1 / how->temperature) : 1;
     s->top_p = how->top_p;
     s->top_k = how->temperature == 0 ? 1 : how->top_k == 0 ? ~0ull : (Mass)how->top_k;
-    s->searches = s->top_k > 1 && (s->top_p < 1 || s->top_k < (Mass)V);
+    s->searches = s->top_k > 1 && (s->top_p < 1 || s->top_k < (Mass)s->V);
     s->seed = how->seed;
+}
+
+void sampler_allocate(Sampler *s, int V, const Sampling *how, const uint8_t *kinds) { // kinds (V)
+    memset(s, 0, sizeof(*s));
+    s->V = V;
+    s->blocks = (int)(ceil_div(V, SAMPLE_TILE) < SAMPLE_BLOCKS ? ceil_div(V, SAMPLE_TILE) : SAMPLE_BLOCKS);
+    s->tokens_of_block = (int)ceil_div(V, s->blocks);
+    sampler_set(s, how);
     device_alloc((void **)&s->logits, V * sizeof(float));
     device_alloc((void **)&s->counts, V * sizeof(float));
     device_alloc((void **)&s->kinds, V);
@@ -3786,6 +3805,9 @@ typedef bool SWITCH;
       "loss, perplexity and accuracy of a text, in place of a continuation") \
     X("--window", INT, window, "0", 0, 1e12, "N", \
       "score: start afresh every N tokens, as the trainer's validation (0: one context)") \
+    X("--requests", TEXT, requests, nullptr, 0, 0, "FILE", \
+      "answer JSON objects, one a line (- for stdin): scores and continuations (README.md)") \
+    X("--prefix-ids", TEXT, prefix_ids, "0", 0, 0, "IDS", "requests: what an empty context stands for: 0 or 0,11") \
     X("--save-state", TEXT, save_state, nullptr, 0, 0, "FILE", "write the state after the prompt") \
     X("--load-state", TEXT, load_state, nullptr, 0, 0, "FILE", "go on from such a state") \
     X("--kv", TEXT, kv, "bf16", 0, 0, "KIND", "the cache: bf16, int8 (half of it), full (all keys and values)") \
@@ -3876,9 +3898,11 @@ void options_parse(Options *o, int argc, char **argv) { // argv without the prog
     if (o->prompt_file && strcmp(o->prompt_file, "-") == 0 && o->interactive) die(2, "-f - and -i: both read stdin");
     if (o->score && (prompt || o->interactive || o->save_state || o->load_state))
         die(2, "--score: expected no prompt and no state beside it");
+    if (o->requests && (prompt || o->interactive || o->score || o->save_state || o->load_state || o->cache_table))
+        die(2, "--requests: expected nothing else to do beside it");
     if (o->window && !o->score) die(2, "--window: expected only with --score");
     if (o->save_state && !prompt && !o->load_state) die(2, "--save-state: expected a prompt to read before");
-    if (!prompt && !o->interactive && !o->load_state && !o->score && !o->cache_table)
+    if (!prompt && !o->interactive && !o->load_state && !o->score && !o->cache_table && !o->requests)
         die(2, "a prompt is missing: -p TEXT, -f FILE or -i (-h lists all flags)");
 }
 
@@ -4183,6 +4207,502 @@ void cache_table(void) { // the families of the paper at its sizes
     }
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// 8. Requests: one JSON object a line, one answer a line, for programs that evaluate a model or converse with it.
+//
+//     {"context": "The cat sat on the", "continuation": " mat"}    {"logprob": -1.25, "greedy": true, "tokens": 1}
+//     {"text": "a whole text"}                                     {"logprob": -9.5, "tokens": 3}
+//     {"context": "Once", "until": ["\n"], "max_tokens": 9}        {"text": " upon a time", "tokens": 4}
+//
+// In place of a text, its tokens: context_ids, continuation_ids, text_ids. A field "id" comes back in the answer. A
+// line that asks for nothing sensible is answered with "error", and the next one is read. "temperature" (0, unless
+// given), "top_p" (1), "top_k" (0) and "seed" are those of a continuation that is drawn; nothing is penalized.
+//
+// A token may lie across the end of the context. Then the context's own tokens are taken, and of the tokens of both
+// texts together those after as many: what evaluation harnesses do.
+
+enum RequestKind { REQUEST_SCORE, REQUEST_ROLLING, REQUEST_WRITE };
+
+// A field that is a text or a list of ids.
+typedef struct RequestText {
+    const char *text; // null: none
+    int *ids;         // null: none
+    int64_t n;        // ids; bytes of the text
+} RequestText;
+
+typedef struct Request {
+    RequestKind kind;
+    const char *id_text; // the caller's: a text,
+    char id_number[24];  // or a number; both empty: none
+    RequestText context, continuation, text;
+    const char **until;
+    int64_t n_until, max_tokens;
+    bool writes; // a field of a continuation to be drawn was there
+    Sampling how;
+    int64_t n_context, n; // tokens: of the context, which never is empty; of all
+    // the answer: of what was scored; of what was drawn, its tokens and bytes
+    double logprob;
+    bool greedy;
+    int64_t drawn, n_written;
+} Request;
+
+// A context that was read, with what is carried after it: it stays while requests have it in common.
+typedef struct KeptContext {
+    int64_t n, window_begin, window_end; // n: tokens; -1: none
+    int *ids;
+    Carried *copies; // in the order of infer_carried; of what grows with the context nothing
+} KeptContext;
+
+typedef struct Requests {
+    const Options *o;
+    Infer *m;
+    Tokenizer tokenizer;
+    Sampler sampler;
+    KeptContext kept;
+    JsonError error;
+    Json json;
+    char part[32]; // "line 12, "
+    int64_t vocab_size, lines, errors, tokens;
+    int *prefix; // what an empty context stands for
+    int64_t n_prefix;
+    // Of a line's length: nothing has more tokens than bytes, but for the prefix.
+    int64_t room;
+    int *ids, *whole, *list;
+    char *joined, *written;
+    const char **until;
+    float *logits, *logprobs; // on the device: (SCORE_ROWS, V), (SCORE_ROWS)
+    int *greedy, *targets;
+} Requests;
+
+static const int SCORE_ROWS = 128; // positions whose logits are at hand
+
+// ---------------------------------------- reading a line
+
+[[noreturn]] __attribute__((format(printf, 2, 3))) static void request_fail(Requests *q, const char *format, ...) {
+    JsonError *error = &q->error;
+    const int n = snprintf(error->message, sizeof(error->message), "%s: line %ld: ", q->json.path, q->lines);
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(error->message + n, sizeof(error->message) - (size_t)n, format, arguments);
+    va_end(arguments);
+    longjmp(error->back, 1);
+}
+
+static double request_number(Requests *q, const char *field, double low, double high) {
+    Json *j = &q->json;
+    json_peek(j);
+    char *end = j->at;
+    const size_t length = strspn(j->at, "+-.0123456789eE");
+    const double value = length ? strtod(j->at, &end) : 0;
+    if (!length || end != j->at + length) json_fail(j, "a number");
+    if (!(value >= low && value <= high))
+        request_fail(q, "%s: expected a number from %.10g to %.10g, found %g", field, low, high, value);
+    j->at = end;
+    return value;
+}
+
+// `each` reads one item of a list, or of an object, with its name.
+template <typename F> static void request_items(Json *j, const char *brackets, const F &each) {
+    json_expect(j, brackets[0]);
+    if (json_peek(j) == brackets[1]) {
+        j->at++;
+        return;
+    }
+    do each();
+    while (json_more(j, brackets[1]));
+}
+
+static void request_text(Requests *q, RequestText *to, const char *field) {
+    if (to->text || to->ids) request_fail(q, "%s: expected once, as a text or as ids, found twice", field);
+    to->text = json_string(&q->json);
+    to->n = (int64_t)strlen(to->text);
+}
+
+static void request_ids(Requests *q, RequestText *to, const char *field, int **room) {
+    if (to->text || to->ids) request_fail(q, "%s: expected once, as a text or as ids, found twice", field);
+    to->ids = *room;
+    request_items(&q->json, "[]", [&] {
+        const int64_t id = json_integer(&q->json);
+        if (id >= q->vocab_size)
+            request_fail(q, "%s: id %ld: expected 0 to %ld, found %ld", field, to->n, q->vocab_size - 1, id);
+        to->ids[to->n++] = (int)id;
+    });
+    *room += to->n;
+}
+
+static void request_id(Requests *q, Request *r) { // it goes back as it came
+    Json *j = &q->json;
+    if (json_peek(j) == '"') {
+        r->id_text = json_string(j);
+        return;
+    }
+    const bool negative = *j->at == '-';
+    j->at += negative;
+    const int64_t number = json_integer(j);
+    snprintf(r->id_number, sizeof(r->id_number), "%s%ld", negative ? "-" : "", number);
+}
+
+static void request_field(Requests *q, Request *r, const char *field, int **room) {
+    auto is = [&](const char *name) { return strcmp(field, name) == 0; };
+    Json *j = &q->json;
+    if (is("id")) return request_id(q, r);
+    if (is("context")) return request_text(q, &r->context, field);
+    if (is("continuation")) return request_text(q, &r->continuation, field);
+    if (is("text")) return request_text(q, &r->text, field);
+    if (is("context_ids")) return request_ids(q, &r->context, field, room);
+    if (is("continuation_ids")) return request_ids(q, &r->continuation, field, room);
+    if (is("text_ids")) return request_ids(q, &r->text, field, room);
+    r->writes = true;
+    if (is("temperature")) r->how.temperature = request_number(q, field, 0, 100);
+    else if (is("top_p")) r->how.top_p = request_number(q, field, 0, 1);
+    else if (is("top_k")) r->how.top_k = (int64_t)request_number(q, field, 0, 1e9);
+    else if (is("seed")) r->how.seed = (uint64_t)json_integer(j);
+    else if (is("max_tokens")) r->max_tokens = json_integer(j);
+    else if (is("until"))
+        request_items(&q->json, "[]", [&] {
+            r->until[r->n_until] = json_string(j);
+            if (!*r->until[r->n_until++])
+                request_fail(q, "until: expected texts that are not empty, found an empty one");
+        });
+    else request_fail(q, "expected a field of a request, found \"%.40s\"", field);
+}
+
+static int64_t request_encode(Requests *q, const char *text, int64_t n, int *ids) {
+    const int64_t count = encode(&q->tokenizer, (const uint8_t *)text, n, ids);
+    for (int64_t i = 0; i < count; i++)
+        if (ids[i] >= q->vocab_size)
+            request_fail(q, "token %ld: expected 0 to %ld, as the model has them, found %d", i, q->vocab_size - 1,
+                         ids[i]);
+    return count;
+}
+
+// The context's tokens, or the prefix, to q->ids, and after them those of the continuation or of the text.
+static void request_tokens(Requests *q, Request *r) {
+    const RequestText *context = &r->context, *rest = r->kind == REQUEST_ROLLING ? &r->text : &r->continuation;
+    if (context->n == 0) {
+        memcpy(q->ids, q->prefix, (size_t)q->n_prefix * sizeof(int));
+        r->n_context = q->n_prefix;
+    } else if (context->ids) {
+        memcpy(q->ids, context->ids, (size_t)context->n * sizeof(int));
+        r->n_context = context->n;
+    } else {
+        r->n_context = request_encode(q, context->text, context->n, q->ids);
+    }
+    const int *from = rest->ids;
+    int64_t n = rest->n, before = 0;
+    if (rest->text) {
+        const bool joins = context->text && context->n > 0; // a token may lie across
+        const int64_t at = joins ? context->n : 0;
+        if (joins) memcpy(q->joined, context->text, (size_t)at);
+        memcpy(q->joined + at, rest->text, (size_t)rest->n);
+        n = request_encode(q, q->joined, at + rest->n, q->whole);
+        before = joins ? r->n_context : 0;
+        from = q->whole;
+    }
+    if (r->kind == REQUEST_SCORE && n <= before)
+        request_fail(q, "continuation: expected tokens of its own after the context's, found none");
+    r->n = r->n_context;
+    for (int64_t i = before; i < n; i++) q->ids[r->n++] = from[i];
+}
+
+// All of a line, or longjmp to q->error.back. Texts and ids lie in the line and in q.
+static void request_read(Requests *q, Request *r) {
+    Json *j = &q->json;
+    int *room = q->list;
+    r->until = q->until;
+    r->max_tokens = q->o->n;
+    r->how = {0, 1, 0, 0, 1, 0, (uint64_t)q->o->seed};
+    request_items(j, "{}", [&] {
+        const char *field = json_string(j);
+        json_expect(j, ':');
+        request_field(q, r, field, &room);
+    });
+    if (json_peek(j)) json_fail(j, "the end of the line");
+    const bool context = r->context.text || r->context.ids, continuation = r->continuation.text || r->continuation.ids,
+               text = r->text.text || r->text.ids;
+    if (text + continuation + r->writes > 1 || (text && context) || !(text || continuation || context))
+        request_fail(q, "expected one of: text; context and continuation; context, with until, max_tokens, ..");
+    r->kind = text ? REQUEST_ROLLING : continuation ? REQUEST_SCORE : REQUEST_WRITE;
+    request_tokens(q, r);
+    const int64_t most = cache_bytes_per_token(q->m) > 0 ? q->m->capacity : INT64_MAX;
+    const int64_t more = r->kind == REQUEST_WRITE ? r->max_tokens : 0;
+    if (r->n > most || more > most - r->n)
+        request_fail(q, "expected at most %ld tokens, found %ld and %ld more to come", most, r->n, more);
+}
+
+static void requests_make_room(Requests *q, int64_t bytes) { // for a line of so many
+    if (q->room >= bytes) return;
+    q->room = 2 * bytes;
+    const size_t n = (size_t)(q->room + q->n_prefix);
+    for (int **ids : {&q->ids, &q->whole, &q->list}) *ids = (int *)realloc(*ids, n * sizeof(int));
+    q->joined = (char *)realloc(q->joined, n);
+    q->until = (const char **)realloc(q->until, n * sizeof(char *));
+}
+
+// ---------------------------------------- the context
+
+// Reads n tokens in a fresh context, or goes back to where the last such context ended, if it was the same; `more` are
+// to come. The bits are those of a context that is read anew.
+static void context_begin(Requests *q, const int *ids, int64_t n, int64_t more) {
+    Infer *f = q->m;
+    KeptContext *kept = &q->kept;
+    Carried *now = carried_room(f);
+    if (kept->n == n && memcmp(kept->ids, ids, (size_t)n * sizeof(int)) == 0) {
+        f->position = n;
+        f->window_begin = kept->window_begin, f->window_end = kept->window_end;
+        const int count = infer_carried(f, now);
+        for (int i = 0; i < count; i++)
+            if (!now[i].grows)
+                CUDA_CHECK(cudaMemcpyAsync(now[i].p, kept->copies[i].p, (size_t)(now[i].count * now[i].width),
+                                           cudaMemcpyDeviceToDevice, stream));
+        move_place(f, n - 1);
+    } else {
+        infer_reset(f);
+        if (n > 0) infer_feed(f, ids, n);
+        q->tokens += n;
+        const int count = infer_carried(f, now);
+        if (!kept->copies) {
+            kept->copies = carried_room(f);
+            for (int i = 0; i < count; i++)
+                if (!now[i].grows) device_alloc(&kept->copies[i].p, (size_t)(now[i].count * now[i].width));
+        }
+        for (int i = 0; i < count; i++)
+            if (!now[i].grows)
+                CUDA_CHECK(cudaMemcpyAsync(kept->copies[i].p, now[i].p, (size_t)(now[i].count * now[i].width),
+                                           cudaMemcpyDeviceToDevice, stream));
+        kept->n = n, kept->window_begin = f->window_begin, kept->window_end = f->window_end;
+        kept->ids = (int *)realloc(kept->ids, (size_t)(n + 1) * sizeof(int));
+        memcpy(kept->ids, ids, (size_t)n * sizeof(int));
+    }
+    free(now);
+    // What comes may overwrite the window's oldest keys and values. Those of a long context are made anew, each time
+    // alike; a short one with much to come is read again.
+    if (n > f->window / 2 && f->window < f->capacity) make_window(f);
+    else if (n + more > f->window) kept->n = -1;
+}
+
+// ---------------------------------------- scoring
+
+// A block a row of V logits: the logarithm of the target's probability, and whether no other token is likelier (of
+// equals, the lowest id counts).
+__global__ void __launch_bounds__(256)
+    logprob_kernel(float *logprobs, int *greedy, const float *logits, const int *targets, int V) {
+    __shared__ float tops[32];
+    __shared__ float sums[32];
+    const float *z = logits + (int64_t)blockIdx.x * V;
+    float high = -INFINITY, sum = 0, first = -INFINITY;
+    for (int i = threadIdx.x; i < V; i += 256) high = fmaxf(high, z[i]);
+    const float top = block_max(high, tops);
+    for (int i = threadIdx.x; i < V; i += 256) {
+        sum += expf(z[i] - top);
+        if (z[i] == top) first = fmaxf(first, -(float)i); // ids are exact in fp32 up to 2^24
+    }
+    sum = block_sum(sum, sums);
+    first = block_max(first, tops);
+    if (threadIdx.x > 0) return;
+    const int target = targets[blockIdx.x];
+    logprobs[blockIdx.x] = z[target] - top - logf(sum);
+    greedy[blockIdx.x] = -first == (float)target;
+}
+
+// ids (n): the sum of the logarithms of their probabilities from number n_context on, and whether each is the
+// likeliest. The context's last token goes in with those after it: their rows give all that is asked for.
+static void score_ids(Requests *q, const int *ids, int64_t n_context, int64_t n, double *logprob, bool *greedy) {
+    Infer *f = q->m;
+    const Dims &d = f->m.d;
+    float logprobs[SCORE_ROWS];
+    int likeliest[SCORE_ROWS];
+    *logprob = 0, *greedy = true;
+    if (n == n_context) return;
+    context_begin(q, ids, n_context - 1, n - n_context);
+    for (int64_t at = n_context - 1; at < n - 1;) {
+        const int here = (int)(n - 1 - at < f->chunk ? n - 1 - at : f->chunk);
+        infer_chunk(f, ids + at, here, true);
+        model_final_norm(&f->m);
+        for (int row = 0; row < here; row += SCORE_ROWS) {
+            const int count = here - row < SCORE_ROWS ? here - row : SCORE_ROWS;
+            infer_head(f, q->logits, 1 + row, count);
+            CUDA_CHECK(
+                cudaMemcpyAsync(q->targets, ids + at + row + 1, count * sizeof(int), cudaMemcpyHostToDevice, stream));
+            logprob_kernel<<<count, 256, 0, stream>>>(q->logprobs, q->greedy, q->logits, q->targets, d.V);
+            CUDA_CHECK(cudaStreamSynchronize(stream));
+            CUDA_CHECK(cudaMemcpy(logprobs, q->logprobs, count * sizeof(float), cudaMemcpyDeviceToHost));
+            CUDA_CHECK(cudaMemcpy(likeliest, q->greedy, count * sizeof(int), cudaMemcpyDeviceToHost));
+            for (int i = 0; i < count; i++) *logprob += logprobs[i], *greedy = *greedy && likeliest[i];
+        }
+        at += here;
+    }
+    q->tokens += n - n_context + 1;
+}
+
+// ---------------------------------------- writing
+
+// Where one of the texts to stop at begins, if it ends in the last `fresh` bytes; n: nowhere.
+static int64_t find_stop(const Request *r, const uint8_t *text, int64_t n, int64_t fresh) {
+    int64_t first = n;
+    for (int64_t i = 0; i < r->n_until; i++) {
+        const int64_t length = (int64_t)strlen(r->until[i]), back = fresh + length - 1, from = n > back ? n - back : 0;
+        const uint8_t *found = (const uint8_t *)memmem(text + from, (size_t)(n - from), r->until[i], (size_t)length);
+        if (found && found - text < first) first = found - text;
+    }
+    return first;
+}
+
+// Draws tokens until the text ends, stops or is long enough. Returns their number, -1 if there was nothing to draw
+// from; n: the bytes before the stop, in q->written.
+static int64_t write_text(Requests *q, const Request *r, int64_t *n) {
+    Infer *f = q->m;
+    int64_t drawn = 0, room = 0;
+    *n = 0;
+    if (r->max_tokens == 0) return 0;
+    context_begin(q, q->ids, r->n, r->max_tokens);
+    sampler_set(&q->sampler, &r->how);
+    sampler_begin(&q->sampler, infer_position(f), -1);
+    for (; drawn < r->max_tokens; drawn++) {
+        sampler_queue(&q->sampler, infer_logits(f));
+        CUDA_CHECK(cudaStreamSynchronize(stream));
+        const int id = *q->sampler.drawn;
+        if (id <= 0) return id < 0 ? -1 : drawn;
+        const int length = text_length(&q->tokenizer, id);
+        if (*n + length > room) q->written = (char *)realloc(q->written, (size_t)(room = 2 * (*n + length)));
+        memcpy(q->written + *n, q->tokenizer.texts + q->tokenizer.starts[id], (size_t)length);
+        *n += length;
+        const int64_t stop = find_stop(r, (const uint8_t *)q->written, *n, length);
+        if (stop < *n) {
+            *n = stop;
+            return drawn + 1;
+        }
+        if (drawn + 1 < r->max_tokens) infer_feed(f, &id, 1);
+    }
+    return drawn;
+}
+
+// ---------------------------------------- answers
+
+static void answer_text(FILE *out, const char *name, const char *text, int64_t n) { // "name": "text", in valid UTF-8
+    Utf8 utf8 = {};
+    uint8_t bytes[8];
+    fprintf(out, "\"%s\": \"", name);
+    for (int64_t i = 0; i <= n; i++) {
+        const int count = i < n ? utf8_push(&utf8, (uint8_t)text[i], bytes) : utf8_end(&utf8, bytes);
+        for (int k = 0; k < count; k++)
+            if (bytes[k] < ' ') fprintf(out, "\\u%04x", bytes[k]);
+            else fprintf(out, bytes[k] == '"' || bytes[k] == '\\' ? "\\%c" : "%c", bytes[k]);
+    }
+    fputc('"', out);
+}
+
+// Does what a line asks for, or longjmp to q->error.back.
+static void request_run(Requests *q, Request *r) {
+    if (r->kind == REQUEST_WRITE) {
+        r->drawn = write_text(q, r, &r->n_written);
+        if (r->drawn < 0) request_fail(q, "the logits are not finite: there is nothing to draw from");
+        q->tokens += r->drawn;
+        return;
+    }
+    score_ids(q, q->ids, r->n_context, r->n, &r->logprob, &r->greedy);
+    if (!isfinite(r->logprob)) request_fail(q, "the logits are not finite: there is no probability");
+}
+
+static void answer_write(const Requests *q, const Request *r, FILE *out, const char *error) {
+    fputc('{', out);
+    if (r->id_text) answer_text(out, "id", r->id_text, (int64_t)strlen(r->id_text));
+    else if (r->id_number[0]) fprintf(out, "\"id\": %s", r->id_number);
+    fputs(r->id_text || r->id_number[0] ? ", " : "", out);
+    if (error) {
+        answer_text(out, "error", error, (int64_t)strlen(error));
+    } else if (r->kind == REQUEST_WRITE) {
+        answer_text(out, "text", q->written, r->n_written);
+        fprintf(out, ", \"tokens\": %ld", r->drawn);
+    } else {
+        fprintf(out, "\"logprob\": %.10g", r->logprob);
+        if (r->kind == REQUEST_SCORE) fprintf(out, ", \"greedy\": %s", r->greedy ? "true" : "false");
+        fprintf(out, ", \"tokens\": %ld", r->n - r->n_context);
+    }
+    fputs("}\n", out);
+}
+
+// Whatever is wrong with a line comes back to setjmp: no more is lost than this answer. What is written after setjmp
+// and read after an error lies in memory, not in a local variable.
+static void answer_line(Requests *q, Request *r, char *line) {
+    memset(r, 0, sizeof(*r));
+    snprintf(q->part, sizeof(q->part), "line %ld, ", q->lines);
+    q->json.at = q->json.start = line;
+    if (setjmp(q->error.back) == 0) {
+        request_read(q, r);
+        request_run(q, r);
+        answer_write(q, r, stdout, nullptr);
+    } else {
+        q->errors++;
+        answer_write(q, r, stdout, q->error.message);
+    }
+    if (fflush(stdout) != 0) die(1, "stdout: %s", strerror(errno)); // whoever asked may be waiting
+}
+
+// ---------------------------------------- a file of them
+
+static void requests_prefix(Requests *q, const char *text) { // "0" or "0,11"
+    q->prefix = (int *)malloc((strlen(text) + 1) * sizeof(int));
+    for (const char *at = text;; at++) {
+        char *end;
+        const long id = strtol(at, &end, 10);
+        if (end == at || (*end && *end != ',') || id < 0 || id >= q->vocab_size)
+            die(2, "--prefix-ids: expected ids from 0 to %ld with commas between, found \"%s\"", q->vocab_size - 1,
+                text);
+        q->prefix[q->n_prefix++] = (int)id;
+        at = end;
+        if (!*at) return;
+    }
+}
+
+static void requests_open(Requests *q, const Options *o, SafeTensors *model, KvKind kv, int64_t capacity) {
+    const Sampling how = {0, 1, 0, 0, 1, 0, 0}; // each request has its own
+    q->o = o;
+    q->kept.n = -1;
+    q->json.path = strcmp(o->requests, "-") == 0 ? "stdin" : o->requests;
+    q->json.part = q->part;
+    q->json.error = &q->error;
+    model_tokenizer(&q->tokenizer, model, o->vocab, &q->vocab_size);
+    requests_prefix(q, o->prefix_ids);
+    q->m = infer_open(model, kv, capacity);
+    safetensors_close(model);
+    device_alloc((void **)&q->logits, SCORE_ROWS * q->vocab_size * sizeof(float));
+    device_alloc((void **)&q->logprobs, SCORE_ROWS * sizeof(float));
+    device_alloc((void **)&q->greedy, SCORE_ROWS * sizeof(int));
+    device_alloc((void **)&q->targets, SCORE_ROWS * sizeof(int));
+    sampler_open(&q->sampler, (int)q->vocab_size, &how, &q->tokenizer, false);
+}
+
+static int64_t answer_lines(Requests *q, FILE *file) { // returns how many
+    static Request request;
+    char *line = nullptr;
+    size_t room = 0;
+    ssize_t n;
+    int64_t answers = 0;
+    while ((n = getline(&line, &room, file)) > 0) {
+        q->lines++;
+        if (strspn(line, " \t\r\n") == (size_t)n) continue;
+        requests_make_room(q, n);
+        answer_line(q, &request, line);
+        answers++;
+    }
+    if (ferror(file)) die(2, "%s: %s", q->json.path, strerror(errno));
+    free(line);
+    return answers;
+}
+
+static void answer_requests(const Options *o, SafeTensors *model, KvKind kv) {
+    static Requests requests; // zeros
+    Requests *q = &requests;
+    FILE *file = strcmp(o->requests, "-") == 0 ? stdin : fopen(o->requests, "rb");
+    if (!file) die(2, "%s: %s", o->requests, strerror(errno));
+    requests_open(q, o, model, kv, 0); // as large a context as fits
+    const double begin = seconds_now();
+    const int64_t answers = answer_lines(q, file);
+    fprintf(stderr, "%ld requests, %ld of them in error | %ld tokens | %.1f s\n", answers, q->errors, q->tokens,
+            seconds_now() - begin);
+}
+
 #if !defined(GOLDFINCH_TEST) && !defined(GOLDFINCH_INFER_NO_MAIN)
 int main(int argc, char **argv) {
     program_begin("infer_goldfinch");
@@ -4212,6 +4732,10 @@ int main(int argc, char **argv) {
         return 0;
     }
     machine_start();
+    if (o->requests) {
+        answer_requests(o, &model, (KvKind)kind);
+        return 0;
+    }
     if (o->save_state) file_begin(&state_file, o->save_state); // now: a long prompt is not read for nothing
     model_tokenizer(&s->tokenizer, &model, o->vocab, &s->vocab_size);
 

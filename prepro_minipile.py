@@ -8,6 +8,8 @@
   prepro_minipile.py                             the paper's corpus: data/minipile and data/minipile_validation
   prepro_minipile.py FILE... -o data/mine        your own text: data/mine, and data/mine_validation from 1 % of it
   prepro_minipile.py FILE... -o data/mine --bytes        the same with an id for each byte; needs nothing but Python
+  prepro_minipile.py FILE.jsonl -o data/mine --mask      lines of "prompt" and "answer": also data/mine_mask, which tells
+                                                 the trainer to learn the answers alone
   prepro_minipile.py --check data/mine           verifies a pair and shows what is in it
 
 FILE: .txt, .jsonl or .parquet, also .gz or .zst of the first two, a folder of them, or - for standard input. Other
@@ -16,8 +18,8 @@ Every document ends with token 0. Without FILE the training set is fetched as th
 tokenized (3 GB; a broken download goes on where it stopped); the validation set is tokenized here.
 """
 # Parts, in the order the data flows: 1. reading documents, 2. tokenizing, 3. writing, 4. fetching, 5. checking, 6. main.
-# A document travels as pieces (bytes, ends): UTF-8 text, and whether it ends the document. So one of any size passes
-# through little memory; where it is cut, no token is.
+# A document travels as pieces (bytes, ends): UTF-8 text, and whether it ends the document, or its prompt (PROMPT_ENDS),
+# or neither. So one of any size passes through little memory; where it is cut, no token is.
 
 import argparse
 import array
@@ -61,6 +63,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LONGEST_LINE = 1 << 22                          # of a text that is kept whole while its UTF-8 is looked at
 UNIT = 1 << 18                                  # bytes of text that a process tokenizes at once
+PROMPT_ENDS = 2                                 # after a piece: what follows is the answer
 
 
 class Fail(Exception):
@@ -235,8 +238,14 @@ class Source:
             if line.isspace():
                 continue
             try:
-                text = json.loads(line)[self.args.field]
-                yield text.encode(), True
+                record = json.loads(line)
+                if not self.args.mask:
+                    yield record[self.args.field].encode(), True
+                    continue
+                prompt, answer = (record[field].encode() for field in ("prompt", "answer"))
+                if prompt or answer:
+                    yield prompt, PROMPT_ENDS
+                yield answer, True
             except UnicodeDecodeError as error:
                 self.bad(f"{name}, line {number}", f"broken UTF-8: {error.reason}")
             except UnicodeEncodeError:
@@ -244,7 +253,9 @@ class Source:
             except (json.JSONDecodeError, RecursionError) as error:
                 self.bad(f"{name}, line {number}", f"broken JSON: {error}")
             except (KeyError, TypeError, IndexError, AttributeError):
-                self.bad(f"{name}, line {number}", f'expected an object with a text in the field "{self.args.field}"')
+                fields = 'texts in the fields "prompt" and "answer"' if self.args.mask else \
+                    f'a text in the field "{self.args.field}"'
+                self.bad(f"{name}, line {number}", f"expected an object with {fields}")
 
     def parquet(self, path):
         import pyarrow
@@ -443,12 +454,12 @@ def units(pieces, anywhere, progress):
             unit, size, begun = [], 0, True
             del rest[:at]
         if ends:
-            if rest or begun:
-                unit.append((bytes(rest), True))
+            if rest or begun or ends == PROMPT_ENDS:
+                unit.append((bytes(rest), ends))
                 size += len(rest)
             else:
                 progress.empty += 1
-            rest, begun = bytearray(), False
+            rest, begun = bytearray(), ends == PROMPT_ENDS
             if size >= UNIT or len(unit) >= 4096:
                 yield unit
                 unit, size = [], 0
@@ -531,7 +542,7 @@ def end_with_parent():                                          # in each proces
 
 MAGIC = b"MMIDIDX\0\0"
 TYPE_LETTER = {1: "B", 2: "b", 3: "h", 4: "i", 5: "q", 8: "H"}  # as array and memoryview name them
-U16 = 8
+U8, U16 = 1, 8
 
 
 def open_locked(path):
@@ -548,8 +559,8 @@ def open_locked(path):
 class Writer:
     """PREFIX.bin.tmp and PREFIX.idx.tmp. Memory does not grow with the number of documents."""
 
-    def __init__(self, prefix):
-        self.prefix = prefix
+    def __init__(self, prefix, kind=U16):
+        self.prefix, self.kind, self.width = prefix, kind, 2 if kind == U16 else 1
         self.bin = open_locked(prefix + ".bin.tmp")
         self.bin.truncate(0)
         self.idx = open(prefix + ".idx.tmp", "w+b")
@@ -558,10 +569,10 @@ class Writer:
 
     def add(self, ids):
         self.bin.write(ids)
-        self.size += len(ids) // 2
+        self.size += len(ids) // self.width
 
-    def end(self):
-        self.add(b"\0\0")
+    def end(self, last=b"\0\0"):
+        self.add(last)
         if self.size >= 1 << 31:
             raise Fail(f"a document of {self.size:,} tokens, binidx holds up to 2,147,483,647: see --split")
         self.idx.write(struct.pack("<i", self.size))
@@ -570,16 +581,16 @@ class Writer:
         self.size = 0
 
     def take_last(self):
-        """Removes the last document and returns its ids, the closing 0 left out."""
+        """Removes the last document and returns its ids, the closing one left out."""
         self.idx.seek(-4, os.SEEK_END)
         size = struct.unpack("<i", self.idx.read(4))[0]
         self.idx.seek(-4, os.SEEK_END)
         self.idx.truncate()
         self.tokens -= size
         self.documents -= 1
-        self.bin.seek(2 * self.tokens)
-        ids = self.bin.read(2 * size - 2)
-        self.bin.truncate(2 * self.tokens)
+        self.bin.seek(self.width * self.tokens)
+        ids = self.bin.read(self.width * (size - 1))
+        self.bin.truncate(self.width * self.tokens)
         return ids
 
     def finish(self):
@@ -587,14 +598,14 @@ class Writer:
         while at < 34 + 4 * n:                                  # a stretch of sizes, and its offsets
             self.idx.seek(at)
             sizes = array.array("i", self.idx.read(min(BLOCK, 34 + 4 * n - at)))
-            *offsets, offset = itertools.accumulate((2 * size for size in sizes), initial=offset)
+            *offsets, offset = itertools.accumulate((self.width * size for size in sizes), initial=offset)
             self.idx.seek(34 + 4 * n + 2 * (at - 34))
             self.idx.write(array.array("q", offsets))
             at += 4 * len(sizes)
         for begin in range(0, n + 1, BLOCK):
             self.idx.write(array.array("q", range(begin, min(begin + BLOCK, n + 1))))
         self.idx.seek(0)
-        self.idx.write(MAGIC + struct.pack("<QBQQ", 1, U16, n, n + 1))
+        self.idx.write(MAGIC + struct.pack("<QBQQ", 1, self.kind, n, n + 1))
         for f in (self.bin, self.idx):
             f.flush()
             os.fsync(f.fileno())
@@ -657,48 +668,82 @@ def there(prefix):
     return f"{index}: there already, and whole"
 
 
+class Documents:
+    """The pair PREFIX, and with --mask the pair PREFIX_mask beside it: 1 for each token of an answer, and for the 0 that
+    ends it."""
+
+    def __init__(self, prefix, masked):
+        self.tokens = Writer(prefix)
+        self.mask = Writer(prefix + "_mask", U8) if masked else None
+        self.writers = [self.tokens] + ([self.mask] if masked else [])
+
+    def add(self, ids, answers):
+        self.tokens.add(ids)
+        if self.mask:
+            self.mask.add((b"\1" if answers else b"\0") * (len(ids) // 2))
+
+    def end(self):
+        self.tokens.end()
+        if self.mask:
+            self.mask.end(b"\1")
+
+    def move_last(self, other):
+        for mine, its in zip(self.writers, other.writers):
+            its.add(mine.take_last())
+        other.end()
+
+    def publish(self):                                          # the mask first: tokens are never without theirs
+        for writer in reversed(self.writers):
+            publish(writer.prefix, "tmp")
+
+
 def write_pairs(args, pieces, progress, prefix, val):
     """Tokenizes pieces into the pair PREFIX and, if val > 0, PREFIX_validation: each document but the first falls there
     with probability val, and if none did, the last one."""
-    writers = [Writer(prefix)]
+    sets = []
     try:
-        if val > 0:
-            writers.append(Writer(prefix + "_validation"))
-        train, valid = writers[0], writers[-1]
-        draw, document, into = random.Random(args.seed), 0, None
+        for name in (prefix, prefix + "_validation")[:2 if val > 0 else 1]:
+            sets.append(Documents(name, args.mask))
+        train, valid = sets[0], sets[-1]
+        draw, document, into, answers = random.Random(args.seed), 0, None, False
         function, processes = (encode_unit_bytes, 1) if args.bytes else (encode_unit, args.processes)
         for ids, counts, n_bytes, ends_inside in in_order(function, units(pieces, args.bytes, progress), processes):
             view, at = memoryview(ids), 0
             for count, ends in counts:
                 into = into or (valid if document > 0 and draw.random() < val else train)
-                into.add(view[at:at + 2 * count])
+                into.add(view[at:at + 2 * count], answers)
                 at += 2 * count
-                if ends:
+                answers = ends == PROMPT_ENDS or (answers and not ends)
+                if ends and not answers:
                     into.end()
                     into, document = None, document + 1
             progress.add(n_bytes, at // 2)
             progress.ends += ends_inside
         if document == 0:
             raise Fail("no document has any text in it: nothing to write")
-        if val > 0 and document > 1 and valid.documents == 0:
-            valid.add(train.take_last())
-            valid.end()
-        if valid.documents == 0:                                # one document: an older run's set has no part in this
-            writers.pop().discard()
-            remove(valid.prefix + ".bin")
-            remove(valid.prefix + ".idx")
-        for writer in writers:
-            writer.finish()
+        if val > 0 and document > 1 and valid.tokens.documents == 0:
+            train.move_last(valid)
+        if valid.tokens.documents == 0:                         # one document: an older run's set has no part in this
+            sets.pop()
+            for writer in valid.writers:
+                writer.discard()
+                remove(writer.prefix + ".bin")
+                remove(writer.prefix + ".idx")
+        for documents in sets:
+            for writer in documents.writers:
+                writer.finish()
         seconds = progress.done()
-        for writer in reversed(writers):
-            publish(writer.prefix, "tmp")
+        for documents in reversed(sets):
+            documents.publish()
     except BaseException:
-        for writer in writers:
-            writer.discard()
+        for documents in sets:
+            for writer in documents.writers:
+                writer.discard()
         raise
-    for writer in writers:
-        writer.close()
-        say(f"{writer.prefix}: {many(writer.tokens, 'token')} in {many(writer.documents, 'document')}")
+    for documents in sets:
+        for writer in documents.writers:
+            writer.close()
+            say(f"{writer.prefix}: {many(writer.tokens, 'token')} in {many(writer.documents, 'document')}")
     left_out = [many(n, what) for n, what in ((progress.skipped, "broken record"),
                                               (progress.empty, "document without text"),
                                               (progress.marks, "byte order mark"),
@@ -707,7 +752,7 @@ def write_pairs(args, pieces, progress, prefix, val):
           + (f"; left out: {', '.join(left_out)}" if left_out else ""))
     if progress.ends:
         say(f"<|endoftext|> stands in the text {many(progress.ends, 'time')}: it became token 0, as at a document's end")
-    return writers
+    return sets
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -938,7 +983,11 @@ def from_files(args):
     for ending, package in ((".parquet", "pyarrow"), (".zst", "zstandard")):
         if any(path.endswith(ending) for path in inputs):
             require(package, package)
-    for prefix in (args.output, args.output + "_validation")[:2 if args.val > 0 else 1]:
+    if args.mask and not all((file_kind(path) or args.format) == "jsonl" if path != "-" else args.format == "jsonl"
+                             for path in inputs):
+        raise Fail("--mask takes .jsonl alone, each line an object with texts in the fields prompt and answer")
+    prefixes = (args.output, args.output + "_validation")[:2 if args.val > 0 else 1]
+    for prefix in [prefix + ending for prefix in prefixes for ending in ("", "_mask")[:2 if args.mask else 1]]:
         found = None if args.force else there(prefix)
         if found:
             raise Fail(f"{found}; --force replaces it")
@@ -949,10 +998,12 @@ def from_files(args):
     if not args.bytes:
         write_vocabulary()
     progress = Progress("tokenizing", total if "-" not in inputs else 0)
-    writers = write_pairs(args, Source(args, progress).files(inputs), progress, args.output, args.val)
+    sets = write_pairs(args, Source(args, progress).files(inputs), progress, args.output, args.val)
     flags = f"--train.data_file {args.output}" + (" --model.vocab_size 320" if args.bytes else "")
-    if len(writers) == 2:
+    flags += f" --train.mask_file {args.output}_mask" if args.mask else ""
+    if len(sets) == 2:
         flags += f" --train.validation_data_file {args.output}_validation"
+        flags += f" --train.validation_mask_file {args.output}_validation_mask" if args.mask else ""
     say(f"./train_goldfinch {flags}")
 
 
@@ -980,6 +1031,7 @@ def main():
     option("--val", type=float, default=0.01, metavar="PART", help="part of the documents for PREFIX_validation (0.01)")
     option("--seed", type=int, default=1, help="of the choice of these (1)")
     option("--field", default="text", help='the field of .jsonl and .parquet to take ("text")')
+    option("--mask", action="store_true", help='of .jsonl with "prompt" and "answer", mark what the trainer is to learn')
     option("--split", metavar="STRING", help=r'ends documents in a text, as in --split "\n\n"')
     option("--format", choices=("txt", "jsonl"), help="of standard input or of files with other endings (txt)")
     option("--bytes", action="store_true", help="byte-level ids, byte + 1, in place of the RWKV World vocabulary")
@@ -1000,6 +1052,8 @@ def main():
             return
         if args.files and not args.output:
             raise Fail("FILE needs -o PREFIX, as in -o data/mine")
+        if args.mask and not args.files:
+            raise Fail("--mask needs a FILE of prompts and answers")
         if args.bytes and not args.files:
             raise Fail("--bytes needs a FILE: minipile comes tokenized with the RWKV World vocabulary")
         if not args.bytes:

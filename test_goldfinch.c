@@ -1553,29 +1553,40 @@ static void block_backward(Ref *m, int l, float *dx, const float *x) {
 }
 
 // --------------------------------------------------------------------------------------------------------------------
-// The loss: cross-entropy, averaged over the targets. Its gradient on the logits gets one more term, which the reported
-// loss does not include: 1e-4 z_max / (B T) at each position's largest logit (the lowest id if several are largest).
+// The loss: cross-entropy, averaged over the n targets that count (-1: one that does not). Its gradient on the logits
+// gets one more term, which the reported loss does not include: 1e-4 z_max / n at each such position's largest logit
+// (the lowest id if several are largest).
 
 typedef struct Loss {
     double cross_entropy;
     double objective; // what the gradient is the gradient of: cross_entropy + mean over positions of 1e-4 z_max² / 2
 } Loss;
 
+static int count_targets(const int *targets, int rows) { // at least 1: without any, all sums are zero
+    int n = 0;
+    for (int t = 0; t < rows; t++) n += targets[t] >= 0;
+    return n > 0 ? n : 1;
+}
+
 static Loss loss(const float *logits, const int *targets, int V, int rows) {
     Loss result = {0, 0};
+    const int n = count_targets(targets, rows);
     for (int t = 0; t < rows; t++, logits += V) {
+        if (targets[t] < 0) continue;
         double z_max = logits[0], total = 0;
         for (int i = 1; i < V; i++) z_max = logits[i] > z_max ? logits[i] : z_max;
         for (int i = 0; i < V; i++) total += exp(logits[i] - z_max);
         double cross_entropy = z_max + log(total) - logits[targets[t]];
-        result.cross_entropy += cross_entropy / rows;
-        result.objective += (cross_entropy + 0.5e-4 * z_max * z_max) / rows;
+        result.cross_entropy += cross_entropy / n;
+        result.objective += (cross_entropy + 0.5e-4 * z_max * z_max) / n;
     }
     return result;
 }
 
 static void loss_backward(float *dlogits, const float *logits, const int *targets, int V, int rows, double scale) {
+    const int n = count_targets(targets, rows);
     for (int t = 0; t < rows; t++, logits += V, dlogits += V) {
+        if (targets[t] < 0) continue;
         int largest = 0;
         double total = 0;
         for (int i = 1; i < V; i++) largest = logits[i] > logits[largest] ? i : largest;
@@ -1583,7 +1594,7 @@ static void loss_backward(float *dlogits, const float *logits, const int *target
         for (int i = 0; i < V; i++) {
             double z_term = i == largest ? 1e-4 * logits[i] : 0;
             double p = exp((double)logits[i] - logits[largest]) / total;
-            dlogits[i] += (p - (i == targets[t]) + z_term) * scale / rows;
+            dlogits[i] += (p - (i == targets[t]) + z_term) * scale / n;
         }
         store(dlogits, V);
     }
@@ -1757,6 +1768,10 @@ void gf_init_weights(Model *m, uint64_t seed);
 void gf_zero_grad(Model *m);
 // One micro-batch; adds gradients / accumulate, returns the mean cross-entropy. targets[t] is tokens[t + 1].
 double gf_loss_backward(Model *m, const int *tokens, const int *targets, int B, int T, int accumulate);
+// The same where some targets do not count, -1: step_targets do in the whole step, whose mean the gradients are then
+// of. Returns this micro-batch's part of the loss.
+double gf_masked_loss_backward(Model *m, const int *tokens, const int *targets, int B, int T, int accumulate,
+                               int64_t step_targets);
 int gf_activation(Model *m, const char *name, float *out); // 0, or -1 if there is none of that name
 double gf_update(Model *m, int step, double lr);           // returns the norm of the gradients before clipping
 double gf_update_loss(Model *m, int step);                 // the loss, of all ranks' sequences
@@ -3219,19 +3234,14 @@ static void check_bits(const char *settings) {
     free_both(m, k);
 }
 
-static void check_accumulation(void) {
-    int B = 4, T = 12;
-    Model *k;
-    Ref *m = small_model("n_layer=3 tmix2=gold", "accumulation", B, T, &k);
-    if (!k) return free_both(m, k);
-    Comparison *c = zeros(1, sizeof(Comparison));
-    gf_zero_grad(k);
-    double want = gf_loss_backward(k, inputs, targets, B, T, 1), loss = 0;
-    *c =
-        (Comparison){.limits = pass_limits}; // the batch of 4 as the reference: sums in another order, in any precision
+// The batch once more in micro-batches of one sequence, against the pass just done and its loss (want): the same sums in
+// another order, in any precision. n: targets that count.
+static void compare_micro_batches(Comparison *c, Ref *m, Model *k, int B, int T, int n, double want) {
+    double loss = 0;
+    *c = (Comparison){.limits = pass_limits};
     for (int i = 0; i < m->n_params; i++) gf_get_grad(k, kernels_index(k, m->params[i].name), m->params[i].g);
     gf_zero_grad(k);
-    for (int b = 0; b < B; b++) loss += gf_loss_backward(k, inputs + b * T, targets + b * T, 1, T, B) / B;
+    for (int b = 0; b < B; b++) loss += gf_masked_loss_backward(k, inputs + b * T, targets + b * T, 1, T, B, n);
     c->first = relative(loss, want);
     for (int i = 0; i < m->n_params; i++) {
         Param *p = &m->params[i];
@@ -3240,7 +3250,58 @@ static void check_accumulation(void) {
         add_error(c->others, &c->n_others, p->name, tensor_error(g, p->g, p->size));
         free(g);
     }
+}
+
+static void check_accumulation(void) {
+    int B = 4, T = 12;
+    Model *k;
+    Ref *m = small_model("n_layer=3 tmix2=gold", "accumulation", B, T, &k);
+    if (!k) return free_both(m, k);
+    Comparison *c = zeros(1, sizeof(Comparison));
+    gf_zero_grad(k);
+    compare_micro_batches(c, m, k, B, T, B * T, gf_loss_backward(k, inputs, targets, B, T, 1));
     judge(c, "accumulation: 4 micro-batches of 1 against 1 of 4");
+    free(c);
+    free_both(m, k);
+}
+
+// Some targets do not count: loss and gradients are means over those that do, whatever micro-batches they lie in.
+static void check_mask(const char *settings, int B, int T) {
+    Model *k;
+    Ref *m = small_model(settings, "mask", B, T, &k);
+    if (!k) return free_both(m, k);
+    int all[4096], n_all = B * T;
+    memcpy(all, targets, n_all * sizeof(int));
+    Comparison *c = zeros(1, sizeof(Comparison));
+    for (int kind = 0; kind < 3; kind++) { // mixed; only the first sequence's last; only the last one's first half
+        for (int t = 0; t < n_all; t++) {
+            int counts = kind == 0   ? t % 3 == 1 || t % 7 == 2
+                         : kind == 1 ? t == T - 1
+                                     : t >= n_all - T && t % T < T / 2;
+            targets[t] = counts ? all[t] : -1;
+        }
+        const int n = count_targets(targets, n_all);
+        double want = ref_forward(m, inputs, targets, B, T).cross_entropy, unused;
+        ref_zero_grad(m);
+        ref_backward(m, inputs, targets, 1);
+        Ref *rounded = gf_precision() == 16 ? ref_rounded(m, &unused) : NULL;
+        gf_zero_grad(k);
+        double loss = gf_masked_loss_backward(k, inputs, targets, B, T, 1, n);
+        compare_to_reference(c, m, k, rounded, loss, want, 0);
+        if (rounded) ref_free(rounded);
+        judge(c, "mask, %s: %d of %d targets count", settings, n, n_all);
+        compare_micro_batches(c, m, k, B, T, n, loss);
+        judge(c, "mask, %s: the same in micro-batches of one", settings);
+    }
+    for (int t = 0; t < n_all; t++) targets[t] = -1;
+    gf_zero_grad(k);
+    double loss = gf_masked_loss_backward(k, inputs, targets, B, T, 1, 0), norm = 0;
+    for (int i = 0; i < m->n_params; i++) {
+        float *g = kernels_gradient(k, &m->params[i]);
+        norm += norm_of(g, m->params[i].size);
+        free(g);
+    }
+    check(loss == 0 && norm == 0, "mask: no target counts: no loss (%g), no gradient (%g)", loss, norm);
     free(c);
     free_both(m, k);
 }
@@ -3359,6 +3420,8 @@ int main(int argc, char **argv) {
             check_bits("n_layer=4 tmix=x052 cmix=x052 tmix2=gptalpha inv_other_layer_ratio=2");
             check_bits("n_layer=2 tmix=x060b");
             check_accumulation();
+            check_mask("n_layer=3 tmix2=gold", 3, 14);
+            check_mask("n_layer=2 tmix=llama cmix=llama vocab_size=4096", 2, 9);
             check_shapes();
         } else {
             skip("everything but tables: x060c2 + gold are not built into the kernels");

@@ -40,6 +40,7 @@
 #include <float.h>
 #include <glob.h>
 #include <math.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -136,6 +137,8 @@ static void expect(const char *file, const char *field, int64_t index, int64_t l
     X(data, PATH, data_file, "", 0, 0, 0, "binidx: PREFIX of PREFIX.bin and .idx; utf-8: a text") \
     X(data, WORD, data_type, "binidx", 0, 0, 0, "binidx (Megatron's format) or utf-8 (ids are bytes + 1)") \
     X(data, PATH, validation_data_file, "", 0, 0, 0, "as data_file (empty: none, or a tenth of a utf-8 data_file)") \
+    X(data, PATH, mask_file, "", 0, 0, 0, "PREFIX of a binidx of u8 beside data_file: 1: a token's prediction counts") \
+    X(data, PATH, validation_mask_file, "", 0, 0, 0, "the same beside validation_data_file") \
     X(data, INT,  val_every, "100", 0, 1e15, 1, "steps between validations (0: none, not even at the end)") \
     X(data, INT,  val_batches, "0", 0, 1e9, 1, "micro-batches of one validation (0: the whole file)") \
     X(data, INT,  sample_every, "0", -1, 1e15, 1, "steps between samples, utf-8 only (0: one at the end; -1: none)") \
@@ -172,6 +175,7 @@ typedef struct Settings {
     struct {
         REAL rescale;
     } brope;
+    INT mix_rank, decay_rank; // of x060, where a file by others has other ranks: no settings, its tensors say it
 } Settings;
 
 typedef struct Setting {
@@ -261,6 +265,7 @@ static int64_t paper_batch(int argc, const char **argv); // sequences of the pap
 static void settings_default(Settings *s) {
     memset(s, 0, sizeof(*s));
     for (int i = 0; i < n_settings; i++) setting_set(s, &settings_table[i], settings_table[i].initial);
+    s->mix_rank = 32, s->decay_rank = 64;
 }
 
 static void settings_derive(Settings *s) { // what stands for a default that depends on others
@@ -1176,6 +1181,7 @@ static Shape shape(int64_t a, int64_t b, int64_t c) { return {3, {a, b, c}}; }
 
 static const int MIX_RANK = 32;                     // of a mix
 static const int DECAY_RANK = 64, VALUE2_RANK = 64; // of what depends on the data in w and v2
+// x060 may have others, mix_rank and decay_rank, as public RWKV-6 models of 7 and 14 G parameters do: inference alone.
 
 // The table: field, name in a checkpoint, shape, initial values, group, where. Letters as in the spec, beside
 // R: numbers per token in the cache; mixes: how many inputs a time mixer mixes; rank: of GOLD's key and value;
@@ -1203,15 +1209,15 @@ static const int DECAY_RANK = 64, VALUE2_RANK = 64; // of what depends on the da
     X(time_maa_w,       "att.time_maa_w",        (1, 1, C),             curve(1, 0),      SHIFT,     FINCHES) \
     X(time_maa_g,       "att.time_maa_g",        (1, 1, C),             curve(0.5, 0),    SHIFT,     FINCH) \
     X(time_maa_v2,      "att.time_maa_v2",       (1, 1, C),             curve(1, 0.3),    SHIFT,     FINCH_C2) \
-    X(time_maa_w1,      "att.time_maa_w1",       (C, MIX_RANK * mixes), constant(0),      VECTOR,    MIXED) \
-    X(time_maa_w2,      "att.time_maa_w2",       (mixes, MIX_RANK, C),  uniform(0.01),    VECTOR,    MIXED) \
+    X(time_maa_w1,      "att.time_maa_w1",       (C, mix_rank * mixes), constant(0),      VECTOR,    MIXED) \
+    X(time_maa_w2,      "att.time_maa_w2",       (mixes, mix_rank, C),  uniform(0.01),    VECTOR,    MIXED) \
     X(time_maa_q_w1,    "att.time_maa_q_w1",     (C, MIX_RANK),         constant(0),      VECTOR,    GOLD) \
     X(time_maa_q_w2,    "att.time_maa_q_w2",     (MIX_RANK, C),         uniform(0.01),    VECTOR,    GOLD) \
     X(time_maa_kv_w1,   "att.time_maa_kv_w1",    (C, 2 * MIX_RANK),     constant(0),      VECTOR,    GOLD) \
     X(time_maa_kv_w2,   "att.time_maa_kv_w2",    (2, MIX_RANK, C),      uniform(0.01),    VECTOR,    GOLD) \
     X(time_decay,       "att.time_decay",        (1, 1, A),             rule(TIME_DECAY), WKV_DECAY, FINCHES) \
-    X(time_decay_w1,    "att.time_decay_w1",     (C, DECAY_RANK),       constant(0),      VECTOR,    FINCHES) \
-    X(time_decay_w2,    "att.time_decay_w2",     (DECAY_RANK, A),       uniform(0.01),    VECTOR,    FINCHES) \
+    X(time_decay_w1,    "att.time_decay_w1",     (C, decay_rank),       constant(0),      VECTOR,    FINCHES) \
+    X(time_decay_w2,    "att.time_decay_w2",     (decay_rank, A),       uniform(0.01),    VECTOR,    FINCHES) \
     X(time_value2_w1,   "att.time_value2_w1",    (C, VALUE2_RANK),      constant(0),      VECTOR,    FINCH_C2) \
     X(time_value2_w2,   "att.time_value2_w2",    (VALUE2_RANK, A),      uniform(0.01),    VECTOR,    FINCH_C2) \
     X(time_faaaa,       "att.time_faaaa",        (H, N),                rule(TIME_FAAAA), SHIFT,     RWKV) \
@@ -1240,8 +1246,8 @@ static const int DECAY_RANK = 64, VALUE2_RANK = 64; // of what depends on the da
 
 // Fields that have another name, shape or beginning in some models.
 #define VARIANTS(X, NORM) \
-    X(time_maa_w1,      "att.time_maa_rkvw_w1",  (C, MIX_RANK * mixes), constant(0),      VECTOR,    FINCH_B) \
-    X(time_maa_w2,      "att.time_maa_rkvw_w2",  (mixes, MIX_RANK, C),  uniform(0.01),    VECTOR,    FINCH_B) \
+    X(time_maa_w1,      "att.time_maa_rkvw_w1",  (C, mix_rank * mixes), constant(0),      VECTOR,    FINCH_B) \
+    X(time_maa_w2,      "att.time_maa_rkvw_w2",  (mixes, mix_rank, C),  uniform(0.01),    VECTOR,    FINCH_B) \
     X(time_maa_r,       "att.time_mix_r",        (1, 1, C),             power(0.5, 0),    SHIFT,     EAGLE) \
     X(time_maa_k,       "att.time_mix_k",        (1, 1, C),             power(1, 0),      SHIFT,     EAGLE) \
     X(time_maa_v,       "att.time_mix_v",        (1, 1, C),             power(1, 0.3),    SHIFT,     EAGLE) \
@@ -1789,6 +1795,20 @@ template <int n> static void ddlerp_forward(MixTask<n> mix, const floatX *x, int
     const size_t smem = sizeof(DdlerpForward<n>);
     allow_smem(ddlerp_forward_kernel<n>, smem);
     ddlerp_forward_kernel<n><<<grid, MIX_FORWARD_THREADS, smem, stream>>>(mix, x, BT, T, C);
+}
+
+// Forward where the m_i are there already, in the place of the x_i (see mixed_inputs_part_forward)
+template <int n> __global__ void ddlerp_from_amounts_kernel(MixTask<n> mix, const floatX *x, int T, int C) {
+    const int c = threadIdx.x * 8;
+    if (c >= C) return;
+    const int64_t row = blockIdx.x, at = row * C + c;
+    const Pack v = load(x + at), before = row % T ? load(x + at - C) : zero_pack();
+    for (int i = 0; i < n; i++) {
+        const Pack mu = load(mix.mu[i] + c);
+        Pack out = load(mix.x[i] + at);
+        for (int j = 0; j < 8; j++) out.x[j] = v.x[j] + (before.x[j] - v.x[j]) * (mu.x[j] + out.x[j]);
+        store(mix.x[i] + at, out);
+    }
 }
 
 // Backward, first dx and dh: a block takes 64 rows, a warp 16 of them, and walks over all channels, 32 at a time,
@@ -3806,7 +3826,7 @@ __global__ void swiglu_backward_kernel(floatX *da, floatX *db, const floatX *dou
 // printed has it.
 // A block takes a row of V logits and keeps it in registers, in bf16 up to 65536 of them; what is beyond is read three
 // times. losses[row]: loss; right[row]: 1 if the largest logit is the target's. scale 0 leaves the logits as they are
-// (validation).
+// (validation). target -1: the row does not count, and all of it is 0.
 static const int CLASSIFIER_KEEPS = PRECISION_BF16 ? 8 : 1; // packs a thread
 
 __device__ inline float block_max(float v, float *shared) { // shared: 32 floats
@@ -3825,6 +3845,11 @@ __global__ void __launch_bounds__(1024)
     __shared__ float2 sums[32];
     floatX *z = logits + (int64_t)blockIdx.x * V;
     const int begin = threadIdx.x * 8, step = blockDim.x * 8, target = targets[blockIdx.x];
+    if (target < 0) { // the whole block
+        for (int c = begin; c < V && scale != 0; c += step) store(z + c, zero_pack());
+        if (threadIdx.x == 0) losses[blockIdx.x] = 0, right[blockIdx.x] = 0;
+        return;
+    }
     const float of_target = (float)z[target];
     RawPack<floatX> kept[CLASSIFIER_KEEPS];
 #pragma unroll
@@ -4028,7 +4053,7 @@ struct MixedInput {
     floatX **x, **dx; // (BT, C): the input, and its gradient
 };
 typedef struct MixedInputs {
-    int n = 0;
+    int n = 0, rank = MIX_RANK;
     MixedInput input[5] = {};
     const Param *mu_x = nullptr, *w1 = nullptr, *w2 = nullptr; // ddlerp: time_maa_x, _w1, _w2; lerp: null
     bool complement = false;                                   // lerp: the parameters are 1 - mu
@@ -4299,7 +4324,7 @@ template <int n> static MixTask<n> mix_backward_task(const Dims &d, const MixedI
 }
 
 static void mixed_inputs_hidden(const Dims &d, const MixedInputs &a, const floatX *x) { // h
-    const int hidden = MIX_RANK * a.n, ld = (int)a.w1->ld, blocks = pack_blocks((int64_t)d.C * hidden);
+    const int hidden = a.rank * a.n, ld = (int)a.w1->ld, blocks = pack_blocks((int64_t)d.C * hidden);
     ddlerp_hidden_weights_kernel<<<blocks, 256, 0, stream>>>(a.both, a.w1->w, a.mu_x->w, d.C, hidden, ld);
     matmul(a.tmp.z, 2 * hidden, rows(x, d.C), rows(a.both, 2 * hidden), d.BT, 2 * hidden, d.C);
     ddlerp_hidden_forward_kernel<<<pack_blocks((int64_t)d.BT * hidden), 256, 0, stream>>>(a.h, a.tmp.z, d.BT, d.T,
@@ -4319,10 +4344,20 @@ static void mixed_inputs_hidden_backward(const Dims &d, const MixedInputs &a, TX
     matmul(dx, d.C, rows(tmp.dz, 2 * hidden), columns(a.both, 2 * hidden), d.BT, d.C, 2 * hidden, 1);
 }
 
-// n inputs, which mix the same x, from `first` on; the hidden layer is there
+// n inputs, which mix the same x, from `first` on; the hidden layer is there. ddlerp_forward knows one rank: of
+// another, the m_i are products, to where the x_i will be.
 template <int n>
 static void mixed_inputs_part_forward(const Dims &d, const MixedInputs &a, const floatX *x, int first = 0) {
-    ddlerp_forward(mix_task<n>(d, a, first), x, d.BT, d.T, d.C);
+    const MixTask<n> task = mix_task<n>(d, a, first);
+    if (a.rank == MIX_RANK) {
+        ddlerp_forward(task, x, d.BT, d.T, d.C);
+        return;
+    }
+    for (int i = 0; i < n; i++) {
+        const floatX *h = a.h + a.rank * (first + i), *w2 = a.w2->w + (int64_t)a.rank * d.C * (first + i);
+        matmul(task.x[i], d.C, rows(h, a.rank * a.n), rows(w2, d.C), d.BT, d.C, a.rank);
+    }
+    ddlerp_from_amounts_kernel<n><<<d.BT, row_threads(d.C), 0, stream>>>(task, x, d.T, d.C);
 }
 
 // Their gradients to the hidden layer's, w2's and mu's, and to dx, which is added to if `accumulate`.
@@ -4696,7 +4731,8 @@ static void cmix_backward(Model *m, Layer *layer, floatX *dx, const floatX *dout
 static void finch_memory(const Dims &d, Layer *layer, Arena *kept, Arena *scratch) {
     Finch &a = layer->finch;
     auto &tmp = a.tmp;
-    const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A, low_rank = (int64_t)d.BT * DECAY_RANK;
+    const int64_t E = (int64_t)d.BT * d.C, EA = (int64_t)d.BT * d.A,
+                  low_rank = (int64_t)d.BT * layer->p.time_decay_w1.columns;
     if (a.mixed.w1) mixed_inputs_plan(d, &a.mixed, kept, scratch);
     for (floatX **p : {&a.xr, &a.xk, &a.xv}) take(kept, p, E);
     for (floatX **p : {&a.r, &a.k, &a.v, &a.y, &a.yn}) take(kept, p, EA);
@@ -4719,6 +4755,7 @@ static void finch_plan(Model *m, Layer *layer, Arena *kept, Arena *scratch) {
     Finch &a = layer->finch;
     auto &tmp = a.tmp;
     a.mixed = {.n = 5,
+               .rank = (int)m->s.mix_rank,
                .input = {{&p.time_maa_w, &a.xw, &tmp.dxw},
                          {&p.time_maa_k, &a.xk, &tmp.dxk},
                          {&p.time_maa_v, &a.xv, &tmp.dxv},
@@ -5096,6 +5133,10 @@ static void settings_check_mixers(const Settings *s) {
     if (tmix->needs_cache || (last->needs_cache && second_layers_begin(s) == 0))
         die(2, "--model.%s: '%s' needs a layer before it: n_layer %ld is too small for inv_other_layer_ratio %g",
             tmix->needs_cache ? "tmix" : "tmix2", last->name, s->n_layer, s->inv_other_layer_ratio);
+    for (const Mixer *mixer : {tmix, last}) // the kernels of the others have these ranks
+        if (mixer->tensors != FINCH && mixer->mixes > 0 && (s->mix_rank != MIX_RANK || s->decay_rank != DECAY_RANK))
+            die(2, "blocks.0.att: expected ranks %d and %d with tmix %s, found %ld and %ld", MIX_RANK, DECAY_RANK,
+                mixer->name, s->mix_rank, s->decay_rank);
     if (last->needs_cache && s->dim_att != s->n_embd)
         die(2, "--model.dim_att: with gold layers it must be n_embd, %ld, found %ld", s->n_embd, s->dim_att);
 }
@@ -5164,6 +5205,7 @@ static void place_tensors(Model *m) {
 static void add_tensors(Model *m, int layer, Params *params, int where, int mixes) {
     const int64_t V = m->d.V, C = m->d.C, A = m->d.A, F = m->d.F, R = m->d.R, H = m->d.H;
     const int64_t rank = gold_rank(m->d), FL = llama_width(m->d);
+    const int64_t mix_rank = m->s.mix_rank, decay_rank = m->s.decay_rank;
 #define ROW(field, name, sizes, init, group, places) \
     if ((places)&where) add_tensor(m, layer, &params->field, name, shape sizes, init, group);
 #define NORM_ROW(field, name, sizes, init, places) \
@@ -5759,8 +5801,8 @@ static void model_backward(Model *m) {
 // ---- a step ----
 
 // Host tokens (B, T + 1) to the device: inputs, targets, and the positions sorted by input id for
-// embedding_backward_kernel.
-static void stage_tokens(Model *m, const int *tokens, int B, int T) {
+// embedding_backward_kernel. mask (B, T + 1): 1 where a token counts as a target; null: all do.
+static void stage_tokens(Model *m, const int *tokens, const uint8_t *mask, int B, int T) {
     set_batch(m, B, T);
     const int slot = (int)(m->micro_steps++ % 4), BT = m->d.BT, V = m->d.V;
     CUDA_CHECK(cudaEventSynchronize(m->staged_done[slot])); // its copy of four micro-steps ago
@@ -5768,6 +5810,8 @@ static void stage_tokens(Model *m, const int *tokens, int B, int T) {
     for (int b = 0; b < B; b++) {
         memcpy(inputs + (int64_t)b * T, tokens + (int64_t)b * (T + 1), T * sizeof(int));
         memcpy(targets + (int64_t)b * T, tokens + (int64_t)b * (T + 1) + 1, T * sizeof(int));
+        for (int t = 0; mask && t < T; t++)
+            if (!mask[(int64_t)b * (T + 1) + t + 1]) targets[(int64_t)b * T + t] = -1;
     }
     int *count = (int *)calloc((size_t)V + 1, sizeof(int)); // counting sort, stable
     for (int i = 0; i < BT; i++) count[inputs[i] + 1]++;
@@ -5791,14 +5835,17 @@ static void model_step_begin(Model *m) {
     m->targets_in_step = m->micro_in_step = 0;
 }
 
-static void model_micro_step(Model *m, const int *tokens, int B, int T, int accumulate) {
-    stage_tokens(m, tokens, B, T);
+// mask: see stage_tokens. step_targets: targets that count in the whole step, of all its micro-batches and ranks, so
+// that losses and gradients are means over these.
+static void model_micro_step(Model *m, const int *tokens, const uint8_t *mask, int B, int T, int accumulate,
+                             int64_t step_targets) {
+    m->targets_in_step = step_targets > 0 ? step_targets : 1;
+    stage_tokens(m, tokens, mask, B, T);
     m->buckets.sum = ++m->micro_in_step == accumulate;
     model_forward(m);
-    model_classifier(m, 1.f / ((float)B * T * accumulate * n_ranks));
+    model_classifier(m, 1.f / (float)m->targets_in_step);
     model_backward(m);
     m->first_micro_batch = false;
-    m->targets_in_step += (int64_t)B * T * n_ranks;
 }
 
 static void model_update(Model *m, int64_t step, double lr, double weight_decay) {
@@ -5848,10 +5895,11 @@ static double seconds_since_last_step(Model *m, int64_t step) {
 
 static bool model_step_done(Model *m, int64_t step) { return cudaEventQuery(m->result_done[step % 3]) == cudaSuccess; }
 
-static void model_evaluate(Model *m, const int *tokens, int B, int T, double *loss_sum, double *correct) {
+static void model_evaluate(Model *m, const int *tokens, const uint8_t *mask, int B, int T, double *loss_sum,
+                           double *correct) {
     double totals[2];
     CUDA_CHECK(cudaMemsetAsync(m->totals, 0, sizeof(totals), stream));
-    stage_tokens(m, tokens, B, T);
+    stage_tokens(m, tokens, mask, B, T);
     model_forward(m);
     model_classifier(m, 0);
     CUDA_CHECK(cudaGetLastError());
@@ -5872,7 +5920,7 @@ static void copy_to_host(float *to, const floatX *from, int64_t n) {
 static void model_logits_last(Model *m, const int *tokens, int n, float *logits) { // tokens (n), logits (V)
     int *padded = (int *)calloc(n + 1, sizeof(int));                               // the last target does not matter
     memcpy(padded, tokens, n * sizeof(int));
-    stage_tokens(m, padded, 1, n);
+    stage_tokens(m, padded, nullptr, 1, n);
     free(padded);
     model_forward(m);
     linear_forward(m->logits, m->xf + (int64_t)(n - 1) * m->d.C, m->top.head, 1);
@@ -5937,7 +5985,7 @@ static const char *model_find_nonfinite(Model *m, const int *tokens, int B, int 
         return bad(t->size);
     };
     const int64_t grad_cp = m->s.grad_cp;
-    stage_tokens(m, tokens, B, T);
+    stage_tokens(m, tokens, nullptr, B, T);
     model_forward(m);
     bool yes = false;
     for (int i = 0; i < m->n_tensors && !yes; i++) { // a weight itself?
@@ -5961,7 +6009,7 @@ static const char *model_find_nonfinite(Model *m, const int *tokens, int B, int 
     }
     model_step_begin(m);
     m->micro_in_step = 1; // so that none is the step's last: the gradients are this rank's alone
-    model_micro_step(m, tokens, B, T, 1);
+    model_micro_step(m, tokens, nullptr, B, T, 1, (int64_t)B * T * n_ranks);
     CUDA_CHECK(cudaStreamSynchronize(stream));
     // gradients: head first, then from the last block down
     for (int layer = m->d.L; layer >= -1 && !yes; layer--)
@@ -6257,8 +6305,9 @@ static double order2_loss(const Dataset *train, const Dataset *text) {
 
 typedef struct Data {
     Dataset train, valid;                            // valid.n_tokens is 0 where there is none
+    Dataset train_mask, valid_mask;                  // u8 a token; bytes null: every token counts as a target
     int64_t file_tokens, ctx_len, vocab_size, prime; // file_tokens: data_file's, what is held back included
-    uint64_t hash;                                   // of data_file
+    uint64_t hash;                                   // of data_file and mask_file
     bool text, held_back;                            // held_back: valid was cut out of data_file
 } Data;
 
@@ -6309,6 +6358,22 @@ static uint64_t dataset_hash(const Dataset *d) {
     return hash;
 }
 
+// Which tokens count as targets: beside a dataset, as long as it.
+static void mask_open(Dataset *mask, const char *prefix, const Dataset *beside, const char *setting) {
+    if (!prefix[0]) return;
+    if (beside->code == 0) die(2, "--train.%s: expected with data_type binidx alone, found it beside a text", setting);
+    dataset_open_binidx(mask, prefix);
+    expect(mask->name, "data type, 1 for u8", -1, 1, 1, mask->code);
+    expect(mask->name, "tokens, as many as the data", -1, beside->n_tokens, beside->n_tokens, mask->n_tokens);
+}
+
+static void mask_read(const Dataset *mask, int64_t start, int64_t count, uint8_t *out) {
+    for (int64_t i = 0; i < count; i++) {
+        out[i] = mask->bytes[start + i];
+        if (out[i] > 1) expect(mask->name, "token", start + i, 0, 1, out[i]);
+    }
+}
+
 static void data_open(Data *data, const Settings *s) {
     memset(data, 0, sizeof(*data));
     data->ctx_len = s->ctx_len;
@@ -6343,6 +6408,11 @@ static void data_open(Data *data, const Settings *s) {
     if (s->validation_data_file[0])
         expect(data->valid.name, "tokens, at least ctx_len + 1", -1, s->ctx_len + 1, INT64_MAX, data->valid.n_tokens);
     data->prime = magic_prime(data->train.n_tokens, s->ctx_len);
+    mask_open(&data->train_mask, s->mask_file, &data->train, "mask_file");
+    if (data->train_mask.bytes) data->hash ^= dataset_hash(&data->train_mask);
+    if (s->validation_mask_file[0] && !s->validation_data_file[0])
+        die(2, "--train.validation_mask_file: expected with a validation_data_file, found none");
+    mask_open(&data->valid_mask, s->validation_mask_file, &data->valid, "validation_mask_file");
 }
 
 static void dataset_print_changes(const Dataset *d) { // what a reader of the file might not expect
@@ -6373,19 +6443,44 @@ static void data_print(const Data *data) {
             program_name, train->name, data->prime, slots, remedy);
 }
 
-// B training samples, number first, first + 1, .. (from 1, over the whole run): tokens (B, ctx_len + 1).
-static void data_batch(const Data *data, int64_t first, int B, int *tokens) {
+// B training samples, number first, first + 1, .. (from 1, over the whole run): tokens and, if there is a mask, mask
+// (B, ctx_len + 1).
+static void data_batch(const Data *data, int64_t first, int B, int *tokens, uint8_t *mask) {
+    const int64_t row = data->ctx_len + 1;
     for (int b = 0; b < B; b++) {
-        dataset_read(&data->train, sample_start(data->prime, data->ctx_len, first + b), data->ctx_len + 1,
-                     data->vocab_size, tokens + b * (data->ctx_len + 1));
+        const int64_t start = sample_start(data->prime, data->ctx_len, first + b);
+        dataset_read(&data->train, start, row, data->vocab_size, tokens + b * row);
+        if (mask) mask_read(&data->train_mask, start, row, mask + b * row);
     }
+}
+
+// Targets that count in n training samples; the first token of each is none.
+static int64_t data_targets(const Data *data, int64_t first, int64_t n) {
+    int64_t count = 0;
+    for (int64_t i = first; data->train_mask.bytes && i < first + n; i++) {
+        const uint8_t *mask = data->train_mask.bytes + sample_start(data->prime, data->ctx_len, i);
+        for (int64_t t = 1; t <= data->ctx_len; t++) count += mask[t];
+    }
+    return data->train_mask.bytes ? count : n * data->ctx_len;
 }
 
 // The validation set is walked in steps of ctx_len + 1; a rest at the end is left out.
 static int64_t data_validation_samples(const Data *data) { return data->valid.n_tokens / (data->ctx_len + 1); }
 
-void data_validation_batch(const Data *data, int64_t first, int B, int *tokens) { // tokens (B, ctx_len + 1)
-    dataset_read(&data->valid, first * (data->ctx_len + 1), B * (data->ctx_len + 1), data->vocab_size, tokens);
+// tokens, mask (B, ctx_len + 1); mask: null if there is none.
+static void data_validation_batch(const Data *data, int64_t first, int B, int *tokens, uint8_t *mask) {
+    const int64_t row = data->ctx_len + 1;
+    dataset_read(&data->valid, first * row, B * row, data->vocab_size, tokens);
+    if (mask) mask_read(&data->valid_mask, first * row, B * row, mask);
+}
+
+// Targets that count in the first `samples` of these.
+static int64_t data_validation_targets(const Data *data, int64_t samples) {
+    const int64_t row = data->ctx_len + 1;
+    if (!data->valid_mask.bytes) return samples * data->ctx_len;
+    int64_t count = 0;
+    for (int64_t i = 0; i < samples * row; i++) count += i % row > 0 && data->valid_mask.bytes[i];
+    return count;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -6492,11 +6587,17 @@ static void program_begin(const char *name) {
 
 // ---------------------------------------- what a checkpoint's file holds
 
+// Where reading goes on after an error, for whoever answers with its message and does not end.
+typedef struct JsonError {
+    jmp_buf back;
+    char message[sizeof(LONG_PATH) + 256];
+} JsonError;
 // The reader of JSON, which section 11 has for config files. Strings are unescaped in place.
-// the text ends with '\0'; part: of the file
+// the text ends with '\0'; part: of the file; error: null where an error ends the program
 typedef struct Json {
     char *at, *start;
     const char *path, *part;
+    JsonError *error;
 } Json;
 [[noreturn]] static void json_fail(const Json *j, const char *expected);
 static char json_peek(Json *j); // the next character that is not white space
@@ -6602,7 +6703,7 @@ static void safetensors_opened(SafeTensors *f, int fd, const char *path) { // fd
     expect(path, "header, bytes before a zero", -1, length, length, (int64_t)strlen(f->header));
     f->data = f->file + 8 + length;
     f->data_size = f->file_size - 8 - length;
-    Json json = {f->header, f->header, path, "header, "}, *j = &json;
+    Json json = {f->header, f->header, path, "header, ", nullptr}, *j = &json;
     json_expect(j, '{');
     if (json_peek(j) == '}') {
         j->at++;
@@ -7787,6 +7888,7 @@ typedef struct Run {
     FILE *log;
     int64_t n_steps;     // of the whole run
     int *tokens;         // (micro_bsz, ctx_len + 1)
+    uint8_t *mask;       // as many
     double step_seconds; // running mean of a step; 0 before the first
     double val_loss;     // the last validation's
 } Run;
@@ -7848,6 +7950,7 @@ static bool validate(Run *r) {
     const double begin = seconds_now();
     const int64_t all = data_validation_samples(&r->data), some = r->s.val_batches * r->s.micro_bsz;
     const int64_t samples = some > 0 && some < all ? some : all;
+    uint8_t *mask = r->data.valid_mask.bytes ? r->mask : nullptr;
     const int batches = (int)ceil_div(samples, r->s.micro_bsz);
     double loss = 0, correct = 0, *sums = (double *)calloc(2 * batches, sizeof(double));
     for (int next = 0; next < batches; next += n_ranks) { // the next ones, a rank each
@@ -7860,16 +7963,17 @@ static bool validate(Run *r) {
         if (i >= batches) continue;
         const int64_t first = i * r->s.micro_bsz;
         const int B = (int)(samples - first < r->s.micro_bsz ? samples - first : r->s.micro_bsz);
-        data_validation_batch(&r->data, first, B, r->tokens);
-        model_evaluate(&r->m, r->tokens, B, (int)r->s.ctx_len, &sums[2 * i], &sums[2 * i + 1]);
+        data_validation_batch(&r->data, first, B, r->tokens, mask);
+        model_evaluate(&r->m, r->tokens, mask, B, (int)r->s.ctx_len, &sums[2 * i], &sums[2 * i + 1]);
     }
     host_sum_over_ranks(sums, 2 * batches); // each from the rank that has it
     for (int i = 0; i < batches; i++) loss += sums[2 * i], correct += sums[2 * i + 1];
     free(sums);
-    const double targets = (double)(samples * r->s.ctx_len);
+    const int64_t counted = data_validation_targets(&r->data, samples);
+    const double targets = counted > 0 ? (double)counted : 1;
     r->val_loss = loss / targets;
-    printf("validation: loss %.4f, accuracy %.1f %%, %.0f tokens, %.1f s\n", r->val_loss, 100 * correct / targets,
-           targets, seconds_now() - begin);
+    printf("validation: loss %.4f, accuracy %.1f %%, %ld tokens, %.1f s\n", r->val_loss, 100 * correct / targets,
+           counted, seconds_now() - begin);
     return true;
 }
 
@@ -7958,7 +8062,7 @@ static void print_sample(Run *r, int64_t step) {
     const char *where = nullptr;
     int64_t micro = 0;
     for (; !where && micro < r->s.accumulate_grad_batches; micro++) {
-        data_batch(&r->data, step->samples + (micro * n_ranks + rank) * B + 1, B, r->tokens);
+        data_batch(&r->data, step->samples + (micro * n_ranks + rank) * B + 1, B, r->tokens, nullptr);
         where = model_find_nonfinite(&r->m, r->tokens, B, (int)r->s.ctx_len);
     }
     char found[256] = "";
@@ -7979,11 +8083,13 @@ static bool begin_step(Run *r, Step *step) {
     const double lr = learning_rate(&r->s, r->p.tokens, r->p.step_tokens);
     const double decay = weight_decay(&r->s, r->p.tokens, r->p.step_tokens);
     *step = {r->p.step, r->p.samples, r->p.tokens, lr, seconds_now()};
+    uint8_t *mask = r->data.train_mask.bytes ? r->mask : nullptr;
+    const int64_t targets = data_targets(&r->data, step->samples + 1, (int64_t)B * accumulate * n_ranks);
     model_step_begin(&r->m);
     for (int micro = 0; micro < accumulate; micro++) { // the next samples, rank after rank
         if (micro > 0 && stops()) return false;
-        data_batch(&r->data, step->samples + ((int64_t)micro * n_ranks + rank) * B + 1, B, r->tokens);
-        model_micro_step(&r->m, r->tokens, B, (int)r->s.ctx_len, accumulate);
+        data_batch(&r->data, step->samples + ((int64_t)micro * n_ranks + rank) * B + 1, B, r->tokens, mask);
+        model_micro_step(&r->m, r->tokens, mask, B, (int)r->s.ctx_len, accumulate, targets);
     }
     model_update(&r->m, step->step, lr, decay);
     r->p.step++;
@@ -8137,9 +8243,9 @@ static void run_data(Run *r) {
     if (p->data_tokens) expect(name, "tokens, as before in this run", -1, p->data_tokens, p->data_tokens, n);
     if (p->data_hash && p->data_hash != r->data.hash)
         die(2,
-            "%s: expected the data that this run began with, found as many tokens, but other ones; a new run on them "
-            "can take over the weights: --train.load_model",
-            name);
+            "%s%s%s: expected the data that this run began with, found as many tokens, but other ones; a new run on "
+            "them can take over the weights: --train.load_model",
+            name, s->mask_file[0] ? ", " : "", s->mask_file);
     p->data_tokens = n;
     p->data_hash = r->data.hash;
     if (s->my_exit_tokens == 0) s->my_exit_tokens = n;
@@ -8196,6 +8302,7 @@ static void run_train(Run *r) {
     }
     r->log = rank == 0 ? log_open(s->out, r->p.step) : fopen("/dev/null", "w");
     r->tokens = (int *)malloc((size_t)(s->micro_bsz * (s->ctx_len + 1)) * sizeof(int));
+    r->mask = (uint8_t *)malloc((size_t)(s->micro_bsz * (s->ctx_len + 1)));
     train(r);
     if (stop_requested) printf("stopped by a signal; --train.resume 1 goes on\n");
 }
@@ -8359,6 +8466,11 @@ static void settings_help(void) {
 [[noreturn]] static void json_fail(const Json *j, const char *expected) {
     char found[8] = "the end";
     if (*j->at) snprintf(found, sizeof(found), "'%c'", isprint((unsigned char)*j->at) ? *j->at : '?');
+    if (j->error) {
+        snprintf(j->error->message, sizeof(j->error->message), "%s: %sbyte %ld: expected %s, found %s", j->path,
+                 j->part, (j->at - j->start), expected, found);
+        longjmp(j->error->back, 1);
+    }
     die(2, "%s: %sbyte %ld: expected %s, found %s", j->path, j->part, (j->at - j->start), expected, found);
 }
 
@@ -8689,7 +8801,7 @@ static void config_read(Settings *s, const char *name, bool read_before) {
     }
     char *content = text + (strncmp(text, "\xEF\xBB\xBF", 3) == 0 ? 3 : 0); // without a byte order mark
     if (content[strspn(content, " \t\r\n")] == '{') {
-        Json json = {content, content, name, ""};
+        Json json = {content, content, name, "", nullptr};
         PATH path = "";
         config_json(c, &json, path);
         if (json_peek(&json) != '\0') json_fail(&json, "the end");
@@ -8874,26 +8986,41 @@ void gf_get_grad(Model *m, int i, float *values) {
 void gf_init_weights(Model *m, uint64_t seed) { model_init_weights(m, seed); }
 void gf_zero_grad(Model *m) { model_step_begin(m); }
 
-double gf_loss_backward(Model *m, const int *tokens, const int *targets, int B, int T, int accumulate) {
-    // the model takes T + 1 tokens in a row;
-    int *both = (int *)malloc((size_t)B * (T + 1) * sizeof(int));
+// targets (B, T): the inputs one later, or -1 where they do not count. Returns the sum of losses over step_targets.
+double gf_masked_loss_backward(Model *m, const int *tokens, const int *targets, int B, int T, int accumulate,
+                               int64_t step_targets) {
+    const size_t n = (size_t)B * (T + 1);
+    // the model takes T + 1 tokens in a row, and a mask if any does not count
+    int *both = (int *)malloc(n * sizeof(int));
+    uint8_t *mask = (uint8_t *)calloc(n, 1);
+    bool masked = false;
     double before[2], after[2];
     CUDA_CHECK(cudaStreamSynchronize(stream));
     CUDA_CHECK(cudaMemcpy(before, m->totals, sizeof(before), cudaMemcpyDeviceToHost));
-    for (int b = 0; b < B; b++) { // targets are the inputs one later
+    for (int b = 0; b < B; b++) {
         for (int t = 0; t < T; t++) {
+            const int target = targets[b * T + t];
             both[b * (T + 1) + t] = tokens[b * T + t];
-            if (t + 1 < T && tokens[b * T + t + 1] != targets[b * T + t])
+            if (t + 1 < T && target >= 0 && tokens[b * T + t + 1] != target)
                 die(1, "gf_loss_backward: targets are not the next tokens");
+            mask[b * (T + 1) + t + 1] = target >= 0;
+            masked = masked || target < 0;
         }
-        both[b * (T + 1) + T] = targets[b * T + T - 1];
+        both[b * (T + 1) + T] = targets[b * T + T - 1] >= 0 ? targets[b * T + T - 1] : 0;
     }
-    model_micro_step(m, both, B, T, accumulate);
+    model_micro_step(m, both, masked ? mask : nullptr, B, T, accumulate, step_targets);
     CUDA_CHECK(cudaStreamSynchronize(stream));
     CUDA_CHECK(cudaGetLastError());
     CUDA_CHECK(cudaMemcpy(after, m->totals, sizeof(after), cudaMemcpyDeviceToHost));
     free(both);
-    return (after[0] - before[0]) / ((double)B * T);
+    free(mask);
+    return (after[0] - before[0]) / (double)m->targets_in_step;
+}
+
+double gf_loss_backward(Model *m, const int *tokens, const int *targets, int B, int T, int accumulate) {
+    const int micro_batches = accumulate * n_ranks;
+    return gf_masked_loss_backward(m, tokens, targets, B, T, accumulate, (int64_t)B * T * micro_batches) *
+           micro_batches;
 }
 
 int gf_activation(Model *m, const char *name, float *out) { return model_activation(m, name, out) ? 0 : -1; }

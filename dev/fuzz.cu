@@ -3,8 +3,9 @@
 //     make GPU=0 SANITIZE=address,undefined dev/fuzz && dev/fuzz READER|all [SECONDS [SEED]]
 //
 // READER: checkpoint (a model for inference), pair (what a run goes on from), state (--load-state), index (.idx and
-// .bin), vocabulary, config. But for config, which makes its own, an input is a valid file with a few bytes, numbers or
-// stretches changed, mostly where its header is. Each must be read or turned away with exit code 2, within ten seconds.
+// .bin), vocabulary, config, requests (--requests). But for config, which makes its own, an input is a valid file with
+// a few bytes, numbers or stretches changed, mostly where its header is. Each must be read or turned away with exit
+// code 2, within ten seconds; requests must all be answered.
 // Inputs are numbered by their seeds: dev/fuzz READER 0 SEED tries one alone, and leaves it in the folder it names.
 //
 // A child process tries some hundreds of inputs, one after the other: what an input that was turned away leaves behind
@@ -423,6 +424,46 @@ static void attempt_config(void) {
     if (memcmp(&s, &again, sizeof(s)) != 0) abort();
 }
 
+static Requests requests;
+
+static void make_requests(void) {
+    static Options options;
+    static char flag[] = "--requests", from_stdin[] = "-", *arguments[] = {flag, from_stdin};
+    SafeTensors file;
+    make_checkpoint();
+    safetensors_open(&file, "run/model_000005.safetensors");
+    options_parse(&options, 2, arguments);
+    requests_open(&requests, &options, &file, KV_COMPRESSED, 48);
+}
+
+// Up to four lines, whose contexts are often the same
+static void attempt_requests(void) {
+    static const char *contexts[] = {"\"context\":\"a\\u00e9\"", "\"context_ids\":[1,2,3]", "\"context\":\"\""};
+    static const char *asked[] = {
+        ",\"continuation\":\"bc\"", ",\"continuation_ids\":[4,5]",
+        ",\"until\":[\"a\",\"\\n\"],\"max_tokens\":3,\"temperature\":0.7,\"top_p\":0.9,\"seed\":3",
+        ",\"max_tokens\":2,\"top_k\":2"};
+    static const char *ids[] = {"", ",\"id\":\"x\"", ",\"id\":-12"};
+    length = 0;
+    for (int n = 1 + (int)draw(4); n > 0; n--) {
+        if (draw(5) == 0) add("{\"text\":\"abc \\ud83d\\ude00\"");
+        else add("{"), add(contexts[draw(2 + (draw(4) == 0))]), add(asked[draw(4)]);
+        add(ids[draw(3)]), add("}\n");
+    }
+    if (draw(30) == 0) {
+        length = draw(3000);
+        for (size_t i = 0; i < length; i++) input[i] = (char)draw(256);
+    } else if (draw(8)) {
+        damage(length);
+    }
+    write_file("requests", input, length);
+    if (setjmp(rejected)) abort(); // no line ends the program
+    FILE *file = fopen("requests", "rb");
+    requests.kept.n = -1;
+    answer_lines(&requests, file);
+    fclose(file);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Trying
 
@@ -439,6 +480,7 @@ static const Reader readers[] = {
     {"index", make_nothing, attempt_index},
     {"vocabulary", make_nothing, attempt_vocabulary},
     {"config", make_nothing, attempt_config},
+    {"requests", make_requests, attempt_requests},
 };
 
 typedef struct Tally { // shared with the children
@@ -509,7 +551,8 @@ int main(int argc, char **argv) {
         known = true;
         faults += fuzz(&reader, seconds, seed, one);
     }
-    if (!known) printf("usage: %s checkpoint|pair|state|index|vocabulary|config|all [SECONDS [SEED]]\n", argv[0]);
+    if (!known)
+        printf("usage: %s checkpoint|pair|state|index|vocabulary|config|requests|all [SECONDS [SEED]]\n", argv[0]);
     if (!one && nftw(
                     folder, [](const char *path, const struct stat *, int, struct FTW *) { return remove(path); }, 16,
                     FTW_DEPTH | FTW_PHYS) != 0)

@@ -193,6 +193,45 @@ def test_validation():
     check("the old validation set is gone", not os.path.exists("data/w_validation.idx"))
 
 
+def read_mask(prefix):
+    """As read_pair, of u8."""
+    idx, mask = read(prefix + ".idx"), read(prefix + ".bin")
+    n, = struct.unpack_from("<Q", idx, 18)
+    assert idx[17] == 1 and len(idx) == 42 + 20 * n
+    sizes, offsets = (struct.unpack_from(f"<{n}{c}", idx, at) for c, at in (("i", 34), ("q", 34 + 4 * n)))
+    return [list(mask[at:at + size]) for size, at in zip(sizes, offsets)]
+
+
+def test_mask():
+    print("-- prompts and answers")
+    big = prepro_minipile.UNIT * 2 + 5                                  # such a text is tokenized in parts
+    pairs = [("Q: 1 + 1?", " 2"), ("", "only an answer"), ("only a prompt", ""), ("W\u00f6?", "\u00fc"),
+             ("p" * big, "a" * big), ("last", " one")] + [(f"prompt {i}" * (i % 9), f"answer {i}" * (i % 5)) for i in range(1, 300)]
+    lines = "".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in pairs)
+    write("qa.jsonl", lines + '{"prompt": "", "answer": ""}\n')
+    done = good("--mask", "qa.jsonl", "-o", "data/qa", "--bytes", "--mask", "--val", "0")
+    count = [(len(p.encode()), len(a.encode())) for p, a in pairs if p or a]
+    check("a prompt and its answer are one document",
+          read_pair("data/qa") == [byte_ids(p + a) for p, a in pairs if p or a])
+    check("1 for the answer and the end of it", read_mask("data/qa_mask") == [[0] * p + [1] * (a + 1) for p, a in count])
+    check("documents without text are left out; the flags for the trainer",
+          "document without text" in done.out or "documents without text" in done.out
+          and "--train.mask_file data/qa_mask" in done.out, done.out)
+    good("--mask with a validation set", "qa.jsonl", "-o", "data/qb", "--bytes", "--mask", "--val", "0.3")
+    for name in ("data/qb", "data/qb_validation"):
+        check(f"{name}: a mask as long as each document",
+              list(map(len, read_pair(name))) == list(map(len, read_mask(name + "_mask"))))
+    write("qa2.jsonl", "".join(lines.splitlines(True)[:2]))
+    done = good("two of them", "qa2.jsonl", "-o", "data/qc", "--bytes", "--mask", "--val", "0.01", "--seed", "3")
+    check("the last one's mask moves with it", read_mask("data/qc_validation_mask") == [[1] * 15] and
+          "--train.validation_mask_file data/qc_validation_mask" in done.out, done.out)
+    write("bad.jsonl", '{"prompt": "a"}\n')
+    refused(2, 'bad.jsonl, line 1: expected an object with texts in the fields "prompt" and "answer".*', "bad.jsonl", "-o",
+            "data/x", "--bytes", "--mask")
+    refused(2, "--mask takes .jsonl alone.*", "a.txt", "-o", "data/x", "--bytes", "--mask")
+    check("nothing is left of these", not [f for f in os.listdir("data") if f.startswith("x")] and not leftovers("data"))
+
+
 def test_inputs():
     print("-- inputs")
     rows = ["one", "zwei \u00fc", "\u4e09\n\u4e09", "4 \U0001f426"]
@@ -833,6 +872,40 @@ def test_trainer():
     tokens = sum(map(len, read_pair("data/v")))
     check("the trainer trains on a pair of ours", done.returncode == 0, done.stdout + done.stderr)
     prime = prepro_minipile.magic_prime(tokens, 32)
+    masked = {**model, "train.data_file": "data/qb", "train.validation_data_file": "data/qb_validation", "train.out": "masked",
+              "train.mask_file": "data/qb_mask", "train.validation_mask_file": "data/qb_validation_mask",
+              "train.val_batches": 20}                                  # of 2 sequences
+
+    def train(**more):
+        settings = {**masked, **{"train." + k: v for k, v in more.items()}}
+        return subprocess.run([program, *(str(x) for k, v in settings.items() for x in ("--" + k, v))], capture_output=True,
+                              text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    again, mask = train(), [d for d in read_mask("data/qb_validation_mask")]
+    flat = sum(mask, [])
+    counted = sum(sum(flat[at + 1:at + 33]) for at in range(0, min(len(flat) // 33, 40) * 33, 33))
+    check("and with a mask: the targets that count", again.returncode == 0 and f" {counted} tokens, " in again.stdout,
+          again.stdout + again.stderr)
+    index = read("data/qb.idx")                                         # all tokens count: the bits of no mask
+    n, = struct.unpack_from("<Q", index, 18)
+    sizes = struct.unpack_from(f"<{n}i", index, 34)
+    write("data/ones.bin", b"\1" * sum(sizes))
+    write("data/ones.idx", index[:17] + b"\1" + index[18:34 + 4 * n] + struct.pack(f"<{n}q", *(sum(sizes[:i]) for i in range(n)))
+          + index[34 + 12 * n:])
+    ones = train(mask_file="data/ones", out="ones", validation_mask_file="")
+    none = train(mask_file="", out="none", validation_mask_file="")
+
+    def outcome(run):
+        """Losses and norms, and the weights; the settings before these differ."""
+        model = read(f"{run}/model_000002.safetensors")
+        rows = [line.split(",")[:5] for line in read(f"{run}/log.csv").decode().splitlines()]
+        return rows, model[8 + struct.unpack_from("<Q", model)[0]:]
+    check("a mask of ones gives the bits of none", ones.returncode == none.returncode == 0 and outcome("ones") == outcome("none")
+          and outcome("ones")[0] != outcome("masked")[0], ones.stderr + none.stderr)
+    wrong = train(mask_file="data/qa_mask", out="wrong")
+    check("a mask of another length is refused", wrong.returncode == 2 and
+          "data/qa_mask.bin: tokens, as many as the data: expected" in wrong.stderr, wrong.stderr)
+    wrong = train(mask_file="data/v", out="wrong")
+    check("tokens are no mask", wrong.returncode == 2 and "data type, 1 for u8: expected 1" in wrong.stderr, wrong.stderr)
     check("counts and magic prime as here", f"{tokens} tokens in" in done.stdout and f"magic prime {prime}" in done.stdout,
           done.stdout)
 
@@ -846,7 +919,7 @@ def main():
     folder = tempfile.mkdtemp(prefix="goldfinch_prepro.")
     os.chdir(folder)
     try:
-        for test in (test_bytes, test_validation, test_inputs, test_memory, test_check, test_crash_points):
+        for test in (test_bytes, test_validation, test_mask, test_inputs, test_memory, test_check, test_crash_points):
             test()
         test_kills(None)
         test_fetch()

@@ -83,6 +83,31 @@ same_run r2 early; check "the same bits" $?
 good "all of this machine" --train.devices -1 --train.max_steps 1 --train.micro_bsz 1 --train.out all
 grep -q 'one of 4 GPUs' out.txt; check "are 4 here" $?
 
+echo "-- masks"
+bytes() { local i; for ((i = 0; i < $2; i++)); do printf "\\x$(printf %02x $(($1 >> 8 * i & 255)))"; done; }
+index() {                                               # index PREFIX: PREFIX.idx, one document of u8
+    local n; n=$(wc -c <"$1.bin")
+    { printf 'MMIDIDX\0\0'; bytes 1 8; bytes 1 1; bytes 1 8; bytes 2 8; bytes "$n" 4; bytes 0 8; bytes 0 8; bytes 1 8; } >"$1.idx"
+}
+head -c 20000 "$text" >bytes.bin
+tr 'a-z' '\1' <bytes.bin | tr -c '\1' '\0' >letters.bin # letters count, here more, there less
+tr '\0-\377' '\1' <bytes.bin >ones.bin
+for name in bytes letters ones; do index $name; done
+masked="$run --train.data_type binidx --train.data_file bytes --train.mask_file"
+good "2 ranks" $masked letters --train.micro_bsz 3 --train.devices 2 --train.out m2
+good "one rank, 2 micro-batches" $masked letters --train.micro_bsz 3 --train.accumulate_grad_batches 2 --train.out ma2
+same_run m2 ma2; check "the same bits" $?
+good "one batch of both" $masked letters --train.micro_bsz 6 --train.out m1
+paste -d, m1/log.csv m2/log.csv | awk -F, 'NR > 1 { d = ($3 - $12) / $3; n = ($5 - $14) / $5; if ($2 != $11 || d * d > 1e-7 || n * n > 1e-4) exit 1 }'
+check "has the loss of the mean over all that counts, to 3e-4" $?
+good "all count" $masked ones --train.micro_bsz 3 --train.devices 2 --train.out ones
+good "no mask" ${masked% *} --train.micro_bsz 3 --train.devices 2 --train.out none
+cmp -s <(cut -d, -f1-6 ones/log.csv) <(cut -d, -f1-6 none/log.csv) && ! same_run ones m2; check "the same losses and norms, bit for bit" $?
+good "3 steps" $masked letters --train.micro_bsz 3 --train.devices 2 --train.max_steps 3 --train.out mr
+good "3 more on one rank" $masked letters --train.resume 1 --train.max_steps 6 --train.out mr
+same_run m2 mr; check "the same bits" $?
+refused 2 'bytes.bin, ones: expected the data that this run began with' $masked ones --train.resume 1 --train.max_steps 7 --train.out mr
+
 echo "-- resume on another number of ranks"
 good "8 steps on one rank" --train.micro_bsz 6 --train.accumulate_grad_batches 2 --train.max_steps 8 --train.val_every 0 --train.out one
 good "3 steps on 2 ranks" --train.micro_bsz 6 --train.devices 2 --train.max_steps 3 --train.val_every 0 --train.out moves
