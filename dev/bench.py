@@ -26,6 +26,8 @@ import threading
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path = [path for path in sys.path if os.path.abspath(path) != HERE]      # where PyTorch would find our profile.py as its own
+sys.path.insert(0, os.path.dirname(HERE))
+from prepro_minipile import replacing                                   # noqa: E402
 COLUMNS = ["kernel", "shape", "version", "name", "precision", "ms", "GB/s", "TFLOP/s", "floor_ms", "floor_percent",
            "copy_GB/s", "matmul_TFLOP/s"]   # the last two: this GPU in the same run, what the floor is made of
 DEVICE = "cuda"                             # of the peers
@@ -275,7 +277,7 @@ def run_peers(rows):
 # ---- results ----
 
 def write_csv(path, header, rows):
-    with open(path, "w", newline="") as f:
+    with replacing(path) as temporary, open(temporary, "w", newline="") as f:
         f.writelines(f"# {line}\n" for line in header)
         table = csv.DictWriter(f, COLUMNS, lineterminator="\n")
         table.writeheader()
@@ -353,7 +355,8 @@ def draw(path, header, rows):
     legend = "ms (log): versions, the one in use (dark), peers (yellow), floor (red line)"
     figure.suptitle("\n".join([legend, *header]), fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
     print(f"wrote {os.path.relpath(path)}")
 
 
@@ -383,7 +386,7 @@ def write_readme(text, path=f"{HERE}/README.md"):
     if page.count(begin) != 1 or page.count(end) != 1:
         sys.exit(f"bench.py: {path}: expected one line \"{begin}\" and one \"{end}\"")
     page = page[:page.index(begin) + len(begin)] + "\n" + text + "\n" + page[page.index(end):]
-    with open(path, "w") as f:
+    with replacing(path) as temporary, open(temporary, "w") as f:
         f.write(page)
 
 

@@ -30,6 +30,8 @@ import sys
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+from prepro_minipile import replacing                                   # noqa: E402
 HELD = ("weights", "gradients", "masters and moments", "moments", "activations")    # as the trainer prints memory
 
 
@@ -123,7 +125,7 @@ class Run:
         summary = {"choice": self.choice, "tokens": int(self.args.tokens), "parameters": int(parameters[1]),
                    "tok_s": statistics.median(speeds), "gib": mebibytes / 1024, "val_loss": float(rows[-1]["val_loss"]),
                    "cache_64k": sizes[-3] if len(sizes) >= 6 else "?"}
-        with open(os.path.join(self.folder, "summary.json"), "w", encoding="utf-8") as out:
+        with replacing(os.path.join(self.folder, "summary.json")) as name, open(name, "w", encoding="utf-8") as out:
             json.dump(summary, out, indent=1)
         return None
 
@@ -185,7 +187,7 @@ def table(args, runs):
         lines.append(f"| `{run.choice}` | {s['parameters'] / 1e6:.1f} M | {s['tok_s']:,.0f} | {s['gib']:.1f} GiB | "
                      f"{s['val_loss']:.4f} | {s['val_loss'] - first:+.4f} | {s['cache_64k']} |")
     text = "\n".join(lines) + "\n"
-    with open(os.path.join(args.output, "compare.md"), "w", encoding="utf-8") as out:
+    with replacing(os.path.join(args.output, "compare.md")) as name, open(name, "w", encoding="utf-8") as out:
         out.write(text)
     print("\n" + text)
 
@@ -214,7 +216,8 @@ def plot(args, runs):
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(args.plot, dpi=120)
+    with replacing(args.plot) as name:
+        figure.savefig(name, format=os.path.splitext(args.plot)[1][1:] or "png", dpi=120)
 
 
 def main():
@@ -239,7 +242,7 @@ def main():
         if not args.data or not args.tokens:
             stop("expected --data PREFIX and --tokens N")
         os.makedirs(args.output, exist_ok=True)
-        with open(wish, "w", encoding="utf-8") as out:
+        with replacing(wish) as name, open(name, "w", encoding="utf-8") as out:
             json.dump({"choices": args.choices, "tokens": args.tokens}, out)
     else:
         try:

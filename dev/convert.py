@@ -14,10 +14,12 @@ A .pth holds no settings: most can be told from its tensors, but not positions (
 """
 
 import argparse
-import contextlib
 import os
 import re
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from prepro_minipile import replacing                                   # noqa: E402
 
 TORCH = (".pth", ".pt", ".bin", ".ckpt")
 WRAPPERS = ("state_dict", "module", "model_state_dict", "model")        # where others keep the tensors: Lightning, DeepSpeed, ..
@@ -112,20 +114,6 @@ def load_safetensors(path):
     except (OSError, safetensors.SafetensorError) as error:
         stop(f"{path}: {error}")
     return weights
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A name to write a file under, which becomes PATH once it is whole and on the disk; else PATH stays as it is."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        yield temporary
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
 
 
 def main():

@@ -36,6 +36,8 @@ import sys
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+from prepro_minipile import replacing                                   # noqa: E402
 PAIRS = {64: 4, 128: 8, 256: 16, 512: 32, 1024: 64}                     # by length
 MODELS = {"GoldFinch": "goldfinch", "GPTAlpha": "gptalpha", "Llama": "llama", "Finch-C2": "finchc2", "Finch": "finch"}
 COLUMNS = ["model", "width", "length", "pairs", "lr", "seed", "tokens", "accuracy", "loss", "seconds"]
@@ -72,9 +74,9 @@ def sequence(rng, length, pairs, vocab, cumulative, fill):
 def write_pair(prefix, code, data, sizes):
     """binidx: PREFIX.bin and PREFIX.idx (dev/spec.md, section 9). code: 1 for u8, 8 for u16."""
     width, begins = (1 if code == 1 else 2), [0, *itertools.accumulate(sizes)]
-    with open(prefix + ".bin", "wb") as out:
+    with replacing(prefix + ".bin") as name, open(name, "wb") as out:
         out.write(data)
-    with open(prefix + ".idx", "wb") as out:
+    with replacing(prefix + ".idx") as name, open(name, "wb") as out:
         out.write(b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(sizes), len(sizes) + 1))
         out.write(struct.pack(f"<{len(sizes)}i", *sizes))
         out.write(struct.pack(f"<{len(sizes)}q", *(width * begin for begin in begins[:-1])))
@@ -266,7 +268,8 @@ def plot(args):
     lines = {line.get_label(): line for panel in panels[0] for line in panel.get_lines()}
     figure.legend(lines.values(), lines, frameon=False, loc="outside right center")
     try:
-        figure.savefig(args.picture, dpi=120)
+        with replacing(args.picture) as name:
+            figure.savefig(name, format=os.path.splitext(args.picture)[1][1:] or "png", dpi=120)
     except (OSError, ValueError) as error:
         stop(f"{args.picture}: {getattr(error, 'strerror', None) or error}")
 

@@ -15,6 +15,9 @@ import math
 import os
 import sys
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from prepro_minipile import replacing                                   # noqa: E402
+
 
 def stop(message):
     sys.exit(f"plot.py: {message}")
@@ -107,7 +110,8 @@ def draw(paths, labels, args):
         top.set_title(args.title)
     figure.align_ylabels()
     try:
-        figure.savefig(args.output, dpi=args.dpi)
+        with replacing(args.output) as temporary:
+            figure.savefig(temporary, format=os.path.splitext(args.output)[1][1:] or "png", dpi=args.dpi)
     except (OSError, ValueError) as error:
         stop(f"{args.output}: {getattr(error, 'strerror', None) or error}")
 

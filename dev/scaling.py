@@ -24,6 +24,9 @@ import tempfile
 import time
 
 here = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(here))
+from prepro_minipile import replacing                                   # noqa: E402
+
 trainer = os.path.join(here, "..", "train_goldfinch")
 MODELS = {
     "L12": dict(parameters=186_617_856, flags="-c goldfinch -c L12D768ctx1024minipile --train.grad_cp 0".split(),
@@ -187,7 +190,7 @@ def measure(a, data, folder):
                               times=f"{times:.4f}", gib=f"{gib:.2f}", exchange_ms=total, not_hidden=rest,
                               card=(cards() or ["CPU"])[0]))
     if a.csv and table:
-        with open(a.csv, "w") as f:
+        with replacing(a.csv) as name, open(name, "w") as f:
             out = csv.DictWriter(f, table[0].keys())
             out.writeheader()
             out.writerows(table)
