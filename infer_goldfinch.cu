@@ -4405,8 +4405,8 @@ static void request_tokens(Requests *q, Request *r) {
     for (int64_t i = before; i < n; i++) q->ids[r->n++] = from[i];
 }
 
-// All of a line, or longjmp to q->error.back. Texts and ids lie in the line and in q.
-static void request_read(Requests *q, Request *r) {
+// All of a line, up to its end, or longjmp to q->error.back. Texts and ids lie in the line and in q.
+static void request_read(Requests *q, Request *r, const char *end) {
     Json *j = &q->json;
     int *room = q->list;
     r->until = q->until;
@@ -4418,6 +4418,7 @@ static void request_read(Requests *q, Request *r) {
         request_field(q, r, field, &room);
     });
     if (json_peek(j)) json_fail(j, "the end of the line");
+    if (j->at != end) request_fail(q, "expected the end of the line, found a zero byte");
     const bool context = r->context.text || r->context.ids, continuation = r->continuation.text || r->continuation.ids,
                text = r->text.text || r->text.ids;
     if (text + continuation + r->writes > 1 || (text && context) || !(text || continuation || context))
@@ -4624,12 +4625,12 @@ static void answer_write(const Requests *q, const Request *r, FILE *out, const c
 
 // Whatever is wrong with a line comes back to setjmp: no more is lost than this answer. What is written after setjmp
 // and read after an error lies in memory, not in a local variable.
-static void answer_line(Requests *q, Request *r, char *line) {
+static void answer_line(Requests *q, Request *r, char *line, int64_t length) {
     memset(r, 0, sizeof(*r));
     snprintf(q->part, sizeof(q->part), "line %ld, ", q->lines);
     q->json.at = q->json.start = line;
     if (setjmp(q->error.back) == 0) {
-        request_read(q, r);
+        request_read(q, r, line + length);
         request_run(q, r);
         answer_write(q, r, stdout, nullptr);
     } else {
@@ -4683,7 +4684,7 @@ static int64_t answer_lines(Requests *q, FILE *file) { // returns how many
         q->lines++;
         if (strspn(line, " \t\r\n") == (size_t)n) continue;
         requests_make_room(q, n);
-        answer_line(q, &request, line);
+        answer_line(q, &request, line, n);
         answers++;
     }
     if (ferror(file)) die(2, "%s: %s", q->json.path, strerror(errno));

@@ -241,6 +241,7 @@ def test_errors(model, folder):
            (b'{"context": "a", "context_ids": [1], "continuation": "a"}\n', "found twice"),
            (b'{"context": "a", "temperature": -1}\n', "temperature: expected a number from 0 to 100, found -1"),
            (b'{"context": "a", "temperature": 1e}\n', "expected a number"), (b'{"text": "a"} x\n', "the end of the line"),
+           (b'{"text": "a"}\0x\n', "found a zero byte"),
            (b'{"text": "a\0b"}\n', "the end of a text"), (b'{"text": "\\u12"}\n', "an escape"),
            (b'{"text": "\\ud800"}\n', "both halves"),
            (b'{"context": "a", "max_tokens": 99999999999999}\n', "tokens")]
