@@ -57,8 +57,25 @@ struct Order {
 };
 inline const Order order;
 
+#ifdef CUDA_ON_CPU_DEBUG
+constexpr bool debugging = true;
+#else
+constexpr bool debugging = false;
+#endif
+
 // New memory, and shared memory at the start of a block, is filled with 0xFF (NaN, -1) where we look for errors.
-inline bool poisoning() { return sanitizing || order.kind != Order::ascending; }
+inline bool poisoning() { return sanitizing || debugging || order.kind != Order::ascending; }
+
+// Some wrappers of kernels have a twin for the CPU in plain loops. It is used but where errors are looked for, or as
+// CUDA_ON_CPU_TWINS says: 0 or 1.
+inline bool wants_twins() {
+    const char *text = getenv("CUDA_ON_CPU_TWINS");
+    if (text == nullptr || *text == 0) return !poisoning();
+    if (strcmp(text, "0") == 0 || strcmp(text, "1") == 0) return *text == '1';
+    fprintf(stderr, "cuda_on_cpu: CUDA_ON_CPU_TWINS is 0 or 1, not \"%s\"\n", text);
+    exit(2);
+}
+inline const bool twins = wants_twins();
 
 struct Random { // splitmix64
     uint64_t state;
@@ -277,7 +294,7 @@ inline void run_block(uint3 index, uint64_t seed) {
 
 // True for the last thread to arrive: it does the work for all, then calls `release`. The others wait here until then,
 // and get false.
-template <int N> __attribute__((always_inline)) inline bool arrive(Rendezvous<N> &r, const char *name, Site site) {
+template <int N> CUDA_ON_CPU_INLINE bool arrive(Rendezvous<N> &r, const char *name, Site site) {
     Fiber *self = block->self;
     self->waits_at = name;
     self->site = site;
@@ -304,7 +321,8 @@ template <int N> void release(Rendezvous<N> &r) {
 }
 
 // A collective of a warp: every lane brings a Lane, the last one calls work(lanes, number of lanes).
-template <typename Lane, typename Work> void collective(const char *name, Site site, Lane *mine, Work work) {
+template <typename Lane, typename Work>
+CUDA_ON_CPU_INLINE void collective(const char *name, Site site, Lane *mine, Work work) {
     Warp &warp = *block->self->warp;
     warp.lanes[block->self->lane] = mine;
     if (!arrive(warp, name, site)) return;
@@ -314,7 +332,7 @@ template <typename Lane, typename Work> void collective(const char *name, Site s
 
 } // namespace cuda_on_cpu
 
-inline void __syncthreads(cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+CUDA_ON_CPU_INLINE void __syncthreads(cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
     using namespace cuda_on_cpu;
     if (arrive(block->barrier, "__syncthreads", site)) release(block->barrier);
 }

@@ -15,7 +15,7 @@ template <typename T> struct ShuffleLane {
     int source; // a lane number; outside of the warp: the lane's own value
 };
 
-template <typename T> T shuffle(const char *name, Site site, unsigned mask, T value, int source) {
+template <typename T> CUDA_ON_CPU_INLINE T shuffle(const char *name, Site site, unsigned mask, T value, int source) {
     check_mask(mask, name);
     ShuffleLane<T> mine = {value, value, source};
     collective(name, site, &mine, [](ShuffleLane<T> *const *lanes, int n) {
@@ -32,7 +32,7 @@ struct VoteLane {
     unsigned result;
 };
 
-inline unsigned vote(const char *name, Site site, unsigned mask, bool predicate) {
+CUDA_ON_CPU_INLINE unsigned vote(const char *name, Site site, unsigned mask, bool predicate) {
     check_mask(mask, name);
     VoteLane mine = {predicate, 0};
     collective(name, site, &mine, [](VoteLane *const *lanes, int n) {
@@ -44,7 +44,8 @@ inline unsigned vote(const char *name, Site site, unsigned mask, bool predicate)
 }
 
 // Several numbers at once from the lane whose number differs in `bits`.
-template <int COUNT> void shuffle_xor(float (&to)[COUNT], const float (&from)[COUNT], int bits, Site site) {
+template <int COUNT>
+CUDA_ON_CPU_INLINE void shuffle_xor(float (&to)[COUNT], const float (&from)[COUNT], int bits, Site site) {
     struct Numbers {
         float x[COUNT];
     } mine;
@@ -63,7 +64,7 @@ template <int OFFSET, typename Combine> void butterfly_step(float *x, Combine co
 }
 
 template <typename Combine>
-void butterfly(const char *name, Site site, int count, float *x, int width, Combine combine) {
+CUDA_ON_CPU_INLINE void butterfly(const char *name, Site site, int count, float *x, int width, Combine combine) {
     struct Lane {
         float *x;
         int count, width;
@@ -86,12 +87,12 @@ void butterfly(const char *name, Site site, int count, float *x, int width, Comb
     });
 }
 
-inline void warp_sum(int count, float *x, int width, Site site) {
+CUDA_ON_CPU_INLINE void warp_sum(int count, float *x, int width, Site site) {
     butterfly(
         "warp_sum", site, count, x, width, [](float a, float b) { return a + b; });
 }
 
-inline float warp_max(float x, int width, Site site) {
+CUDA_ON_CPU_INLINE float warp_max(float x, int width, Site site) {
     butterfly("warp_max", site, 1, &x, width, [](float a, float b) { return a > b ? a : b; });
     return x;
 }
@@ -177,7 +178,8 @@ inline void mma_product(int n, float *const *c, const float *const *a, const flo
 }
 
 // `products` of these, one after the other: c, a and b move on by next_c, 8 and next_b floats.
-inline void mma(int products, int n, float *c, int next_c, const float *a, const float *b, int next_b, Site site) {
+CUDA_ON_CPU_INLINE void mma(int products, int n, float *c, int next_c, const float *a, const float *b, int next_b,
+                            Site site) {
     struct Lane {
         int products, n, next_c, next_b;
         float *c;
@@ -201,10 +203,16 @@ inline void mma(int products, int n, float *c, int next_c, const float *a, const
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// cp.async: 16 bytes from global to shared memory that are only there after their group was waited for. Until then the
-// target holds 0xFF, so that a forgotten wait shows. valid == false: zeros, and src is not read.
+// cp.async: 16 bytes from global to shared memory that are only there after their group was waited for. Where we look
+// for errors, the target holds 0xFF until then, so that a forgotten wait shows; else they are copied at once. valid ==
+// false: zeros, and src is not read.
 
 inline void async_copy16(void *smem, const void *src, bool valid) {
+    if (!poisoning()) {
+        if (valid) memcpy(smem, src, 16);
+        else memset(smem, 0, 16);
+        return;
+    }
     Fiber *self = block->self;
     constexpr int most = static_cast<int>(sizeof(self->copies) / sizeof(self->copies[0]));
     if (reinterpret_cast<uintptr_t>(smem) % 16 || (valid && reinterpret_cast<uintptr_t>(src) % 16))
@@ -214,9 +222,12 @@ inline void async_copy16(void *smem, const void *src, bool valid) {
     self->copies[self->n_copies++] = {smem, valid ? src : nullptr, self->n_groups};
 }
 
-inline void async_commit() { block->self->n_groups++; }
+inline void async_commit() {
+    if (poisoning()) block->self->n_groups++;
+}
 
 template <int N> void async_wait() { // until at most the N newest groups are in flight
+    if (!poisoning()) return;
     Fiber *self = block->self;
     int left = 0;
     for (int i = 0; i < self->n_copies; i++) {
@@ -233,42 +244,46 @@ template <int N> void async_wait() { // until at most the N newest groups are in
 // ---------------------------------------------------------------------------------------------------------------------
 // CUDA's names.
 
-inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+CUDA_ON_CPU_INLINE void __syncwarp(unsigned mask = 0xFFFFFFFFu, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
     cuda_on_cpu::vote("__syncwarp", site, mask, false);
 }
 
 template <typename T>
-T __shfl_sync(unsigned mask, T x, int source, int width = 32, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+CUDA_ON_CPU_INLINE T __shfl_sync(unsigned mask, T x, int source, int width = 32,
+                                 cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
     int lane = cuda_on_cpu::lane_number();
     return cuda_on_cpu::shuffle("__shfl_sync", site, mask, x, lane / width * width + (source & (width - 1)));
 }
 
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 32, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+CUDA_ON_CPU_INLINE T __shfl_xor_sync(unsigned mask, T x, int bits, int width = 32,
+                                     cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
     int lane = cuda_on_cpu::lane_number(), source = lane ^ bits; // later groups of `width` keep their own value
     return cuda_on_cpu::shuffle("__shfl_xor_sync", site, mask, x, source / width > lane / width ? lane : source);
 }
 
 template <typename T>
-T __shfl_down_sync(unsigned mask, T x, int by, int width = 32, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+CUDA_ON_CPU_INLINE T __shfl_down_sync(unsigned mask, T x, int by, int width = 32,
+                                      cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
     int lane = cuda_on_cpu::lane_number(), source = lane + by;
     return cuda_on_cpu::shuffle("__shfl_down_sync", site, mask, x, source / width != lane / width ? lane : source);
 }
 
 template <typename T>
-T __shfl_up_sync(unsigned mask, T x, int by, int width = 32, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+CUDA_ON_CPU_INLINE T __shfl_up_sync(unsigned mask, T x, int by, int width = 32,
+                                    cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
     int lane = cuda_on_cpu::lane_number(), source = lane - by;
     return cuda_on_cpu::shuffle("__shfl_up_sync", site, mask, x, source < lane / width * width ? lane : source);
 }
 
-inline unsigned __ballot_sync(unsigned mask, bool p, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+CUDA_ON_CPU_INLINE unsigned __ballot_sync(unsigned mask, bool p, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
     return cuda_on_cpu::vote("__ballot_sync", site, mask, p);
 }
 
-inline int __any_sync(unsigned mask, bool p, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+CUDA_ON_CPU_INLINE int __any_sync(unsigned mask, bool p, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
     return cuda_on_cpu::vote("__any_sync", site, mask, p) != 0;
 }
 
-inline int __all_sync(unsigned mask, bool p, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
+CUDA_ON_CPU_INLINE int __all_sync(unsigned mask, bool p, cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
     return cuda_on_cpu::vote("__all_sync", site, mask, !p) == 0;
 }
