@@ -227,7 +227,7 @@ inline Fiber *fiber_without_thread() {
 }
 
 // The running thread waits: go on with one that may, else start the next.
-__attribute__((always_inline)) inline void wait_here() {
+CUDA_ON_CPU_INLINE void wait_here() {
     Fiber *from = block->self, *to;
     if (block->has_ready()) to = block->pop_ready();
     else if (block->started < block->n_threads) to = fiber_without_thread();
