@@ -40,7 +40,7 @@ inline void signal_bytes(uint64_t *s, size_t bytes) {
 }
 
 // Until this phase has ended, others run; threads that have not started first.
-inline void signal_wait(uint64_t *s, int phase, Site site) {
+CUDA_ON_CPU_INLINE void signal_wait(uint64_t *s, int phase, Site site) {
     Fiber *self = block->self;
     for (int turns = 0; signal_phase(s) == phase; turns++) {
         self->waits_at = "signal_wait";
