@@ -2414,7 +2414,7 @@ static void prepare_gold(Infer *f) {
     for (int64_t first = 0; first < V; first += m->T) {
         const int here = (int)(V - first < m->T ? V - first : m->T);
         set_batch(m, 1, here);
-        number_tokens<<<blocks_of(here), 256, 0, stream>>>(m->tokens, (int)first, here);
+        number_tokens_kernel<<<blocks_of(here), 256, 0, stream>>>(m->tokens, (int)first, here);
         model_embed(m);
         CUDA_CHECK(
             cudaMemcpyAsync(f->id_xo + first * C, m->xo, here * C * sizeof(floatX), cudaMemcpyDeviceToDevice, stream));
