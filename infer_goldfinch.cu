@@ -24,9 +24,10 @@
 //
 // How a prompt goes through (spec section 10): all tokens through the layers before the GOLD layers, in chunks of fixed
 // size, leaving states and, per token, its id and c = w_kv_cache_a x. The GOLD layers see only the last 2 G + 1 tokens
-// (G of them): keys and values of all tokens are made from ids and c, never from a GOLD layer's output, so no older token
-// need pass these layers; and each looks back one token in its time mixer and one in its channel mixer. So the last
-// token's logits, and what is carried from there, are exact. Then, token by token, a step of matrix-vector kernels (section 3).
+// (G of them): keys and values of all tokens are made from ids and c, never from a GOLD layer's output, so no older
+// token need pass these layers; and each looks back one token in its time mixer and one in its channel mixer. So the
+// last token's logits, and what is carried from there, are exact. Then, token by token, a step of matrix-vector kernels
+// (section 3).
 
 #define GOLDFINCH_NO_MAIN
 #include "train_goldfinch.cu"
@@ -2774,6 +2775,11 @@ static void infer_load_state(Infer *f, const char *path, Utf8 *unfinished) {
         if (strcmp(t->dtype, list[i].dtype) != 0)
             die(2, "%s: tensor %s: dtype: expected %s, found %s", path, t->name, list[i].dtype, t->dtype);
         expect(path, list[i].name, -1, list[i].count * list[i].width, list[i].count * list[i].width, t->end - t->begin);
+        for (int64_t token = 0; list[i].p == f->ids && token < list[i].count; token++) { // they look up the embedding
+            int32_t id;
+            memcpy(&id, file.data + t->begin + 4 * token, 4);
+            expect(path, "ids", token, 0, f->m.d.V - 1, id);
+        }
         CUDA_CHECK(cudaMemcpy(list[i].p, file.data + t->begin, t->end - t->begin, cudaMemcpyHostToDevice));
     }
     free(list);

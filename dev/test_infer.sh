@@ -51,6 +51,12 @@ mkdir folder; declined 2 'folder: expected a file, found a folder' -p a --save-s
 check "a save that fails keeps the state that was there, and leaves nothing" $?
 infer nowhere.safetensors -p a --save-state new.st; [ ! -e new.st ] && ! leftovers; check "nor does a run that fails otherwise" $?
 
+at=$((8 + $(od -A n -t u8 -N 8 good.st) + $(grep -aoE '"ids":[^}]*' good.st | grep -oE 'offsets":\[[0-9]+' | grep -oE '[0-9]+$')))
+for id in '\377\377\377\177=2147483647' '\377\377\377\377=-1' '\010\001\000\000=264'; do
+    cp good.st bad.st && printf "${id%=*}" | dd of=bad.st bs=1 seek=$((at + 4)) conv=notrunc status=none
+    declined 2 "bad.st: ids\[1\]: expected 0 to 263, found ${id#*=}\$" --load-state bad.st -n 1
+done
+
 echo "-- standard output"
 full() { "$program" "${@:2}" >/dev/full 2>err.txt; [ $? = 1 ] && [ "$(grep -c 'stdout: ' err.txt)" = 1 ]; check "to a full disk: $1" $?; }
 full "a score" --score "$text" --window 64
