@@ -1690,7 +1690,8 @@ static Ref *ref_create(const Settings *s) {
     return m;
 }
 
-static void ref_free(Ref *m) {
+static void ref_free(Ref *m) { // m may be NULL
+    if (!m) return;
     for (int i = 0; i < m->n_kept; i++) free(m->kept[i].data);
     for (int i = 0; i < m->n_params; i++) {
         free(m->params[i].w);
@@ -2177,9 +2178,10 @@ static void judge(Comparison *c, const char *format, ...) {
 // A bf16 build may be off by what bf16 costs the model: the errors of the reference's own pass with rounding (rounded),
 // compared to the same numbers. The two differ in what they round, the kernels' sums in registers for one, and each
 // rounding is a draw. Seen over all our models and tables: activations at most 2.8 times as far off, the gradients'
-// median 1.9 times, the largest 2.0 times. With `each`, for errors of whole tensors: each gradient, or the median of all
-// if that is larger, at most 1.5 times. Not so with x060, whose group norm blows up what a small first y was rounded by:
-// there single tensors depend on one draw. A table's probe is one draw, too. The loss is off by 1e-3 at most.
+// median 1.9 times, the largest 2.0 times. With `each`, for errors of whole tensors: each gradient, or the median of
+// all if that is larger, at most 1.5 times. Not so with x060, whose group norm blows up what a small first y was
+// rounded by: there single tensors depend on one draw. A table's probe is one draw, too. The loss is off by 1e-3 at
+// most.
 static void allow_rounding(Comparison *c, Comparison *rounded, int each) {
     double largest = 0;
     Error own[sizeof(c->others) / sizeof(*c->others)];
@@ -2225,7 +2227,9 @@ static double tensor_error(const float *got, const float *want, int64_t n) {
 
 // The reference once more as a bf16 build would store its numbers: weights, activations and their gradients (rounds).
 // What it is off is what bf16 costs this model, here and in the kernels. Leaves m as it is. *loss: its loss.
+// NULL in an fp32 build.
 static Ref *ref_rounded(const Ref *m, double *loss) {
+    if (gf_precision() == 32) return NULL;
     Ref *r = ref_create(&m->s);
     for (int i = 0; i < m->n_params; i++)
         for (int64_t j = 0; j < m->params[i].size; j++) r->params[i].w[j] = bf16(m->params[i].w[j]);
@@ -2502,7 +2506,7 @@ static void check_table(const Table *t, Ref *m) {
     if (!kernels_supported(&t->s)) skip("%s: these mixers are not built into the kernels", t->name);
     else k = kernels_like(m, t->B, t->T, t->name);
     if (k) {
-        Ref *rounded = gf_precision() == 16 ? ref_rounded(m, &rounded_loss) : NULL;
+        Ref *rounded = ref_rounded(m, &rounded_loss);
         gf_zero_grad(k);
         double loss = gf_loss_backward(k, inputs, targets, t->B, t->T, 1);
         compare_to_table(c, t, m, k, loss);
@@ -2513,7 +2517,7 @@ static void check_table(const Table *t, Ref *m) {
         judge(c, "%s: kernels against the table", t->name);
         compare_to_reference(c, m, k, rounded, loss, want, 1);
         judge(c, "%s: kernels against the C reference", t->name);
-        if (rounded) ref_free(rounded);
+        ref_free(rounded);
         Bits bits = kernels_bits(m, k, loss, t->B * t->T);
         note("bits of the kernels' loss, gradients and logits: %016llx", (unsigned long long)digest(&bits));
         free(bits.data);
@@ -3167,9 +3171,9 @@ static void check_shapes(void) {
             double want = ref_forward(m, inputs, targets, B, T).cross_entropy, unused;
             ref_backward(m, inputs, targets, 1);
             gf_zero_grad(k);
-            Ref *rounded = gf_precision() == 16 ? ref_rounded(m, &unused) : NULL;
+            Ref *rounded = ref_rounded(m, &unused);
             compare_to_reference(c, m, k, rounded, gf_loss_backward(k, inputs, targets, B, T, 1), want, 0);
-            if (rounded) ref_free(rounded);
+            ref_free(rounded);
             judge(c, "%s, %d x %d tokens", cases[i].settings, B, T);
             if (T > 64) check_inference(cases[i].settings, B, T, m, k); // more than one tile of a cache
         }
@@ -3234,8 +3238,8 @@ static void check_bits(const char *settings) {
     free_both(m, k);
 }
 
-// The batch once more in micro-batches of one sequence, against the pass just done and its loss (want): the same sums in
-// another order, in any precision. n: targets that count.
+// The batch once more in micro-batches of one sequence, against the pass just done and its loss (want): the same sums
+// in another order, in any precision. n: targets that count.
 static void compare_micro_batches(Comparison *c, Ref *m, Model *k, int B, int T, int n, double want) {
     double loss = 0;
     *c = (Comparison){.limits = pass_limits};
@@ -3284,11 +3288,11 @@ static void check_mask(const char *settings, int B, int T) {
         double want = ref_forward(m, inputs, targets, B, T).cross_entropy, unused;
         ref_zero_grad(m);
         ref_backward(m, inputs, targets, 1);
-        Ref *rounded = gf_precision() == 16 ? ref_rounded(m, &unused) : NULL;
+        Ref *rounded = ref_rounded(m, &unused);
         gf_zero_grad(k);
         double loss = gf_masked_loss_backward(k, inputs, targets, B, T, 1, n);
         compare_to_reference(c, m, k, rounded, loss, want, 0);
-        if (rounded) ref_free(rounded);
+        ref_free(rounded);
         judge(c, "mask, %s: %d of %d targets count", settings, n, n_all);
         compare_micro_batches(c, m, k, B, T, n, loss);
         judge(c, "mask, %s: the same in micro-batches of one", settings);

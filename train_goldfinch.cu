@@ -2861,10 +2861,10 @@ static void wkv_backward(const WkvGradients &g, const Wkv &p, int B) {
 //             96 warp 3   #    #    #    \         (and the same shifted by 128, 256, .. for the next blocks)
 //
 // Floor: flops, 2 N for each product of each pair. Forward has 2 products, backward 5. We do 7, in two kernels, one for
-// dk and dv, one for dq: scores and their gradients twice, so that every sum stays in one warp, without atomics. Beside a tile product (16 x 8 x 16),
-// which costs an H100 1 clock by its data sheet and 1.6 by mma.sync, it must load 128 bytes from shared memory, 1
-// clock, because a fragment (256 bytes) feeds two products and the left operands stay in registers; and make 16
-// exponentials forward, 1 clock.
+// dk and dv, one for dq: scores and their gradients twice, so that every sum stays in one warp, without atomics. Beside
+// a tile product (16 x 8 x 16), which costs an H100 1 clock by its data sheet and 1.6 by mma.sync, it must load 128
+// bytes from shared memory, 1 clock, because a fragment (256 bytes) feeds two products and the left operands stay in
+// registers; and make 16 exponentials forward, 1 clock.
 
 static const int ATTENTION_THREADS = 128, ATTENTION_ROWS = 128; // of a block: threads; queries or keys
 static const int ATTENTION_TILE = 64;                           // keys or queries that it walks at a time

@@ -31,6 +31,7 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+from plot import save                                                   # noqa: E402
 from prepro_minipile import replacing                                   # noqa: E402
 HELD = ("weights", "gradients", "masters and moments", "moments", "activations")    # as the trainer prints memory
 
@@ -216,8 +217,7 @@ def plot(args, runs):
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    with replacing(args.plot) as name:
-        figure.savefig(name, format=os.path.splitext(args.plot)[1][1:] or "png", dpi=120)
+    save(figure, args.plot, 120)
 
 
 def main():

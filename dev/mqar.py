@@ -37,6 +37,7 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+from plot import save                                                   # noqa: E402
 from prepro_minipile import replacing                                   # noqa: E402
 PAIRS = {64: 4, 128: 8, 256: 16, 512: 32, 1024: 64}                     # by length
 MODELS = {"GoldFinch": "goldfinch", "GPTAlpha": "gptalpha", "Llama": "llama", "Finch-C2": "finchc2", "Finch": "finch"}
@@ -267,11 +268,7 @@ def plot(args):
     panels[0][0].set_ylabel("answers that are right, %")
     lines = {line.get_label(): line for panel in panels[0] for line in panel.get_lines()}
     figure.legend(lines.values(), lines, frameon=False, loc="outside right center")
-    try:
-        with replacing(args.picture) as name:
-            figure.savefig(name, format=os.path.splitext(args.picture)[1][1:] or "png", dpi=120)
-    except (OSError, ValueError) as error:
-        stop(f"{args.picture}: {getattr(error, 'strerror', None) or error}")
+    save(figure, args.picture, 120)
 
 
 def main():

@@ -23,6 +23,15 @@ def stop(message):
     sys.exit(f"plot.py: {message}")
 
 
+def save(figure, path, dpi):
+    """Writes a picture, in the format that its name ends with."""
+    try:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format=os.path.splitext(path)[1][1:] or "png", dpi=dpi)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {path}: {getattr(error, 'strerror', None) or error}")
+
+
 def read_log(path):
     """{column: [numbers]} of a log.csv; where there is no number, nan. A line cut off by a kill is left out."""
     try:
@@ -109,11 +118,7 @@ def draw(paths, labels, args):
     if args.title:
         top.set_title(args.title)
     figure.align_ylabels()
-    try:
-        with replacing(args.output) as temporary:
-            figure.savefig(temporary, format=os.path.splitext(args.output)[1][1:] or "png", dpi=args.dpi)
-    except (OSError, ValueError) as error:
-        stop(f"{args.output}: {getattr(error, 'strerror', None) or error}")
+    save(figure, args.output, args.dpi)
 
 
 def main():
