@@ -3893,13 +3893,14 @@ __global__ void __launch_bounds__(1024)
     z[target] = (floatX)(scale * ((at == target ? of_top : p) - 1));
 }
 
-// Sum over a block of 256 threads in double, to thread 0, in fixed order
+// Sum over a block of 256 threads in double, in fixed order
 __device__ inline double block_sum_256(double v, double (&sums)[256]) {
     sums[threadIdx.x] = v;
     for (int half = 128; half > 0; half /= 2) {
         __syncthreads();
         if (threadIdx.x < (unsigned)half) sums[threadIdx.x] += sums[threadIdx.x + half];
     }
+    __syncthreads();
     return sums[0];
 }
 
