@@ -1511,7 +1511,50 @@ static bool matvec_fits(int64_t vectors, int n_slots) {
     return (vectors + MV_WARPS * n_slots * MV_PART) * (int64_t)sizeof(floatX) + 1024 <= block_smem;
 }
 
+#ifdef CUDA_ON_CPU
+template <typename Job>
+__global__ void __launch_bounds__(MV_THREADS) matvec_input_kernel(Job job, floatX *x, int vectors) {
+    x += (int64_t)blockIdx.y * vectors;
+    job.early(x);
+    async_commit();
+    async_wait<0>();
+    job.before(x);
+}
+
+// The kernel's twin for the CPU: a block makes x, then each row is a dot product, its sum in another order.
+template <typename Job> static void matvec_in_loops(const Job &job, int vectors, int problems) {
+    static floatX *x = nullptr;
+    static float *floats = nullptr;
+    static int64_t capacity = 0;
+    const int64_t n = (int64_t)vectors * problems;
+    if (n > capacity) {
+        for (void *p : {(void *)x, (void *)floats}) CUDA_CHECK(cudaFree(p));
+        CUDA_CHECK(cudaMalloc(&x, n * sizeof(floatX)));
+        CUDA_CHECK(cudaMalloc(&floats, n * sizeof(float)));
+        capacity = n;
+    }
+    matvec_input_kernel<Job><<<dim3(1, problems), MV_THREADS, 0, stream>>>(job, x, vectors);
+    for (int64_t i = 0; i < n; i++) floats[i] = (float)x[i];
+    cuda_on_cpu::for_each((int64_t)problems * job.rows, job.K, [&](int64_t i) {
+        const int row = (int)(i % job.rows);
+        blockIdx.y = (unsigned)(i / job.rows);
+        const float *first = floats + (int64_t)blockIdx.y * vectors + job.first(row);
+        const int apart = job.second(row) ? job.second(row) - job.first(row) : 0;
+        float2 sum = make_float2(0, 0);
+        if (apart) cuda_on_cpu::dots<2>(&sum.x, job.weights(row), first, apart, job.K);
+        else cuda_on_cpu::dots<1>(&sum.x, job.weights(row), first, 0, job.K);
+        job.after(row, sum, job.beside(row));
+    });
+}
+#endif
+
 template <typename Job> static void matvec(const Job &job, int vectors, int problems = 1) {
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) {
+        matvec_in_loops(job, vectors, problems);
+        return;
+    }
+#endif
     const int64_t blocks = ceil_div(job.rows, MV_WARPS), grid = blocks < multiprocessors ? blocks : multiprocessors;
     const int n_slots = matvec_fits(vectors, MV_SLOTS) ? MV_SLOTS : MV_FEW_SLOTS;
     const int64_t parts = ceil_div(blocks, grid) * ceil_div(job.K, MV_PART), used = parts < n_slots ? parts : n_slots;

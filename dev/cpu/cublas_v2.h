@@ -1,8 +1,6 @@
 // cuBLAS' products, by gemm.h, or by OpenBLAS in a build with BLAS=openblas.
 #pragma once
 
-#include <vector>
-
 #include "gemm.h"
 
 enum cublasStatus_t { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_INVALID_VALUE = 7, CUBLAS_STATUS_NOT_SUPPORTED = 15 };

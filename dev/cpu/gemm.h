@@ -8,6 +8,8 @@
 // Every number of C is one sum in ascending k whatever tile it is in, so its bits do not depend on the thread count.
 #pragma once
 
+#include <vector>
+
 #include "cuda_bf16.h"
 
 namespace cuda_on_cpu {
@@ -76,8 +78,91 @@ void store(T *c, int64_t ld, const float *sums, int64_t ld_sums, int64_t rows, i
             c[i] = static_cast<T>(beta == 0 ? alpha * sums[i] : alpha * sums[i] + beta * static_cast<float>(c[i]));
 }
 
+// ---- few columns: each number of A is used once or twice, so packing would cost more than the product ----
+
+inline Vector load_vector(const float *p) {
+    Vector x;
+    memcpy(&x, p, sizeof(x));
+    return x;
+}
+inline Vector load_vector(const __nv_bfloat16 *p) { // a bf16 number is the upper half of a float
+    using Halves = uint16_t __attribute__((vector_size(VL * 2)));
+    using Words = uint32_t __attribute__((vector_size(VL * 4)));
+    Halves halves;
+    memcpy(&halves, p, sizeof(halves));
+    return reinterpret_cast<Vector>(__builtin_convertvector(halves, Words) << 16);
+}
+
+// sums[j] = sum over k of a[k] b[j ldb + k], in PARTS VL sums that are added up at the end
+template <int COLUMNS, typename T> void dots(float *sums, const T *a, const float *b, int64_t ldb, int64_t K) {
+    constexpr int PARTS = COLUMNS == 1 ? 8 : COLUMNS == 2 ? 4 : 2;
+    Vector s[COLUMNS][PARTS] = {};
+    int64_t k = 0;
+    for (; k + PARTS * VL <= K; k += PARTS * VL)
+#pragma GCC unroll 8
+        for (int part = 0; part < PARTS; part++) {
+            const Vector x = load_vector(a + k + part * VL);
+#pragma GCC unroll 4
+            for (int j = 0; j < COLUMNS; j++) s[j][part] += x * load_vector(b + j * ldb + k + part * VL);
+        }
+    for (; k + VL <= K; k += VL)
+        for (int j = 0; j < COLUMNS; j++) s[j][0] += load_vector(a + k) * load_vector(b + j * ldb + k);
+    for (int j = 0; j < COLUMNS; j++) {
+        Vector all = s[j][0];
+        for (int part = 1; part < PARTS; part++) all += s[j][part];
+        float sum = 0;
+        for (int i = 0; i < VL; i++) sum += all[i];
+        for (int64_t i = k; i < K; i++) sum += static_cast<float>(a[i]) * b[j * ldb + i];
+        sums[j] = sum;
+    }
+}
+
+constexpr int FEW_COLUMNS = 4;
+
+// C = alpha Aᵀ B + beta C for at most FEW_COLUMNS columns: dot products, their sums in another order than gemm's
+template <typename T>
+void product_of_few_columns(int64_t M, int64_t N, int64_t K, float alpha, const T *A, int64_t lda, const float *B,
+                            float beta, const Matrix &C, int64_t batch) {
+    for_each(
+        M, K * N,
+        [&](int64_t i) {
+            float sums[FEW_COLUMNS];
+            const T *a = A + i * lda;
+            switch (N) {
+            case 1: dots<1>(sums, a, B, K, K); break;
+            case 2: dots<2>(sums, a, B, K, K); break;
+            case 3: dots<3>(sums, a, B, K, K); break;
+            case 4: dots<4>(sums, a, B, K, K); break;
+            }
+            const int64_t at = batch * C.stride + i;
+            if (C.bf16) store(static_cast<__nv_bfloat16 *>(C.data) + at, C.ld, sums, 1, 1, N, alpha, beta);
+            else store(static_cast<float *>(C.data) + at, C.ld, sums, 1, 1, N, alpha, beta);
+        });
+}
+
+inline void gemm_of_few_columns(int64_t M, int64_t N, int64_t K, float alpha, const Matrix &A, const Matrix &B,
+                                float beta, const Matrix &C, int64_t batches) {
+    std::vector<float> b(static_cast<size_t>(N * K));
+    for (int64_t batch = 0; batch < batches; batch++) {
+        for (int64_t j = 0; j < N; j++)
+            for (int64_t k = 0, at = batch * B.stride + j * B.ld; k < K; k++, at++)
+                b[static_cast<size_t>(j * K + k)] = B.bf16
+                                                        ? static_cast<float>(static_cast<__nv_bfloat16 *>(B.data)[at])
+                                                        : static_cast<float *>(B.data)[at];
+        const int64_t at = batch * A.stride;
+        if (A.bf16)
+            product_of_few_columns(M, N, K, alpha, static_cast<__nv_bfloat16 *>(A.data) + at, A.ld, b.data(), beta, C,
+                                   batch);
+        else product_of_few_columns(M, N, K, alpha, static_cast<float *>(A.data) + at, A.ld, b.data(), beta, C, batch);
+    }
+}
+
 inline void gemm(bool transA, bool transB, int64_t M, int64_t N, int64_t K, float alpha, const Matrix &A,
                  const Matrix &B, float beta, const Matrix &C, int64_t batches) {
+    if (twins && transA && !transB && N <= FEW_COLUMNS) {
+        gemm_of_few_columns(M, N, K, alpha, A, B, beta, C, batches);
+        return;
+    }
     const int64_t a_panels = panels(M, MR), b_panels = panels(N, NR);
     const int64_t a_size = a_panels * MR * K, b_size = b_panels * NR * K; // of one of the batch, in floats
     constexpr int64_t tile_a = 128 / MR, tile_b = 96 / NR;                // panels of a tile
