@@ -206,8 +206,8 @@ typedef struct Infer {
     KeptKv *kept;                             // (n_layer); null in layers that keep none
     SplitSums kept_sums;                      // what the shares of a context leave behind, in these layers' attention
     Place *place;
-    bool last_only; // of the rows at hand only the last one's logits count
-    uint64_t model_hash;
+    bool last_only;                       // of the rows at hand only the last one's logits count
+    const SafeTensors *file;              // the model's; it stays open, for the hash that a saved state needs
     GoldSource *sources, *device_sources; // (G)
     Row row;
     Packed *packed; // (L)
@@ -412,10 +412,12 @@ __global__ void __launch_bounds__(WINDOW_THREADS, 2) window_attention_kernel(Win
         float score[4], high = top;
         for (int i = 0; i < 4; i++) {
             const Pack key = unpack(k[i]);
-            float dot = 0;
-            for (int j = 0; j < 8; j++) dot += q.x[j] * key.x[j];
-            dot = warp_sum(dot, 8);
-            score[i] = t0 + i * step < end ? dot * SCALE_LOG2 : -INFINITY;
+            score[i] = 0;
+            for (int j = 0; j < 8; j++) score[i] += q.x[j] * key.x[j];
+        }
+        warp_sum(score, 8);
+        for (int i = 0; i < 4; i++) {
+            score[i] = t0 + i * step < end ? score[i] * SCALE_LOG2 : -INFINITY;
             high = fmaxf(high, score[i]);
         }
         shrink_to(high);
@@ -430,8 +432,10 @@ __global__ void __launch_bounds__(WINDOW_THREADS, 2) window_attention_kernel(Win
     }
     shrink_to(warp_max(top)); // the warp's four groups, then the block's warps
     for (int apart = 8; apart < 32; apart *= 2) {
+        Pack other;
         sum += __shfl_xor_sync(0xffffffffu, sum, apart);
-        for (int j = 0; j < 8; j++) out.x[j] += __shfl_xor_sync(0xffffffffu, out.x[j], apart);
+        shuffle_xor(other.x, out.x, apart);
+        for (int j = 0; j < 8; j++) out.x[j] += other.x[j];
     }
     if (threadIdx.x % 32 < 8) {
         tops[threadIdx.x / 32] = top;
@@ -2409,6 +2413,15 @@ static void prepare_gold(Infer *f) {
     for (floatX *&w : w1) alloc_floats(&w, C * 64);
     alloc_floats(&scratch, (int64_t)largest * largest);
     f->c_gram = gram_of(f->w_c, d.C, R32, scratch);
+    for (int64_t first = 0; first < V; first += m->T) {
+        const int here = (int)(V - first < m->T ? V - first : m->T);
+        set_batch(m, 1, here);
+        number_tokens_kernel<<<blocks_of(here), 256, 0, stream>>>(m->tokens, (int)first, here);
+        model_embed(m);
+        CUDA_CHECK(
+            cudaMemcpyAsync(f->id_xo + first * C, m->xo, here * C * sizeof(floatX), cudaMemcpyDeviceToDevice, stream));
+        linear_forward(f->id_k0 + first * C, m->x0, columns_of(W, 0, d.C), here);
+    }
     for (int i = 0; i < f->G; i++) {
         const Params &p = m->layers[d.G0 + i].p;
         GoldSource &g = f->sources[i];
@@ -2430,18 +2443,8 @@ static void prepare_gold(Infer *f) {
         for (int before = 0; before < 2; before++)
             scale_rows_kernel<<<blocks_of(C * 64), 256, 0, stream>>>(w1[before], p.time_maa_kv_w1.w,
                                                                      p.time_maa_v_cache.w, !before, C * 64, 64);
-        for (int64_t first = 0; first < V; first += m->T) {
-            const int here = (int)(V - first < m->T ? V - first : m->T);
-            set_batch(m, 1, here);
-            number_tokens_kernel<<<blocks_of(here), 256, 0, stream>>>(m->tokens, (int)first, here);
-            model_embed(m);
-            if (i == 0) {
-                append_floats_kernel<<<blocks_of(here * C), 256, 0, stream>>>(f->id_xo + first * C, m->xo, here * C);
-                linear_forward(f->id_k0 + first * C, m->x0, columns_of(W, 0, d.C), here);
-            }
-            matmul(id_h + first * 64, 64, rows(m->xo, C), rows(w1[0], 64), here, 64, d.C);
-            matmul(id_h_before + first * 64, 64, rows(m->xo, C), rows(w1[1], 64), here, 64, d.C);
-        }
+        matmul(id_h, 64, rows(f->id_xo, C), rows(w1[0], 64), d.V, 64, d.C);
+        matmul(id_h_before, 64, rows(f->id_xo, C), rows(w1[1], 64), d.V, 64, d.C);
     }
     matmul(f->id_c, R32, rows(f->id_k0, C), rows(f->w_c, R32), d.V, R32, d.C);
     sum_squares_kernel<<<d.V, 32, 0, stream>>>(f->id_squares, f->id_k0, d.C);
@@ -2742,12 +2745,15 @@ static void infer_prepare(Infer *f, int splits, int warps) { // after the weight
     if (f->decodes) infer_rehearse(f, f->recordings, [=] { queue_step(f, f->token); });
 }
 
+// Binds a saved state to its model; only asked for then, as it reads all of the file
+static uint64_t model_hash(const Infer *f) { return hash_bytes(hash_start, f->file->data, (size_t)f->file->data_size); }
+
 static Infer *infer_open(const SafeTensors *file, KvKind kv, int64_t capacity) {
     Settings s;
     settings_of_model(&s, file);
     machine_start();
     Infer *f = infer_create(&s, kv, capacity, prefill_chunk(), WINDOW);
-    f->model_hash = hash_bytes(hash_start, file->data, (size_t)file->data_size);
+    f->file = file;
     take_weights(&f->m, file, false);
     if (PRECISION_BF16) { // inference needs the working copy alone
         CUDA_CHECK(cudaFree(f->m.master));
@@ -2768,7 +2774,7 @@ static void infer_save_state(Infer *f, FileOut *out, const Utf8 *unfinished) {
     size_t length = 0;
     int64_t offset = 0;
     FILE *text = open_memstream(&header, &length);
-    fprintf(text, "{\"__metadata__\":{\"model_hash\":\"%016lx\",\"position\":\"%ld\",\"unfinished\":\"", f->model_hash,
+    fprintf(text, "{\"__metadata__\":{\"model_hash\":\"%016lx\",\"position\":\"%ld\",\"unfinished\":\"", model_hash(f),
             f->position);
     for (int i = 0; i < unfinished->n; i++) fprintf(text, "%02x", unfinished->held[i]);
     fprintf(text, "\"}");
@@ -2800,7 +2806,7 @@ static void infer_load_state(Infer *f, const char *path, Utf8 *unfinished) {
     SafeTensors file;
     safetensors_open(&file, path);
     char hash[17];
-    snprintf(hash, sizeof(hash), "%016lx", f->model_hash);
+    snprintf(hash, sizeof(hash), "%016lx", model_hash(f));
     const char *found = safetensors_metadata(&file, "model_hash");
     if (!found || strcmp(found, hash) != 0)
         die(2,
@@ -3725,7 +3731,11 @@ static void sampler_set(Sampler *s, const Sampling *how) {
 void sampler_allocate(Sampler *s, int V, const Sampling *how, const uint8_t *kinds) { // kinds (V)
     memset(s, 0, sizeof(*s));
     s->V = V;
-    s->blocks = (int)(ceil_div(V, SAMPLE_TILE) < SAMPLE_BLOCKS ? ceil_div(V, SAMPLE_TILE) : SAMPLE_BLOCKS);
+    int64_t tokens = ceil_div(V, SAMPLE_BLOCKS); // of a block; a machine of few multiprocessors gains nothing from more
+    if (tokens < ceil_div(V, multiprocessors)) tokens = ceil_div(V, multiprocessors);
+    if (tokens < SAMPLE_TILE) tokens = SAMPLE_TILE;
+    if (tokens > 1 << 16) tokens = 1 << 16;
+    s->blocks = (int)ceil_div(V, tokens);
     s->tokens_of_block = (int)ceil_div(V, s->blocks);
     sampler_set(s, how);
     device_alloc((void **)&s->logits, V * sizeof(float));
@@ -4815,7 +4825,6 @@ int main(int argc, char **argv) {
     catch_signals(0);                                                           // what waits for a line is interrupted
     const KvKind scored = kind == KV_COMPRESSED ? KV_IF_IT_FITS : (KvKind)kind; // the same loss, quicker
     s->m = infer_open(&model, o->score ? scored : (KvKind)kind, context);       // 0: as much as the engine sees fit
-    safetensors_close(&model);
     if (o->score) {
         session_score(s, ids, n, n_bytes);
         free(ids);

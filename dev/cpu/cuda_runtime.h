@@ -164,7 +164,10 @@ template <typename T> cudaError_t cudaMalloc(T **p, size_t bytes) {
     *p = nullptr;
     if (bytes == 0) return cudaSuccess;
     void *memory;
-    if (posix_memalign(&memory, 256, bytes) != 0) return cuda_on_cpu::result(cudaErrorMemoryAllocation);
+    const size_t large = 2 << 20; // a large page: a thousand small ones take long to come, and to look up
+    if (posix_memalign(&memory, bytes < large ? 256 : large, bytes) != 0)
+        return cuda_on_cpu::result(cudaErrorMemoryAllocation);
+    if (bytes >= large) madvise(memory, bytes, MADV_HUGEPAGE);
     if (cuda_on_cpu::poisoning()) memset(memory, 0xFF, bytes);
     *p = static_cast<T *>(memory);
     return cudaSuccess;

@@ -157,12 +157,8 @@ inline void gemm_of_few_columns(int64_t M, int64_t N, int64_t K, float alpha, co
     }
 }
 
-inline void gemm(bool transA, bool transB, int64_t M, int64_t N, int64_t K, float alpha, const Matrix &A,
-                 const Matrix &B, float beta, const Matrix &C, int64_t batches) {
-    if (twins && transA && !transB && N <= FEW_COLUMNS) {
-        gemm_of_few_columns(M, N, K, alpha, A, B, beta, C, batches);
-        return;
-    }
+inline void gemm_of_panels(bool transA, bool transB, int64_t M, int64_t N, int64_t K, float alpha, const Matrix &A,
+                           const Matrix &B, float beta, const Matrix &C, int64_t batches) {
     const int64_t a_panels = panels(M, MR), b_panels = panels(N, NR);
     const int64_t a_size = a_panels * MR * K, b_size = b_panels * NR * K; // of one of the batch, in floats
     constexpr int64_t tile_a = 128 / MR, tile_b = 96 / NR;                // panels of a tile
@@ -209,6 +205,23 @@ inline void gemm(bool transA, bool transB, int64_t M, int64_t N, int64_t K, floa
                 }
         }
     });
+}
+
+inline Matrix moved(Matrix m, int64_t elements) {
+    m.data = static_cast<char *>(m.data) + elements * (m.bf16 ? 2 : 4);
+    return m;
+}
+
+inline void gemm(bool transA, bool transB, int64_t M, int64_t N, int64_t K, float alpha, const Matrix &A,
+                 const Matrix &B, float beta, const Matrix &C, int64_t batches) {
+    if (twins && transA && !transB && N <= FEW_COLUMNS) {
+        gemm_of_few_columns(M, N, K, alpha, A, B, beta, C, batches);
+        return;
+    }
+    constexpr int64_t most = 1024 * NR; // columns at a time: what is packed takes memory
+    for (int64_t at = 0; at < N; at += most)
+        gemm_of_panels(transA, transB, M, std::min(most, N - at), K, alpha, A, moved(B, transB ? at : at * B.ld), beta,
+                       moved(C, at * C.ld), batches);
 }
 
 } // namespace cuda_on_cpu
