@@ -207,7 +207,7 @@ typedef struct Infer {
     SplitSums kept_sums;                      // what the shares of a context leave behind, in these layers' attention
     Place *place;
     bool last_only;                       // of the rows at hand only the last one's logits count
-    const SafeTensors *file;              // the model's; it stays open, for the hash that a saved state needs
+    const SafeTensors *file;              // the model's, open until no more states are saved: they need its hash
     GoldSource *sources, *device_sources; // (G)
     Row row;
     Packed *packed; // (L)
@@ -4826,6 +4826,7 @@ int main(int argc, char **argv) {
     const KvKind scored = kind == KV_COMPRESSED ? KV_IF_IT_FITS : (KvKind)kind; // the same loss, quicker
     s->m = infer_open(&model, o->score ? scored : (KvKind)kind, context);       // 0: as much as the engine sees fit
     if (o->score) {
+        safetensors_close(&model);
         session_score(s, ids, n, n_bytes);
         free(ids);
         return stop_requested ? 130 : 0;
@@ -4838,6 +4839,7 @@ int main(int argc, char **argv) {
     const bool read = n == 0 || session_read(s, ids, n);
     free(ids);
     if (o->save_state && read) infer_save_state(s->m, &state_file, &s->out.utf8);
+    safetensors_close(&model);
     if (read && (n > 0 || !o->interactive)) session_write(s);
     if (read && o->interactive) session_interact(s);
     session_close(s);
