@@ -2746,7 +2746,9 @@ static void infer_prepare(Infer *f, int splits, int warps) { // after the weight
 }
 
 // Binds a saved state to its model; only asked for then, as it reads all of the file
-static uint64_t model_hash(const Infer *f) { return hash_bytes(hash_start, f->file->data, (size_t)f->file->data_size); }
+static uint64_t model_hash(const Infer *f) {
+    return f->file ? hash_bytes(hash_start, f->file->data, (size_t)f->file->data_size) : 0;
+}
 
 static Infer *infer_open(const SafeTensors *file, KvKind kv, int64_t capacity) {
     Settings s;
