@@ -5382,6 +5382,9 @@ static void model_print_memory(const Model *m) {
 
 static void device_alloc(void **p, int64_t bytes) {
     CUDA_CHECK(cudaMalloc(p, bytes));
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::comes_as_zeros(bytes)) return;
+#endif
     CUDA_CHECK(cudaMemset(*p, 0, bytes));
 }
 
