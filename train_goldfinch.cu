@@ -6141,12 +6141,15 @@ static uint64_t read_u64(const uint8_t *p) {
 
 // FNV-1a over 8-byte words, its high bits folded back. It tells damaged and mixed up files, not forged ones.
 static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n) {
-    for (size_t i = 0; i < n; i += 8) {
-        uint64_t word = 0;
-        memcpy(&word, (const uint8_t *)bytes + i, n - i < 8 ? n - i : 8);
+    const uint8_t *p = (const uint8_t *)bytes;
+    auto add = [&](uint64_t word) {
         hash = hash_step(hash, word);
         hash ^= hash >> 29;
-    }
+    };
+    for (; n >= 8; n -= 8, p += 8) add(read_u64(p));
+    uint64_t rest = 0;
+    memcpy(&rest, p, n);
+    if (n > 0) add(rest);
     return hash;
 }
 
@@ -6597,6 +6600,12 @@ static void file_write(FileOut *f, const void *bytes, size_t n) {
     if (fwrite(bytes, 1, n, f->stream) != n) die(1, "%s: could not be written: %s", f->path, strerror(errno));
 }
 
+// A hole, which reads as zeros and takes no room on the disk
+static void file_write_zeros(FileOut *f, size_t n) {
+    if (f->temporary && n > 0 && fseek(f->stream, (long)n - 1, SEEK_CUR) == 0) n = 1;
+    for (; n > 0; n--) file_write(f, "", 1);
+}
+
 // The first half of file_end: all bytes are on the disk, under the temporary name.
 static void file_sync(FileOut *f) {
     const bool written = fflush(f->stream) == 0 && !ferror(f->stream);
@@ -6920,7 +6929,8 @@ static uint64_t safetensors_write(FileOut *out, const Model *m, const Settings *
             if (block == nullptr) memset(host, 0, bytes);
             else CUDA_CHECK(cudaMemcpy(host, block + t->offset * blocks[b].width, bytes, cudaMemcpyDeviceToHost));
             hash = hash_bytes(hash, host, bytes);
-            file_write(out, host, bytes);
+            if (block == nullptr) file_write_zeros(out, bytes);
+            else file_write(out, host, bytes);
         }
     }
     fseek(out->stream, hash_at, SEEK_SET);
