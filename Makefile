@@ -22,7 +22,6 @@ GPU_ARCH=90            the GPU's architecture, or several: "80 90"; default: thi
 CUDA=FOLDER            the toolkit to build with; default: that of the nvcc on the PATH, or /usr/local/cuda
 SANITIZE=address,undefined   CPU build that stops at the first out-of-bounds access or undefined operation
 DEBUG=1                CPU build for stepping through kernels in gdb
-BLAS=openblas          CPU build with OpenBLAS in place of our own matrix products
 NCCL=FOLDER            where NCCL is, for several GPUs, if it is not found; NCCL=0: a build for one GPU
 MARCH=native           whose instructions a CPU build may use, as g++ names it; MARCH= for any CPU of the kind
 NVCC=, CXX=, CC=       other compilers: CXX=clang++ CC=clang, or a cross compiler with MARCH=
@@ -153,7 +152,7 @@ ifeq ($(GPU),1)
   endif
 else
   MARCH ?= native
-  VARIANT := cpu-$(PRECISION)$(addprefix -,$(subst $(comma),-,$(SANITIZE)) $(if $(DEBUG),debug) $(BLAS) \
+  VARIANT := cpu-$(PRECISION)$(addprefix -,$(subst $(comma),-,$(SANITIZE)) $(if $(DEBUG),debug) \
              $(filter-out g++,$(notdir $(CXX))) $(or $(filter-out native,$(MARCH)),$(if $(MARCH),,any)))
   VARIANT := $(subst $(space),,$(VARIANT))
   TARGET := $(addprefix -march=,$(MARCH))
@@ -166,14 +165,11 @@ else
     OPTIMIZE := -O1 $(TARGET) -fno-omit-frame-pointer -fsanitize=$(SANITIZE) -fno-sanitize-recover=all
     DEFINES += -DCUDA_ON_CPU_SANITIZE
   endif
-  ifneq ($(BLAS),)
-    DEFINES += -DCUDA_ON_CPU_OPENBLAS
-  endif
   CUFLAGS := $(OPTIMIZE) -g -std=c++17 -fno-strict-aliasing -fopenmp $(WARN) $(PARTLY_USED) -Wno-unknown-pragmas \
              -Wno-attributes $(if $(findstring clang,$(CXX)),-Wno-pass-failed) -iquote . -iquote build/cpp -Idev/cpu \
              -DCUDA_ON_CPU -DGOLDFINCH_NCCL=1 $(DEFINES)
   CFLAGS := $(if $(DEBUG)$(SANITIZE),$(OPTIMIZE),-O2) -g -std=gnu11 $(WARN) $(DEFINES)
-  LINK = $(CXX) $(OPTIMIZE) -fopenmp $^ -o $@ $(if $(BLAS),-l$(BLAS)) -lm
+  LINK = $(CXX) $(OPTIMIZE) -fopenmp $^ -o $@ -lm
   LAB_FLAGS := -iquote dev $(if $(DEBUG)$(SANITIZE),,-O1)
   SUMMARY := CPU build, $(PRECISION)$(if $(SANITIZE), with -fsanitize=$(SANITIZE))
 endif

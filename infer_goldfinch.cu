@@ -206,8 +206,8 @@ typedef struct Infer {
     KeptKv *kept;                             // (n_layer); null in layers that keep none
     SplitSums kept_sums;                      // what the shares of a context leave behind, in these layers' attention
     Place *place;
-    bool last_only; // of the rows at hand only the last one's logits count
-    uint64_t model_hash;
+    bool last_only;                       // of the rows at hand only the last one's logits count
+    const SafeTensors *file;              // the model's, open until no more states are saved: they need its hash
     GoldSource *sources, *device_sources; // (G)
     Row row;
     Packed *packed; // (L)
@@ -412,10 +412,12 @@ __global__ void __launch_bounds__(WINDOW_THREADS, 2) window_attention_kernel(Win
         float score[4], high = top;
         for (int i = 0; i < 4; i++) {
             const Pack key = unpack(k[i]);
-            float dot = 0;
-            for (int j = 0; j < 8; j++) dot += q.x[j] * key.x[j];
-            dot = warp_sum(dot, 8);
-            score[i] = t0 + i * step < end ? dot * SCALE_LOG2 : -INFINITY;
+            score[i] = 0;
+            for (int j = 0; j < 8; j++) score[i] += q.x[j] * key.x[j];
+        }
+        warp_sum(score, 8);
+        for (int i = 0; i < 4; i++) {
+            score[i] = t0 + i * step < end ? score[i] * SCALE_LOG2 : -INFINITY;
             high = fmaxf(high, score[i]);
         }
         shrink_to(high);
@@ -430,8 +432,10 @@ __global__ void __launch_bounds__(WINDOW_THREADS, 2) window_attention_kernel(Win
     }
     shrink_to(warp_max(top)); // the warp's four groups, then the block's warps
     for (int apart = 8; apart < 32; apart *= 2) {
+        Pack other;
         sum += __shfl_xor_sync(0xffffffffu, sum, apart);
-        for (int j = 0; j < 8; j++) out.x[j] += __shfl_xor_sync(0xffffffffu, out.x[j], apart);
+        shuffle_xor(other.x, out.x, apart);
+        for (int j = 0; j < 8; j++) out.x[j] += other.x[j];
     }
     if (threadIdx.x % 32 < 8) {
         tops[threadIdx.x / 32] = top;
@@ -1511,7 +1515,50 @@ static bool matvec_fits(int64_t vectors, int n_slots) {
     return (vectors + MV_WARPS * n_slots * MV_PART) * (int64_t)sizeof(floatX) + 1024 <= block_smem;
 }
 
+#ifdef CUDA_ON_CPU
+template <typename Job>
+__global__ void __launch_bounds__(MV_THREADS) matvec_input_kernel(Job job, floatX *x, int vectors) {
+    x += (int64_t)blockIdx.y * vectors;
+    job.early(x);
+    async_commit();
+    async_wait<0>();
+    job.before(x);
+}
+
+// The kernel's twin for the CPU: a block makes x, then each row is a dot product, its sum in another order.
+template <typename Job> static void matvec_in_loops(const Job &job, int vectors, int problems) {
+    static floatX *x = nullptr;
+    static float *floats = nullptr;
+    static int64_t capacity = 0;
+    const int64_t n = (int64_t)vectors * problems;
+    if (n > capacity) {
+        for (void *p : {(void *)x, (void *)floats}) CUDA_CHECK(cudaFree(p));
+        CUDA_CHECK(cudaMalloc(&x, n * sizeof(floatX)));
+        CUDA_CHECK(cudaMalloc(&floats, n * sizeof(float)));
+        capacity = n;
+    }
+    matvec_input_kernel<Job><<<dim3(1, problems), MV_THREADS, 0, stream>>>(job, x, vectors);
+    for (int64_t i = 0; i < n; i++) floats[i] = (float)x[i];
+    cuda_on_cpu::for_each((int64_t)problems * job.rows, job.K, [&](int64_t i) {
+        const int row = (int)(i % job.rows);
+        blockIdx.y = (unsigned)(i / job.rows);
+        const float *first = floats + (int64_t)blockIdx.y * vectors + job.first(row);
+        const int apart = job.second(row) ? job.second(row) - job.first(row) : 0;
+        float2 sum = make_float2(0, 0);
+        if (apart) cuda_on_cpu::dots<2>(&sum.x, job.weights(row), first, apart, job.K);
+        else cuda_on_cpu::dots<1>(&sum.x, job.weights(row), first, 0, job.K);
+        job.after(row, sum, job.beside(row));
+    });
+}
+#endif
+
 template <typename Job> static void matvec(const Job &job, int vectors, int problems = 1) {
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) {
+        matvec_in_loops(job, vectors, problems);
+        return;
+    }
+#endif
     const int64_t blocks = ceil_div(job.rows, MV_WARPS), grid = blocks < multiprocessors ? blocks : multiprocessors;
     const int n_slots = matvec_fits(vectors, MV_SLOTS) ? MV_SLOTS : MV_FEW_SLOTS;
     const int64_t parts = ceil_div(blocks, grid) * ceil_div(job.K, MV_PART), used = parts < n_slots ? parts : n_slots;
@@ -2366,6 +2413,15 @@ static void prepare_gold(Infer *f) {
     for (floatX *&w : w1) alloc_floats(&w, C * 64);
     alloc_floats(&scratch, (int64_t)largest * largest);
     f->c_gram = gram_of(f->w_c, d.C, R32, scratch);
+    for (int64_t first = 0; first < V; first += m->T) {
+        const int here = (int)(V - first < m->T ? V - first : m->T);
+        set_batch(m, 1, here);
+        number_tokens_kernel<<<blocks_of(here), 256, 0, stream>>>(m->tokens, (int)first, here);
+        model_embed(m);
+        CUDA_CHECK(
+            cudaMemcpyAsync(f->id_xo + first * C, m->xo, here * C * sizeof(floatX), cudaMemcpyDeviceToDevice, stream));
+        linear_forward(f->id_k0 + first * C, m->x0, columns_of(W, 0, d.C), here);
+    }
     for (int i = 0; i < f->G; i++) {
         const Params &p = m->layers[d.G0 + i].p;
         GoldSource &g = f->sources[i];
@@ -2387,18 +2443,8 @@ static void prepare_gold(Infer *f) {
         for (int before = 0; before < 2; before++)
             scale_rows_kernel<<<blocks_of(C * 64), 256, 0, stream>>>(w1[before], p.time_maa_kv_w1.w,
                                                                      p.time_maa_v_cache.w, !before, C * 64, 64);
-        for (int64_t first = 0; first < V; first += m->T) {
-            const int here = (int)(V - first < m->T ? V - first : m->T);
-            set_batch(m, 1, here);
-            number_tokens_kernel<<<blocks_of(here), 256, 0, stream>>>(m->tokens, (int)first, here);
-            model_embed(m);
-            if (i == 0) {
-                append_floats_kernel<<<blocks_of(here * C), 256, 0, stream>>>(f->id_xo + first * C, m->xo, here * C);
-                linear_forward(f->id_k0 + first * C, m->x0, columns_of(W, 0, d.C), here);
-            }
-            matmul(id_h + first * 64, 64, rows(m->xo, C), rows(w1[0], 64), here, 64, d.C);
-            matmul(id_h_before + first * 64, 64, rows(m->xo, C), rows(w1[1], 64), here, 64, d.C);
-        }
+        matmul(id_h, 64, rows(f->id_xo, C), rows(w1[0], 64), d.V, 64, d.C);
+        matmul(id_h_before, 64, rows(f->id_xo, C), rows(w1[1], 64), d.V, 64, d.C);
     }
     matmul(f->id_c, R32, rows(f->id_k0, C), rows(f->w_c, R32), d.V, R32, d.C);
     sum_squares_kernel<<<d.V, 32, 0, stream>>>(f->id_squares, f->id_k0, d.C);
@@ -2699,12 +2745,17 @@ static void infer_prepare(Infer *f, int splits, int warps) { // after the weight
     if (f->decodes) infer_rehearse(f, f->recordings, [=] { queue_step(f, f->token); });
 }
 
+// Binds a saved state to its model; only asked for then, as it reads all of the file
+static uint64_t model_hash(const Infer *f) {
+    return f->file ? hash_bytes(hash_start, f->file->data, (size_t)f->file->data_size) : 0;
+}
+
 static Infer *infer_open(const SafeTensors *file, KvKind kv, int64_t capacity) {
     Settings s;
     settings_of_model(&s, file);
     machine_start();
     Infer *f = infer_create(&s, kv, capacity, prefill_chunk(), WINDOW);
-    f->model_hash = hash_bytes(hash_start, file->data, (size_t)file->data_size);
+    f->file = file;
     take_weights(&f->m, file, false);
     if (PRECISION_BF16) { // inference needs the working copy alone
         CUDA_CHECK(cudaFree(f->m.master));
@@ -2725,7 +2776,7 @@ static void infer_save_state(Infer *f, FileOut *out, const Utf8 *unfinished) {
     size_t length = 0;
     int64_t offset = 0;
     FILE *text = open_memstream(&header, &length);
-    fprintf(text, "{\"__metadata__\":{\"model_hash\":\"%016lx\",\"position\":\"%ld\",\"unfinished\":\"", f->model_hash,
+    fprintf(text, "{\"__metadata__\":{\"model_hash\":\"%016lx\",\"position\":\"%ld\",\"unfinished\":\"", model_hash(f),
             f->position);
     for (int i = 0; i < unfinished->n; i++) fprintf(text, "%02x", unfinished->held[i]);
     fprintf(text, "\"}");
@@ -2757,7 +2808,7 @@ static void infer_load_state(Infer *f, const char *path, Utf8 *unfinished) {
     SafeTensors file;
     safetensors_open(&file, path);
     char hash[17];
-    snprintf(hash, sizeof(hash), "%016lx", f->model_hash);
+    snprintf(hash, sizeof(hash), "%016lx", model_hash(f));
     const char *found = safetensors_metadata(&file, "model_hash");
     if (!found || strcmp(found, hash) != 0)
         die(2,
@@ -3682,7 +3733,11 @@ static void sampler_set(Sampler *s, const Sampling *how) {
 void sampler_allocate(Sampler *s, int V, const Sampling *how, const uint8_t *kinds) { // kinds (V)
     memset(s, 0, sizeof(*s));
     s->V = V;
-    s->blocks = (int)(ceil_div(V, SAMPLE_TILE) < SAMPLE_BLOCKS ? ceil_div(V, SAMPLE_TILE) : SAMPLE_BLOCKS);
+    int64_t tokens = ceil_div(V, SAMPLE_BLOCKS); // of a block; a machine of few multiprocessors gains nothing from more
+    if (tokens < ceil_div(V, multiprocessors)) tokens = ceil_div(V, multiprocessors);
+    if (tokens < SAMPLE_TILE) tokens = SAMPLE_TILE;
+    if (tokens > 1 << 16) tokens = 1 << 16;
+    s->blocks = (int)ceil_div(V, tokens);
     s->tokens_of_block = (int)ceil_div(V, s->blocks);
     sampler_set(s, how);
     device_alloc((void **)&s->logits, V * sizeof(float));
@@ -4784,8 +4839,8 @@ int main(int argc, char **argv) {
     catch_signals(0);                                                           // what waits for a line is interrupted
     const KvKind scored = kind == KV_COMPRESSED ? KV_IF_IT_FITS : (KvKind)kind; // the same loss, quicker
     s->m = infer_open(&model, o->score ? scored : (KvKind)kind, context);       // 0: as much as the engine sees fit
-    safetensors_close(&model);
     if (o->score) {
+        safetensors_close(&model);
         session_score(s, ids, n, n_bytes);
         free(ids);
         return stop_requested ? 130 : 0;
@@ -4798,6 +4853,7 @@ int main(int argc, char **argv) {
     const bool read = n == 0 || session_read(s, ids, n);
     free(ids);
     if (o->save_state && read) infer_save_state(s->m, &state_file, &s->out.utf8);
+    safetensors_close(&model);
     if (read && (n > 0 || !o->interactive)) session_write(s);
     if (read && o->interactive) session_interact(s);
     session_close(s);

@@ -5383,6 +5383,9 @@ static void model_print_memory(const Model *m) {
 
 static void device_alloc(void **p, int64_t bytes) {
     CUDA_CHECK(cudaMalloc(p, bytes));
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::comes_as_zeros(bytes)) return;
+#endif
     CUDA_CHECK(cudaMemset(*p, 0, bytes));
 }
 
@@ -5529,6 +5532,54 @@ __global__ void __launch_bounds__(1024) orthonormalize_panel_kernel(float *panel
     }
 }
 
+#ifdef CUDA_ON_CPU
+// block_sum of what `threads` threads have: the same additions in the same order
+static float sum_as_block(const float *x, int threads) {
+    float total = 0;
+    for (int warp = 0; warp < threads; warp += 32) {
+        float sums[32];
+        memcpy(sums, x + warp, sizeof(sums));
+        for (int apart = 16; apart > 0; apart /= 2)
+            for (int i = 0; i < apart; i++) sums[i] += sums[i + apart];
+        total = warp == 0 ? sums[0] : total + sums[0];
+    }
+    return total;
+}
+
+// Rounds the squares before it adds them, as g++ compiles the kernel
+__attribute__((noinline, optimize("fp-contract=off"))) static void add_squares(float *sums, const float *x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) sums[i] += x[i] * x[i];
+}
+
+// The kernel's twin for the CPU, to the bit: slices of 64 threads, each in a loop.
+static void orthonormalize_panel_in_loops(float *panel, int count, int64_t n, int threads) {
+    float sums[PANEL][1024], dots[PANEL];
+    auto for_each_thread = [&](const auto &work) { // work(first number, how many, first thread) for a slice's rounds
+        cuda_on_cpu::for_each(ceil_div(threads, 64), 16 * n / threads * 64, [&](int64_t slice) {
+            const int64_t t = slice * 64, width = threads - t < 64 ? threads - t : 64;
+            for (int64_t at = t; at < n; at += threads) work(at, n - at < width ? n - at : width, t);
+        });
+    };
+    for (int row = 0; row < count; row++) {
+        float *x = panel + row * n;
+        memset(sums, 0, sizeof(sums));
+        for_each_thread([&](int64_t at, int64_t m, int64_t t) {
+            for (int j = 0; j < row; j++)
+                for (int64_t i = 0; i < m; i++) sums[j][t + i] += x[at + i] * panel[j * n + at + i];
+        });
+        for (int j = 0; j < row; j++) dots[j] = sum_as_block(sums[j], threads);
+        memset(sums[0], 0, sizeof(sums[0]));
+        for_each_thread([&](int64_t at, int64_t m, int64_t t) {
+            for (int j = 0; j < row; j++)
+                for (int64_t i = 0; i < m; i++) x[at + i] -= dots[j] * panel[j * n + at + i];
+            add_squares(&sums[0][t], x + at, m);
+        });
+        const float scale = rsqrtf(sum_as_block(sums[0], threads));
+        for (int64_t i = 0; i < n; i++) x[i] *= scale;
+    }
+}
+#endif
+
 // count random orthonormal rows of n >= count numbers into work (count, n) on the device; 16 count more numbers follow
 // it.
 static void orthonormal_rows(float *work, int count, int n, uint64_t key) {
@@ -5544,6 +5595,12 @@ static void orthonormal_rows(float *work, int count, int n, uint64_t key) {
                 matmul(dots, done, rows(panel, n), columns(work, n), here, done, n);
                 matmul(panel, n, rows(dots, done), rows(work, n), here, n, done, 1, 1, 0, -1);
             }
+#ifdef CUDA_ON_CPU
+            if (cuda_on_cpu::twins) {
+                orthonormalize_panel_in_loops(panel, here, n, threads);
+                continue;
+            }
+#endif
             orthonormalize_panel_kernel<<<1, threads, 0, stream>>>(panel, here, n);
         }
     }
@@ -5587,14 +5644,18 @@ static void tensor_init(const Model *m, const Tensor *t, float *x, float *scratc
     case HEAD_ORTHO: {
         const double gain = t->init.kind == ORTHOGONAL ? t->init.a : out > in ? 0.5 * sqrt((double)out / in) : 0.5;
         const int64_t count = out < in ? out : in, length = out < in ? in : out;
-        float *q = (float *)malloc(n * sizeof(float));
+        const int64_t most = 16; // rows at a time
+        float *q = (float *)malloc(most * length * sizeof(float));
         orthonormal_rows(scratch, (int)count, (int)length, key);
         CUDA_CHECK(cudaStreamSynchronize(stream));
-        CUDA_CHECK(cudaMemcpy(q, scratch, n * sizeof(float), cudaMemcpyDeviceToHost));
-#pragma omp parallel for
-        for (int64_t o = 0; o < out; o++)
-            for (int64_t i = 0; i < in; i++)
-                x[o * in + i] = (float)(gain * (out < in ? q[o * length + i] : q[i * length + o]));
+        for (int64_t row = 0; row < count; row += most) {
+            const int64_t here = count - row < most ? count - row : most;
+            CUDA_CHECK(cudaMemcpy(q, scratch + row * length, here * length * sizeof(float), cudaMemcpyDeviceToHost));
+            for (int64_t k = 0; k < here && out < in; k++)
+                for (int64_t i = 0; i < length; i++) x[(row + k) * in + i] = (float)(gain * q[k * length + i]);
+            for (int64_t i = 0; i < length && out >= in; i++)
+                for (int64_t k = 0; k < here; k++) x[i * in + row + k] = (float)(gain * q[k * length + i]);
+        }
         free(q);
         return;
     }
@@ -5635,8 +5696,8 @@ static void model_init_weights(Model *m, uint64_t seed) {
         float *x = (float *)malloc(t->size * sizeof(float));
         tensor_init(m, t, x, scratch, tensor_key(t->name, seed));
         block_write(m, m->master, t, x);
-        block_write(m, m->moment1, t, nullptr);
-        block_write(m, m->moment2, t, nullptr);
+        for (float *moment : {m->moment1, m->moment2})
+            if (moment) block_write(m, moment, t, nullptr);
         free(x);
     }
     CUDA_CHECK(cudaFree(scratch));
@@ -6081,12 +6142,15 @@ static uint64_t read_u64(const uint8_t *p) {
 
 // FNV-1a over 8-byte words, its high bits folded back. It tells damaged and mixed up files, not forged ones.
 static uint64_t hash_bytes(uint64_t hash, const void *bytes, size_t n) {
-    for (size_t i = 0; i < n; i += 8) {
-        uint64_t word = 0;
-        memcpy(&word, (const uint8_t *)bytes + i, n - i < 8 ? n - i : 8);
+    const uint8_t *p = (const uint8_t *)bytes;
+    auto add = [&](uint64_t word) {
         hash = hash_step(hash, word);
         hash ^= hash >> 29;
-    }
+    };
+    for (; n >= 8; n -= 8, p += 8) add(read_u64(p));
+    uint64_t rest = 0;
+    memcpy(&rest, p, n);
+    if (n > 0) add(rest);
     return hash;
 }
 
@@ -6537,6 +6601,12 @@ static void file_write(FileOut *f, const void *bytes, size_t n) {
     if (fwrite(bytes, 1, n, f->stream) != n) die(1, "%s: could not be written: %s", f->path, strerror(errno));
 }
 
+// A hole, which reads as zeros and takes no room on the disk
+static void file_write_zeros(FileOut *f, size_t n) {
+    if (f->temporary && n > 0 && fseek(f->stream, (long)n - 1, SEEK_CUR) == 0) n = 1;
+    for (; n > 0; n--) file_write(f, "", 1);
+}
+
 // The first half of file_end: all bytes are on the disk, under the temporary name.
 static void file_sync(FileOut *f) {
     const bool written = fflush(f->stream) == 0 && !ferror(f->stream);
@@ -6777,7 +6847,7 @@ static void safetensors_close(SafeTensors *f) {
 typedef struct FileBlock { // one of the model's blocks
     const char *prefix, *dtype;
     const float *sharded; // device memory: a shard of it, or
-    const void *whole;    // all
+    const void *whole;    // all; neither: zeros
     int64_t width;        // bytes of an element
 } FileBlock;
 
@@ -6857,9 +6927,11 @@ static uint64_t safetensors_write(FileOut *out, const Model *m, const Settings *
         for (int i = 0; i < m->n_tensors; i++) {
             const Tensor *t = &m->tensors[i];
             const size_t bytes = (size_t)(t->size * blocks[b].width);
-            CUDA_CHECK(cudaMemcpy(host, block + t->offset * blocks[b].width, bytes, cudaMemcpyDeviceToHost));
+            if (block == nullptr) memset(host, 0, bytes);
+            else CUDA_CHECK(cudaMemcpy(host, block + t->offset * blocks[b].width, bytes, cudaMemcpyDeviceToHost));
             hash = hash_bytes(hash, host, bytes);
-            file_write(out, host, bytes);
+            if (block == nullptr) file_write_zeros(out, bytes);
+            else file_write(out, host, bytes);
         }
     }
     fseek(out->stream, hash_at, SEEK_SET);
@@ -8350,7 +8422,8 @@ int main(int argc, char **argv) {
     run_print(r, paper_batch(argc - 1, arguments));
     if (rank == 0) folder_create(s->out);
     folder_lock(s->out);
-    model_allocate(&r->m);
+    if (trains || r->resumed >= 0 || n_ranks > 1) model_allocate(&r->m);
+    else model_allocate_weights(&r->m); // moments that have not begun are saved as zeros
     if (r->resumed >= 0) run_resume(r);
     else run_begin(r);
     if (trains && r->p.step >= r->n_steps) {

@@ -229,7 +229,7 @@ static void attempt_pair(void) {
 static void make_state(void) {
     int ids[20];
     FileOut out;
-    SafeTensors file;
+    static SafeTensors file; // the engine hashes it whenever a state is loaded
     const Utf8 nothing = {};
     make_checkpoint();
     safetensors_open(&file, "run/model_000005.safetensors");

@@ -338,6 +338,9 @@ refused 3 'step 2: not finite .*: first in [a-z].*; last good checkpoint: n/mode
 check "the last good checkpoint stays" $?
 good "a model to plant a NaN in" --train.train_stage 1 --train.out i
 [ "$(newest i)" = 000000 ] && [ ! -e i/log.csv ]; check "train_stage 1 initializes, saves and stops" $?
+for twins in 0 1; do CUDA_ON_CPU_TWINS=$twins train $utf8 --train.train_stage 1 --train.out twins$twins; done
+cmp -s twins0/model_000000.safetensors twins1/model_000000.safetensors; check "to the same bits, without a GPU by kernels or their twins" $?
+good "and its state goes on" --train.resume 1 --train.max_steps 2 --train.out twins1
 model=i/model_000000.safetensors
 data_at=$((8 + $(u64_at $model 0)))
 head_at=$(head -c $data_at $model | grep -aoE '"head.weight":\{[^}]*' | grep -oE '[0-9]+,[0-9]+\]$' | cut -d, -f1)
@@ -510,6 +513,8 @@ OMP_NUM_THREADS=2 infer $model -p "the " -n 40 -s 5; cmp -s out.txt first.txt; c
 printf 'the ' | infer -f - -n 40 -s 5; cmp -s out.txt first.txt; check "the prompt from a pipe" $?
 infer -p "the " -n 40 -t 0 --kv full; cp out.txt full.txt; infer -p "the " -n 40 -t 0; cmp -s out.txt full.txt
 check "--kv full writes the same at temperature 0" $?
+for twins in 0 1; do CUDA_ON_CPU_TWINS=$twins infer -p "the " -n 40 -t 0 && mv out.txt twins$twins.txt; done
+cmp -s twins0.txt twins1.txt; check "without a GPU: kernels and their twins in plain loops write the same" $?
 infer -p "the " -n 40 -t 0 --kv int8; check "--kv int8" $?
 infer -p "the " -n 40 -s 5 --save-state state.st; check "a state saved after the prompt" $?
 cp out.txt saved.txt; infer -n 40 -s 5 --load-state state.st; cmp -s out.txt saved.txt; check "goes on with the same tokens when loaded" $?

@@ -57,8 +57,25 @@ struct Order {
 };
 inline const Order order;
 
+#ifdef CUDA_ON_CPU_DEBUG
+constexpr bool debugging = true;
+#else
+constexpr bool debugging = false;
+#endif
+
 // New memory, and shared memory at the start of a block, is filled with 0xFF (NaN, -1) where we look for errors.
-inline bool poisoning() { return sanitizing || order.kind != Order::ascending; }
+inline bool poisoning() { return sanitizing || debugging || order.kind != Order::ascending; }
+
+// Some wrappers of kernels have a twin for the CPU in plain loops. It is used but where errors are looked for, or as
+// CUDA_ON_CPU_TWINS says: 0 or 1.
+inline bool wants_twins() {
+    const char *text = getenv("CUDA_ON_CPU_TWINS");
+    if (text == nullptr || *text == 0) return !poisoning();
+    if (strcmp(text, "0") == 0 || strcmp(text, "1") == 0) return *text == '1';
+    fprintf(stderr, "cuda_on_cpu: CUDA_ON_CPU_TWINS is 0 or 1, not \"%s\"\n", text);
+    exit(2);
+}
+inline const bool twins = wants_twins();
 
 struct Random { // splitmix64
     uint64_t state;

@@ -1,7 +1,5 @@
-// cuBLAS' products, by gemm.h, or by OpenBLAS in a build with BLAS=openblas.
+// cuBLAS' products, by gemm.h.
 #pragma once
-
-#include <vector>
 
 #include "gemm.h"
 
@@ -38,44 +36,6 @@ inline const char *cublasGetStatusString(cublasStatus_t status) {
     return status == CUBLAS_STATUS_INVALID_VALUE ? "invalid value" : "not supported";
 }
 
-namespace cuda_on_cpu {
-
-#ifdef CUDA_ON_CPU_OPENBLAS
-extern "C" void sgemm_(const char *, const char *, const int *, const int *, const int *, const float *, const float *,
-                       const int *, const float *, const int *, const float *, float *, const int *);
-
-// OpenBLAS wants fp32; bf16 goes through copies.
-inline std::vector<float> as_floats(const Matrix &m, int64_t batch, int64_t rows, int64_t columns) {
-    std::vector<float> copy(static_cast<size_t>(rows * columns));
-    const __nv_bfloat16 *p = static_cast<const __nv_bfloat16 *>(m.data) + batch * m.stride;
-    for (int64_t j = 0; j < columns; j++)
-        for (int64_t i = 0; i < rows; i++) copy[static_cast<size_t>(i + j * rows)] = p[i + j * m.ld];
-    return copy;
-}
-
-inline void openblas(bool transA, bool transB, int M, int N, int K, float alpha, const Matrix &A, const Matrix &B,
-                     float beta, const Matrix &C, int64_t batches) {
-    for (int64_t batch = 0; batch < batches; batch++) {
-        std::vector<float> copies[3];
-        float *p[3];
-        int ld[3];
-        const Matrix *matrices[3] = {&A, &B, &C};
-        const int rows[3] = {transA ? K : M, transB ? N : K, M}, columns[3] = {transA ? M : K, transB ? K : N, N};
-        for (int i = 0; i < 3; i++) {
-            const Matrix &m = *matrices[i];
-            if (m.bf16) copies[i] = as_floats(m, batch, rows[i], columns[i]);
-            p[i] = m.bf16 ? copies[i].data() : static_cast<float *>(m.data) + batch * m.stride;
-            ld[i] = m.bf16 ? rows[i] : static_cast<int>(m.ld);
-        }
-        sgemm_(transA ? "T" : "N", transB ? "T" : "N", &M, &N, &K, &alpha, p[0], &ld[0], p[1], &ld[1], &beta, p[2],
-               &ld[2]);
-        if (C.bf16) store(static_cast<__nv_bfloat16 *>(C.data) + batch * C.stride, C.ld, p[2], M, M, N, 1, 0);
-    }
-}
-#endif
-
-} // namespace cuda_on_cpu
-
 inline cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t, cublasOperation_t opA, cublasOperation_t opB, int M,
                                                  int N, int K, const void *alpha, const void *A, cudaDataType typeA,
                                                  int lda, long long strideA, const void *B, cudaDataType typeB, int ldb,
@@ -90,13 +50,8 @@ inline cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t, cublasOperation
     const Matrix a = {const_cast<void *>(A), typeA == CUDA_R_16BF, lda, strideA};
     const Matrix b = {const_cast<void *>(B), typeB == CUDA_R_16BF, ldb, strideB};
     const Matrix c = {C, typeC == CUDA_R_16BF, ldc, strideC};
-#ifdef CUDA_ON_CPU_OPENBLAS
-    const auto product = openblas;
-#else
-    const auto product = gemm;
-#endif
-    product(transA, transB, M, N, K, *static_cast<const float *>(alpha), a, b, *static_cast<const float *>(beta), c,
-            batches);
+    gemm(transA, transB, M, N, K, *static_cast<const float *>(alpha), a, b, *static_cast<const float *>(beta), c,
+         batches);
     return CUBLAS_STATUS_SUCCESS;
 }
 

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <new>
 #include <type_traits>
 
@@ -160,24 +161,58 @@ enum cudaMemcpyKind {
     cudaMemcpyDefault
 };
 
+namespace cuda_on_cpu {
+// Large allocations are mappings of large pages: a thousand small ones take long to come, and to look up. Each page
+// comes when it is first touched, as zeros.
+constexpr size_t large_page = 2 << 20;
+struct Mapping {
+    char *begin;
+    size_t bytes;
+};
+inline std::map<void *, Mapping> mappings; // where what cudaMalloc gave out lies
+inline std::mutex mapping;
+
+inline bool is_mapped(size_t bytes) { return bytes >= large_page && !sanitizing; } // sanitizers guard the heap alone
+inline bool comes_as_zeros(size_t bytes) { return is_mapped(bytes) && !poisoning(); }
+
+inline void *map_pages(size_t bytes) {
+    const Mapping all = {static_cast<char *>(mmap(nullptr, bytes + large_page, PROT_READ | PROT_WRITE,
+                                                  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)),
+                         bytes + large_page};
+    if (all.begin == MAP_FAILED) return nullptr;
+    const uintptr_t at = (reinterpret_cast<uintptr_t>(all.begin) + large_page - 1) & ~(large_page - 1);
+    void *memory = reinterpret_cast<void *>(at);
+    madvise(memory, bytes, MADV_HUGEPAGE);
+    std::lock_guard<std::mutex> lock(mapping);
+    mappings[memory] = all;
+    return memory;
+}
+} // namespace cuda_on_cpu
+
 template <typename T> cudaError_t cudaMalloc(T **p, size_t bytes) {
     *p = nullptr;
     if (bytes == 0) return cudaSuccess;
-    void *memory;
-    if (posix_memalign(&memory, 256, bytes) != 0) return cuda_on_cpu::result(cudaErrorMemoryAllocation);
+    void *memory = nullptr;
+    if (cuda_on_cpu::is_mapped(bytes)) memory = cuda_on_cpu::map_pages(bytes);
+    else if (posix_memalign(&memory, 256, bytes) != 0) memory = nullptr;
+    if (memory == nullptr) return cuda_on_cpu::result(cudaErrorMemoryAllocation);
     if (cuda_on_cpu::poisoning()) memset(memory, 0xFF, bytes);
     *p = static_cast<T *>(memory);
     return cudaSuccess;
 }
 template <typename T> cudaError_t cudaMallocHost(T **p, size_t bytes) { return cudaMalloc(p, bytes); }
 inline cudaError_t cudaFree(void *p) {
-    free(p);
+    std::lock_guard<std::mutex> lock(cuda_on_cpu::mapping);
+    const auto found = cuda_on_cpu::mappings.find(p);
+    if (found == cuda_on_cpu::mappings.end()) {
+        free(p);
+    } else {
+        munmap(found->second.begin, found->second.bytes);
+        cuda_on_cpu::mappings.erase(found);
+    }
     return cudaSuccess;
 }
-inline cudaError_t cudaFreeHost(void *p) {
-    free(p);
-    return cudaSuccess;
-}
+inline cudaError_t cudaFreeHost(void *p) { return cudaFree(p); }
 
 inline cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind) {
     if (bytes > 0 && (to == nullptr || from == nullptr)) return cudaErrorInvalidValue;

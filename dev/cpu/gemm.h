@@ -2,8 +2,8 @@
 //
 // 1. Pack. op(A) is copied into panels of MR rows, op(B) into panels of NR columns, each so that the inner loop reads
 //    memory in order; bf16 becomes fp32 and short panels are filled up with zeros on the way.
-// 2. Multiply. The kernel keeps MR x NR sums in registers and runs over all of K: 2 loads of A and NR numbers of B for
-//    2 NR vector multiply-adds. Tiles of panels, sized for the L2 cache, are spread over the OS threads.
+// 2. Multiply. The kernel keeps MR x NR sums in registers and runs over K: 2 loads of A and NR numbers of B for 2 NR
+//    vector multiply-adds. Tiles of panels, sized for the L2 cache, are spread over the OS threads.
 //
 // Every number of C is one sum in ascending k whatever tile it is in, so its bits do not depend on the thread count.
 #pragma once
@@ -40,23 +40,27 @@ void pack_panel(float *to, const T *p, int64_t si, int64_t sk, int64_t rows, int
             for (int i = 0; i < WIDTH; i++) to[k * WIDTH + i] = static_cast<float>(p[i + k * sk]);
     } else {
         for (int64_t k0 = 0; k0 < K; k0 += 16) // a transposition, in squares that stay in the L1 cache
-            for (int i = 0; i < WIDTH; i++)
+            for (int i = 0; i < WIDTH; i++) {
+                __builtin_prefetch(p + i * si + k0 + 64); // of many rows at once the CPU would not see what comes
                 for (int64_t k = k0; k < std::min(k0 + 16, K); k++)
                     to[k * WIDTH + i] = static_cast<float>(p[i * si + k]);
+            }
     }
 }
 
-template <int WIDTH>
-void pack(float *to, const Matrix &m, int64_t batch, int64_t panel, bool k_runs_first, int64_t n, int64_t K) {
-    const int64_t si = k_runs_first ? m.ld : 1, sk = k_runs_first ? 1 : m.ld;
-    int64_t first = panel * WIDTH, at = batch * m.stride + first * si, rows = std::min<int64_t>(WIDTH, n - first);
+template <int WIDTH> // K numbers of each, from k on
+void pack(float *to, const Matrix &m, int64_t batch, int64_t panel, bool k_runs_first, int64_t n, int64_t k,
+          int64_t K) {
+    const int64_t si = k_runs_first ? m.ld : 1, sk = k_runs_first ? 1 : m.ld, first = panel * WIDTH;
+    const int64_t at = batch * m.stride + first * si + k * sk, rows = std::min<int64_t>(WIDTH, n - first);
     if (m.bf16) pack_panel<WIDTH>(to, static_cast<const __nv_bfloat16 *>(m.data) + at, si, sk, rows, K);
     else pack_panel<WIDTH>(to, static_cast<const float *>(m.data) + at, si, sk, rows, K);
 }
 
-// sums[j][i] = sum over k of a[k][i] b[k][j]
+// sums[j][i] += sum over k of a[k][i] b[k][j]
 inline void multiply_panels(float *sums, const float *a, const float *b, int64_t K) {
-    Vector s[NR][2] = {};
+    Vector s[NR][2];
+    memcpy(s, sums, sizeof(s));
     for (int64_t k = 0; k < K; k++, a += MR, b += NR) {
         const Vector a0 = *reinterpret_cast<const Vector *>(a), a1 = *reinterpret_cast<const Vector *>(a + VL);
 #pragma GCC unroll 12
@@ -76,16 +80,64 @@ void store(T *c, int64_t ld, const float *sums, int64_t ld_sums, int64_t rows, i
             c[i] = static_cast<T>(beta == 0 ? alpha * sums[i] : alpha * sums[i] + beta * static_cast<float>(c[i]));
 }
 
-inline void gemm(bool transA, bool transB, int64_t M, int64_t N, int64_t K, float alpha, const Matrix &A,
-                 const Matrix &B, float beta, const Matrix &C, int64_t batches) {
-    const int64_t a_panels = panels(M, MR), b_panels = panels(N, NR);
-    const int64_t a_size = a_panels * MR * K, b_size = b_panels * NR * K; // of one of the batch, in floats
-    constexpr int64_t tile_a = 128 / MR, tile_b = 96 / NR;                // panels of a tile
-    const int64_t a_tiles = (a_panels + tile_a - 1) / tile_a, b_tiles = (b_panels + tile_b - 1) / tile_b;
+// ---- a row times one vector or two: each number is used at once, so nothing is packed ----
+
+inline Vector load_vector(const float *p) {
+    Vector x;
+    memcpy(&x, p, sizeof(x));
+    return x;
+}
+inline Vector load_vector(const __nv_bfloat16 *p) { // a bf16 number is the upper half of a float
+    using Halves = uint16_t __attribute__((vector_size(VL * 2)));
+    using Words = uint32_t __attribute__((vector_size(VL * 4)));
+    Halves halves;
+    memcpy(&halves, p, sizeof(halves));
+    return reinterpret_cast<Vector>(__builtin_convertvector(halves, Words) << 16);
+}
+
+// sums[j] = sum over k of a[k] b[j ldb + k], in PARTS VL sums that are added up at the end
+template <int COLUMNS, typename T> void dots(float *sums, const T *a, const float *b, int64_t ldb, int64_t K) {
+    constexpr int PARTS = COLUMNS == 1 ? 8 : 4;
+    Vector s[COLUMNS][PARTS] = {};
+    int64_t k = 0;
+    for (; k + PARTS * VL <= K; k += PARTS * VL)
+#pragma GCC unroll 8
+        for (int part = 0; part < PARTS; part++) {
+            const Vector x = load_vector(a + k + part * VL);
+#pragma GCC unroll 4
+            for (int j = 0; j < COLUMNS; j++) s[j][part] += x * load_vector(b + j * ldb + k + part * VL);
+        }
+    for (; k + VL <= K; k += VL)
+        for (int j = 0; j < COLUMNS; j++) s[j][0] += load_vector(a + k) * load_vector(b + j * ldb + k);
+    for (int j = 0; j < COLUMNS; j++) {
+        Vector all = s[j][0];
+        for (int part = 1; part < PARTS; part++) all += s[j][part];
+        float sum = 0;
+        for (int i = 0; i < VL; i++) sum += all[i];
+        for (int64_t i = k; i < K; i++) sum += static_cast<float>(a[i]) * b[j * ldb + i];
+        sums[j] = sum;
+    }
+}
+
+constexpr int64_t tile_a = 128 / MR, most_b = 264 / NR, few_ks = 256; // panels of a tile, numbers of each
+struct Workplace {                                                    // for a tile
+    alignas(64) float a[tile_a][MR * few_ks], sums[most_b][tile_a][NR * MR];
+};
+inline thread_local Workplace workplace;
+
+inline void gemm_of_panels(bool transA, bool transB, int64_t M, int64_t N, int64_t K, float alpha, const Matrix &A,
+                           const Matrix &B, float beta, const Matrix &C, int64_t batches) {
+    const int64_t a_panels = panels(M, MR), b_panels = panels(N, NR), a_tiles = panels(a_panels, tile_a);
+    const int os_threads = 2.0 * M * N * K * batches < 2e5 ? 1 : os_threads_here();
+    // Where each panel of A is in one tile, it is packed there, few ks at a time; else all are packed first.
+    const bool in_tiles = b_panels <= most_b && batches * a_tiles >= 2 * os_threads;
+    const int64_t tile_b = in_tiles ? most_b : 96 / NR, b_tiles = panels(b_panels, tile_b),
+                  part = in_tiles ? few_ks : K;
+    const int64_t packed_of_a = in_tiles ? 0 : batches * a_panels, packed_of_b = batches * b_panels;
 
     static float *buffer = nullptr; // grows to the largest product
     static int64_t capacity = 0;
-    const int64_t needed = batches * (a_size + b_size) + 16;
+    const int64_t needed = (packed_of_a * MR + packed_of_b * NR) * K + 16;
     if (needed > capacity) {
         free(buffer);
         void *memory;
@@ -93,37 +145,57 @@ inline void gemm(bool transA, bool transB, int64_t M, int64_t N, int64_t K, floa
         buffer = static_cast<float *>(memory);
         capacity = needed;
     }
-    float *const a_packed = buffer, *const b_packed = buffer + batches * a_size;
-
-    const int os_threads = 2.0 * M * N * K * batches < 2e5 ? 1 : os_threads_here();
-    const int64_t panels_of_all = batches * (a_panels + b_panels);
-    parallel(
-        os_threads, panels_of_all, std::max<int64_t>(1, panels_of_all / (os_threads * 8)),
-        [&](auto take) {
-            for (int64_t i, end; take(&i, &end);)
-                for (; i < end; i++) {
-                    const int64_t p = i - batches * a_panels; // A's panels first, then B's
-                    if (p < 0) pack<MR>(a_packed + i * MR * K, A, i / a_panels, i % a_panels, transA, M, K);
-                    else pack<NR>(b_packed + p * NR * K, B, p / b_panels, p % b_panels, !transB, N, K);
-                }
-        });
+    float *const a_packed = buffer, *const b_packed = buffer + packed_of_a * MR * K;
+    const int64_t all = packed_of_a + packed_of_b; // A's panels first, then B's
+    parallel(os_threads, all, std::max<int64_t>(1, all / (os_threads * 8)), [&](auto take) {
+        for (int64_t i, end; take(&i, &end);)
+            for (; i < end; i++) {
+                const int64_t p = i - packed_of_a;
+                if (p < 0) pack<MR>(a_packed + i * MR * K, A, i / a_panels, i % a_panels, transA, M, 0, K);
+                else pack<NR>(b_packed + p * NR * K, B, p / b_panels, p % b_panels, !transB, N, 0, K);
+            }
+    });
     parallel(os_threads, batches * a_tiles * b_tiles, 1, [&](auto take) {
+        auto &own = workplace.a;
+        auto &sums = workplace.sums;
         for (int64_t tile, end; take(&tile, &end);) {
             const int64_t batch = tile / (a_tiles * b_tiles), ta = tile % a_tiles, tb = tile / a_tiles % b_tiles;
-            for (int64_t pb = tb * tile_b; pb < std::min((tb + 1) * tile_b, b_panels); pb++)
-                for (int64_t pa = ta * tile_a; pa < std::min((ta + 1) * tile_a, a_panels); pa++) {
-                    alignas(64) float sums[NR * MR];
-                    multiply_panels(sums, a_packed + (batch * a_panels + pa) * MR * K,
-                                    b_packed + (batch * b_panels + pb) * NR * K, K);
-                    const int64_t at = batch * C.stride + pa * MR + pb * NR * C.ld;
-                    const int64_t rows = std::min<int64_t>(MR, M - pa * MR);
-                    const int64_t columns = std::min<int64_t>(NR, N - pb * NR);
+            const int64_t pa = ta * tile_a, a_here = std::min(tile_a, a_panels - pa);
+            const int64_t pb = tb * tile_b, b_here = std::min(tile_b, b_panels - pb);
+            memset(sums, 0, static_cast<size_t>(b_here) * sizeof(sums[0]));
+            for (int64_t k = 0; k < K; k += part) {
+                const int64_t ks = std::min(part, K - k);
+                for (int64_t i = 0; i < a_here && in_tiles; i++) pack<MR>(own[i], A, batch, pa + i, transA, M, k, ks);
+                for (int64_t j = 0; j < b_here; j++)
+                    for (int64_t i = 0; i < a_here; i++)
+                        multiply_panels(sums[j][i], in_tiles ? own[i] : a_packed + (batch * a_panels + pa + i) * MR * K,
+                                        b_packed + (batch * b_panels + pb + j) * NR * K + k * NR, ks);
+            }
+            for (int64_t j = 0; j < b_here; j++)
+                for (int64_t i = 0; i < a_here; i++) {
+                    const int64_t row = (pa + i) * MR, column = (pb + j) * NR;
+                    const int64_t at = batch * C.stride + row + column * C.ld;
+                    const int64_t rows = std::min<int64_t>(MR, M - row), columns = std::min<int64_t>(NR, N - column);
                     if (C.bf16)
-                        store(static_cast<__nv_bfloat16 *>(C.data) + at, C.ld, sums, MR, rows, columns, alpha, beta);
-                    else store(static_cast<float *>(C.data) + at, C.ld, sums, MR, rows, columns, alpha, beta);
+                        store(static_cast<__nv_bfloat16 *>(C.data) + at, C.ld, sums[j][i], MR, rows, columns, alpha,
+                              beta);
+                    else store(static_cast<float *>(C.data) + at, C.ld, sums[j][i], MR, rows, columns, alpha, beta);
                 }
         }
     });
+}
+
+inline Matrix moved(Matrix m, int64_t elements) {
+    m.data = static_cast<char *>(m.data) + elements * (m.bf16 ? 2 : 4);
+    return m;
+}
+
+inline void gemm(bool transA, bool transB, int64_t M, int64_t N, int64_t K, float alpha, const Matrix &A,
+                 const Matrix &B, float beta, const Matrix &C, int64_t batches) {
+    constexpr int64_t most = 1024 * NR; // columns at a time: what is packed takes memory
+    for (int64_t at = 0; at < N; at += most)
+        gemm_of_panels(transA, transB, M, std::min(most, N - at), K, alpha, A, moved(B, transB ? at : at * B.ld), beta,
+                       moved(C, at * C.ld), batches);
 }
 
 } // namespace cuda_on_cpu

@@ -98,4 +98,13 @@ template <typename Body> void parallel(int threads, int64_t n, int64_t chunk, Bo
     team.run({[](void *p) { (*static_cast<decltype(run) *>(p))(); }, &run, n, chunk, threads});
 }
 
+// work(i) for i in 0 .. n-1, each of about `cost` additions: on this OS thread alone if that is little.
+template <typename Work> void for_each(int64_t n, int64_t cost, Work work) {
+    const int threads = n * cost < 50000 ? 1 : os_threads_here();
+    parallel(threads, n, std::max<int64_t>(1, n / (threads * 8)), [&](auto take) {
+        for (int64_t i, end; take(&i, &end);)
+            for (; i < end; i++) work(i);
+    });
+}
+
 } // namespace cuda_on_cpu
