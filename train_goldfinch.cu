@@ -651,6 +651,12 @@ static void guard_gap(void *, size_t) {}
 template <typename V, typename S> __device__ inline V block_sum(V v, S *shared, int warps = blockDim.x / 32) {
     const int n = sizeof(V) / sizeof(float);
     V *sums = (V *)shared;
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins && warps > 1) {
+        cuda_on_cpu::block_sum(n, (float *)&v, Site::here());
+        return v;
+    }
+#endif
     warp_sum((float(&)[n])v);
     if (warps == 1) return v;
     __syncthreads(); // the last call's values may still be read
@@ -3830,6 +3836,9 @@ __global__ void swiglu_backward_kernel(floatX *da, floatX *db, const floatX *dou
 static const int CLASSIFIER_KEEPS = PRECISION_BF16 ? 8 : 1; // packs a thread
 
 __device__ inline float block_max(float v, float *shared) { // shared: 32 floats
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) return cuda_on_cpu::block_max(v, Site::here());
+#endif
     v = warp_max(v);
     __syncthreads();
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;

@@ -53,46 +53,73 @@ template <int COUNT> void shuffle_xor(float (&to)[COUNT], const float (&from)[CO
     memcpy(to, &mine, sizeof(mine));
 }
 
-// Sum or maximum of each of `count` numbers over aligned groups of `width` lanes (2, 4, .., 32), for every lane of the
-// group. One collective, but the same additions in the same order as x += __shfl_xor_sync(~0u, x, offset) for offset =
-// width/2, .., 2, 1.
-template <int OFFSET, typename Combine> void butterfly_step(float *x, Combine combine) {
-    float old[32];
-    memcpy(old, x, sizeof(old));
-    for (int i = 0; i < 32; i++) x[i] = combine(old[i], old[i ^ OFFSET]);
+// Sum or maximum of each of `count` numbers over aligned groups of WIDTH lanes (2, 4, .., 32), for every lane of the
+// group. One collective, but the same additions in the same order as x += __shfl_xor_sync(~0u, x, apart) for apart =
+// WIDTH/2, .., 2, 1.
+template <int WIDTH, int APART = WIDTH / 2, typename Combine> void fold(float *x, Combine combine) {
+    for (int first = 0; first < 32; first += WIDTH)
+        for (int i = first; i < first + APART; i++) x[i] = combine(x[i], x[i + APART]);
+    if constexpr (APART > 1) fold<WIDTH, APART / 2>(x, combine);
 }
 
 template <typename Combine>
-void butterfly(const char *name, Site site, int count, float *x, int width, Combine combine) {
-    struct Lane {
-        float *x;
-        int count, width;
-    } mine = {x, count, width};
-    collective(name, site, &mine, [combine](Lane *const *lanes, int n) {
-        for (int j = 0; j < lanes[0]->count; j++) {
-            float v[32] = {};
-            for (int i = 0; i < n; i++) v[i] = lanes[i]->x[j];
-            switch (lanes[0]->width) {
-            case 32: butterfly_step<16>(v, combine); [[fallthrough]];
-            case 16: butterfly_step<8>(v, combine); [[fallthrough]];
-            case 8: butterfly_step<4>(v, combine); [[fallthrough]];
-            case 4: butterfly_step<2>(v, combine); [[fallthrough]];
-            case 2: butterfly_step<1>(v, combine); [[fallthrough]];
-            case 1: break;
-            default: fail("a group of %d lanes: only powers of two up to 32", lanes[0]->width);
+void over_lanes(const char *name, Site site, int count, float *x, int width, Combine combine) {
+    collective(
+        name, site, x,
+        [=](float *const *lanes, int n) {
+            for (int j = 0; j < count; j++) {
+                float v[32] = {};
+                for (int i = 0; i < n; i++) v[i] = lanes[i][j];
+                switch (width) {
+                case 32: fold<32>(v, combine); break;
+                case 16: fold<16>(v, combine); break;
+                case 8: fold<8>(v, combine); break;
+                case 4: fold<4>(v, combine); break;
+                case 2: fold<2>(v, combine); break;
+                case 1: break;
+                default: fail("a group of %d lanes: only powers of two up to 32", width);
+                }
+                for (int i = 0; i < n; i++) lanes[i][j] = v[i & -width];
             }
-            for (int i = 0; i < n; i++) lanes[i]->x[j] = v[i];
-        }
-    });
+        });
 }
 
 inline void warp_sum(int count, float *x, int width, Site site) {
-    butterfly(
+    over_lanes(
         "warp_sum", site, count, x, width, [](float a, float b) { return a + b; });
 }
 
 inline float warp_max(float x, int width, Site site) {
-    butterfly("warp_max", site, 1, &x, width, [](float a, float b) { return a > b ? a : b; });
+    over_lanes("warp_max", site, 1, &x, width, [](float a, float b) { return a > b ? a : b; });
+    return x;
+}
+
+// Over the block, whole warps: first over each, as above, then over these in ascending order. One meeting instead of
+// three.
+template <typename Combine> void over_block(const char *name, Site site, int count, float *x, Combine combine) {
+    collective(
+        block->barrier, block->self->thread, name, site, x,
+        [=](float *const *lanes, int n) {
+            for (int j = 0; j < count; j++) {
+                float total = 0;
+                for (int first = 0; first < n; first += 32) {
+                    float v[32];
+                    for (int i = 0; i < 32; i++) v[i] = lanes[first + i][j];
+                    fold<32>(v, combine);
+                    total = first == 0 ? v[0] : combine(total, v[0]);
+                }
+                for (int i = 0; i < n; i++) lanes[i][j] = total;
+            }
+        });
+}
+
+inline void block_sum(int count, float *x, Site site) {
+    over_block(
+        "block_sum", site, count, x, [](float a, float b) { return a + b; });
+}
+
+inline float block_max(float x, Site site) {
+    over_block("block_max", site, 1, &x, [](float a, float b) { return a > b ? a : b; });
     return x;
 }
 
@@ -118,29 +145,69 @@ constexpr int VL = 4;
 using Vector = float __attribute__((vector_size(VL * 4)));
 using VectorOfPairs = int64_t __attribute__((vector_size(VL * 4))); // the same register, two floats at a time
 using Vector4 = float __attribute__((vector_size(16)));
-using Order4 = int __attribute__((vector_size(16)));
 
-// The numbers a, b, c and d of x and, from 4 on, of y: one instruction, which g++ and clang have under different names.
-template <int a, int b, int c, int d> inline Vector4 pick(Vector4 x, Vector4 y) {
-#if defined(__clang__)
-    return __builtin_shufflevector(x, y, a, b, c, d);
+// The numbers `which` of x and, from its length on, of y: one instruction
+#if defined(__clang__) || __GNUC__ >= 12
+template <int... which, typename V> auto pick(V x, V y) { return __builtin_shufflevector(x, y, which...); }
 #else
-    return __builtin_shuffle(x, y, Order4{a, b, c, d});
+template <int... which, typename V> auto pick(V x, V y) {
+    constexpr int n = sizeof(V) / 4;
+    using To = float __attribute__((vector_size(4 * sizeof...(which))));
+    return To{(which < n ? x[which % n] : y[which % n])...};
+}
+#endif
+
+// A square of each of VL / 4 lanes to a register, or from it; square(i) is where that of the i-th is
+template <typename Square> Vector squares_in(Square square) {
+    Vector4 x[VL / 4];
+    for (int i = 0; i < VL / 4; i++) memcpy(&x[i], square(i), 16);
+#if defined(__AVX__)
+    const auto low = pick<0, 1, 2, 3, 4, 5, 6, 7>(x[0], x[1]);
+#endif
+#if defined(__AVX512F__)
+    return pick<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(low, pick<0, 1, 2, 3, 4, 5, 6, 7>(x[2], x[3]));
+#elif defined(__AVX__)
+    return low;
+#else
+    return x[0];
+#endif
+}
+template <typename Square> void squares_out(Vector v, Square square) {
+    Vector4 x[VL / 4] = {pick<0, 1, 2, 3>(v, v)};
+#if defined(__AVX__)
+    x[1] = pick<4, 5, 6, 7>(v, v);
+#endif
+#if defined(__AVX512F__)
+    x[2] = pick<8, 9, 10, 11>(v, v);
+    x[3] = pick<12, 13, 14, 15>(v, v);
+#endif
+    for (int i = 0; i < VL / 4; i++) memcpy(square(i), &x[i], 16);
+}
+
+// Of each square the two numbers of a column, twice: x, x, y, y
+template <int column> Vector twice(Vector v) {
+    constexpr int a = column, b = column + 2;
+#if defined(__AVX512F__)
+    return pick<a, a, b, b, a + 4, a + 4, b + 4, b + 4, a + 8, a + 8, b + 8, b + 8, a + 12, a + 12, b + 12, b + 12>(v,
+                                                                                                                    v);
+#elif defined(__AVX__)
+    return pick<a, a, b, b, a + 4, a + 4, b + 4, b + 4>(v, v);
+#else
+    return pick<a, a, b, b>(v, v);
 #endif
 }
 
 inline void mma_product(int n, float *const *c, const float *const *a, const float *const *b) {
     constexpr int parts = 32 / VL;                        // registers for two columns of D
     constexpr int pairs = VL == 16 ? 4 : VL == 8 ? 2 : 1; // of columns at a time: 8 registers of sums
-    alignas(64) Vector4 A[16][8];                         // A[k][g]: rows g, g, g + 8, g + 8 of column k
-    for (int lane = 0; lane < 32; lane++)
-        for (int i = 0; i < 8; i += 4) {
-            const int g = lane / 4, k = 2 * (lane % 4) + 2 * i;
-            Vector4 square;
-            memcpy(&square, a[lane] + i, 16);
-            A[k][g] = pick<0, 0, 2, 2>(square, square);
-            A[k + 1][g] = pick<1, 1, 3, 3>(square, square);
-        }
+    Vector A[16][parts];                                  // A[k]: rows 0, 0, 8, 8, 1, 1, 9, 9, .. of column k
+    for (int t = 0; t < 4; t++)
+        for (int h = 0; h < 2; h++)
+            for (int p = 0; p < parts; p++) {
+                const Vector squares = squares_in([&](int i) { return a[4 * (p * VL / 4 + i) + t] + 4 * h; });
+                A[2 * t + 8 * h][p] = twice<0>(squares);
+                A[2 * t + 8 * h + 1][p] = twice<1>(squares);
+            }
 
     for (int j = 0; j < n; j++) {
         alignas(64) Vector4 B[2][4][4]; // B[h][t][q]: columns 2q and 2q + 1 of rows 2t + 8h, 2t + 8h + 1
@@ -152,50 +219,44 @@ inline void mma_product(int n, float *const *c, const float *const *a, const flo
                 B[0][t][q] = pick<0, 4, 1, 5>(even, odd);
                 B[1][t][q] = pick<2, 6, 3, 7>(even, odd);
             }
-        alignas(64) Vector4 D[4][8]; // D[t][g]: the squares
-        for (int lane = 0; lane < 32; lane++) memcpy(&D[lane % 4][lane / 4], c[lane] + 4 * j, 16);
         for (int t = 0; t < 4; t += pairs) {
             Vector d[pairs][parts];
-            memcpy(d, D[t], sizeof(d));
+            auto square = [&](int q, int p) { return [=](int i) { return c[4 * (p * VL / 4 + i) + t + q] + 4 * j; }; };
+            for (int q = 0; q < pairs; q++)
+                for (int p = 0; p < parts; p++) d[q][p] = squares_in(square(q, p));
 #pragma GCC unroll 16
-            for (int k = 0; k < 16; k++) {
-                Vector ak[parts];
-                memcpy(ak, A[k], sizeof(ak));
+            for (int k = 0; k < 16; k++)
 #pragma GCC unroll 4
                 for (int q = 0; q < pairs; q++) {
                     int64_t pair;
                     memcpy(&pair, reinterpret_cast<const char *>(&B[k / 8][k % 8 / 2][t + q]) + 8 * (k % 2), 8);
                     const Vector bk = reinterpret_cast<Vector>(VectorOfPairs{} + pair);
 #pragma GCC unroll 8
-                    for (int p = 0; p < parts; p++) d[q][p] += ak[p] * bk;
+                    for (int p = 0; p < parts; p++) d[q][p] += A[k][p] * bk;
                 }
-            }
-            memcpy(D[t], d, sizeof(d));
+            for (int q = 0; q < pairs; q++)
+                for (int p = 0; p < parts; p++) squares_out(d[q][p], square(q, p));
         }
-        for (int lane = 0; lane < 32; lane++) memcpy(c[lane] + 4 * j, &D[lane % 4][lane / 4], 16);
     }
 }
 
 // `products` of these, one after the other: c, a and b move on by next_c, 8 and next_b floats.
 inline void mma(int products, int n, float *c, int next_c, const float *a, const float *b, int next_b, Site site) {
     struct Lane {
-        int products, n, next_c, next_b;
         float *c;
         const float *a, *b;
-    } mine = {products, n, next_c, next_b, c, a, b};
-    collective("mma", site, &mine, [](Lane *const *lanes, int count) {
+    } mine = {c, a, b};
+    collective("mma", site, &mine, [=](Lane *const *lanes, int count) {
         if (count < 32) fail("mma in a warp of %d lanes", count);
-        const Lane &first = *lanes[0];
-        for (int p = 0; p < first.products; p++) {
+        for (int p = 0; p < products; p++) {
             float *c[32];
             const float *a[32], *b[32];
             for (int i = 0; i < 32; i++) {
-                if (lanes[i]->n != first.n) fail("mma with n = %d in one lane, %d in another", lanes[i]->n, first.n);
-                c[i] = lanes[i]->c + p * first.next_c;
+                c[i] = lanes[i]->c + p * next_c;
                 a[i] = lanes[i]->a + p * 8;
-                b[i] = lanes[i]->b + p * first.next_b;
+                b[i] = lanes[i]->b + p * next_b;
             }
-            mma_product(first.n, c, a, b);
+            mma_product(n, c, a, b);
         }
     });
 }
