@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Several ranks as processes of the CPU build: the same bits as one rank with accumulation, resume on other numbers of
 # ranks, launchers, deaths. Runs ./train_goldfinch (or the program named as the first argument) on tiny models in a
-# temporary folder, and ./test_goldfinch beside it on the training tables; `short` as the second argument: a few of them.
+# temporary folder, and ./test_goldfinch beside it on the training tables; `short` as the second argument: a few runs.
 # Closing line: N passed, N failed.
 set -u
 export LC_ALL=C
@@ -41,8 +41,6 @@ still_there() {                                         # still_there PID...: on
 }
 
 if [ "${2:-}" = short ]; then                           # for programs that a sanitizer slows down
-    "$(dirname "$program")/test_goldfinch" --ranks 2 "$here"/golden/train_finch_linear.txt >out.txt 2>err.txt
-    check "a training table on 2 ranks" $?
     run="--train.micro_bsz 1 --train.val_every 2"
     for flags in "" "--train.grad_cp 2" "--train.accumulate_grad_batches 2"; do
         good "3 ranks $flags" $run $flags --train.max_steps 2 --train.devices 3 --train.out a
