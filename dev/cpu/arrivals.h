@@ -47,11 +47,12 @@ inline void signal_wait(uint64_t *s, int phase, Site site) {
         self->site = site;
         if (turns == 100000) fail("a signal does not come");
         block->push_ready(self);
-        Fiber *to = block->started < block->n_threads ? fiber_without_thread() : block->pop_ready();
+        const bool starts = block->started < block->n_threads;
+        Fiber *to = starts ? fiber_without_thread() : block->pop_ready();
         if (to == self) continue;
         block->self = to;
         threadIdx = to->index;
-        context_switch(&self->context, &to->context);
+        context_switch(&self->context, &to->context, starts ? fiber_main : nullptr);
     }
     self->waits_at = nullptr;
 }

@@ -211,13 +211,11 @@ inline std::mutex failing; // kept by the first that fails
 // ---------------------------------------------------------------------------------------------------------------------
 // Running threads.
 
-inline void fiber_main();
-
 inline Fiber *fiber_without_thread() {
     if (block->n_idle > 0) return block->idle[--block->n_idle];
     Stack stack = stack_create(sizeof(Fiber), block->n_fibers);
     Fiber *f = new (stack.top) Fiber();
-    context_create(&f->context, stack, fiber_main);
+    context_create(&f->context, stack);
     return block->fibers[block->n_fibers++] = f;
 }
 
@@ -226,22 +224,10 @@ inline Fiber *fiber_without_thread() {
     fail("the threads wait at different places, so that none can go on");
 }
 
-// The running thread waits: go on with one that may, else start the next.
-__attribute__((always_inline)) inline void wait_here() {
-    Fiber *from = block->self, *to;
-    if (block->has_ready()) to = block->pop_ready();
-    else if (block->started < block->n_threads) to = fiber_without_thread();
-    else nobody_can_go_on();
-    if (to == from) return;
-    block->self = to;
-    threadIdx = to->index;
-    context_switch(&from->context, &to->context);
-}
-
-// Starts threads while there are any, then makes room for those that wait. Returns when a later block wakes the fiber,
-// perhaps on another OS thread: a function of its own, since it may keep the addresses of thread-local variables only
-// until then.
-[[gnu::noinline]] inline void fiber_turn(Fiber *self) {
+// The threads that run on a fiber: starts one after the other while there are any, then leaves the fiber free.
+inline auto fiber_main() {
+    Fiber *self = block->self;
+    context_arrived(&self->context);
     while (block->started < block->n_threads) {
         int t = block->started++;
         if (order.kind != Order::ascending) t = block->start_order[t];
@@ -265,13 +251,25 @@ __attribute__((always_inline)) inline void wait_here() {
     } else if (block->finished < block->n_threads) {
         nobody_can_go_on();
     }
-    context_switch(&self->context, to);
+    return context_end(to);
 }
 
-inline void fiber_main() {
-    Fiber *self = block->self;
-    context_arrived(&self->context);
-    for (;;) fiber_turn(self);
+// The running thread waits: go on with one that may, else start the next.
+__attribute__((always_inline)) inline void wait_here() {
+    Fiber *from = block->self, *to;
+    Entry *entry = nullptr;
+    if (block->has_ready()) {
+        to = block->pop_ready();
+        if (to == from) return;
+        threadIdx = to->index;
+    } else if (block->started < block->n_threads) {
+        to = fiber_without_thread();
+        entry = fiber_main;
+    } else {
+        nobody_can_go_on();
+    }
+    block->self = to;
+    context_switch(&from->context, &to->context, entry);
 }
 
 inline void run_block(uint3 index, uint64_t seed) {
@@ -286,7 +284,7 @@ inline void run_block(uint3 index, uint64_t seed) {
         if (order.kind == Order::shuffled) b.random.shuffle(b.start_order, b.n_threads);
     }
     b.self = fiber_without_thread();
-    context_switch(&b.os_thread, &b.self->context);
+    context_switch(&b.os_thread, &b.self->context, fiber_main);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

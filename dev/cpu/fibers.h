@@ -39,7 +39,10 @@ struct Context { // where a stack was left, and where it lies
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The switch. All registers that a called function must preserve go onto the stack that is left; the rest the compiler
-// has saved already, since this looks like any call. `ret` then returns into the other stack.
+// has saved already, since this looks like any call. Either we go on where the other stack was left, or we call `entry`
+// there, which returns the stack to go on with when it is done. A CPU foretells where a `ret` goes from the calls before
+// it, whatever stacks they were on. Threads that wait at one place return to one place, so it is right but where a
+// `ret` leaves a stack by which it was not called: therefore a new stack is called and returns.
 
 #if !defined(CUDA_ON_CPU_UCONTEXT) && defined(__x86_64__)
 
@@ -47,23 +50,23 @@ asm(R"(
     .pushsection .text
     .weak cuda_on_cpu_switch                        # weak: several objects may bring it
     .type cuda_on_cpu_switch, @function
+    .balign 64
 cuda_on_cpu_switch:
+    .cfi_startproc
+    .cfi_undefined rip                              # a debugger's backtrace ends here
     pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
     movq %rsp, (%rdi)
     movq %rsi, %rsp
-    popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
+    testq %rdx, %rdx
+    jz 1f
+    callq *%rdx
+    movq %rax, %rsp
+1:  popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
     ret
+    .cfi_endproc
     .size cuda_on_cpu_switch, . - cuda_on_cpu_switch
     .popsection
 )");
-
-inline void *fresh_stack(uintptr_t top, void (*entry)()) {
-    uintptr_t *p = reinterpret_cast<uintptr_t *>(top & ~uintptr_t{15});
-    *--p = 0;                                  // a caller's address of 0 ends a debugger's backtrace
-    *--p = reinterpret_cast<uintptr_t>(entry); // what `ret` finds
-    for (int i = 0; i < 6; i++) *--p = 0;      // the six registers
-    return p;
-}
 
 #elif !defined(CUDA_ON_CPU_UCONTEXT) // aarch64: x19..x30 and the low halves of v8..v15
 
@@ -71,8 +74,10 @@ asm(R"(
     .pushsection .text
     .weak cuda_on_cpu_switch
     .type cuda_on_cpu_switch, %function
-    .balign 16
+    .balign 64
 cuda_on_cpu_switch:
+    .cfi_startproc
+    .cfi_undefined x30
     sub sp, sp, #160
     stp x19, x20, [sp, #0];   stp x21, x22, [sp, #16];  stp x23, x24, [sp, #32];  stp x25, x26, [sp, #48]
     stp x27, x28, [sp, #64];  stp x29, x30, [sp, #80];  stp d8, d9, [sp, #96];    stp d10, d11, [sp, #112]
@@ -80,26 +85,26 @@ cuda_on_cpu_switch:
     mov x9, sp
     str x9, [x0]
     mov sp, x1
-    ldp x19, x20, [sp, #0];   ldp x21, x22, [sp, #16];  ldp x23, x24, [sp, #32];  ldp x25, x26, [sp, #48]
+    cbz x2, 1f
+    blr x2
+    mov sp, x0
+1:  ldp x19, x20, [sp, #0];   ldp x21, x22, [sp, #16];  ldp x23, x24, [sp, #32];  ldp x25, x26, [sp, #48]
     ldp x27, x28, [sp, #64];  ldp x29, x30, [sp, #80];  ldp d8, d9, [sp, #96];    ldp d10, d11, [sp, #112]
     ldp d12, d13, [sp, #128]; ldp d14, d15, [sp, #144]
     add sp, sp, #160
     ret
+    .cfi_endproc
     .size cuda_on_cpu_switch, . - cuda_on_cpu_switch
     .popsection
 )");
 
-inline void *fresh_stack(uintptr_t top, void (*entry)()) {
-    uintptr_t *p = reinterpret_cast<uintptr_t *>(top & ~uintptr_t{15}) - 20;
-    for (int i = 0; i < 20; i++) p[i] = 0;
-    p[11] = reinterpret_cast<uintptr_t>(entry); // x30, where `ret` goes
-    return p;
-}
-
 #endif
 
-#ifndef CUDA_ON_CPU_UCONTEXT
-extern "C" void cuda_on_cpu_switch(void **save, void *load);
+#ifdef CUDA_ON_CPU_UCONTEXT
+using Entry = void();
+#else
+using Entry = void *();
+extern "C" void cuda_on_cpu_switch(void **save, void *load, Entry *entry);
 #endif
 
 inline void context_arrived(Context *c) { // the first thing on a stack that was switched to
@@ -110,16 +115,35 @@ inline void context_arrived(Context *c) { // the first thing on a stack that was
 #endif
 }
 
-inline void context_switch(Context *from, Context *to) {
+// From one stack to another: to where it was left, or to `entry` on a stack that is free.
+inline void context_switch(Context *from, Context *to, Entry *entry) {
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_start_switch_fiber(&from->asan_frames, to->bottom, to->bytes);
 #endif
 #ifdef CUDA_ON_CPU_UCONTEXT
+    if (entry != nullptr) {
+        getcontext(&to->saved);
+        to->saved.uc_stack.ss_sp = to->bottom;
+        to->saved.uc_stack.ss_size = to->bytes;
+        makecontext(&to->saved, entry, 0);
+    }
     swapcontext(&from->saved, &to->saved);
 #else
-    cuda_on_cpu_switch(&from->stack_pointer, to->stack_pointer);
+    cuda_on_cpu_switch(&from->stack_pointer, entry == nullptr ? to->stack_pointer : to->bottom + to->bytes, entry);
 #endif
     context_arrived(from);
+}
+
+// How `entry` ends: return context_end(to).
+inline auto context_end(Context *to) {
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(nullptr, to->bottom, to->bytes);
+#endif
+#ifdef CUDA_ON_CPU_UCONTEXT
+    setcontext(&to->saved);
+#else
+    return to->stack_pointer;
+#endif
 }
 
 // Asks for the lines that a switch to c reads first. A warp's stacks and data are more than the L1 cache holds; waiting
@@ -154,18 +178,10 @@ inline Stack stack_create(size_t bytes_above_top, int number) {
     return {base + page, base + bytes - (bytes_above_top + 63) / 64 * 64 - static_cast<size_t>(number) * 5 % 64 * 64};
 }
 
-inline void context_create(Context *c, Stack stack, void (*entry)()) {
+inline void context_create(Context *c, Stack stack) {
     *c = Context{};
     c->bottom = stack.bottom;
     c->bytes = static_cast<size_t>(stack.top - stack.bottom);
-#ifdef CUDA_ON_CPU_UCONTEXT
-    getcontext(&c->saved);
-    c->saved.uc_stack.ss_sp = c->bottom;
-    c->saved.uc_stack.ss_size = c->bytes;
-    makecontext(&c->saved, entry, 0);
-#else
-    c->stack_pointer = fresh_stack(reinterpret_cast<uintptr_t>(stack.top), entry);
-#endif
 }
 
 inline void context_of_os_thread(Context *c) { // the stack we are on; only ASan wants to know its bounds
