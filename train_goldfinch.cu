@@ -647,10 +647,14 @@ static void guard_gap(void *, size_t) {}
 #endif
 
 // Sum over the block, whole warps, to all threads, in fixed order: of a float, float2 or float4. shared: 32 of them, or
-// of a larger type.
+// of a larger type. Where blockDim.x is a part of a warp, over this part.
 template <typename V, typename S> __device__ inline V block_sum(V v, S *shared, int warps = blockDim.x / 32) {
     const int n = sizeof(V) / sizeof(float);
     V *sums = (V *)shared;
+    if (warps == 0) {
+        warp_sum((float(&)[n])v, blockDim.x);
+        return v;
+    }
     warp_sum((float(&)[n])v);
     if (warps == 1) return v;
     __syncthreads(); // the last call's values may still be read
@@ -1304,6 +1308,8 @@ typedef struct Params {
 static const int MAX_C = 4096; // a row's threads must fit a block
 
 static int row_threads(int C) { return (int)ceil_div(C / 8, 32) * 32; }
+// A block where a row's threads meet: those of a row, or a warp for several narrow rows
+static dim3 row_block(int C) { return C < 256 && 256 % C == 0 ? dim3(C / 8, 256 / C) : dim3(row_threads(C)); }
 // Blocks that share the rows: as many as an H100 (132 multiprocessors) holds of 512 to 768 threads in all; the same
 // number on every device, as it says how sums are split.
 static int most_row_blocks(int C) { return 132 * (C < 4608 ? 4608 / C : 1); }
@@ -1359,11 +1365,13 @@ static void add_partials(Targets to, const float *partial, int P, int n, int C, 
 // x may be a sum, residual stream + branch, which is then stored in `sum`; or row index[i] of a table (the embedding).
 // Bytes a row: C (2 read + 2 written), each in floatX, with a sum; half of it without.
 __global__ void layernorm_forward_kernel(floatX *out, floatX *sum, const floatX *x, const int *index,
-                                         const floatX *branch, const floatX *gain, const floatX *bias, int C) {
+                                         const floatX *branch, const floatX *gain, const floatX *bias, int rows,
+                                         int C) {
     __shared__ float2 shared[32];
     const int c = threadIdx.x * 8;
-    const bool mine = c < C;
-    const int64_t row = blockIdx.x, from = index ? index[row] : row;
+    const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+    const bool mine = c < C && row < rows;
+    const int64_t from = index && mine ? index[row] : row;
     Pack v = mine ? load(x + from * C + c) : zero_pack();
     if (branch && mine) {
         const Pack b = load(branch + row * C + c);
@@ -1384,23 +1392,26 @@ __global__ void layernorm_forward_kernel(floatX *out, floatX *sum, const floatX 
 
 static void layernorm_forward(floatX *out, const floatX *x, const LayerNorm &ln, int rows) {
     const int C = ln.gain.columns;
-    layernorm_forward_kernel<<<rows, row_threads(C), 0, stream>>>(out, nullptr, x, nullptr, nullptr, ln.gain.w,
-                                                                  ln.bias.w, C);
+    const dim3 block = row_block(C);
+    layernorm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, nullptr, x, nullptr, nullptr, ln.gain.w,
+                                                                            ln.bias.w, rows, C);
 }
 
 // sum = x + branch,  out = LayerNorm(sum)
 static void add_layernorm_forward(floatX *out, floatX *sum, const floatX *x, const floatX *branch, const LayerNorm &ln,
                                   int rows) {
     const int C = ln.gain.columns;
-    layernorm_forward_kernel<<<rows, row_threads(C), 0, stream>>>(out, sum, x, nullptr, branch, ln.gain.w, ln.bias.w,
-                                                                  C);
+    const dim3 block = row_block(C);
+    layernorm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, sum, x, nullptr, branch, ln.gain.w,
+                                                                            ln.bias.w, rows, C);
 }
 
 // out = LayerNorm(emb[id])
 static void embedding_layernorm_forward(floatX *out, const floatX *emb, const int *ids, const LayerNorm &ln, int rows) {
     const int C = ln.gain.columns;
-    layernorm_forward_kernel<<<rows, row_threads(C), 0, stream>>>(out, nullptr, emb, ids, nullptr, ln.gain.w, ln.bias.w,
-                                                                  C);
+    const dim3 block = row_block(C);
+    layernorm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, nullptr, emb, ids, nullptr, ln.gain.w,
+                                                                            ln.bias.w, rows, C);
 }
 
 // dx = (dn - mean(dn) - n mean(dn n)) / sqrt(var + eps),  n = (x - mean) / sqrt(var + eps),  dn = dout * gain;
@@ -1414,13 +1425,15 @@ __global__ void __launch_bounds__(PRECISION_BF16 ? 768 : MAX_C / 8)
     layernorm_backward_kernel(floatX *dx, float *partial, const floatX *dout, const floatX *x, const int *index,
                               const floatX *gain, int rows, int rows_per_block, int C) {
     __shared__ float4 shared[32];
-    const int c = threadIdx.x * 8, begin = blockIdx.x * rows_per_block, end = min(rows, begin + rows_per_block);
+    const int c = threadIdx.x * 8, part = blockIdx.x * blockDim.y + threadIdx.y, begin = part * rows_per_block;
+    const int end = min(rows, begin + rows_per_block);
+    const int last = begin + min(rows_per_block, rows - (int)(blockIdx.x * blockDim.y) * rows_per_block); // of a warp
     const bool mine = c < C;
     const float per_channel = 1.f / C;
     const Pack g = mine ? load(gain + c) : zero_pack();
     Pack dgain = zero_pack(), dbias = zero_pack();
     auto fetch = [&](const floatX *from, int64_t row) {
-        return mine ? load_raw(from + row * C + c) : RawPack<floatX>{};
+        return mine && row < end ? load_raw(from + row * C + c) : RawPack<floatX>{};
     };
     auto fetch_x = [&](int row) { return row < end ? fetch(x, index ? index[row] : row) : RawPack<floatX>{}; };
     RawPack<floatX> next_x = fetch_x(begin + 1), next_dy = fetch(dout, begin), next_dx = {};
@@ -1429,14 +1442,12 @@ __global__ void __launch_bounds__(PRECISION_BF16 ? 768 : MAX_C / 8)
     float total = 0;
     for (int i = 0; i < 8; i++) total += n.x[i];
     float mean = block_sum(total, shared) * per_channel;
-    for (int row = begin; row < end; row++) {
+    for (int row = begin; row < last; row++) {
         const Pack after = unpack(next_x), dy = unpack(next_dy);
         Pack out = unpack(next_dx);
         next_x = fetch_x(row + 2);
-        if (row + 1 < end) {
-            next_dy = fetch(dout, row + 1);
-            if (accumulate) next_dx = fetch(dx, row + 1);
-        }
+        next_dy = fetch(dout, row + 1);
+        if (accumulate) next_dx = fetch(dx, row + 1);
         float4 sums = make_float4(0, 0, 0, 0);
         for (int i = 0; i < 8; i++) {
             n.x[i] = mine ? n.x[i] - mean : 0;
@@ -1453,22 +1464,23 @@ __global__ void __launch_bounds__(PRECISION_BF16 ? 768 : MAX_C / 8)
             const float here = rstd * (dy.x[i] * g.x[i] - dn_mean - n.x[i] * dn_n_mean);
             out.x[i] = accumulate ? out.x[i] + here : here;
         }
-        if (mine) store(dx + (int64_t)row * C + c, out);
+        if (mine && row < end) store(dx + (int64_t)row * C + c, out);
         n = after;
         mean = sums.w * per_channel;
     }
-    if (!mine) return;
-    store(partial + (int64_t)blockIdx.x * 2 * C + c, dgain);
-    store(partial + (int64_t)blockIdx.x * 2 * C + C + c, dbias);
+    if (!mine || begin >= rows) return;
+    store(partial + (int64_t)part * 2 * C + c, dgain);
+    store(partial + (int64_t)part * 2 * C + C + c, dbias);
 }
 
 template <bool accumulate>
 static void layernorm_backward_launch(floatX *dx, const floatX *dout, const floatX *x, const int *index,
                                       const LayerNorm &ln, float *partial, int rows) {
-    const int C = ln.gain.columns, blocks = row_blocks(rows, C), per = rows_per_block(rows, C);
+    const int C = ln.gain.columns, parts = row_blocks(rows, C), per = rows_per_block(rows, C);
+    const dim3 block = row_block(C);
     layernorm_backward_kernel<accumulate>
-        <<<blocks, row_threads(C), 0, stream>>>(dx, partial, dout, x, index, ln.gain.w, rows, per, C);
-    add_partials({{ln.gain.g, ln.bias.g}}, partial, blocks, 2, C);
+        <<<(int)ceil_div(parts, block.y), block, 0, stream>>>(dx, partial, dout, x, index, ln.gain.w, rows, per, C);
+    add_partials({{ln.gain.g, ln.bias.g}}, partial, parts, 2, C);
 }
 
 static void layernorm_backward(floatX *dx, const floatX *dout, const floatX *x, const LayerNorm &ln, float *partial,
