@@ -655,6 +655,12 @@ template <typename V, typename S> __device__ inline V block_sum(V v, S *shared, 
         warp_sum((float(&)[n])v, blockDim.x);
         return v;
     }
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins && warps > 1) {
+        cuda_on_cpu::block_sum(n, (float *)&v, Site::here());
+        return v;
+    }
+#endif
     warp_sum((float(&)[n])v);
     if (warps == 1) return v;
     __syncthreads(); // the last call's values may still be read
@@ -1393,8 +1399,8 @@ __global__ void layernorm_forward_kernel(floatX *out, floatX *sum, const floatX 
 static void layernorm_forward(floatX *out, const floatX *x, const LayerNorm &ln, int rows) {
     const int C = ln.gain.columns;
     const dim3 block = row_block(C);
-    layernorm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, nullptr, x, nullptr, nullptr, ln.gain.w,
-                                                                            ln.bias.w, rows, C);
+    layernorm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, nullptr, x, nullptr, nullptr,
+                                                                                 ln.gain.w, ln.bias.w, rows, C);
 }
 
 // sum = x + branch,  out = LayerNorm(sum)
@@ -1402,16 +1408,16 @@ static void add_layernorm_forward(floatX *out, floatX *sum, const floatX *x, con
                                   int rows) {
     const int C = ln.gain.columns;
     const dim3 block = row_block(C);
-    layernorm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, sum, x, nullptr, branch, ln.gain.w,
-                                                                            ln.bias.w, rows, C);
+    layernorm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, sum, x, nullptr, branch,
+                                                                                 ln.gain.w, ln.bias.w, rows, C);
 }
 
 // out = LayerNorm(emb[id])
 static void embedding_layernorm_forward(floatX *out, const floatX *emb, const int *ids, const LayerNorm &ln, int rows) {
     const int C = ln.gain.columns;
     const dim3 block = row_block(C);
-    layernorm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, nullptr, emb, ids, nullptr, ln.gain.w,
-                                                                            ln.bias.w, rows, C);
+    layernorm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, nullptr, emb, ids, nullptr,
+                                                                                 ln.gain.w, ln.bias.w, rows, C);
 }
 
 // dx = (dn - mean(dn) - n mean(dn n)) / sqrt(var + eps),  n = (x - mean) / sqrt(var + eps),  dn = dout * gain;

@@ -110,7 +110,15 @@ struct AsyncCopy {
     int group;
 };
 
-struct Warp;
+struct Fiber;
+
+template <int N> struct Rendezvous { // where N threads or fewer wait for each other
+    int arrived = 0, expected = 0;
+    Site site = {};   // of the first to arrive
+    Fiber *fibers[N]; // in the order they arrived
+    void *lanes[N];   // each thread's arguments, on its own stack
+};
+using Warp = Rendezvous<32>;
 
 struct Fiber { // lies above the top of its stack: a switch touches one page
     Context context;
@@ -122,16 +130,6 @@ struct Fiber { // lies above the top of its stack: a switch touches one page
     Site site;
     int n_copies, n_groups; // async_copy16 in flight, groups committed
     AsyncCopy copies[256];
-};
-
-template <int N> struct Rendezvous { // where N threads or fewer wait for each other
-    int arrived = 0, expected = 0;
-    Site site = {};   // of the first to arrive
-    Fiber *fibers[N]; // in the order they arrived
-};
-
-struct Warp : Rendezvous<32> {
-    void *lanes[32]; // each lane's arguments, on its own stack
 };
 
 struct Block {             // one per OS thread, used for block after block
@@ -318,13 +316,16 @@ template <int N> void release(Rendezvous<N> &r) {
     block->self->waits_at = nullptr;
 }
 
-// A collective of a warp: every lane brings a Lane, the last one calls work(lanes, number of lanes).
+// Of all threads that meet, each brings a Lane, and the last one calls work(lanes, number of lanes).
+template <int N, typename Lane, typename Work>
+void collective(Rendezvous<N> &r, int number, const char *name, Site site, Lane *mine, Work work) {
+    r.lanes[number] = mine;
+    if (!arrive(r, name, site)) return;
+    work(reinterpret_cast<Lane *const *>(r.lanes), r.expected);
+    release(r);
+}
 template <typename Lane, typename Work> void collective(const char *name, Site site, Lane *mine, Work work) {
-    Warp &warp = *block->self->warp;
-    warp.lanes[block->self->lane] = mine;
-    if (!arrive(warp, name, site)) return;
-    work(reinterpret_cast<Lane *const *>(warp.lanes), warp.expected);
-    release(warp);
+    collective(*block->self->warp, block->self->lane, name, site, mine, work);
 }
 
 } // namespace cuda_on_cpu

@@ -96,6 +96,25 @@ inline float warp_max(float x, int width, Site site) {
     return x;
 }
 
+// Sums over the block: of each warp, as warp_sum has it, then of these in ascending order. One meeting instead of three.
+inline void block_sum(int count, float *x, Site site) {
+    collective(
+        block->barrier, block->self->thread, "block_sum", site, x,
+        [count](float *const *lanes, int n) {
+            for (int j = 0; j < count; j++) {
+                float total = 0;
+                for (int first = 0; first < n; first += 32) {
+                    float v[32];
+                    for (int i = 0; i < 32; i++) v[i] = lanes[first + i][j];
+                    for (int apart = 16; apart > 0; apart /= 2)
+                        for (int i = 0; i < apart; i++) v[i] += v[i + apart];
+                    total = first == 0 ? v[0] : total + v[0];
+                }
+                for (int i = 0; i < n; i++) lanes[i][j] = total;
+            }
+        });
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // The tensor core: n products D (16 x 8) += A (16 x 16) B (16 x 8) with one A, in fp32. The lanes hold the tiles as
 // mma.m16n8k16 has them; with g = lane / 4, t = lane % 4:
@@ -118,29 +137,69 @@ constexpr int VL = 4;
 using Vector = float __attribute__((vector_size(VL * 4)));
 using VectorOfPairs = int64_t __attribute__((vector_size(VL * 4))); // the same register, two floats at a time
 using Vector4 = float __attribute__((vector_size(16)));
-using Order4 = int __attribute__((vector_size(16)));
 
-// The numbers a, b, c and d of x and, from 4 on, of y: one instruction, which g++ and clang have under different names.
-template <int a, int b, int c, int d> inline Vector4 pick(Vector4 x, Vector4 y) {
-#if defined(__clang__)
-    return __builtin_shufflevector(x, y, a, b, c, d);
+// The numbers `which` of x and, from its length on, of y: one instruction
+#if defined(__clang__) || __GNUC__ >= 12
+template <int... which, typename V> auto pick(V x, V y) { return __builtin_shufflevector(x, y, which...); }
 #else
-    return __builtin_shuffle(x, y, Order4{a, b, c, d});
+template <int... which, typename V> auto pick(V x, V y) {
+    constexpr int n = sizeof(V) / 4;
+    using To = float __attribute__((vector_size(4 * sizeof...(which))));
+    return To{(which < n ? x[which % n] : y[which % n])...};
+}
+#endif
+
+// A square of each of VL / 4 lanes to a register, or from it; square(i) is where that of the i-th is
+template <typename Square> Vector squares_in(Square square) {
+    Vector4 x[VL / 4];
+    for (int i = 0; i < VL / 4; i++) memcpy(&x[i], square(i), 16);
+#if defined(__AVX__)
+    const auto low = pick<0, 1, 2, 3, 4, 5, 6, 7>(x[0], x[1]);
+#endif
+#if defined(__AVX512F__)
+    return pick<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(low, pick<0, 1, 2, 3, 4, 5, 6, 7>(x[2], x[3]));
+#elif defined(__AVX__)
+    return low;
+#else
+    return x[0];
+#endif
+}
+template <typename Square> void squares_out(Vector v, Square square) {
+    Vector4 x[VL / 4] = {pick<0, 1, 2, 3>(v, v)};
+#if defined(__AVX__)
+    x[1] = pick<4, 5, 6, 7>(v, v);
+#endif
+#if defined(__AVX512F__)
+    x[2] = pick<8, 9, 10, 11>(v, v);
+    x[3] = pick<12, 13, 14, 15>(v, v);
+#endif
+    for (int i = 0; i < VL / 4; i++) memcpy(square(i), &x[i], 16);
+}
+
+// Of each square the two numbers of a column, twice: x, x, y, y
+template <int column> Vector twice(Vector v) {
+    constexpr int a = column, b = column + 2;
+#if defined(__AVX512F__)
+    return pick<a, a, b, b, a + 4, a + 4, b + 4, b + 4, a + 8, a + 8, b + 8, b + 8, a + 12, a + 12, b + 12, b + 12>(v,
+                                                                                                                    v);
+#elif defined(__AVX__)
+    return pick<a, a, b, b, a + 4, a + 4, b + 4, b + 4>(v, v);
+#else
+    return pick<a, a, b, b>(v, v);
 #endif
 }
 
 inline void mma_product(int n, float *const *c, const float *const *a, const float *const *b) {
     constexpr int parts = 32 / VL;                        // registers for two columns of D
     constexpr int pairs = VL == 16 ? 4 : VL == 8 ? 2 : 1; // of columns at a time: 8 registers of sums
-    alignas(64) Vector4 A[16][8];                         // A[k][g]: rows g, g, g + 8, g + 8 of column k
-    for (int lane = 0; lane < 32; lane++)
-        for (int i = 0; i < 8; i += 4) {
-            const int g = lane / 4, k = 2 * (lane % 4) + 2 * i;
-            Vector4 square;
-            memcpy(&square, a[lane] + i, 16);
-            A[k][g] = pick<0, 0, 2, 2>(square, square);
-            A[k + 1][g] = pick<1, 1, 3, 3>(square, square);
-        }
+    Vector A[16][parts];                                  // A[k]: rows 0, 0, 8, 8, 1, 1, 9, 9, .. of column k
+    for (int t = 0; t < 4; t++)
+        for (int h = 0; h < 2; h++)
+            for (int p = 0; p < parts; p++) {
+                const Vector squares = squares_in([&](int i) { return a[4 * (p * VL / 4 + i) + t] + 4 * h; });
+                A[2 * t + 8 * h][p] = twice<0>(squares);
+                A[2 * t + 8 * h + 1][p] = twice<1>(squares);
+            }
 
     for (int j = 0; j < n; j++) {
         alignas(64) Vector4 B[2][4][4]; // B[h][t][q]: columns 2q and 2q + 1 of rows 2t + 8h, 2t + 8h + 1
@@ -152,27 +211,24 @@ inline void mma_product(int n, float *const *c, const float *const *a, const flo
                 B[0][t][q] = pick<0, 4, 1, 5>(even, odd);
                 B[1][t][q] = pick<2, 6, 3, 7>(even, odd);
             }
-        alignas(64) Vector4 D[4][8]; // D[t][g]: the squares
-        for (int lane = 0; lane < 32; lane++) memcpy(&D[lane % 4][lane / 4], c[lane] + 4 * j, 16);
         for (int t = 0; t < 4; t += pairs) {
             Vector d[pairs][parts];
-            memcpy(d, D[t], sizeof(d));
+            auto square = [&](int q, int p) { return [=](int i) { return c[4 * (p * VL / 4 + i) + t + q] + 4 * j; }; };
+            for (int q = 0; q < pairs; q++)
+                for (int p = 0; p < parts; p++) d[q][p] = squares_in(square(q, p));
 #pragma GCC unroll 16
-            for (int k = 0; k < 16; k++) {
-                Vector ak[parts];
-                memcpy(ak, A[k], sizeof(ak));
+            for (int k = 0; k < 16; k++)
 #pragma GCC unroll 4
                 for (int q = 0; q < pairs; q++) {
                     int64_t pair;
                     memcpy(&pair, reinterpret_cast<const char *>(&B[k / 8][k % 8 / 2][t + q]) + 8 * (k % 2), 8);
                     const Vector bk = reinterpret_cast<Vector>(VectorOfPairs{} + pair);
 #pragma GCC unroll 8
-                    for (int p = 0; p < parts; p++) d[q][p] += ak[p] * bk;
+                    for (int p = 0; p < parts; p++) d[q][p] += A[k][p] * bk;
                 }
-            }
-            memcpy(D[t], d, sizeof(d));
+            for (int q = 0; q < pairs; q++)
+                for (int p = 0; p < parts; p++) squares_out(d[q][p], square(q, p));
         }
-        for (int lane = 0; lane < 32; lane++) memcpy(c[lane] + 4 * j, &D[lane % 4][lane / 4], 16);
     }
 }
 
