@@ -48,7 +48,7 @@ inline void signal_wait(uint64_t *s, int phase, Site site) {
         if (turns == 100000) fail("a signal does not come");
         block->push_ready(self);
         const bool starts = block->started < block->n_threads;
-        Fiber *to = starts ? fiber_without_thread() : block->pop_ready();
+        Fiber *to = starts ? block->idle[--block->n_idle] : block->pop_ready();
         if (to == self) continue;
         block->self = to;
         threadIdx = to->index;

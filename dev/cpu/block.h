@@ -114,7 +114,8 @@ struct Fiber;
 
 template <int N> struct Rendezvous { // where N threads or fewer wait for each other
     int arrived = 0, expected = 0;
-    Site site = {};   // of the first to arrive
+    const char *name; // "__syncthreads" or another, and where it stands: the first to arrive says so
+    Site site;
     Fiber *fibers[N]; // in the order they arrived
     void *lanes[N];   // each thread's arguments, on its own stack
 };
@@ -125,9 +126,9 @@ struct Fiber { // lies above the top of its stack: a switch touches one page
     int thread; // index in the block of the thread that runs here
     int lane;   // index in its warp
     Warp *warp;
-    uint3 index;          // the same as threadIdx
-    const char *waits_at; // "__syncthreads", or null if it does not wait
+    uint3 index; // the same as threadIdx
     Site site;
+    const char *waits_at;   // of a signal, and for messages: "__syncthreads", or null if it does not wait
     int n_copies, n_groups; // async_copy16 in flight, groups committed
     AsyncCopy copies[256];
 };
@@ -185,6 +186,11 @@ inline std::mutex failing; // kept by the first that fails
     va_end(arguments);
     fputc('\n', stderr);
     if (block != nullptr) { // who waits where, and who is gone
+        auto wait_at = [](auto &r) {
+            for (int i = 0; i < r.arrived; i++) r.fibers[i]->waits_at = r.name, r.fibers[i]->site = r.site;
+        };
+        wait_at(block->barrier);
+        for (Warp &warp : block->warps) wait_at(warp);
         for (int i = 0; i < block->n_fibers; i++) {
             Fiber *f = block->fibers[i];
             if (f->waits_at == nullptr) continue;
@@ -209,12 +215,11 @@ inline std::mutex failing; // kept by the first that fails
 // ---------------------------------------------------------------------------------------------------------------------
 // Running threads.
 
-inline Fiber *fiber_without_thread() {
-    if (block->n_idle > 0) return block->idle[--block->n_idle];
+[[gnu::noinline]] inline void fiber_create() {
     Stack stack = stack_create(sizeof(Fiber), block->n_fibers);
     Fiber *f = new (stack.top) Fiber();
     context_create(&f->context, stack);
-    return block->fibers[block->n_fibers++] = f;
+    block->fibers[block->n_fibers++] = block->idle[block->n_idle++] = f;
 }
 
 [[noreturn]] inline void nobody_can_go_on() {
@@ -237,6 +242,7 @@ inline auto fiber_main() {
         if (u >= blockDim.x) self->index = {u % blockDim.x, u % xy / blockDim.x, u / xy};
         else self->index = {u, 0, 0};
         threadIdx = self->index;
+        if (block->n_idle == 0) fiber_create(); // for the next thread, if this one waits
         block->entry(block->arguments);
         block->finished++;
     }
@@ -252,21 +258,23 @@ inline auto fiber_main() {
     return context_end(to);
 }
 
-// The running thread waits: go on with one that may, else start the next.
+// The running thread waits: go on with one that may, else start the next. What calls this should do nothing after it:
+// then g++ makes a jump of the call, and few registers are saved twice.
 __attribute__((always_inline)) inline void wait_here() {
-    Fiber *from = block->self, *to;
+    Block &b = *block;
+    Fiber *from = b.self, *to;
     Entry *entry = nullptr;
-    if (block->has_ready()) {
-        to = block->pop_ready();
+    if (b.has_ready()) {
+        to = b.pop_ready();
         if (to == from) return;
         threadIdx = to->index;
-    } else if (block->started < block->n_threads) {
-        to = fiber_without_thread();
+    } else if (b.started < b.n_threads) {
+        to = b.idle[--b.n_idle];
         entry = fiber_main;
     } else {
         nobody_can_go_on();
     }
-    block->self = to;
+    b.self = to;
     context_switch(&from->context, &to->context, entry);
 }
 
@@ -281,26 +289,27 @@ inline void run_block(uint3 index, uint64_t seed) {
         b.random.state = seed;
         if (order.kind == Order::shuffled) b.random.shuffle(b.start_order, b.n_threads);
     }
-    b.self = fiber_without_thread();
+    if (b.n_idle == 0) fiber_create();
+    b.self = b.idle[--b.n_idle];
     context_switch(&b.os_thread, &b.self->context, fiber_main);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Waiting for each other.
 
-// True for the last thread to arrive: it does the work for all, then calls `release`. The others wait here until then,
-// and get false.
-template <int N> __attribute__((always_inline)) inline bool arrive(Rendezvous<N> &r, const char *name, Site site) {
+// True for the last thread to arrive: it does the work for all, then calls `release`. The others wait until then.
+template <int N> bool is_last(Rendezvous<N> &r, const char *name, Site site) {
     Fiber *self = block->self;
-    self->waits_at = name;
-    self->site = site;
-    if (r.arrived == 0) r.site = site;
-    else if (r.site != site) fail("some threads are at another barrier than the others");
+    if (r.arrived == 0) {
+        r.name = name;
+        r.site = site;
+    } else if (r.site != site) {
+        self->waits_at = name;
+        self->site = site;
+        fail("some threads are at another barrier than the others");
+    }
     r.fibers[r.arrived++] = self;
-    if (r.arrived == r.expected) return true;
-    wait_here();
-    self->waits_at = nullptr;
-    return false;
+    return r.arrived == r.expected;
 }
 
 template <int N> void release(Rendezvous<N> &r) {
@@ -313,14 +322,13 @@ template <int N> void release(Rendezvous<N> &r) {
     } else {
         for (int i = 0; i < others; i++) block->push_ready(r.fibers[i]);
     }
-    block->self->waits_at = nullptr;
 }
 
 // Of all threads that meet, each brings a Lane, and the last one calls work(lanes, number of lanes).
 template <int N, typename Lane, typename Work>
 void collective(Rendezvous<N> &r, int number, const char *name, Site site, Lane *mine, Work work) {
     r.lanes[number] = mine;
-    if (!arrive(r, name, site)) return;
+    if (!is_last(r, name, site)) return wait_here();
     work(reinterpret_cast<Lane *const *>(r.lanes), r.expected);
     release(r);
 }
@@ -332,5 +340,6 @@ template <typename Lane, typename Work> void collective(const char *name, Site s
 
 inline void __syncthreads(cuda_on_cpu::Site site = cuda_on_cpu::Site::here()) {
     using namespace cuda_on_cpu;
-    if (arrive(block->barrier, "__syncthreads", site)) release(block->barrier);
+    if (!is_last(block->barrier, "__syncthreads", site)) return wait_here();
+    release(block->barrier);
 }

@@ -53,46 +53,44 @@ template <int COUNT> void shuffle_xor(float (&to)[COUNT], const float (&from)[CO
     memcpy(to, &mine, sizeof(mine));
 }
 
-// Sum or maximum of each of `count` numbers over aligned groups of `width` lanes (2, 4, .., 32), for every lane of the
-// group. One collective, but the same additions in the same order as x += __shfl_xor_sync(~0u, x, offset) for offset =
-// width/2, .., 2, 1.
-template <int OFFSET, typename Combine> void butterfly_step(float *x, Combine combine) {
-    float old[32];
-    memcpy(old, x, sizeof(old));
-    for (int i = 0; i < 32; i++) x[i] = combine(old[i], old[i ^ OFFSET]);
+// Sum or maximum of each of `count` numbers over aligned groups of WIDTH lanes (2, 4, .., 32), for every lane of the
+// group. One collective, but the same additions in the same order as x += __shfl_xor_sync(~0u, x, apart) for apart =
+// WIDTH/2, .., 2, 1.
+template <int WIDTH, int APART = WIDTH / 2, typename Combine> void fold(float *x, Combine combine) {
+    for (int first = 0; first < 32; first += WIDTH)
+        for (int i = first; i < first + APART; i++) x[i] = combine(x[i], x[i + APART]);
+    if constexpr (APART > 1) fold<WIDTH, APART / 2>(x, combine);
 }
 
 template <typename Combine>
-void butterfly(const char *name, Site site, int count, float *x, int width, Combine combine) {
-    struct Lane {
-        float *x;
-        int count, width;
-    } mine = {x, count, width};
-    collective(name, site, &mine, [combine](Lane *const *lanes, int n) {
-        for (int j = 0; j < lanes[0]->count; j++) {
-            float v[32] = {};
-            for (int i = 0; i < n; i++) v[i] = lanes[i]->x[j];
-            switch (lanes[0]->width) {
-            case 32: butterfly_step<16>(v, combine); [[fallthrough]];
-            case 16: butterfly_step<8>(v, combine); [[fallthrough]];
-            case 8: butterfly_step<4>(v, combine); [[fallthrough]];
-            case 4: butterfly_step<2>(v, combine); [[fallthrough]];
-            case 2: butterfly_step<1>(v, combine); [[fallthrough]];
-            case 1: break;
-            default: fail("a group of %d lanes: only powers of two up to 32", lanes[0]->width);
+void over_lanes(const char *name, Site site, int count, float *x, int width, Combine combine) {
+    collective(
+        name, site, x,
+        [=](float *const *lanes, int n) {
+            for (int j = 0; j < count; j++) {
+                float v[32] = {};
+                for (int i = 0; i < n; i++) v[i] = lanes[i][j];
+                switch (width) {
+                case 32: fold<32>(v, combine); break;
+                case 16: fold<16>(v, combine); break;
+                case 8: fold<8>(v, combine); break;
+                case 4: fold<4>(v, combine); break;
+                case 2: fold<2>(v, combine); break;
+                case 1: break;
+                default: fail("a group of %d lanes: only powers of two up to 32", width);
+                }
+                for (int i = 0; i < n; i++) lanes[i][j] = v[i & -width];
             }
-            for (int i = 0; i < n; i++) lanes[i]->x[j] = v[i];
-        }
-    });
+        });
 }
 
 inline void warp_sum(int count, float *x, int width, Site site) {
-    butterfly(
+    over_lanes(
         "warp_sum", site, count, x, width, [](float a, float b) { return a + b; });
 }
 
 inline float warp_max(float x, int width, Site site) {
-    butterfly("warp_max", site, 1, &x, width, [](float a, float b) { return a > b ? a : b; });
+    over_lanes("warp_max", site, 1, &x, width, [](float a, float b) { return a > b ? a : b; });
     return x;
 }
 
@@ -100,14 +98,14 @@ inline float warp_max(float x, int width, Site site) {
 inline void block_sum(int count, float *x, Site site) {
     collective(
         block->barrier, block->self->thread, "block_sum", site, x,
-        [count](float *const *lanes, int n) {
+        [=](float *const *lanes, int n) {
             for (int j = 0; j < count; j++) {
                 float total = 0;
                 for (int first = 0; first < n; first += 32) {
                     float v[32];
                     for (int i = 0; i < 32; i++) v[i] = lanes[first + i][j];
-                    for (int apart = 16; apart > 0; apart /= 2)
-                        for (int i = 0; i < apart; i++) v[i] += v[i + apart];
+                    fold<32>(
+                        v, [](float a, float b) { return a + b; });
                     total = first == 0 ? v[0] : total + v[0];
                 }
                 for (int i = 0; i < n; i++) lanes[i][j] = total;
@@ -235,23 +233,20 @@ inline void mma_product(int n, float *const *c, const float *const *a, const flo
 // `products` of these, one after the other: c, a and b move on by next_c, 8 and next_b floats.
 inline void mma(int products, int n, float *c, int next_c, const float *a, const float *b, int next_b, Site site) {
     struct Lane {
-        int products, n, next_c, next_b;
         float *c;
         const float *a, *b;
-    } mine = {products, n, next_c, next_b, c, a, b};
-    collective("mma", site, &mine, [](Lane *const *lanes, int count) {
+    } mine = {c, a, b};
+    collective("mma", site, &mine, [=](Lane *const *lanes, int count) {
         if (count < 32) fail("mma in a warp of %d lanes", count);
-        const Lane &first = *lanes[0];
-        for (int p = 0; p < first.products; p++) {
+        for (int p = 0; p < products; p++) {
             float *c[32];
             const float *a[32], *b[32];
             for (int i = 0; i < 32; i++) {
-                if (lanes[i]->n != first.n) fail("mma with n = %d in one lane, %d in another", lanes[i]->n, first.n);
-                c[i] = lanes[i]->c + p * first.next_c;
+                c[i] = lanes[i]->c + p * next_c;
                 a[i] = lanes[i]->a + p * 8;
-                b[i] = lanes[i]->b + p * first.next_b;
+                b[i] = lanes[i]->b + p * next_b;
             }
-            mma_product(first.n, c, a, b);
+            mma_product(n, c, a, b);
         }
     });
 }
