@@ -163,7 +163,8 @@ else
     OPTIMIZE := -O1 $(TARGET) -fno-omit-frame-pointer -fsanitize=$(SANITIZE) -fno-sanitize-recover=all
     DEFINES += -DCUDA_ON_CPU_SANITIZE
   endif
-  CUFLAGS := $(OPTIMIZE) -g -std=c++17 -fno-strict-aliasing -fopenmp $(WARN) $(PARTLY_USED) -Wno-unknown-pragmas \
+  # No kernel asks for errno or for traps; without them g++ works on several numbers at once in more places.
+  CUFLAGS := $(OPTIMIZE) -g -std=c++17 -fno-strict-aliasing -fno-math-errno -fno-trapping-math -fopenmp $(WARN) $(PARTLY_USED) -Wno-unknown-pragmas \
              -Wno-attributes $(if $(findstring clang,$(CXX)),-Wno-pass-failed) -iquote . -iquote build/cpp -Idev/cpu \
              -DCUDA_ON_CPU -DGOLDFINCH_NCCL=1 $(DEFINES)
   CFLAGS := $(if $(DEBUG)$(SANITIZE),$(OPTIMIZE),-O2) -g -std=gnu11 $(WARN) $(DEFINES)

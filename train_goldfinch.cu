@@ -1509,10 +1509,10 @@ static void embedding_layernorm_backward(floatX *dx, const floatX *dout, const f
 // ---- rms norm, without parameters ----
 //
 //     out = x / (|x| / sqrt(C) + 1e-8)
-__global__ void rms_norm_forward_kernel(floatX *out, const floatX *x, int C) {
+__global__ void rms_norm_forward_kernel(floatX *out, const floatX *x, int rows, int C) {
     __shared__ float2 shared[32];
-    const int64_t at = (int64_t)blockIdx.x * C + threadIdx.x * 8;
-    const bool mine = threadIdx.x * 8 < (unsigned)C;
+    const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y, at = row * C + threadIdx.x * 8;
+    const bool mine = threadIdx.x * 8 < (unsigned)C && row < rows;
     Pack v = mine ? load(x + at) : zero_pack();
     float squares = 0;
     for (int i = 0; i < 8; i++) squares += v.x[i] * v.x[i];
@@ -1524,10 +1524,11 @@ __global__ void rms_norm_forward_kernel(floatX *out, const floatX *x, int C) {
 // With n = |x| / sqrt(C), e = n + 1e-8:  dx = dout / e - x (dout . x) / (C n e^2),  and 0 where x = 0.
 // dout in fp32; plus `add` (fp32, may be null); added to what dx holds if `accumulate`.
 template <bool accumulate>
-__global__ void rms_norm_backward_kernel(floatX *dx, const float *dout, const float *add, const floatX *x, int C) {
+__global__ void rms_norm_backward_kernel(floatX *dx, const float *dout, const float *add, const floatX *x, int rows,
+                                         int C) {
     __shared__ float2 shared[32];
-    const int64_t at = (int64_t)blockIdx.x * C + threadIdx.x * 8;
-    const bool mine = threadIdx.x * 8 < (unsigned)C;
+    const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y, at = row * C + threadIdx.x * 8;
+    const bool mine = threadIdx.x * 8 < (unsigned)C && row < rows;
     const Pack v = mine ? load(x + at) : zero_pack(), dy = mine ? load(dout + at) : zero_pack();
     float2 sums = make_float2(0, 0);
     for (int i = 0; i < 8; i++) sums = make_float2(sums.x + v.x[i] * v.x[i], sums.y + dy.x[i] * v.x[i]);
@@ -1539,6 +1540,17 @@ __global__ void rms_norm_backward_kernel(floatX *dx, const float *dout, const fl
     for (int i = 0; i < 8; i++)
         out.x[i] += extra.x[i] + (n > 0 ? dy.x[i] / e - v.x[i] * (sums.y / C / (n * e * e)) : 0);
     store(dx + at, out);
+}
+
+static void rms_norm_forward(floatX *out, const floatX *x, int rows, int C) {
+    const dim3 block = row_block(C);
+    rms_norm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, x, rows, C);
+}
+
+template <bool accumulate>
+static void rms_norm_backward(floatX *dx, const float *dout, const float *add, const floatX *x, int rows, int C) {
+    const dim3 block = row_block(C);
+    rms_norm_backward_kernel<accumulate><<<(int)ceil_div(rows, block.y), block, 0, stream>>>(dx, dout, add, x, rows, C);
 }
 
 // ---- embedding ----
@@ -3043,15 +3055,20 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 }
 
 // delta (B, H, T): dy_t . y_t per head, what the softmax's gradient subtracts. Blocks of a row; 8 lanes hold a head.
-__global__ void attention_delta_kernel(float *delta, const floatX *dy, const floatX *y, int T, int H) {
+__global__ void attention_delta_kernel(float *delta, const floatX *dy, const floatX *y, int rows, int T, int H) {
     const int c = threadIdx.x * 8;
-    const bool mine = c < H * N;
-    const int64_t row = blockIdx.x, at = row * H * N + c;
+    const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y, at = row * H * N + c;
+    const bool mine = c < H * N && row < rows;
     const Pack a = mine ? load(dy + at) : zero_pack(), b = mine ? load(y + at) : zero_pack();
     float sum = 0;
     for (int i = 0; i < 8; i++) sum += a.x[i] * b.x[i];
     sum = warp_sum(sum, 8);
     if (mine && threadIdx.x % 8 == 0) delta[(row / T * H + c / N) * T + row % T] = sum;
+}
+
+static void attention_delta(float *delta, const floatX *dy, const floatX *y, int B, int T, int H) {
+    const dim3 block = row_block(H * N);
+    attention_delta_kernel<<<(int)ceil_div(B * T, block.y), block, 0, stream>>>(delta, dy, y, B * T, T, H);
 }
 
 // With ds = p * (dy v^T - delta):   dv = p^T dy,  dk = ds^T q / sqrt(N)     (a block: 128 keys, walking the queries)
@@ -3626,7 +3643,7 @@ static void attention_backward(floatX *dq, floatX *dk, floatX *dv, float *delta,
                                const float *log_sum, const floatX *q, const floatX *k, const floatX *v, int B, int T,
                                int H) {
     const AttentionGradients g = {dq, dk, dv, dy, log_sum, delta};
-    attention_delta_kernel<<<B * T, row_threads(H * N), 0, stream>>>(delta, dy, y, T, H);
+    attention_delta(delta, dy, y, B, T, H);
 #if WARPGROUP_KERNELS
     if (has_warpgroups()) return attention_backward_by_warpgroups(g, q, k, v, B, T, H);
 #endif
@@ -3848,6 +3865,9 @@ __global__ void swiglu_backward_kernel(floatX *da, floatX *db, const floatX *dou
 static const int CLASSIFIER_KEEPS = PRECISION_BF16 ? 8 : 1; // packs a thread
 
 __device__ inline float block_max(float v, float *shared) { // shared: 32 floats
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) return cuda_on_cpu::block_max(v, Site::here());
+#endif
     v = warp_max(v);
     __syncthreads();
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
@@ -4544,15 +4564,14 @@ static void token_cat_forward(Model *m, const floatX *x) {
     linear_forward(m->cache, x, m->top.w_kv_cache_a, d.BT);
     linear_forward(m->k0_sum, m->x0, W_x, d.BT);
     linear_forward(m->k0_sum, m->cache, W_c, d.BT, 1);
-    rms_norm_forward_kernel<<<d.BT, row_threads(d.A), 0, stream>>>(m->k0, m->k0_sum, d.A);
+    rms_norm_forward(m->k0, m->k0_sum, d.BT, d.A);
 }
 
 // Adds to dx, the gradient of x; x0's share goes to dx0 in fp32.
 static void token_cat_backward(Model *m, floatX *dx, const floatX *x) {
     const Dims &d = m->d;
     const Param W = m->top.w_kv_cache_b, W_x = columns_of(W, 0, d.C), W_c = columns_of(W, d.C, d.R);
-    rms_norm_backward_kernel<false>
-        <<<d.BT, row_threads(d.A), 0, stream>>>(m->dk0_sum, m->dk0, (const float *)nullptr, m->k0_sum, d.A);
+    rms_norm_backward<false>(m->dk0_sum, m->dk0, nullptr, m->k0_sum, d.BT, d.A);
     linear_backward(m, m->dcache, m->dk0_sum, m->cache, W_c, d.BT);
     weight_backward(W_x, m->dk0_sum, m->x0, d.BT, m->first_micro_batch);
     input_backward(m->dx0, m->dk0_sum, W_x, d.BT);
@@ -5755,7 +5774,7 @@ static void model_embed(Model *m) {
     const Params &first = m->layers[0].p;
     weights_needed(m, 1);
     embedding_layernorm_forward(m->x0, m->top.emb.w, m->tokens, first.ln0, d.BT);
-    if (has_cache(m)) rms_norm_forward_kernel<<<d.BT, row_threads(d.C), 0, stream>>>(m->xo, m->x0, d.C);
+    if (has_cache(m)) rms_norm_forward(m->xo, m->x0, d.BT, d.C);
 }
 
 // Layers begin..end-1; the first one's x is in place. Every residual sum is made by the norm that reads it first.
@@ -5866,9 +5885,7 @@ static void model_backward(Model *m) {
         if (l == d.G0 && has_cache(m)) token_cat_backward(m, m->dx, m->layers[l].x);
         if (l > 0) gradients_final(m, 1 + l); // not of ln0, among layer 0's
     }
-    if (has_cache(m))
-        rms_norm_backward_kernel<true>
-            <<<d.BT, row_threads(d.C), 0, stream>>>(m->dx, m->dxo, (const float *)m->dx0, m->x0, d.C);
+    if (has_cache(m)) rms_norm_backward<true>(m->dx, m->dxo, m->dx0, m->x0, d.BT, d.C);
     gradients_clear(m, 0);
     embedding_layernorm_backward(m->dln1, m->dx, top.emb.w, m->tokens, first.ln0, m->partial, d.BT);
     const int *ids = m->tokens + 2 * d.BT, *starts = ids + m->distinct, *order = starts + m->distinct + 1;

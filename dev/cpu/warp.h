@@ -94,23 +94,33 @@ inline float warp_max(float x, int width, Site site) {
     return x;
 }
 
-// Sums over the block: of each warp, as warp_sum has it, then of these in ascending order. One meeting instead of three.
-inline void block_sum(int count, float *x, Site site) {
+// Over the block, whole warps: first over each, as above, then over these in ascending order. One meeting instead of
+// three.
+template <typename Combine> void over_block(const char *name, Site site, int count, float *x, Combine combine) {
     collective(
-        block->barrier, block->self->thread, "block_sum", site, x,
+        block->barrier, block->self->thread, name, site, x,
         [=](float *const *lanes, int n) {
             for (int j = 0; j < count; j++) {
                 float total = 0;
                 for (int first = 0; first < n; first += 32) {
                     float v[32];
                     for (int i = 0; i < 32; i++) v[i] = lanes[first + i][j];
-                    fold<32>(
-                        v, [](float a, float b) { return a + b; });
-                    total = first == 0 ? v[0] : total + v[0];
+                    fold<32>(v, combine);
+                    total = first == 0 ? v[0] : combine(total, v[0]);
                 }
                 for (int i = 0; i < n; i++) lanes[i][j] = total;
             }
         });
+}
+
+inline void block_sum(int count, float *x, Site site) {
+    over_block(
+        "block_sum", site, count, x, [](float a, float b) { return a + b; });
+}
+
+inline float block_max(float x, Site site) {
+    over_block("block_max", site, 1, &x, [](float a, float b) { return a > b ? a : b; });
+    return x;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
