@@ -164,8 +164,8 @@ else
     DEFINES += -DCUDA_ON_CPU_SANITIZE
   endif
   # No kernel asks for errno or for traps; without them g++ works on several numbers at once in more places.
-  CUFLAGS := $(OPTIMIZE) -g -std=c++17 -fno-strict-aliasing -fno-math-errno -fno-trapping-math -fopenmp $(WARN) $(PARTLY_USED) -Wno-unknown-pragmas \
-             -Wno-attributes $(if $(findstring clang,$(CXX)),-Wno-pass-failed) -iquote . -iquote build/cpp -Idev/cpu \
+  CUFLAGS := $(OPTIMIZE) -g -std=c++17 -fno-strict-aliasing -fno-math-errno -fno-trapping-math -fopenmp $(WARN) \
+             $(PARTLY_USED) -Wno-unknown-pragmas -Wno-attributes $(if $(findstring clang,$(CXX)),-Wno-pass-failed) -iquote . -iquote build/cpp -Idev/cpu \
              -DCUDA_ON_CPU -DGOLDFINCH_NCCL=1 $(DEFINES)
   CFLAGS := $(if $(DEBUG)$(SANITIZE),$(OPTIMIZE),-O2) -g -std=gnu11 $(WARN) $(DEFINES)
   LINK = $(CXX) $(OPTIMIZE) -fopenmp $^ -o $@ -lm

@@ -1438,10 +1438,11 @@ __global__ void __launch_bounds__(PRECISION_BF16 ? 768 : MAX_C / 8)
     const float per_channel = 1.f / C;
     const Pack g = mine ? load(gain + c) : zero_pack();
     Pack dgain = zero_pack(), dbias = zero_pack();
-    auto fetch = [&](const floatX *from, int64_t row) {
-        return mine && row < end ? load_raw(from + row * C + c) : RawPack<floatX>{};
+    auto fetch = [&](const floatX *from, int row, const int *rows_of = nullptr) {
+        const int64_t at = rows_of && row < end ? rows_of[row] : row;
+        return mine && row < end ? load_raw(from + at * C + c) : RawPack<floatX>{};
     };
-    auto fetch_x = [&](int row) { return row < end ? fetch(x, index ? index[row] : row) : RawPack<floatX>{}; };
+    auto fetch_x = [&](int row) { return fetch(x, row, index); };
     RawPack<floatX> next_x = fetch_x(begin + 1), next_dy = fetch(dout, begin), next_dx = {};
     if (accumulate) next_dx = fetch(dx, begin);
     Pack n = unpack(fetch_x(begin));
