@@ -91,8 +91,8 @@ inline float __uint_as_float(unsigned i) {
     return x;
 }
 
-// e^x and tanh x to two units in the last place, as on a GPU. Of these g++ makes functions of eight numbers, too; libm's
-// it calls one by one.
+// e^x and tanh x to two units in the last place, as on a GPU. g++ makes functions of eight numbers of these, too;
+// libm's it calls one by one.
 namespace cuda_on_cpu {
 #pragma omp declare simd notinbranch
 [[gnu::noinline, gnu::const]] inline float exp_of(float x) {

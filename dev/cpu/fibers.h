@@ -40,9 +40,9 @@ struct Context { // where a stack was left, and where it lies
 // ---------------------------------------------------------------------------------------------------------------------
 // The switch. All registers that a called function must preserve go onto the stack that is left; the rest the compiler
 // has saved already, since this looks like any call. Either we go on where the other stack was left, or we call `entry`
-// there, which returns the stack to go on with when it is done. A CPU foretells where a `ret` goes from the calls before
-// it, whatever stacks they were on. Threads that wait at one place return to one place, so it is right but where a
-// `ret` leaves a stack by which it was not called: therefore a new stack is called and returns.
+// there, which returns the stack to go on with when it is done. A CPU foretells where a `ret` goes from the calls
+// before it, whatever stacks they were on. Threads that wait at one place return to one place, so it is right as long
+// as every stack is called once and returns once.
 
 #if !defined(CUDA_ON_CPU_UCONTEXT) && defined(__x86_64__)
 
