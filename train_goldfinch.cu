@@ -5548,8 +5548,7 @@ static float sum_as_block(const float *x, int threads) {
     for (int warp = 0; warp < threads; warp += 32) {
         float sums[32];
         memcpy(sums, x + warp, sizeof(sums));
-        for (int apart = 16; apart > 0; apart /= 2)
-            for (int i = 0; i < apart; i++) sums[i] += sums[i + apart];
+        cuda_on_cpu::fold<32>(sums, [](float a, float b) { return a + b; });
         total = warp == 0 ? sums[0] : total + sums[0];
     }
     return total;

@@ -29,12 +29,14 @@ TASKS = {
 doc_to_text: "Q: {{question}}\\nA:"
 doc_to_choice: "{{choices}}"
 doc_to_target: "{{answer}}"
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}, {metric: acc_norm, aggregation: mean, higher_is_better: true}]
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true},
+              {metric: acc_norm, aggregation: mean, higher_is_better: true}]
 """, "local_cloze": """output_type: loglikelihood
 doc_to_text: "{{text.rsplit(' ', 1)[0]}}"
 doc_to_target: "{{' ' + text.rsplit(' ', 1)[1]}}"
 target_delimiter: ""
-metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}, {metric: acc, aggregation: mean, higher_is_better: true}]
+metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false},
+              {metric: acc, aggregation: mean, higher_is_better: true}]
 """, "local_rolling": """output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{text}}"

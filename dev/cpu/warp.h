@@ -243,15 +243,17 @@ inline void mma_product(int n, float *const *c, const float *const *a, const flo
 // `products` of these, one after the other: c, a and b move on by next_c, 8 and next_b floats.
 inline void mma(int products, int n, float *c, int next_c, const float *a, const float *b, int next_b, Site site) {
     struct Lane {
+        int n;
         float *c;
         const float *a, *b;
-    } mine = {c, a, b};
+    } mine = {n, c, a, b};
     collective("mma", site, &mine, [=](Lane *const *lanes, int count) {
         if (count < 32) fail("mma in a warp of %d lanes", count);
         for (int p = 0; p < products; p++) {
             float *c[32];
             const float *a[32], *b[32];
             for (int i = 0; i < 32; i++) {
+                if (lanes[i]->n != n) fail("mma with n = %d in one lane, %d in another", lanes[i]->n, n);
                 c[i] = lanes[i]->c + p * next_c;
                 a[i] = lanes[i]->a + p * 8;
                 b[i] = lanes[i]->b + p * next_b;
