@@ -2547,7 +2547,7 @@ static void fill_window(Infer *f, int64_t begin, int64_t end) {
         model_embed(m);
         linear_forward(m->k0_sum, m->x0, columns_of(W, 0, d.C), d.BT);
         linear_forward(m->k0_sum, m->cache, columns_of(W, d.C, d.R), d.BT, 1);
-        rms_norm_forward_kernel<<<d.BT, row_threads(d.A), 0, stream>>>(m->k0, m->k0_sum, d.A);
+        rms_norm_forward(m->k0, m->k0_sum, d.BT, d.A);
         for (floatX *row : {m->k0, m->xo}) // before the first token there is nothing
             if (at == 0) CUDA_CHECK(cudaMemsetAsync(row, 0, d.C * sizeof(floatX), stream));
         for (int i = 0; i < f->G; i++) {

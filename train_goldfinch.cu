@@ -647,10 +647,14 @@ static void guard_gap(void *, size_t) {}
 #endif
 
 // Sum over the block, whole warps, to all threads, in fixed order: of a float, float2 or float4. shared: 32 of them, or
-// of a larger type.
+// of a larger type. Where blockDim.x is a part of a warp, over this part.
 template <typename V, typename S> __device__ inline V block_sum(V v, S *shared, int warps = blockDim.x / 32) {
     const int n = sizeof(V) / sizeof(float);
     V *sums = (V *)shared;
+    if (warps == 0) {
+        warp_sum((float(&)[n])v, blockDim.x);
+        return v;
+    }
 #ifdef CUDA_ON_CPU
     if (cuda_on_cpu::twins && warps > 1) {
         cuda_on_cpu::block_sum(n, (float *)&v, Site::here());
@@ -1310,6 +1314,8 @@ typedef struct Params {
 static const int MAX_C = 4096; // a row's threads must fit a block
 
 static int row_threads(int C) { return (int)ceil_div(C / 8, 32) * 32; }
+// A block where a row's threads meet: those of a row, or a warp for several narrow rows
+static dim3 row_block(int C) { return C < 256 && 256 % C == 0 ? dim3(C / 8, 256 / C) : dim3(row_threads(C)); }
 // Blocks that share the rows: as many as an H100 (132 multiprocessors) holds of 512 to 768 threads in all; the same
 // number on every device, as it says how sums are split.
 static int most_row_blocks(int C) { return 132 * (C < 4608 ? 4608 / C : 1); }
@@ -1365,11 +1371,13 @@ static void add_partials(Targets to, const float *partial, int P, int n, int C, 
 // x may be a sum, residual stream + branch, which is then stored in `sum`; or row index[i] of a table (the embedding).
 // Bytes a row: C (2 read + 2 written), each in floatX, with a sum; half of it without.
 __global__ void layernorm_forward_kernel(floatX *out, floatX *sum, const floatX *x, const int *index,
-                                         const floatX *branch, const floatX *gain, const floatX *bias, int C) {
+                                         const floatX *branch, const floatX *gain, const floatX *bias, int rows,
+                                         int C) {
     __shared__ float2 shared[32];
     const int c = threadIdx.x * 8;
-    const bool mine = c < C;
-    const int64_t row = blockIdx.x, from = index ? index[row] : row;
+    const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+    const bool mine = c < C && row < rows;
+    const int64_t from = index && mine ? index[row] : row;
     Pack v = mine ? load(x + from * C + c) : zero_pack();
     if (branch && mine) {
         const Pack b = load(branch + row * C + c);
@@ -1390,23 +1398,26 @@ __global__ void layernorm_forward_kernel(floatX *out, floatX *sum, const floatX 
 
 static void layernorm_forward(floatX *out, const floatX *x, const LayerNorm &ln, int rows) {
     const int C = ln.gain.columns;
-    layernorm_forward_kernel<<<rows, row_threads(C), 0, stream>>>(out, nullptr, x, nullptr, nullptr, ln.gain.w,
-                                                                  ln.bias.w, C);
+    const dim3 block = row_block(C);
+    layernorm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, nullptr, x, nullptr, nullptr,
+                                                                                 ln.gain.w, ln.bias.w, rows, C);
 }
 
 // sum = x + branch,  out = LayerNorm(sum)
 static void add_layernorm_forward(floatX *out, floatX *sum, const floatX *x, const floatX *branch, const LayerNorm &ln,
                                   int rows) {
     const int C = ln.gain.columns;
-    layernorm_forward_kernel<<<rows, row_threads(C), 0, stream>>>(out, sum, x, nullptr, branch, ln.gain.w, ln.bias.w,
-                                                                  C);
+    const dim3 block = row_block(C);
+    layernorm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, sum, x, nullptr, branch,
+                                                                                 ln.gain.w, ln.bias.w, rows, C);
 }
 
 // out = LayerNorm(emb[id])
 static void embedding_layernorm_forward(floatX *out, const floatX *emb, const int *ids, const LayerNorm &ln, int rows) {
     const int C = ln.gain.columns;
-    layernorm_forward_kernel<<<rows, row_threads(C), 0, stream>>>(out, nullptr, emb, ids, nullptr, ln.gain.w, ln.bias.w,
-                                                                  C);
+    const dim3 block = row_block(C);
+    layernorm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, nullptr, emb, ids, nullptr,
+                                                                                 ln.gain.w, ln.bias.w, rows, C);
 }
 
 // dx = (dn - mean(dn) - n mean(dn n)) / sqrt(var + eps),  n = (x - mean) / sqrt(var + eps),  dn = dout * gain;
@@ -1420,29 +1431,30 @@ __global__ void __launch_bounds__(PRECISION_BF16 ? 768 : MAX_C / 8)
     layernorm_backward_kernel(floatX *dx, float *partial, const floatX *dout, const floatX *x, const int *index,
                               const floatX *gain, int rows, int rows_per_block, int C) {
     __shared__ float4 shared[32];
-    const int c = threadIdx.x * 8, begin = blockIdx.x * rows_per_block, end = min(rows, begin + rows_per_block);
+    const int c = threadIdx.x * 8, part = blockIdx.x * blockDim.y + threadIdx.y, begin = part * rows_per_block;
+    const int end = min(rows, begin + rows_per_block);
+    const int last = begin + min(rows_per_block, rows - (int)(blockIdx.x * blockDim.y) * rows_per_block); // of a warp
     const bool mine = c < C;
     const float per_channel = 1.f / C;
     const Pack g = mine ? load(gain + c) : zero_pack();
     Pack dgain = zero_pack(), dbias = zero_pack();
-    auto fetch = [&](const floatX *from, int64_t row) {
-        return mine ? load_raw(from + row * C + c) : RawPack<floatX>{};
+    auto fetch = [&](const floatX *from, int row, const int *rows_of = nullptr) {
+        const int64_t at = rows_of && row < end ? rows_of[row] : row;
+        return mine && row < end ? load_raw(from + at * C + c) : RawPack<floatX>{};
     };
-    auto fetch_x = [&](int row) { return row < end ? fetch(x, index ? index[row] : row) : RawPack<floatX>{}; };
+    auto fetch_x = [&](int row) { return fetch(x, row, index); };
     RawPack<floatX> next_x = fetch_x(begin + 1), next_dy = fetch(dout, begin), next_dx = {};
     if (accumulate) next_dx = fetch(dx, begin);
     Pack n = unpack(fetch_x(begin));
     float total = 0;
     for (int i = 0; i < 8; i++) total += n.x[i];
     float mean = block_sum(total, shared) * per_channel;
-    for (int row = begin; row < end; row++) {
+    for (int row = begin; row < last; row++) {
         const Pack after = unpack(next_x), dy = unpack(next_dy);
         Pack out = unpack(next_dx);
         next_x = fetch_x(row + 2);
-        if (row + 1 < end) {
-            next_dy = fetch(dout, row + 1);
-            if (accumulate) next_dx = fetch(dx, row + 1);
-        }
+        next_dy = fetch(dout, row + 1);
+        if (accumulate) next_dx = fetch(dx, row + 1);
         float4 sums = make_float4(0, 0, 0, 0);
         for (int i = 0; i < 8; i++) {
             n.x[i] = mine ? n.x[i] - mean : 0;
@@ -1459,22 +1471,23 @@ __global__ void __launch_bounds__(PRECISION_BF16 ? 768 : MAX_C / 8)
             const float here = rstd * (dy.x[i] * g.x[i] - dn_mean - n.x[i] * dn_n_mean);
             out.x[i] = accumulate ? out.x[i] + here : here;
         }
-        if (mine) store(dx + (int64_t)row * C + c, out);
+        if (mine && row < end) store(dx + (int64_t)row * C + c, out);
         n = after;
         mean = sums.w * per_channel;
     }
-    if (!mine) return;
-    store(partial + (int64_t)blockIdx.x * 2 * C + c, dgain);
-    store(partial + (int64_t)blockIdx.x * 2 * C + C + c, dbias);
+    if (!mine || begin >= rows) return;
+    store(partial + (int64_t)part * 2 * C + c, dgain);
+    store(partial + (int64_t)part * 2 * C + C + c, dbias);
 }
 
 template <bool accumulate>
 static void layernorm_backward_launch(floatX *dx, const floatX *dout, const floatX *x, const int *index,
                                       const LayerNorm &ln, float *partial, int rows) {
-    const int C = ln.gain.columns, blocks = row_blocks(rows, C), per = rows_per_block(rows, C);
+    const int C = ln.gain.columns, parts = row_blocks(rows, C), per = rows_per_block(rows, C);
+    const dim3 block = row_block(C);
     layernorm_backward_kernel<accumulate>
-        <<<blocks, row_threads(C), 0, stream>>>(dx, partial, dout, x, index, ln.gain.w, rows, per, C);
-    add_partials({{ln.gain.g, ln.bias.g}}, partial, blocks, 2, C);
+        <<<(int)ceil_div(parts, block.y), block, 0, stream>>>(dx, partial, dout, x, index, ln.gain.w, rows, per, C);
+    add_partials({{ln.gain.g, ln.bias.g}}, partial, parts, 2, C);
 }
 
 static void layernorm_backward(floatX *dx, const floatX *dout, const floatX *x, const LayerNorm &ln, float *partial,
@@ -1497,10 +1510,10 @@ static void embedding_layernorm_backward(floatX *dx, const floatX *dout, const f
 // ---- rms norm, without parameters ----
 //
 //     out = x / (|x| / sqrt(C) + 1e-8)
-__global__ void rms_norm_forward_kernel(floatX *out, const floatX *x, int C) {
+__global__ void rms_norm_forward_kernel(floatX *out, const floatX *x, int rows, int C) {
     __shared__ float2 shared[32];
-    const int64_t at = (int64_t)blockIdx.x * C + threadIdx.x * 8;
-    const bool mine = threadIdx.x * 8 < (unsigned)C;
+    const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y, at = row * C + threadIdx.x * 8;
+    const bool mine = threadIdx.x * 8 < (unsigned)C && row < rows;
     Pack v = mine ? load(x + at) : zero_pack();
     float squares = 0;
     for (int i = 0; i < 8; i++) squares += v.x[i] * v.x[i];
@@ -1512,10 +1525,11 @@ __global__ void rms_norm_forward_kernel(floatX *out, const floatX *x, int C) {
 // With n = |x| / sqrt(C), e = n + 1e-8:  dx = dout / e - x (dout . x) / (C n e^2),  and 0 where x = 0.
 // dout in fp32; plus `add` (fp32, may be null); added to what dx holds if `accumulate`.
 template <bool accumulate>
-__global__ void rms_norm_backward_kernel(floatX *dx, const float *dout, const float *add, const floatX *x, int C) {
+__global__ void rms_norm_backward_kernel(floatX *dx, const float *dout, const float *add, const floatX *x, int rows,
+                                         int C) {
     __shared__ float2 shared[32];
-    const int64_t at = (int64_t)blockIdx.x * C + threadIdx.x * 8;
-    const bool mine = threadIdx.x * 8 < (unsigned)C;
+    const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y, at = row * C + threadIdx.x * 8;
+    const bool mine = threadIdx.x * 8 < (unsigned)C && row < rows;
     const Pack v = mine ? load(x + at) : zero_pack(), dy = mine ? load(dout + at) : zero_pack();
     float2 sums = make_float2(0, 0);
     for (int i = 0; i < 8; i++) sums = make_float2(sums.x + v.x[i] * v.x[i], sums.y + dy.x[i] * v.x[i]);
@@ -1527,6 +1541,17 @@ __global__ void rms_norm_backward_kernel(floatX *dx, const float *dout, const fl
     for (int i = 0; i < 8; i++)
         out.x[i] += extra.x[i] + (n > 0 ? dy.x[i] / e - v.x[i] * (sums.y / C / (n * e * e)) : 0);
     store(dx + at, out);
+}
+
+static void rms_norm_forward(floatX *out, const floatX *x, int rows, int C) {
+    const dim3 block = row_block(C);
+    rms_norm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, x, rows, C);
+}
+
+template <bool accumulate>
+static void rms_norm_backward(floatX *dx, const float *dout, const float *add, const floatX *x, int rows, int C) {
+    const dim3 block = row_block(C);
+    rms_norm_backward_kernel<accumulate><<<(int)ceil_div(rows, block.y), block, 0, stream>>>(dx, dout, add, x, rows, C);
 }
 
 // ---- embedding ----
@@ -3031,15 +3056,20 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 }
 
 // delta (B, H, T): dy_t . y_t per head, what the softmax's gradient subtracts. Blocks of a row; 8 lanes hold a head.
-__global__ void attention_delta_kernel(float *delta, const floatX *dy, const floatX *y, int T, int H) {
+__global__ void attention_delta_kernel(float *delta, const floatX *dy, const floatX *y, int rows, int T, int H) {
     const int c = threadIdx.x * 8;
-    const bool mine = c < H * N;
-    const int64_t row = blockIdx.x, at = row * H * N + c;
+    const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y, at = row * H * N + c;
+    const bool mine = c < H * N && row < rows;
     const Pack a = mine ? load(dy + at) : zero_pack(), b = mine ? load(y + at) : zero_pack();
     float sum = 0;
     for (int i = 0; i < 8; i++) sum += a.x[i] * b.x[i];
     sum = warp_sum(sum, 8);
     if (mine && threadIdx.x % 8 == 0) delta[(row / T * H + c / N) * T + row % T] = sum;
+}
+
+static void attention_delta(float *delta, const floatX *dy, const floatX *y, int B, int T, int H) {
+    const dim3 block = row_block(H * N);
+    attention_delta_kernel<<<(int)ceil_div(B * T, block.y), block, 0, stream>>>(delta, dy, y, B * T, T, H);
 }
 
 // With ds = p * (dy v^T - delta):   dv = p^T dy,  dk = ds^T q / sqrt(N)     (a block: 128 keys, walking the queries)
@@ -3614,7 +3644,7 @@ static void attention_backward(floatX *dq, floatX *dk, floatX *dv, float *delta,
                                const float *log_sum, const floatX *q, const floatX *k, const floatX *v, int B, int T,
                                int H) {
     const AttentionGradients g = {dq, dk, dv, dy, log_sum, delta};
-    attention_delta_kernel<<<B * T, row_threads(H * N), 0, stream>>>(delta, dy, y, T, H);
+    attention_delta(delta, dy, y, B, T, H);
 #if WARPGROUP_KERNELS
     if (has_warpgroups()) return attention_backward_by_warpgroups(g, q, k, v, B, T, H);
 #endif
@@ -4536,15 +4566,14 @@ static void token_cat_forward(Model *m, const floatX *x) {
     linear_forward(m->cache, x, m->top.w_kv_cache_a, d.BT);
     linear_forward(m->k0_sum, m->x0, W_x, d.BT);
     linear_forward(m->k0_sum, m->cache, W_c, d.BT, 1);
-    rms_norm_forward_kernel<<<d.BT, row_threads(d.A), 0, stream>>>(m->k0, m->k0_sum, d.A);
+    rms_norm_forward(m->k0, m->k0_sum, d.BT, d.A);
 }
 
 // Adds to dx, the gradient of x; x0's share goes to dx0 in fp32.
 static void token_cat_backward(Model *m, floatX *dx, const floatX *x) {
     const Dims &d = m->d;
     const Param W = m->top.w_kv_cache_b, W_x = columns_of(W, 0, d.C), W_c = columns_of(W, d.C, d.R);
-    rms_norm_backward_kernel<false>
-        <<<d.BT, row_threads(d.A), 0, stream>>>(m->dk0_sum, m->dk0, (const float *)nullptr, m->k0_sum, d.A);
+    rms_norm_backward<false>(m->dk0_sum, m->dk0, nullptr, m->k0_sum, d.BT, d.A);
     linear_backward(m, m->dcache, m->dk0_sum, m->cache, W_c, d.BT);
     weight_backward(W_x, m->dk0_sum, m->x0, d.BT, m->first_micro_batch);
     input_backward(m->dx0, m->dk0_sum, W_x, d.BT);
@@ -5746,7 +5775,7 @@ static void model_embed(Model *m) {
     const Params &first = m->layers[0].p;
     weights_needed(m, 1);
     embedding_layernorm_forward(m->x0, m->top.emb.w, m->tokens, first.ln0, d.BT);
-    if (has_cache(m)) rms_norm_forward_kernel<<<d.BT, row_threads(d.C), 0, stream>>>(m->xo, m->x0, d.C);
+    if (has_cache(m)) rms_norm_forward(m->xo, m->x0, d.BT, d.C);
 }
 
 // Layers begin..end-1; the first one's x is in place. Every residual sum is made by the norm that reads it first.
@@ -5857,9 +5886,7 @@ static void model_backward(Model *m) {
         if (l == d.G0 && has_cache(m)) token_cat_backward(m, m->dx, m->layers[l].x);
         if (l > 0) gradients_final(m, 1 + l); // not of ln0, among layer 0's
     }
-    if (has_cache(m))
-        rms_norm_backward_kernel<true>
-            <<<d.BT, row_threads(d.C), 0, stream>>>(m->dx, m->dxo, (const float *)m->dx0, m->x0, d.C);
+    if (has_cache(m)) rms_norm_backward<true>(m->dx, m->dxo, m->dx0, m->x0, d.BT, d.C);
     gradients_clear(m, 0);
     embedding_layernorm_backward(m->dln1, m->dx, top.emb.w, m->tokens, first.ln0, m->partial, d.BT);
     const int *ids = m->tokens + 2 * d.BT, *starts = ids + m->distinct, *order = starts + m->distinct + 1;

@@ -246,7 +246,7 @@ static void run(int version) {
     const dim3 grid((int)ceil_div(T, 64), H, B);
     const size_t smem = 256 * sizeof(HeadRow);
     const AttentionGradients g = {dq.p, dk.p, dv.p, dy.p, log_sum.p, delta.p};
-    attention_delta_kernel<<<B * T, row_threads(H * N), 0, stream>>>(delta.p, dy.p, y.p, T, H);
+    attention_delta(delta.p, dy.p, y.p, B, T, H);
     if (version == 4) attention_backward_by_warps(g, q.p, k.p, v.p, B, T, H);
 #if WARPGROUP_KERNELS
     if (version == 5) attention_backward_by_warpgroups(g, q.p, k.p, v.p, B, T, H);

@@ -58,7 +58,6 @@ CUDA_ON_CPU_VECTORS(unsigned, uint)
 // ---------------------------------------------------------------------------------------------------------------------
 // Mathematics and small device functions.
 
-inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
@@ -91,6 +90,31 @@ inline float __uint_as_float(unsigned i) {
     memcpy(&x, &i, 4);
     return x;
 }
+
+// e^x and tanh x to two units in the last place, as on a GPU. g++ makes functions of eight numbers of these, too;
+// libm's it calls one by one.
+namespace cuda_on_cpu {
+#pragma omp declare simd notinbranch
+[[gnu::noinline, gnu::const]] inline float exp_of(float x) {
+    x = x < -104 ? -104 : x > 89 ? 89 : x; // beyond: 0, infinity
+    const float round = 1.5f * (1 << 23), shifted = x * 1.44269504f + round, n = shifted - round;
+    const float r = x - n * 0.693359375f + n * 2.12194440e-4f; // x - n log 2, its last bits apart
+    const float p = 0.5f + r * (0.166665152f + r * (0.0416684560f + r * (0.00836941972f + r * 0.00138131424f)));
+    const unsigned whole = __float_as_uint(shifted) - __float_as_uint(round);
+    const unsigned half = static_cast<unsigned>(static_cast<int>(whole) >> 1); // 2^n in two factors: it may be small
+    return (1 + (r + r * r * p)) * __uint_as_float((127 + half) << 23) * __uint_as_float((127 + whole - half) << 23);
+}
+#pragma omp declare simd notinbranch
+[[gnu::noinline, gnu::const]] inline float tanh_of(float x) {
+    const float a = fabsf(x), z = x * x, large = 1 - 2 / (exp_of(2 * a) + 1);
+    const float t =
+        -0.333332598f + z * (0.133308306f + z * (-0.0536880121f + z * (0.0204693843f - z * 0.00551512884f)));
+    return a < 0.6f ? x + x * z * t : copysignf(large, x);
+}
+} // namespace cuda_on_cpu
+#define expf cuda_on_cpu::exp_of
+#define __expf cuda_on_cpu::exp_of
+#define tanhf cuda_on_cpu::tanh_of
 inline int __float2int_rn(float x) { return static_cast<int>(rintf(x)); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
