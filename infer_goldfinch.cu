@@ -234,7 +234,8 @@ typedef struct Infer {
 } Infer;
 
 static const int MOST_SPLITS = 256; // blocks that share a context: one a multiprocessor
-static const int WINDOW = 4096;     // most tokens whose keys and values are kept
+// tokens of a window: as many as a sixteenth of the machine's memory holds, between these
+static const int64_t LEAST_WINDOW = 4096, MOST_WINDOW = 65536;
 
 __global__ void append_tokens_kernel(int *to, const int *ids, int n) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -2588,7 +2589,8 @@ static void make_window(Infer *f) { // from what is saved
 // ---- start ----
 
 // Everything but the weights' values: plan, memory, the cache for `capacity` tokens (0: as many as fit, a million at
-// most). chunk: tokens of a pre-fill chunk; window: most tokens whose keys and values are kept (KV_FULL: all).
+// most). chunk: tokens of a pre-fill chunk; window: most tokens whose keys and values are kept (KV_FULL: all; 0: as
+// many as are worth their memory).
 static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity, int chunk, int64_t window) {
     Infer *f = (Infer *)calloc(1, sizeof(Infer));
     Model *m = &f->m;
@@ -2612,7 +2614,16 @@ static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity
     int64_t need = weights + tables + m->activation_bytes + small;
     if (kv == KV_IF_IT_FITS && capacity * cache_bytes_per_token(f) > (int64_t)available - need) f->kv = KV_COMPRESSED;
     kv = f->kv;
-    if (kv != KV_FULL) need += window * 2 * f->G * d.C * (int64_t)sizeof(floatX);
+    if (kv != KV_FULL) {
+        const int64_t a_token = 2 * f->G * d.C * (int64_t)sizeof(floatX);
+        auto too_large = [&] {
+            return window * a_token > (int64_t)total / 16 || need + window * a_token > (int64_t)available;
+        };
+        if (window == 0)
+            for (window = MOST_WINDOW; window > LEAST_WINDOW && too_large();) window /= 2;
+        if (capacity > 0 && window > capacity) window = capacity;
+        need += window * a_token;
+    }
     if (need > (int64_t)available)
         die(2, "%s has %.2f GiB free, and the model needs %.2f GiB", machine_name(), available / 1073741824.0,
             need / 1073741824.0);
@@ -2750,11 +2761,11 @@ static uint64_t model_hash(const Infer *f) {
     return f->file ? hash_bytes(hash_start, f->file->data, (size_t)f->file->data_size) : 0;
 }
 
-static Infer *infer_open(const SafeTensors *file, KvKind kv, int64_t capacity) {
+static Infer *infer_open(const SafeTensors *file, KvKind kv, int64_t capacity, int64_t window) {
     Settings s;
     settings_of_model(&s, file);
     machine_start();
-    Infer *f = infer_create(&s, kv, capacity, prefill_chunk(), WINDOW);
+    Infer *f = infer_create(&s, kv, capacity, prefill_chunk(), window);
     f->file = file;
     take_weights(&f->m, file, false);
     if (PRECISION_BF16) { // inference needs the working copy alone
@@ -3872,6 +3883,8 @@ typedef bool SWITCH;
     X("--save-state", TEXT, save_state, nullptr, 0, 0, "FILE", "write the state after the prompt") \
     X("--load-state", TEXT, load_state, nullptr, 0, 0, "FILE", "go on from such a state") \
     X("--kv", TEXT, kv, "bf16", 0, 0, "KIND", "the cache: bf16, int8 (half of it), full (all keys and values)") \
+    X("--kv-window", INT, kv_window, "0", 0, 1e12, "N", \
+      "keys and values of the N newest tokens are kept at hand (0: what a 16th of memory holds, 4096 to 65536)") \
     X("--vocab", TEXT, vocab, nullptr, 0, 0, "FILE", "RWKV World vocabulary; byte-level models need none") \
     X("--cache-table", SWITCH, cache_table, nullptr, 0, 0, "", \
       "print how large caches are: MODEL's, or those of the paper's models")
@@ -4738,7 +4751,7 @@ static void requests_open(Requests *q, const Options *o, SafeTensors *model, KvK
     q->json.error = &q->error;
     model_tokenizer(&q->tokenizer, model, o->vocab, &q->vocab_size);
     requests_prefix(q, o->prefix_ids);
-    q->m = infer_open(model, kv, capacity);
+    q->m = infer_open(model, kv, capacity, o->kv_window);
     safetensors_close(model);
     device_alloc((void **)&q->logits, SCORE_ROWS * q->vocab_size * sizeof(float));
     device_alloc((void **)&q->logprobs, SCORE_ROWS * sizeof(float));
@@ -4793,6 +4806,7 @@ int main(int argc, char **argv) {
                      : strcmp(o->kv, "full") == 0 ? KV_FULL
                                                   : -1;
     if (kind < 0) die(2, "--kv: expected bf16, int8 or full, found \"%s\"", o->kv);
+    if (kind == KV_FULL && o->kv_window) die(2, "--kv-window: expected no --kv full beside it, which keeps all");
     if (o->cache_table && !o->model) {
         cache_table();
         return 0;
@@ -4838,7 +4852,7 @@ int main(int argc, char **argv) {
     if (o->score) expect(name, "tokens", -1, 2, INT64_MAX, n);
     catch_signals(0);                                                           // what waits for a line is interrupted
     const KvKind scored = kind == KV_COMPRESSED ? KV_IF_IT_FITS : (KvKind)kind; // the same loss, quicker
-    s->m = infer_open(&model, o->score ? scored : (KvKind)kind, context);       // 0: as much as the engine sees fit
+    s->m = infer_open(&model, o->score ? scored : (KvKind)kind, context, o->kv_window); // 0: what the engine sees fit
     if (o->score) {
         safetensors_close(&model);
         session_score(s, ids, n, n_bytes);

@@ -233,7 +233,7 @@ static void make_state(void) {
     const Utf8 nothing = {};
     make_checkpoint();
     safetensors_open(&file, "run/model_000005.safetensors");
-    engine = infer_open(&file, KV_COMPRESSED, 64);
+    engine = infer_open(&file, KV_COMPRESSED, 64, 0);
     for (int i = 0; i < 20; i++) ids[i] = 1 + i;
     infer_feed(engine, ids, 20);
     file_begin(&out, "good.st");

@@ -5,6 +5,8 @@
     dev/scaling.py --gpus 1,2 --models L12 --steps 20
     dev/scaling.py --gpus 2 --models L24 --sockets --accumulate 8       # NCCL over TCP instead of NVLink
     dev/scaling.py --checks                 # same bits twice; resume on fewer GPUs; the paper's settings for 100 steps
+    dev/scaling.py --peer FOLDER --gpus 1,2 --models L12    # the authors' code (a checkout of recursal/GoldFinch-paper) in
+                                            # PyTorch: DDP, compiled, flash-linear-attention where it is installed
     dev/scaling.py --computed               # no GPU: the table of dev/README.md, 1 to 512 GPUs
 
 Each run trains on random tokens (or --data PREFIX) and is stopped after its steps, before it would save. A step's time is
@@ -30,11 +32,11 @@ from prepro_minipile import replacing                                   # noqa: 
 trainer = os.path.join(here, "..", "train_goldfinch")
 MODELS = {
     "L12": dict(parameters=186_617_856, flags="-c goldfinch -c L12D768ctx1024minipile --train.grad_cp 0".split(),
-                micro_bsz=32, ctx_len=1024),
+                layers=12, channels=768, micro_bsz=32, ctx_len=1024),
     "L24": dict(parameters=1_445_257_216, flags="-c goldfinch -c L24D2048ctx2048minipile --train.grad_cp 2".split(),
-                micro_bsz=8, ctx_len=2048),
+                layers=24, channels=2048, micro_bsz=8, ctx_len=2048),
     "tiny": dict(parameters=0, flags="--model.n_layer 3 --model.n_embd 64 --model.ctx_len 32 --model.vocab_size 65536".split(),
-                 micro_bsz=2, ctx_len=32),              # tries this script without a GPU
+                 layers=3, channels=64, micro_bsz=2, ctx_len=32),       # tries this script without a GPU
 }
 
 
@@ -142,23 +144,110 @@ os._exit(0)
 """
 
 
+# Less work than ours: bf16 weights, gradients and moments, so half the bytes to sum, and no term on the largest logit
+PEER = """
+import os, sys, time, types
+folder, layers, channels, T, B, again, steps = sys.argv[1], *map(int, sys.argv[2:])
+rank, n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+os.chdir(folder)
+sys.path.insert(0, ".")
+os.environ.update(RWKV_MODEL_TYPE="x060c2", RWKV_CTXLEN=str(T), RWKV_HEAD_SIZE_A="64", RWKV_JIT_ON="0", RWKV_TORCH_COMPILE="1")
+import torch, torch.distributed as dist, torch.nn.functional as F
+torch._dynamo.config.cache_size_limit = 128
+device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+if device.type == "cuda":
+    torch.cuda.set_device(device)
+try:
+    from fla.ops.rwkv6 import chunk_rwkv6
+    def wkv(r, k, v, w, u, s):
+        heads = lambda z: z.view(*r.shape[:2], -1, 64)
+        return chunk_rwkv6(heads(r), heads(k), heads(v), heads(-torch.exp(w)), u.to(r.dtype), scale=1.0)[0].view(r.shape)
+    import cuda
+    sys.modules["cuda.rwkv6_cuda"] = types.ModuleType("cuda.rwkv6_cuda")
+    sys.modules["cuda.rwkv6_cuda"].RUN_CUDA_RWKV6 = wkv
+    kernel = "flash-linear-attention"
+except ImportError:
+    kernel = "the authors' WKV"
+from configs import FinchC2_Config, TrainerCLI_Config, Train_Config
+from src.model import Transformer
+torch.manual_seed(rank)
+with device:
+    config = FinchC2_Config(tmix="x060c2", tmix2="gold", inv_other_layer_ratio=3, n_layer=layers, n_embd=channels, ctx_len=T, vocab_size=65536)
+    model = Transformer(TrainerCLI_Config(train=Train_Config(grad_cp=again), model=config)).to(torch.bfloat16).train()
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.001, fused=True)
+parameters = list(model.parameters())
+if n > 1:
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True)
+x, y = [torch.randint(1, 60000, (B, T), device=device) for _ in range(2)]
+def step():
+    with torch.amp.autocast(device.type, dtype=torch.bfloat16):
+        logits, _ = model(x)
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), y.flatten())
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=n == 1)
+for _ in range(3):
+    step()
+wait()
+if n > 1: dist.barrier()
+begin = time.time()
+for _ in range(steps):
+    step()
+wait()
+if n > 1: dist.barrier()
+ms = (time.time() - begin) / steps * 1e3
+gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0
+if rank == 0: print("peer", ms, gib, "torch " + torch.__version__ + ", " + kernel, flush=True)
+os._exit(0)
+"""
+
+
+def ranks_of(program, arguments, n, limit, environment=None):
+    """Runs a Python program once a rank; the first rank's output, None if it took too long."""
+    base = {**os.environ, **(environment or {}), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(20000 + os.getpid() % 20000)}
+    with tempfile.TemporaryFile("w+") as error:
+        runs = [subprocess.Popen([sys.executable, "-c", program, *map(str, arguments)], stdout=subprocess.PIPE, stderr=error,
+                                 env={**base, "RANK": str(r), "LOCAL_RANK": str(r)}, text=True) for r in range(n)]
+        try:
+            out = runs[0].communicate(timeout=limit)[0]
+        except subprocess.TimeoutExpired:
+            return "", f"not done within {limit} s"
+        finally:
+            for r in runs:
+                r.kill()
+                r.wait()
+        error.seek(0)
+        return out, error.read().strip()[-300:]
+
+
+def measure_peer(a):
+    print(f"{'model':6} {'GPUs':>4} {'ms':>9} {'tok/s':>9} {'times one':>9} {'efficiency':>10} {'GiB a GPU':>9}", flush=True)
+    for name in a.models.split(","):
+        model, one = MODELS[name], None
+        for n in a.gpus:
+            out, error = ranks_of(PEER, [os.path.abspath(a.peer), model["layers"], model["channels"], model["ctx_len"],
+                                         model["micro_bsz"], int(name == "L24"), a.steps], n, a.limit)
+            words = [line.split(" ", 3) for line in out.split("\n") if line.startswith("peer ")]
+            if not words:
+                print(f"{name:6} {n:4} did not run: {error}", flush=True)
+                continue
+            ms, gib = float(words[0][1]), float(words[0][2])
+            speed = n * model["micro_bsz"] * model["ctx_len"] / ms * 1e3
+            one = one or (n, speed)
+            times = speed / one[1] * one[0]
+            print(f"{name:6} {n:4} {ms:9.2f} {speed:9.0f} {times:9.3f} {100 * times / n:8.1f} % {gib:9.1f}  {words[0][3]}", flush=True)
+
+
 def exchange_ms(n, parameters, environment=None):
     """ms of the reduce-scatter of fp32 gradients and of the all-gather of bf16 weights, alone; None without PyTorch."""
     if n < 2 or not parameters:
         return None
-    base = {**os.environ, **(environment or {}), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(20000 + os.getpid() % 20000)}
-    runs = [subprocess.Popen([sys.executable, "-c", EXCHANGE, str(parameters)], env={**base, "RANK": str(r), "LOCAL_RANK": str(r)},
-                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for r in range(n)]
-    try:
-        out = runs[0].communicate(timeout=60)[0].split()
-        return (float(out[1]), float(out[2])) if out[:1] == ["exchange"] else None
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        for r in runs:
-            r.kill()
-            r.wait()
+    out = ranks_of(EXCHANGE, [parameters], n, 60, environment)[0].split()
+    return (float(out[1]), float(out[2])) if out[:1] == ["exchange"] else None
 
 
 def measure(a, data, folder):
@@ -285,6 +374,7 @@ def main():
     p.add_argument("--limit", type=int, default=150, help="seconds that a run may take")
     p.add_argument("--csv", help="file for the table")
     p.add_argument("--checks", action="store_true", help="same bits, resume, the paper's settings, in place of the table")
+    p.add_argument("--peer", metavar="FOLDER", help="a checkout of the authors' code, timed in place of ours")
     p.add_argument("--computed", action="store_true", help="the computed table")
     p.add_argument("flags", nargs="*", help="behind --: more flags of the trainer")
     a = p.parse_args()
@@ -294,6 +384,9 @@ def main():
     available = len(cards()) or int(os.environ.get("CUDA_ON_CPU_DEVICES", os.cpu_count()))
     a.gpus = [int(n) for n in a.gpus.split(",") if int(n) <= available]
     print(f"{', '.join(sorted(set(cards()))) or 'CPU'} x {available}", flush=True)
+    if a.peer:
+        measure_peer(a)
+        return
     with tempfile.TemporaryDirectory() as tmp:
         data = a.data or os.path.join(tmp, "tokens")
         if not a.data:

@@ -99,6 +99,10 @@ printf a >one.txt; declined 2 'one.txt: tokens: expected 2 or more, found 1' --s
 printf ab >two.txt; infer --score two.txt && grep -q 'two.txt: 2 tokens' out.txt; check "of two tokens" $?
 head -c 6000 "$text" >part.txt; infer --score part.txt; cut -d'|' -f2 out.txt >want.txt
 infer --score part.txt --kv full; cut -d'|' -f2 out.txt | cmp -s - want.txt; check "is the same with --kv full" $?
+echo "-- keys and values at hand"
+head -c 200 "$text" >start.txt; infer -f start.txt -n 30 -t 0; cp out.txt want.txt
+infer -f start.txt -n 30 -t 0 --kv-window 16; cmp -s out.txt want.txt; check "16 of 230: the same text" $?
+declined 2 '--kv-window: expected no --kv full beside it' -p a --kv full --kv-window 16
 if command -v script >/dev/null; then
     script -qec "'$program' --score part.txt --window 8" /dev/null >out.txt 2>&1; grep -aqE 'score: [0-9]+ of 53[0-9]+ tokens, [0-9]+:[0-9]+ left' out.txt
     check "a terminal sees how long it takes" $?
