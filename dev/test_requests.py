@@ -177,9 +177,9 @@ def test_long(model, rows):
         lines = [{"context_ids": context, "continuation_ids": (rows[0] * 50)[:n]} for n in (5, more, 5)]
         found = answers(lines + [{"context_ids": [1], "continuation_ids": [2]}] + lines[1:2], *window, model=model)
         check(f"a context of {length} tokens: the same bits each time", found[0] == found[2] and found[1] == found[4], found)
-        head, tail = answers([{"context_ids": context, "continuation_ids": rows[0][:10]},
-                              {"context_ids": context + rows[0][:10],
-                               "continuation_ids": rows[0][10:more]}], *window, model=model)
+        ids = lines[1]["continuation_ids"]
+        head, tail = answers([{"context_ids": context, "continuation_ids": ids[:10]},
+                              {"context_ids": context + ids[:10], "continuation_ids": ids[10:]}], *window, model=model)
         check("and two parts add up", near(head["logprob"] + tail["logprob"], found[1]["logprob"], more), found)
 
 
@@ -207,6 +207,11 @@ def test_writing(model, rows):
         first = expected.index(stop.encode())
         check("until", stopped == {"text": expected[:first].decode("utf-8", "replace"), "tokens": first + 1},
               (stopped, expected, stop))
+    longer = dict(request, temperature=1, top_p=1, max_tokens=200, seed=5)  # until two tokens' bytes
+    whole = answers([longer], model=model)[0]["text"]
+    stop = next(whole[i:i + 2] for i in range(9, len(whole)) if len(whole[i:i + 2].encode("ascii", "ignore")) == 2)
+    stopped, = answers([dict(longer, until=[stop])], model=model)
+    check("until a text of two tokens", stopped["text"] == whole[:whole.index(stop)], (stopped, whole, stop))
 
 
 def test_split(model, folder):
