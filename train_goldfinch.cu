@@ -567,6 +567,18 @@ __device__ inline void store(float *p, const Pack &v) {
 }
 #endif
 
+// Eight numbers of 8 bits (p 8-byte aligned). Conversions from integers are slow, so each byte, made unsigned, takes the
+// place of the last bits of 2^23, where a step is 1: that is 2^23 + 128 + x.
+__device__ inline Pack load(const int8_t *p) {
+    const uint2 raw = *(const uint2 *)p;
+    Pack v;
+    for (int i = 0; i < 8; i++) {
+        const unsigned word = (i < 4 ? raw.x : raw.y) ^ 0x80808080u; // x + 128
+        v.x[i] = __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7440 + i % 4)) - (8388608.f + 128);
+    }
+    return v;
+}
+
 // 2 ulp and 1e-7 |x| beside it
 __device__ inline float fast_exp(float x) { return PRECISION_BF16 ? __expf(x) : expf(x); }
 
@@ -1278,12 +1290,22 @@ typedef struct Tensor {
     bool weight_decay; // whether it applies
 } Tensor;
 
+// A matrix in 8 bits, as inference may keep it: w[row][column] = whole[row][column] * scales[row]. A product with many
+// rows of x gets it as floatX, as many of its rows at a time as there is room for.
+typedef struct Int8Matrix {
+    int8_t *whole; // (rows, columns), -127 to 127
+    float *scales; // (rows)
+    floatX *room;  // (room_size), which all such matrices share
+    int64_t room_size;
+} Int8Matrix;
+
 // Weights and gradients, as a matrix: `rows` rows of `columns` numbers, ld apart (all dimensions but the last: rows).
 typedef struct Param {
     floatX *w;
     float *g;
     int rows, columns;
     int64_t ld;
+    const Int8Matrix *in_int8; // null: w it is
 } Param;
 
 typedef struct LayerNorm {
@@ -2117,6 +2139,15 @@ __global__ void ddlerp_hidden_weights_backward_kernel(float *dw1, float *dmu, co
 }
 
 // ---- element by element ----
+
+// to (rows, columns) = whole * scales; columns: a multiple of 8
+__global__ void from_int8_kernel(floatX *to, const int8_t *whole, const float *scales, int rows, int columns) {
+    const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (at >= (int64_t)rows * columns) return;
+    Pack v = load(whole + at);
+    for (int i = 0; i < 8; i++) v.x[i] *= scales[at / columns];
+    store(to + at, v);
+}
 
 // One function of each Pack, n elements (a multiple of 8): h = tanh(h)
 __global__ void tanh_forward_kernel(floatX *h, int64_t n) {
@@ -4253,8 +4284,20 @@ typedef struct Mixer {
 // ---- products with weights ----
 
 // out (M, O) = x (M, I) W^T + beta out, W (O, I)
-static void linear_forward(floatX *out, const floatX *x, Param W, int M, float beta = 0) {
-    matmul(out, W.rows, rows(x, W.columns), columns(W.w, W.ld), M, W.rows, W.columns, beta);
+template <typename T> static void linear_forward(T *out, const floatX *x, Param W, int M, float beta = 0) {
+    const int I = W.columns, O = W.rows;
+    if (!W.in_int8) {
+        matmul(out, O, rows(x, I), columns(W.w, W.ld), M, O, I, beta);
+        return;
+    }
+    const Int8Matrix &w = *W.in_int8;
+    const int64_t most = w.room_size / I;
+    for (int64_t first = 0; first < O; first += most) {
+        const int here = (int)(O - first < most ? O - first : most);
+        from_int8_kernel<<<pack_blocks((int64_t)here * I), 256, 0, stream>>>(w.room, w.whole + first * I,
+                                                                             w.scales + first, here, I);
+        matmul(out + first, O, rows(x, I), columns(w.room, I), M, here, I, beta);
+    }
 }
 
 // dW += dout^T x; or dW = dout^T x where it is the first of a step, so that gradients of matrices need not be cleared
@@ -4528,7 +4571,9 @@ static void finch_c2_backward(Model *m, Layer *layer, floatX *dx, const floatX *
 //
 // [x0; c] is never written: the product splits by its inputs, w_kv_cache_b = [W_x | W_c].
 
-static Param columns_of(Param W, int first, int count) { return {W.w + first, W.g + first, W.rows, count, W.ld}; }
+static Param columns_of(Param W, int first, int count) {
+    return {W.w + first, W.g + first, W.rows, count, W.ld, nullptr};
+}
 
 static void token_cat_forward(Model *m, const floatX *x) {
     const Dims &d = m->d;

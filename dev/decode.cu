@@ -103,7 +103,7 @@ static void queue(int version) {
         }
         if (version < 5) continue;
         Product<floatX> job = {};
-        job.x = x.p, job.w = w, job.out = y, job.rows = O, job.K = I;
+        job.x = x.p, job.w = {w, nullptr}, job.out = y, job.rows = O, job.K = I;
         matvec(job, I);
     }
 }
