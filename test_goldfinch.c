@@ -3066,7 +3066,7 @@ static void check_int8_matrix(int rows, int columns) {
             if (!(error <= product[k])) product[k] = error;
         }
     }
-    const double limit = 1e-5, of_prefill = gf_precision() == 16 ? 4e-3 : limit;
+    const double limit = 1e-5, of_prefill = gf_precision() == 16 ? 1e-2 : limit;
     check(good, "int8, %d x %d: rows of zeros, of one number, and with one that is not finite", rows, columns);
     check(worst <= 0.5001, "int8, %d x %d: entries off by %.4f of a step, allowed 0.5001", rows, columns, worst);
     check(product[0] <= limit && product[1] <= limit && product[2] <= of_prefill,
