@@ -96,9 +96,13 @@ inline Vector load_vector(const __nv_bfloat16 *p) { // a bf16 number is the uppe
 }
 inline Vector load_vector(const int8_t *p) {
     using Bytes = int8_t __attribute__((vector_size(VL)));
+    using Halves = int16_t __attribute__((vector_size(VL * 2)));
+    using Words = int32_t __attribute__((vector_size(VL * 4)));
     Bytes bytes;
     memcpy(&bytes, p, sizeof(bytes));
-    return __builtin_convertvector(bytes, Vector);
+    // step by step: at once, g++ takes them one by one
+    const Halves halves = __builtin_convertvector(bytes, Halves);
+    return __builtin_convertvector(__builtin_convertvector(halves, Words), Vector);
 }
 
 // sums[j] = sum over k of a[k] b[j ldb + k], in PARTS VL sums that are added up at the end
