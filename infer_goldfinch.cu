@@ -31,6 +31,7 @@
 
 #define GOLDFINCH_NO_MAIN
 #include "train_goldfinch.cu"
+#include <type_traits>
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 0. Machine: kernels that start early, steps that are recorded
@@ -117,6 +118,10 @@ template <typename F> static void run_recorded(Recording *r, const F &queue) {
 // c in floatX; c in 8 bits; the keys and values themselves; these if there is room for the whole context's, else c
 enum KvKind { KV_COMPRESSED, KV_INT8, KV_FULL, KV_IF_IT_FITS };
 
+// large matrices as floatX; or in 8 bits (section 3)
+enum WeightsKind { WEIGHTS_FLOAT, WEIGHTS_INT8 };
+static const char *const weights_names[] = {"bf16", "int8"};
+
 // right operands of two steps of 16 of a product's inner index
 struct alignas(16) TilePair {
     TileB b[2];
@@ -192,14 +197,25 @@ struct KeptKv {
     floatX *keys, *values;
 };
 
+// A matrix (rows, K) that a step reads row by row: floatX; or int8, with a scale for each row.
+struct StepMatrix {
+    const void *w;
+    const float *scales; // null: floatX
+};
+struct StepRow {
+    StepMatrix of;
+    int row;
+};
+
 // a layer's first low-rank matrices, transposed: rows of C
 struct Packed {
-    floatX *mix_w1, *decay_w1, *value2_w1;
+    StepMatrix mix_w1, decay_w1, value2_w1;
 };
 
 typedef struct Infer {
     Model m; // the first member: a layer's forward function finds the rest through it
     KvKind kv;
+    WeightsKind weights;
     int chunk, tail, G;                       // tokens of a pre-fill chunk; 2 G + 1; number of GOLD layers
     int64_t capacity, position;               // most tokens of context; tokens so far
     int64_t window, window_begin, window_end; // tokens that the window can hold; those it holds
@@ -207,6 +223,7 @@ typedef struct Infer {
     SplitSums kept_sums;                      // what the shares of a context leave behind, in these layers' attention
     Place *place;
     bool last_only;                       // of the rows at hand only the last one's logits count
+    Int8Matrix *int8_matrices;            // (n_tensors), of those that are kept so
     const SafeTensors *file;              // the model's, open until no more states are saved: they need its hash
     GoldSource *sources, *device_sources; // (G)
     Row row;
@@ -1427,35 +1444,48 @@ static void kept_allocate(Infer *f, int rows) {
 //     weights. The same holds for its code, which is cold at each launch: what can be short is.
 //
 // The residual stream is fp32 here; a product's inputs are rounded to floatX, as everywhere.
+//
+// With --weights int8 the same kernels stream half the bytes. Each row has a scale, which its sum is multiplied by in
+// the end, so that nothing but the numbers streams. A scale for each 64 columns would be little finer: a trained
+// model's weights are off by 0.59 % instead of 0.67 %, and its loss moves by less than 1e-4 with either. Pre-fill
+// multiplies many rows by the same numbers: it has a matrix made into floatX before each product (linear_forward).
 
 // 512: a thread has a pack of a vector, or none
 static const int MV_THREADS = MAX_C / 8, MV_WARPS = MV_THREADS / 32;
-// a part of a row: packs of a lane, elements
-static const int MV_PACKS = PRECISION_BF16 ? 4 : 2, MV_PART = MV_PACKS * 32 * 8;
 // parts of a warp's rows in shared memory; where that is small
 static const int MV_SLOTS = 4, MV_FEW_SLOTS = 2;
+// bytes of a part; elements; packs that a lane reads of it, and elements that it copies at a time
+template <typename W> constexpr int MV_PART_BYTES = 2048;
+template <typename W> constexpr int MV_PART = MV_PART_BYTES<W> / (int)sizeof(W);
+template <typename W> constexpr int MV_PACKS = MV_PART<W> / (32 * 8);
+template <typename W> constexpr int MV_COPIED = sizeof(W) == 1 ? 16 : 8;
 
-__device__ inline void async_pack(floatX *to, const floatX *from) {
-    for (int i = 0; i < 8; i += 16 / (int)sizeof(floatX)) async_copy16(to + i, from + i, true);
+template <typename T> __device__ inline void async_pack(T *to, const T *from, int n = 8) {
+    for (int i = 0; i < n; i += 16 / (int)sizeof(T)) async_copy16(to + i, from + i, true);
 }
 
-// A warp's rows of weights, row, row + step, ..: each in parts of MV_PART elements. A lane reads only what it has
-// copied, after async_wait<MV_SLOTS - 1>. With MV_FEW_SLOTS, two empty groups follow each part, so that this waits for
-// all but one of them.
-template <typename Job> struct WeightStream {
+// A warp's rows of weights, row, row + step, ..: each in parts of MV_PART elements. A part is there after
+// async_wait<MV_SLOTS - 1>: of floatX a lane reads only what it has copied; of int8 it copies 16 numbers and reads 8
+// (with 16 numbers of x, lanes that read at once would meet in shared memory's banks), so the warp meets before. With
+// MV_FEW_SLOTS, two empty groups follow each part, so that this waits for all but one of them.
+template <typename W, typename Job> struct WeightStream {
     const Job &job;
-    floatX *slots; // (n_slots, MV_PART), or as many as there are parts
+    W *slots; // (n_slots, MV_PART), or as many as there are parts
     int n_slots, row, step, k, slot;
-    const floatX *weights;          // of the row
+    const W *weights;               // of the row
     __device__ void request(void) { // the next part, if there is one, is a group of its own
-        const int lane = threadIdx.x % 32 * 8;
+        const int per = MV_COPIED<W>, lane = threadIdx.x % 32 * per;
+        if (sizeof(W) == 1) __syncwarp(); // all have read what was in the slot
         if (row < job.rows) {
-            if (k == 0) weights = job.weights(row);
-            const floatX *from = weights + k + lane;
-            floatX *to = slots + slot * MV_PART + lane;
-            for (int i = 0; i < MV_PACKS; i++)
-                if (k + 256 * i + lane < job.K) async_pack(to + 256 * i, from + 256 * i);
-            k += MV_PART;
+            if (k == 0) {
+                const StepRow own = job.weights(row);
+                weights = (const W *)own.of.w + (int64_t)own.row * job.K;
+            }
+            const W *from = weights + k + lane;
+            W *to = slots + slot * MV_PART<W> + lane;
+            for (int i = 0; i < MV_PART<W>; i += 32 * per)
+                if (k + i + lane < job.K) async_pack(to + i, from + i, per);
+            k += MV_PART<W>;
             if (k >= job.K) {
                 k = 0;
                 row += step;
@@ -1467,53 +1497,106 @@ template <typename Job> struct WeightStream {
         async_commit();
         async_commit();
     }
+    __device__ void wait(void) const { // for the oldest part
+        async_wait<MV_SLOTS - 1>();
+        if (sizeof(W) == 1) __syncwarp();
+    }
 };
+
+// Of 32 rows, row, row + step, .., a lane each: they come in one trip.
+template <typename Job> __device__ inline float row_scale(const Job &job, int row, int step) {
+    row += threadIdx.x % 32 * step;
+    if (row >= job.rows) return 0;
+    const StepRow own = job.weights(row);
+    return own.of.scales[own.row];
+}
+
+// A row's sum of products, eight numbers a lane at a time. In floats:
+struct FloatSum {
+    float lane;
+    __device__ void add(const RawPack<floatX> &w, const RawPack<floatX> &x) {
+        const Pack a = unpack(w), b = unpack(x);
+        for (int i = 0; i < 8; i++) lane += a.x[i] * b.x[i];
+    }
+    __device__ float total(void) const { return warp_sum(lane); }
+};
+
+// In 8 bits twice as many numbers come in the time, and each is to be converted. In floats that would be 5 instructions
+// a number; tensor cores, which multiply bf16 and sum in fp32, leave 3. Of what they make only the diagonals count, and
+// the warp must be together.
+struct TileSum {
+    TileC c[2][1]; // of the first four of a lane's numbers, in rows 0..7; of the others, in rows 8..15
+    __device__ void add(const RawPack<floatX> &w, const RawPack<floatX> &x) {
+        const TileA a = eight_as_a(w);
+        for (int half = 0; half < 2; half++) {
+            const TileB b[1] = {half_as_b(x, half)};
+            mma(c[half], a, b);
+        }
+    }
+    __device__ float total(void) const {
+        float sum = 0;
+        for (int i = 0; i < 2; i++)
+            if (tile_row(i) == tile_col(i)) sum = c[0][0].x[i] + c[1][0].x[i + 2];
+        return warp_sum(sum);
+    }
+};
+template <typename W> constexpr bool MV_ON_TENSOR_CORES = PRECISION_BF16 && sizeof(W) == 1;
 
 // y[row] = weights(row) . x for rows 0..rows-1, x made by `before` in shared memory, y handed to `after`. A row may
 // have a second x. `early` asks for what `before` needs and no kernel that may still run writes, `beside` for what
-// `after` needs. Grid: (any number of blocks, problems). vectors: floatX that `early` and `before` use; used: slots
-// that a warp fills.
-template <typename Job>
-__global__ void __launch_bounds__(MV_THREADS, 1) matvec_kernel(Job job, int vectors, int n_slots, int used) {
+// `after` needs. Grid: (any number of blocks, problems). W: floatX or int8_t. vectors: floatX that `early` and `before`
+// use; used: slots that a warp fills.
+template <typename W, typename Job>
+__global__ void __launch_bounds__(MV_THREADS, MV_ON_TENSOR_CORES<W> ? 2 : 1)
+    matvec_kernel(Job job, int vectors, int n_slots, int used) {
     floatX *x = dynamic_smem<floatX>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32 * 8, step = gridDim.x * MV_WARPS;
     int row = warp * gridDim.x + blockIdx.x, slot = 0; // so that blocks differ by one row at most
-    WeightStream<Job> stream = {job, x + vectors + warp * used * MV_PART, n_slots, row, step, 0, 0, nullptr};
+    WeightStream<W, Job> stream = {job,    (W *)(x + vectors) + warp * used * MV_PART<W>, n_slots, row, step, 0, 0,
+                                   nullptr};
     let_next_start();
     job.early(x);
 #pragma unroll 1
     for (int i = 0; i < n_slots; i++) stream.request();
+    float scales = 0;
+    if constexpr (sizeof(W) == 1) scales = row_scale(job, row, step);
     wait_for_previous();
     async_wait<MV_SLOTS - 1>(); // what is early came with the first part
     job.before(x);
     __syncthreads();
-    for (; row < job.rows; row += step) {
+    for (int turn = 0; row < job.rows; row += step, turn++) {
         const floatX *first = x + job.first(row), *second = x + job.second(row);
         const float4 beside = job.beside(row);
-        float2 sum = make_float2(0, 0);
-        for (int k = lane; k - lane < job.K; k += MV_PART) {
-            const floatX *part = stream.slots + slot * MV_PART + lane;
-            async_wait<MV_SLOTS - 1>();
-            for (int i = 0; i < MV_PACKS; i++) {
-                if (k + 256 * i >= job.K) break;
-                const Pack w = load(part + 256 * i), a = load(first + k + 256 * i);
-                for (int j = 0; j < 8; j++) sum.x += w.x[j] * a.x[j];
+        std::conditional_t<MV_ON_TENSOR_CORES<W>, TileSum, FloatSum> of_first = {}, of_second = {};
+        for (int k = lane; k - lane < job.K; k += MV_PART<W>) {
+            const W *part = stream.slots + slot * MV_PART<W> + lane;
+            stream.wait();
+#pragma unroll 4
+            for (int i = 0; i < MV_PACKS<W>; i++) {
+                const int at = k + 256 * i;
+                const bool mine = at < job.K; // what lies behind in the slot are numbers, too: x is zero there
+                if (MV_ON_TENSOR_CORES<W> ? i % 4 == 0 && at - lane >= job.K : !mine) break;
+                const RawPack<floatX> w = load_raw(part + 256 * i);
+                of_first.add(w, mine ? load_raw(first + at) : RawPack<floatX>{});
                 if (second == x) continue;
-                const Pack b = load(second + k + 256 * i);
-                for (int j = 0; j < 8; j++) sum.y += w.x[j] * b.x[j];
+                of_second.add(w, mine ? load_raw(second + at) : RawPack<floatX>{});
             }
             slot = (slot + 1) & (n_slots - 1);
             stream.request();
         }
-        sum.x = warp_sum(sum.x);
-        if (second != x) sum.y = warp_sum(sum.y);
+        float2 sum = make_float2(of_first.total(), second == x ? 0 : of_second.total());
+        if constexpr (sizeof(W) == 1) {
+            const float scale = __shfl_sync(0xffffffffu, scales, turn % 32);
+            sum = make_float2(sum.x * scale, sum.y * scale);
+            if (turn % 32 == 31) scales = row_scale(job, row + step, step);
+        }
         if (lane == 0) job.after(row, sum, beside);
     }
 }
 
 static bool matvec_fits(int64_t vectors, int n_slots) {
     // 1024: what is static
-    return (vectors + MV_WARPS * n_slots * MV_PART) * (int64_t)sizeof(floatX) + 1024 <= block_smem;
+    return vectors * (int64_t)sizeof(floatX) + MV_WARPS * n_slots * MV_PART_BYTES<floatX> + 1024 <= block_smem;
 }
 
 #ifdef CUDA_ON_CPU
@@ -1527,7 +1610,7 @@ __global__ void __launch_bounds__(MV_THREADS) matvec_input_kernel(Job job, float
 }
 
 // The kernel's twin for the CPU: a block makes x, then each row is a dot product, its sum in another order.
-template <typename Job> static void matvec_in_loops(const Job &job, int vectors, int problems) {
+template <typename W, typename Job> static void matvec_in_loops(const Job &job, int vectors, int problems) {
     static floatX *x = nullptr;
     static float *floats = nullptr;
     static int64_t capacity = 0;
@@ -1545,28 +1628,47 @@ template <typename Job> static void matvec_in_loops(const Job &job, int vectors,
         blockIdx.y = (unsigned)(i / job.rows);
         const float *first = floats + (int64_t)blockIdx.y * vectors + job.first(row);
         const int apart = job.second(row) ? job.second(row) - job.first(row) : 0;
+        const StepRow own = job.weights(row);
+        const W *w = (const W *)own.of.w + (int64_t)own.row * job.K;
         float2 sum = make_float2(0, 0);
-        if (apart) cuda_on_cpu::dots<2>(&sum.x, job.weights(row), first, apart, job.K);
-        else cuda_on_cpu::dots<1>(&sum.x, job.weights(row), first, 0, job.K);
-        job.after(row, sum, job.beside(row));
+        if (apart) cuda_on_cpu::dots<2>(&sum.x, w, first, apart, job.K);
+        else cuda_on_cpu::dots<1>(&sum.x, w, first, 0, job.K);
+        const float scale = sizeof(W) == 1 ? own.of.scales[own.row] : 1;
+        job.after(row, make_float2(sum.x * scale, sum.y * scale), job.beside(row));
     });
 }
 #endif
 
-template <typename Job> static void matvec(const Job &job, int vectors, int problems = 1) {
+template <typename W, typename Job> static void matvec_launch(const Job &job, int vectors, int problems) {
+    const int64_t blocks = ceil_div(job.rows, MV_WARPS), grid = blocks < multiprocessors ? blocks : multiprocessors;
+    const int n_slots = matvec_fits(vectors, MV_SLOTS) ? MV_SLOTS : MV_FEW_SLOTS;
+    const int64_t parts = ceil_div(blocks, grid) * ceil_div(job.K, MV_PART<W>),
+                  used = parts < n_slots ? parts : n_slots;
+    // little, so that more kernels have room
+    const size_t smem = vectors * sizeof(floatX) + MV_WARPS * used * MV_PART_BYTES<W>;
+    if (smem > 40 << 10) allow_smem(matvec_kernel<W, Job>, smem);
+    launch_early(matvec_kernel<W, Job>, dim3((int)grid, problems), MV_THREADS, smem, job, vectors, n_slots, (int)used);
+}
+
+template <typename W = floatX, typename Job> static void matvec(const Job &job, int vectors, int problems = 1) {
 #ifdef CUDA_ON_CPU
     if (cuda_on_cpu::twins) {
-        matvec_in_loops(job, vectors, problems);
+        matvec_in_loops<W>(job, vectors, problems);
         return;
     }
 #endif
-    const int64_t blocks = ceil_div(job.rows, MV_WARPS), grid = blocks < multiprocessors ? blocks : multiprocessors;
-    const int n_slots = matvec_fits(vectors, MV_SLOTS) ? MV_SLOTS : MV_FEW_SLOTS;
-    const int64_t parts = ceil_div(blocks, grid) * ceil_div(job.K, MV_PART), used = parts < n_slots ? parts : n_slots;
-    // little, so that more kernels have room
-    const size_t smem = (vectors + MV_WARPS * used * MV_PART) * sizeof(floatX);
-    if (smem > 40 << 10) allow_smem(matvec_kernel<Job>, smem);
-    launch_early(matvec_kernel<Job>, dim3((int)grid, problems), MV_THREADS, smem, job, vectors, n_slots, (int)used);
+    matvec_launch<W>(job, vectors, problems);
+}
+
+// with one of the matrices that may be in 8 bits
+template <typename Job> static void matvec_large(const Infer *f, const Job &job, int vectors) {
+    if (f->weights == WEIGHTS_INT8) matvec<int8_t>(job, vectors);
+    else matvec(job, vectors);
+}
+
+static StepMatrix step_matrix(const Param &W) {
+    if (W.in_int8) return {W.in_int8->whole, W.in_int8->scales};
+    return {W.w, nullptr};
 }
 
 struct OneVector { // what most jobs have in common
@@ -1661,10 +1763,10 @@ struct MixerEnd {
 // hidden = tanh(w (ln1 + diff * time_maa_x)): the hidden layer of a time mixer's mixes
 struct MixHidden : OneVector {
     NormShiftMix<1> mix;
-    const floatX *w;
+    StepMatrix w;
     float *hidden;
     int rows, K;
-    __device__ const floatX *weights(int row) const { return w + (int64_t)row * K; }
+    __device__ StepRow weights(int row) const { return {w, row}; }
     __device__ void early(floatX *x) const { mix.early(x, K); }
     __device__ void before(floatX *x) const { mix.make(x, K); }
     __device__ void after(int row, float2 sum, float4) const { hidden[row] = tanhf(sum.x); }
@@ -1673,16 +1775,16 @@ struct MixHidden : OneVector {
 // Finch-C2's products: v and v2 (which share their weights), r, k, and the hidden layers of w and v2
 struct FinchProducts : OneVector {
     const floatX *xs; // (5 or 4, C): x_r, x_k, x_v, x_w, x_v2
-    const floatX *value, *receptance, *key, *decay_w1, *value2_w1;
+    StepMatrix value, receptance, key, decay_w1, value2_w1;
     float *v, *v2, *r, *k, *hidden; // (A) each, (128)
     bool use_v2;
     int A, rows, K;
-    __device__ const floatX *weights(int row) const {
-        if (row < A) return value + (int64_t)row * K;
-        if (row < 2 * A) return receptance + (int64_t)(row - A) * K;
-        if (row < 3 * A) return key + (int64_t)(row - 2 * A) * K;
-        return row < 3 * A + DECAY_RANK ? decay_w1 + (int64_t)(row - 3 * A) * K
-                                        : value2_w1 + (int64_t)(row - 3 * A - DECAY_RANK) * K;
+    __device__ StepRow weights(int row) const {
+        if (row < A) return {value, row};
+        if (row < 2 * A) return {receptance, row - A};
+        if (row < 3 * A) return {key, row - 2 * A};
+        if (row < 3 * A + DECAY_RANK) return {decay_w1, row - 3 * A};
+        return {value2_w1, row - 3 * A - DECAY_RANK};
     }
     __device__ int first(int row) const {
         return (row < A ? 2 : row < 2 * A ? 0 : row < 3 * A ? 1 : row < 3 * A + DECAY_RANK ? 3 : 4) * K;
@@ -1705,19 +1807,20 @@ struct FinchProducts : OneVector {
 
 template <typename T> struct Product : OneVector { // out = w x
     const T *x;
-    const floatX *w;
+    StepMatrix w;
     float *out;
     int rows, K;
-    __device__ const floatX *weights(int row) const { return w + (int64_t)row * K; }
+    __device__ StepRow weights(int row) const { return {w, row}; }
     __device__ void before(floatX *v) const { copy_vector(v, x, K); }
     __device__ void after(int row, float2 sum, float4) const { out[row] = sum.x; }
 };
 
 struct NormProduct : OneVector { // w LayerNorm(x)
     const float *x;
-    const floatX *gain, *bias, *w;
+    const floatX *gain, *bias;
+    StepMatrix w;
     int rows, K;
-    __device__ const floatX *weights(int row) const { return w + (int64_t)row * K; }
+    __device__ StepRow weights(int row) const { return {w, row}; }
     __device__ void early(floatX *v) const {
         early_vector(v, gain, K);
         early_vector(v + K, bias, K);
@@ -1777,12 +1880,13 @@ struct Head : NormProduct { // logits = w LayerNorm_out(x)
 // k = relu(key x_k)^2,  gate = sigmoid(receptance x_r)
 struct CmixIn : OneVector {
     NormShiftMix<2> mix;
-    const floatX *key, *receptance;
+    StepMatrix key, receptance;
     floatX *k;
     float *gate;
     int F, rows, K;
-    __device__ const floatX *weights(int row) const {
-        return row < F ? key + (int64_t)row * K : receptance + (int64_t)(row - F) * K;
+    __device__ StepRow weights(int row) const {
+        if (row < F) return {key, row};
+        return {receptance, row - F};
     }
     __device__ int first(int row) const { return row < F ? 0 : K; }
     __device__ void early(floatX *x) const { mix.early(x, K); }
@@ -1794,10 +1898,11 @@ struct CmixIn : OneVector {
 };
 
 struct CmixOut : OneVector { // out = residual + gate * (value k)
-    const floatX *k, *value;
+    const floatX *k;
+    StepMatrix value;
     MixerEnd end;
     int rows, K;
-    __device__ const floatX *weights(int row) const { return value + (int64_t)row * K; }
+    __device__ StepRow weights(int row) const { return {value, row}; }
     __device__ void before(floatX *x) const { copy_vector(x, k, K); }
     __device__ float4 beside(int row) const { return end.beside(row); }
     __device__ void after(int row, float2 sum, float4 beside) const { end.after(row, sum.x, beside); }
@@ -1943,7 +2048,7 @@ struct KeySums : OneVector {
     float *z; // (2, C): of this token, of the one before (zeros at first)
     const Place *place;
     int rows, K; // C, R32
-    __device__ const floatX *weights(int row) const { return g.w_c + (int64_t)row * K; }
+    __device__ StepRow weights(int row) const { return {{g.w_c, nullptr}, row}; }
     __device__ int second(int) const { return K; }
     __device__ void before(floatX *x) const {
         const int64_t t = place->first;
@@ -2031,7 +2136,7 @@ struct KvHidden : OneVector { // u = tanh(w1 x), x: k1 or v1 of a layer
     __device__ const GoldSource::Side &side(void) const {
         return blockIdx.y % 2 ? sources[blockIdx.y / 2].v : sources[blockIdx.y / 2].k;
     }
-    __device__ const floatX *weights(int row) const { return side().w1 + (int64_t)row * K; }
+    __device__ StepRow weights(int row) const { return {{side().w1, nullptr}, row}; }
     __device__ void before(floatX *x) const { copy_vector(x, kv1 + (int64_t)blockIdx.y * K, K); }
     __device__ void after(int row, float2 sum, float4) const { u[blockIdx.y * rows + row] = (floatX)tanhf(sum.x); }
 };
@@ -2082,9 +2187,9 @@ __global__ void __launch_bounds__(MV_THREADS) decode_window_append_kernel(const 
 template <typename Job> static void tmix_out_decode(Infer *f, Layer *layer, Job job) {
     const Params &p = layer->p;
     const Row &row = f->row;
-    job.x = row.y, job.gain = p.ln_x.gain.w, job.bias = p.ln_x.bias.w, job.w = p.output.w;
+    job.x = row.y, job.gain = p.ln_x.gain.w, job.bias = p.ln_x.bias.w, job.w = step_matrix(p.output);
     job.end = {row.x, nullptr, row.ln, layer->tmix_shift, row.x_mid}, job.rows = f->m.d.C, job.K = f->m.d.A;
-    matvec(job, 2 * job.K);
+    matvec_large(f, job, 2 * job.K);
 }
 
 static void mix_hidden_decode(Infer *f, Layer *layer, int mixes) {
@@ -2112,13 +2217,14 @@ static void finch_c2_decode(Infer *f, Layer *layer) {
                          row.xs};
     launch_early(decode_mixes_kernel, dim3((int)ceil_div(d.C, 256), mixes), 128, 0, mixed, d.C);
     FinchProducts products = {};
-    products.xs = row.xs, products.value = p.value.w, products.receptance = p.receptance.w, products.key = p.key.w;
+    products.xs = row.xs, products.value = step_matrix(p.value), products.receptance = step_matrix(p.receptance),
+    products.key = step_matrix(p.key);
     products.decay_w1 = packed.decay_w1, products.value2_w1 = packed.value2_w1,
     products.hidden = row.hidden + MIXES_HIDDEN;
     products.v = row.v, products.v2 = row.v2, products.r = row.r, products.k = row.k, products.use_v2 = v2,
     products.A = d.A;
     products.rows = 3 * d.A + DECAY_RANK + (v2 ? VALUE2_RANK : 0), products.K = d.C;
-    matvec(products, mixes * d.C);
+    matvec_large(f, products, mixes * d.C);
     const WkvStep step = {row.r,
                           row.k,
                           row.v,
@@ -2143,7 +2249,7 @@ static void cache_decode(Infer *f) {
     const Row &row = f->row;
     const GoldSource &g = f->sources[0];
     Product<float> entry = {};
-    entry.x = row.x, entry.w = f->m.top.w_kv_cache_a.w, entry.out = row.c, entry.rows = d.R, entry.K = d.C;
+    entry.x = row.x, entry.w = step_matrix(f->m.top.w_kv_cache_a), entry.out = row.c, entry.rows = d.R, entry.K = d.C;
     matvec(entry, d.C);
     KeySums sums = {};
     sums.g = g, sums.cache = f->c, sums.cache8 = f->c8, sums.scales = f->scales, sums.c = row.c, sums.z = row.z,
@@ -2171,8 +2277,8 @@ static void gold_decode(Infer *f, Layer *layer) {
     const Mixed mixed = {row.ln, layer->tmix_shift, {p.time_maa_q.w}, p.time_maa_q_w2.w, row.hidden, row.xs};
     launch_early(decode_mixes_kernel, dim3((int)ceil_div(d.C, 256), 1), 128, 0, mixed, d.C);
     Product<floatX> query = {};
-    query.x = row.xs, query.w = p.query.w, query.out = row.q, query.rows = d.C, query.K = d.C;
-    matvec(query, d.C);
+    query.x = row.xs, query.w = step_matrix(p.query), query.out = row.q, query.rows = d.C, query.K = d.C;
+    matvec_large(f, query, d.C);
     WindowTask task = {};
     task.query = {nullptr, row.q, p.ln_q.gain.w, p.ln_q.bias.w, &f->device_sources[layer->index - d.G0].rope, f->place};
     const bool in_splits = f->window_begin == 0;
@@ -2190,13 +2296,14 @@ static void cmix_decode(Infer *f, Layer *layer) { // row.x = row.x_mid + ..
     CmixIn in = {};
     in.mix = {f->m.s.parallel ? row.x : row.x_mid,      p.ln2.gain.w, p.ln2.bias.w, layer->cmix_shift,
               {p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, row.ln};
-    in.key = p.ffn_key.w, in.receptance = p.ffn_receptance.w, in.k = row.ffn, in.gate = row.gate;
+    in.key = step_matrix(p.ffn_key), in.receptance = step_matrix(p.ffn_receptance), in.k = row.ffn, in.gate = row.gate;
     in.F = d.F, in.rows = d.F + d.C, in.K = d.C;
-    matvec(in, in.mix.vectors(d.C));
+    matvec_large(f, in, in.mix.vectors(d.C));
     CmixOut out = {};
-    out.k = row.ffn, out.value = p.ffn_value.w, out.end = {row.x_mid, row.gate, row.ln, layer->cmix_shift, row.x};
+    out.k = row.ffn, out.value = step_matrix(p.ffn_value),
+    out.end = {row.x_mid, row.gate, row.ln, layer->cmix_shift, row.x};
     out.rows = d.C, out.K = d.F;
-    matvec(out, d.F);
+    matvec_large(f, out, d.F);
 }
 
 // How the mixers decode: row.x_mid from row.x, row.x from row.x_mid. A model with another mixer decodes as it
@@ -2230,10 +2337,10 @@ static void queue_step(Infer *f, const int *token) {
         find_decoder(CHANNEL_DECODERS, layer->cmix->name)->decode(f, layer);
     }
     Head head = {};
-    head.x = row.x, head.gain = top.ln_out.gain.w, head.bias = top.ln_out.bias.w, head.w = top.head.w,
+    head.x = row.x, head.gain = top.ln_out.gain.w, head.bias = top.ln_out.bias.w, head.w = step_matrix(top.head),
     head.logits = f->logits;
     head.rows = d.V, head.K = d.C;
-    matvec(head, 2 * d.C);
+    matvec_large(f, head, 2 * d.C);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2307,6 +2414,97 @@ static void choose_attention_shape(Infer *f, int splits_wanted, int warps_wanted
     for (float **p : {&f->past_query.sum, &f->past_query.bias}) device_alloc((void **)p, pairs * sizeof(float));
 }
 
+// A warp a row: whole = round(from / scale), scale = largest |from| / 127; a row with a number that is not finite gets
+// such a scale.
+__global__ void to_int8_kernel(int8_t *whole, float *scales, const floatX *from, int columns) {
+    const int64_t row = blockIdx.x;
+    float largest = 0, not_finite = 0; // 0 or NaN
+    for (int i = threadIdx.x * 8; i < columns; i += 32 * 8) {
+        const Pack v = load(from + row * columns + i);
+        for (int j = 0; j < 8; j++) {
+            largest = fmaxf(largest, fabsf(v.x[j]));
+            not_finite += 0 * v.x[j];
+        }
+    }
+    largest = warp_max(largest);
+    const float scale = largest / 127 + warp_sum(not_finite);
+    for (int i = threadIdx.x * 8; i < columns; i += 32 * 8) {
+        const Pack v = load(from + row * columns + i);
+        for (int j = 0; j < 8; j++) whole[row * columns + i + j] = (int8_t)(scale > 0 ? rintf(v.x[j] / scale) : 0);
+    }
+    if (threadIdx.x == 0) scales[row] = scale;
+}
+
+static Int8Matrix to_int8(const floatX *from, int rows, int columns) {
+    Int8Matrix to = {};
+    device_alloc((void **)&to.whole, (int64_t)rows * columns);
+    device_alloc((void **)&to.scales, rows * sizeof(float));
+    to_int8_kernel<<<rows, 32, 0, stream>>>(to.whole, to.scales, from, columns);
+    return to;
+}
+
+// Large matrices into 8 bits, and the block of weights into a smaller one without them. That is all matrices but the
+// embedding, of which a token reads a row, and the GOLD cache's two, 0.3 % of the weights, on which all keys and values
+// hang.
+static void weights_to_int8(Infer *f) {
+    Model *m = &f->m;
+    f->weights = WEIGHTS_INT8;
+    f->int8_matrices = (Int8Matrix *)calloc(m->n_tensors, sizeof(Int8Matrix));
+    int n = 0;
+    int64_t room_size = 0, kept = 0;
+    auto convert = [&](Param *p) {
+        f->int8_matrices[n] = to_int8(p->w, p->rows, p->columns);
+        p->in_int8 = &f->int8_matrices[n++];
+        const int64_t size = (int64_t)p->rows * p->columns;
+        // the head comes in slices
+        if (p != &m->top.head && size > room_size) room_size = size;
+    };
+    for (int l = 0; l < m->d.L; l++) {
+        Params &params = m->layers[l].p;
+#define ROW(field, name, sizes, init, group, places) \
+    if (group == MATRIX && params.field.w) convert(&params.field);
+#define NORM_ROW(...)
+        TENSORS(ROW, NORM_ROW)
+#undef NORM_ROW
+#undef ROW
+    }
+    convert(&m->top.head);
+    floatX *room, *block, *to;
+    alloc_floats(&room, room_size);
+    for (int i = 0; i < n; i++) f->int8_matrices[i].room = room, f->int8_matrices[i].room_size = room_size;
+    for (int i = 0; i < m->n_tensors; i++)
+        if (!m->fields[i]->in_int8) kept += m->tensors[i].size;
+    alloc_floats(&block, kept);
+    to = block;
+    for (int i = 0; i < m->n_tensors; i++) {
+        const int64_t size = m->tensors[i].size;
+        if (!m->fields[i]->in_int8) {
+            CUDA_CHECK(cudaMemcpyAsync(to, m->fields[i]->w, size * sizeof(floatX), cudaMemcpyDeviceToDevice, stream));
+            m->fields[i]->w = to, to += size;
+        } else {
+            m->fields[i]->w = nullptr;
+        }
+    }
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaFree(m->params));
+    m->params = block;
+    if (!PRECISION_BF16) m->master = (float *)block;
+}
+
+// w1 (C, rank) transposed, for products with a token. In 8 bits w1 is set to what these stand for: so pre-fill goes by
+// the same numbers.
+static StepMatrix packed_rows(const Infer *f, Param w1) {
+    const int C = w1.rows, rank = w1.columns;
+    floatX *to = packed(rank, C, w1, C, rank, true);
+    if (f->weights != WEIGHTS_INT8) return {to, nullptr};
+    const Int8Matrix w = to_int8(to, rank, C);
+    from_int8_kernel<<<pack_blocks((int64_t)rank * C), 256, 0, stream>>>(to, w.whole, w.scales, rank, C);
+    pack_matrix_kernel<<<blocks_of((int64_t)rank * C), 256, 0, stream>>>(w1.w, C, rank, to, C, rank, C, true);
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaFree(to));
+    return {w.whole, w.scales};
+}
+
 // Matrices that a step reads by rows of C, and its vectors.
 static void prepare_decode(Infer *f) {
     const Dims &d = f->m.d;
@@ -2317,11 +2515,11 @@ static void prepare_decode(Infer *f) {
         const Params &p = layer.p;
         if (!find_decoder(TIME_DECODERS, layer.tmix->name)) f->decodes = false;
         if (!find_decoder(CHANNEL_DECODERS, layer.cmix->name)) f->decodes = false;
-        if (p.time_maa_q_w1.w) f->packed[l].mix_w1 = packed(32, d.C, p.time_maa_q_w1, d.C, 32, true);
+        if (p.time_maa_q_w1.w) f->packed[l].mix_w1 = {packed(32, d.C, p.time_maa_q_w1, d.C, 32, true), nullptr};
         if (!p.time_maa_w1.w || !p.time_value2_w1.w) continue;
-        f->packed[l] = {packed(160, d.C, p.time_maa_w1, d.C, 160, true),
-                        packed(64, d.C, p.time_decay_w1, d.C, 64, true),
-                        packed(64, d.C, p.time_value2_w1, d.C, 64, true)};
+        f->packed[l] = {{packed(160, d.C, p.time_maa_w1, d.C, 160, true), nullptr},
+                        packed_rows(f, p.time_decay_w1),
+                        packed_rows(f, p.time_value2_w1)};
     }
     Row &row = f->row;
     const int64_t kv = 2 * f->G, rank = padded_rank(gold_rank(d));
@@ -2761,7 +2959,7 @@ static uint64_t model_hash(const Infer *f) {
     return f->file ? hash_bytes(hash_start, f->file->data, (size_t)f->file->data_size) : 0;
 }
 
-static Infer *infer_open(const SafeTensors *file, KvKind kv, int64_t capacity, int64_t window) {
+static Infer *infer_open(const SafeTensors *file, KvKind kv, int64_t capacity, int64_t window, WeightsKind weights) {
     Settings s;
     settings_of_model(&s, file);
     machine_start();
@@ -2772,6 +2970,7 @@ static Infer *infer_open(const SafeTensors *file, KvKind kv, int64_t capacity, i
         CUDA_CHECK(cudaFree(f->m.master));
         f->m.master = nullptr;
     }
+    if (weights == WEIGHTS_INT8) weights_to_int8(f);
     infer_prepare(f, multiprocessors, 8);
     return f;
 }
@@ -2787,8 +2986,9 @@ static void infer_save_state(Infer *f, FileOut *out, const Utf8 *unfinished) {
     size_t length = 0;
     int64_t offset = 0;
     FILE *text = open_memstream(&header, &length);
-    fprintf(text, "{\"__metadata__\":{\"model_hash\":\"%016lx\",\"position\":\"%ld\",\"unfinished\":\"", model_hash(f),
-            f->position);
+    fprintf(text,
+            "{\"__metadata__\":{\"model_hash\":\"%016lx\",\"weights\":\"%s\",\"position\":\"%ld\",\"unfinished\":\"",
+            model_hash(f), weights_names[f->weights], f->position);
     for (int i = 0; i < unfinished->n; i++) fprintf(text, "%02x", unfinished->held[i]);
     fprintf(text, "\"}");
     for (int i = 0; i < n; i++) {
@@ -2818,6 +3018,11 @@ static void infer_save_state(Infer *f, FileOut *out, const Utf8 *unfinished) {
 static void infer_load_state(Infer *f, const char *path, Utf8 *unfinished) {
     SafeTensors file;
     safetensors_open(&file, path);
+    const char *weights = safetensors_metadata(&file, "weights"), *ours = weights_names[f->weights];
+    if (!weights) weights = weights_names[WEIGHTS_FLOAT]; // all were, before states said so
+    if (strcmp(weights, ours) != 0)
+        die(2, "%s: metadata, field weights: expected %s, found %s: go on with --weights %s, or make it anew with %s",
+            path, ours, weights, weights, ours);
     char hash[17];
     snprintf(hash, sizeof(hash), "%016lx", model_hash(f));
     const char *found = safetensors_metadata(&file, "model_hash");
@@ -2955,9 +3160,7 @@ static void infer_chunk(Infer *f, const int *ids, int n, bool all) {
 
 // Logits (fp32) of `count` rows, the first of them `row`, to device memory.
 static void infer_head(Infer *f, float *logits, int row, int count) {
-    const Dims &d = f->m.d;
-    const floatX *xf = f->m.xf + (int64_t)row * d.C, *head = f->m.top.head.w;
-    matmul(logits, d.V, rows(xf, d.C), columns(head, d.C), count, d.V, d.C);
+    linear_forward(logits, f->m.xf + (int64_t)row * f->m.d.C, f->m.top.head, count);
 }
 
 // A step, recorded: `queue` is queue_step and perhaps more.
@@ -3066,7 +3269,7 @@ extern "C" {
 
 // An engine with the weights of a model; chunk: tokens of a pre-fill chunk; window: most tokens whose keys and values
 // are kept; small: two blocks of one warp share all older tokens, so that each has many tiles to walk.
-Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk, int64_t window, int small) {
+Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk, int64_t window, int small, int int8) {
     Infer *f = infer_create(&m->s, (KvKind)kv, capacity, chunk, window);
     for (int i = 0; i < m->n_tensors; i++) {
         const Tensor *t = &m->tensors[i];
@@ -3074,6 +3277,7 @@ Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk, int64_t wi
                               cudaMemcpyDeviceToDevice));
     }
     model_params_changed(&f->m);
+    if (int8) weights_to_int8(f);
     infer_prepare(f, small ? 2 : 64, small ? 1 : 8); // as on a small and on a large GPU
     return f;
 }
@@ -3095,7 +3299,13 @@ void gf_infer_free(Infer *f) {
         }
     }
     for (int l = 0; l < f->m.d.L; l++)
-        for (floatX *p : {f->packed[l].mix_w1, f->packed[l].decay_w1, f->packed[l].value2_w1}) cudaFree(p);
+        for (const StepMatrix &p : {f->packed[l].mix_w1, f->packed[l].decay_w1, f->packed[l].value2_w1})
+            cudaFree((void *)p.w), cudaFree((void *)p.scales);
+    for (int i = 0; f->int8_matrices && i < f->m.n_tensors; i++) {
+        const Int8Matrix &w = f->int8_matrices[i];
+        for (void *p : {(void *)w.whole, (void *)w.scales, i == 0 ? (void *)w.room : nullptr}) cudaFree(p);
+    }
+    free(f->int8_matrices);
     const Row &row = f->row;
     for (floatX *p : {f->w_c, f->id_k0, f->id_xo, f->id_c, f->tail_x[0], f->tail_x[1]}) cudaFree(p);
     for (floatX *p : {row.ln, row.xs, row.ffn, row.kv1, row.u}) cudaFree(p);
@@ -3132,6 +3342,37 @@ void gf_infer_feed(Infer *f, const int *ids, int64_t n, int all, float *logits) 
     CUDA_CHECK(cudaStreamSynchronize(stream));
     CUDA_CHECK(cudaMemcpy(logits, to, (all ? n : 1) * V * sizeof(float), cudaMemcpyDeviceToHost));
     if (all) cudaFree(to);
+}
+
+// w (rows, columns) in 8 bits; y (3, rows): its product with x as a step makes it, by its kernel, as pre-fill makes it
+void gf_int8(int rows, int columns, const float *w, const float *x, signed char *whole, float *scales, float *y) {
+    machine_start();
+    floatX *device_w, *device_x, *host = (floatX *)malloc(((size_t)rows * columns + columns) * sizeof(floatX));
+    float *device_y;
+    alloc_floats(&device_w, (int64_t)rows * columns + columns);
+    device_alloc((void **)&device_y, 3 * rows * sizeof(float));
+    device_x = device_w + (int64_t)rows * columns;
+    for (int64_t i = 0; i < (int64_t)rows * columns; i++) host[i] = (floatX)w[i];
+    for (int i = 0; i < columns; i++) host[(int64_t)rows * columns + i] = (floatX)x[i];
+    CUDA_CHECK(cudaMemcpy(device_w, host, ((size_t)rows * columns + columns) * sizeof(floatX), cudaMemcpyHostToDevice));
+    Int8Matrix in_int8 = to_int8(device_w, rows, columns);
+    Product<floatX> job = {};
+    job.x = device_x, job.w = {in_int8.whole, in_int8.scales}, job.rows = rows, job.K = columns;
+    job.out = device_y;
+    matvec<int8_t>(job, columns);
+    job.out = device_y + rows;
+    matvec_launch<int8_t>(job, columns, 1);
+    alloc_floats(&in_int8.room, 5 * columns); // five rows at a time
+    in_int8.room_size = 5 * columns;
+    linear_forward(device_y + 2 * rows, device_x, {nullptr, nullptr, rows, columns, columns, &in_int8}, 1);
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaMemcpy(whole, in_int8.whole, (size_t)rows * columns, cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaMemcpy(scales, in_int8.scales, rows * sizeof(float), cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaMemcpy(y, device_y, 3 * rows * sizeof(float), cudaMemcpyDeviceToHost));
+    for (void *p :
+         {(void *)device_w, (void *)device_y, (void *)in_int8.whole, (void *)in_int8.scales, (void *)in_int8.room})
+        cudaFree(p);
+    free(host);
 }
 
 double gf_infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int chunk) { // mean loss
@@ -3885,6 +4126,8 @@ typedef bool SWITCH;
     X("--kv", TEXT, kv, "bf16", 0, 0, "KIND", "the cache: bf16, int8 (half of it), full (all keys and values)") \
     X("--kv-window", INT, kv_window, "0", 0, 1e12, "N", \
       "keys and values of the N newest tokens are kept at hand (0: what a 16th of memory holds, 4096 to 65536)") \
+    X("--weights", TEXT, weights, "bf16", 0, 0, "KIND", \
+      "bf16: as the build stores them; int8: large matrices in 8 bits, half the memory") \
     X("--vocab", TEXT, vocab, nullptr, 0, 0, "FILE", "RWKV World vocabulary; byte-level models need none") \
     X("--cache-table", SWITCH, cache_table, nullptr, 0, 0, "", \
       "print how large caches are: MODEL's, or those of the paper's models")
@@ -4742,7 +4985,8 @@ static void requests_prefix(Requests *q, const char *text) { // "0" or "0,11"
     }
 }
 
-static void requests_open(Requests *q, const Options *o, SafeTensors *model, KvKind kv, int64_t capacity) {
+static void requests_open(Requests *q, const Options *o, SafeTensors *model, KvKind kv, WeightsKind weights,
+                          int64_t capacity) {
     const Sampling how = {0, 1, 0, 0, 1, 0, 0}; // each request has its own
     q->o = o;
     q->kept.n = -1;
@@ -4751,7 +4995,7 @@ static void requests_open(Requests *q, const Options *o, SafeTensors *model, KvK
     q->json.error = &q->error;
     model_tokenizer(&q->tokenizer, model, o->vocab, &q->vocab_size);
     requests_prefix(q, o->prefix_ids);
-    q->m = infer_open(model, kv, capacity, o->kv_window);
+    q->m = infer_open(model, kv, capacity, o->kv_window, weights);
     safetensors_close(model);
     device_alloc((void **)&q->logits, SCORE_ROWS * q->vocab_size * sizeof(float));
     device_alloc((void **)&q->logprobs, SCORE_ROWS * sizeof(float));
@@ -4778,12 +5022,12 @@ static int64_t answer_lines(Requests *q, FILE *file) { // returns how many
     return answers;
 }
 
-static void answer_requests(const Options *o, SafeTensors *model, KvKind kv) {
+static void answer_requests(const Options *o, SafeTensors *model, KvKind kv, WeightsKind weights) {
     static Requests requests; // zeros
     Requests *q = &requests;
     FILE *file = strcmp(o->requests, "-") == 0 ? stdin : fopen(o->requests, "rb");
     if (!file) die(2, "%s: %s", o->requests, strerror(errno));
-    requests_open(q, o, model, kv, 0); // as large a context as fits
+    requests_open(q, o, model, kv, weights, 0); // as large a context as fits
     const double begin = seconds_now();
     const int64_t answers = answer_lines(q, file);
     fprintf(stderr, "%ld requests, %ld of them in error | %ld tokens | %.1f s\n", answers, q->errors, q->tokens,
@@ -4807,6 +5051,9 @@ int main(int argc, char **argv) {
                                                   : -1;
     if (kind < 0) die(2, "--kv: expected bf16, int8 or full, found \"%s\"", o->kv);
     if (kind == KV_FULL && o->kv_window) die(2, "--kv-window: expected no --kv full beside it, which keeps all");
+    const WeightsKind weights = strcmp(o->weights, weights_names[WEIGHTS_INT8]) == 0 ? WEIGHTS_INT8 : WEIGHTS_FLOAT;
+    if (strcmp(o->weights, weights_names[weights]) != 0)
+        die(2, "--weights: expected bf16 or int8, found \"%s\"", o->weights);
     if (o->cache_table && !o->model) {
         cache_table();
         return 0;
@@ -4821,7 +5068,7 @@ int main(int argc, char **argv) {
     }
     machine_start();
     if (o->requests) {
-        answer_requests(o, &model, (KvKind)kind);
+        answer_requests(o, &model, (KvKind)kind, weights);
         return 0;
     }
     if (o->save_state) file_begin(&state_file, o->save_state); // now: a long prompt is not read for nothing
@@ -4852,7 +5099,8 @@ int main(int argc, char **argv) {
     if (o->score) expect(name, "tokens", -1, 2, INT64_MAX, n);
     catch_signals(0);                                                           // what waits for a line is interrupted
     const KvKind scored = kind == KV_COMPRESSED ? KV_IF_IT_FITS : (KvKind)kind; // the same loss, quicker
-    s->m = infer_open(&model, o->score ? scored : (KvKind)kind, context, o->kv_window); // 0: what the engine sees fit
+    // 0: as much as the engine sees fit
+    s->m = infer_open(&model, o->score ? scored : (KvKind)kind, context, o->kv_window, weights);
     if (o->score) {
         safetensors_close(&model);
         session_score(s, ids, n, n_bytes);

@@ -1787,13 +1787,15 @@ void gf_sampler(int64_t n_tokens, int64_t ctx_len, int64_t *prime, int n, int64_
 int64_t gf_binidx(const char *prefix, int64_t *n_docs, int32_t *tokens, int64_t max);
 // inference (infer_goldfinch.cu) with the weights of a model; kv 0: c in the storage type, 1: in 8 bits, 2: keys and
 // values; chunk: tokens of a pre-fill chunk; window: newest tokens whose keys and values are kept; small: older ones in
-// small tiles
+// small tiles; int8: as with --weights int8
 typedef struct Infer Infer;
-Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk, int64_t window, int small);
+Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk, int64_t window, int small, int int8);
 void gf_infer_free(Infer *f);
 void gf_infer_reset(Infer *f);
 void gf_infer_feed(Infer *f, const int *ids, int64_t n, int all, float *logits); // logits (V) of the last, all: (n, V)
 double gf_infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int chunk); // mean loss of a text's tokens
+// w (rows, columns) in 8 bits; y (3, rows): its product with x as a step makes it, by its kernel, as pre-fill makes it
+void gf_int8(int rows, int columns, const float *w, const float *x, signed char *whole, float *scales, float *y);
 // vocab: path of the World vocabulary, NULL for bytes. ids has room for n + 1, text for 3 n; both return a length
 int64_t gf_tokenize(const char *vocab, const unsigned char *text, int64_t n, int *ids);
 int64_t gf_detokenize(const char *vocab, const int *ids, int64_t n, unsigned char *text, int64_t max);
@@ -2452,7 +2454,7 @@ static void check_inference(const char *title, int B, int T, Ref *m, Model *k) {
         double every = 0, last = 0;
         // with full keys and values the window is all there is
         for (int c = 0; c < (kv == 2 ? 4 : n_chunks); c++) {
-            Infer *f = gf_infer_create(k, kv, T, chunks[c], windows[c], small[c]);
+            Infer *f = gf_infer_create(k, kv, T, chunks[c], windows[c], small[c], 0);
             for (int b = 0; b < (chunks[c] == 1 ? 1 : B); b++) { // token by token is slow on the CPU
                 const int *ids = inputs + b * T;
                 const float *row = want + (int64_t)b * T * V;
@@ -2483,7 +2485,7 @@ static void check_inference(const char *title, int B, int T, Ref *m, Model *k) {
               compressed, limit);
     }
     double loss[3];
-    Infer *f = gf_infer_create(k, 0, T, T, T, 0);
+    Infer *f = gf_infer_create(k, 0, T, T, T, 0, 0);
     for (int i = 0; i < 3; i++) loss[i] = gf_infer_score(f, inputs, T, 0, i == 0 ? 1 : i == 1 ? 64 : 0);
     gf_infer_free(f);
     double spread = fmax(relative(loss[0], loss[2]), relative(loss[1], loss[2])),
@@ -3021,6 +3023,121 @@ static void check_rope(void) {
 }
 
 // --------------------------------------------------------------------------------------------------------------------
+// Weights in 8 bits (--weights int8): row = scale * whole numbers, scale = largest |entry| / 127
+
+// w (rows, columns), of which the entries of a row lie `apart`, becomes what 8 bits make of it.
+static void round_to_int8(float *w, int64_t rows, int64_t columns, int64_t row_apart, int64_t apart) {
+    for (int64_t i = 0; i < rows; i++) {
+        float *row = w + i * row_apart, largest = 0;
+        for (int64_t j = 0; j < columns; j++) largest = fmaxf(largest, fabsf(to_storage(row[j * apart])));
+        float scale = largest / 127;
+        for (int64_t j = 0; j < columns && scale > 0; j++)
+            row[j * apart] = scale * rintf(to_storage(row[j * apart]) / scale);
+    }
+}
+
+// A matrix with a row of zeros, one of a single number, one of large numbers and one that is not finite
+static void check_int8_matrix(int rows, int columns) {
+    const int64_t n = (int64_t)rows * columns;
+    float *w = random_array("int8", rows, n, 0, 0.1), *x = random_array("int8 x", columns, columns, 0, 1);
+    float *scales = zeros(rows, sizeof(float)), *y = zeros(3 * rows, sizeof(float));
+    signed char *whole = zeros(n, 1);
+    memset(w, 0, columns * sizeof(float));
+    memset(w + columns, 0, columns * sizeof(float));
+    w[columns + columns / 2] = to_storage(-3);
+    for (int j = 0; j < columns; j++) w[2 * columns + j] = to_storage(1e6 * w[2 * columns + j]);
+    w[3 * columns + columns - 1] = INFINITY;
+    gf_int8(rows, columns, w, x, whole, scales, y);
+    double worst = 0, product[3] = {0, 0, 0}, length = norm_of(x, columns);
+    int good = isnan(scales[3]) && isnan(y[3]) && isnan(y[rows + 3]) && isnan(y[2 * rows + 3]);
+    good = good && scales[0] == 0 && whole[columns + columns / 2] == -127;
+    for (int i = 0; i < rows; i++) {
+        const float *row = w + (int64_t)i * columns;
+        double want = 0, largest = 1e-30;
+        if (i == 3) continue;
+        for (int j = 0; j < columns; j++) {
+            double number = (double)whole[(int64_t)i * columns + j] * scales[i], error = fabs(number - row[j]);
+            if (error > 0) worst = fmax(worst, error / scales[i]);
+            want += number * x[j];
+            largest = fmax(largest, fabs(row[j]));
+        }
+        for (int k = 0; k < 3; k++) {
+            double error = fabs(y[k * rows + i] - want) / (largest * length);
+            if (!(error <= product[k])) product[k] = error;
+        }
+    }
+    const double limit = 1e-5, of_prefill = gf_precision() == 16 ? 1e-2 : limit;
+    check(good, "int8, %d x %d: rows of zeros, of one number, and with one that is not finite", rows, columns);
+    check(worst <= 0.5001, "int8, %d x %d: entries off by %.4f of a step, allowed 0.5001", rows, columns, worst);
+    check(product[0] <= limit && product[1] <= limit && product[2] <= of_prefill,
+          "int8, %d x %d: products of a step %.1e, by its kernel %.1e, allowed %.0e; of pre-fill %.1e, allowed %.0e",
+          rows, columns, product[0], product[1], limit, product[2], of_prefill);
+    free(w), free(x), free(scales), free(y), free(whole);
+}
+
+// Pre-fill and decode in 8 bits against the reference with the weights that these stand for
+static void check_int8_model(const char *settings, int B, int T) {
+    Model *k;
+    Ref *m = small_model(settings, settings, B, T, &k);
+    const int V = m->V;
+    const int64_t n = (int64_t)B * T * V;
+    float *got = zeros((int64_t)T * V, sizeof(float)), *first = zeros((int64_t)T * V, sizeof(float));
+    ref_forward(m, inputs, targets, B, T);
+    float *whole = copy_of(saved(m, -1, "logits"), n); // with the weights as they are
+    for (int i = 0; i < m->n_params; i++) {
+        const Param *p = &m->params[i];
+        const int64_t *shape = p->shape;
+        if (p->ndim == 2 && ends_with(p->name, ".weight") && strcmp(p->name, "emb.weight") &&
+            strncmp(p->name, "w_kv_cache", 10))
+            round_to_int8(p->w, shape[0], shape[1], shape[1], 1);
+        // Finch-C2's, whose steps read them beside its matrices
+        if ((ends_with(p->name, "att.time_decay_w1") || ends_with(p->name, "att.time_value2_w1")) &&
+            !strncmp(m->s.tmix, "x060c2", 7) && param(m, p->layer, "att.time_value2_w1"))
+            round_to_int8(p->w, shape[1], shape[0], 1, shape[1]);
+    }
+    ref_forward(m, inputs, targets, B, T);
+    const float *want = saved(m, -1, "logits");
+    double prefill = 0, decode = 0, apart = 0, score = 0;
+    for (int chunk = 1; chunk <= T; chunk += T - 1) {
+        Infer *f = gf_infer_create(k, 0, T, chunk, T > 8 ? 8 : T, 0, 1);
+        for (int b = 0; b < B; b++) {
+            const float *rows = want + (int64_t)b * T * V;
+            gf_infer_reset(f);
+            for (int i = 0; i < T && chunk == 1; i++) gf_infer_feed(f, inputs + b * T + i, 1, 0, got + (int64_t)i * V);
+            if (chunk > 1) gf_infer_feed(f, inputs + b * T, T, 1, got);
+            double *error = chunk == 1 ? &decode : &prefill;
+            *error = fmax(*error, rows_error(got, rows, T, V));
+            if (b > 0) continue;
+            if (chunk > 1) apart = rows_error(got, first, T, V), score = gf_infer_score(f, inputs, T, 0, 0);
+            else memcpy(first, got, (size_t)T * V * sizeof(float));
+        }
+        gf_infer_free(f);
+    }
+    double limit = gf_precision() == 16 ? 5e-2 : 1e-4, effect = rows_error(want, whole, B * T, V),
+           expected = loss(want, inputs + 1, V, T - 1).cross_entropy, off = relative(score, expected);
+    check(prefill <= limit && decode <= limit && apart <= limit && off <= limit,
+          "%s, int8: logits of pre-fill %.1e, of decode %.1e, the one against the other %.1e, score %.1e; allowed %.0e",
+          settings, prefill, decode, apart, off, limit);
+    check(effect > 3e-4 && effect < 0.1,
+          "%s, int8: other logits than those of the weights as they are: %.1e, expected "
+          "3e-4 to 1e-1",
+          settings, effect);
+    free(got), free(first), free(whole);
+    free_both(m, k);
+}
+
+static void check_int8(void) {
+    check_int8_matrix(5, 32);
+    check_int8_matrix(1201, 96); // more than 32 rows a warp on a small machine
+    check_int8_matrix(67, 2080); // more than one part of a row
+    check_int8_matrix(37, 7168);
+    check_int8_model("n_layer=3 tmix2=gold", 2, 21);
+    check_int8_model("n_layer=3 tmix2=gold n_embd=192 kv_cache_compression_ratio=64 vocab_size=264 dim_ffn=96", 1, 13);
+    check_int8_model("n_layer=3 tmix2=gold use_v2=0 rope.base=100", 1, 17);
+    check_int8_model("n_layer=4 tmix=x060 tmix2=llama cmix2=llama inv_other_layer_ratio=2 rope.base=100", 2, 9);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
 // Initial values (spec section 7)
 
 // The value of entry i where the initializer is a formula.
@@ -3427,6 +3544,7 @@ int main(int argc, char **argv) {
             check_mask("n_layer=3 tmix2=gold", 3, 14);
             check_mask("n_layer=2 tmix=llama cmix=llama vocab_size=4096", 2, 9);
             check_shapes();
+            check_int8();
         } else {
             skip("everything but tables: x060c2 + gold are not built into the kernels");
         }

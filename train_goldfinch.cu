@@ -567,6 +567,32 @@ __device__ inline void store(float *p, const Pack &v) {
 }
 #endif
 
+// Eight numbers of 8 bits as eight floatX (p 8-byte aligned). Conversions from integers are slow, so the bits of a byte
+// take the place of a float's last ones.
+#if PRECISION_BF16
+__device__ inline RawPack<floatX> load_raw(const int8_t *p) {
+    const uint2 raw = *(const uint2 *)p;
+    RawPack<floatX> v;
+    for (int i = 0; i < 4; i++) {
+        // two of them: 0x4300 is 128, the bits below count ones; but the sign, which is worth -128, makes it 256
+        const unsigned two = __byte_perm(i < 2 ? raw.x : raw.y, 0x43434343u, i % 2 ? 0x4342 : 0x4140),
+                       low = two & 0xff7fff7fu, high = two & 0xff80ff80u;
+        *((__nv_bfloat162 *)v.q + i) = __hsub2(*(const __nv_bfloat162 *)&low, *(const __nv_bfloat162 *)&high);
+    }
+    return v;
+}
+#else
+__device__ inline RawPack<floatX> load_raw(const int8_t *p) {
+    const uint2 raw = *(const uint2 *)p;
+    RawPack<floatX> v;
+    for (int i = 0; i < 8; i++) { // 2^23 + x + 128
+        const unsigned bits = __byte_perm((i < 4 ? raw.x : raw.y) ^ 0x80808080u, 0x4B000000u, 0x7440 + i % 4);
+        *((float *)v.q + i) = __uint_as_float(bits) - (8388608.f + 128);
+    }
+    return v;
+}
+#endif
+
 // 2 ulp and 1e-7 |x| beside it
 __device__ inline float fast_exp(float x) { return PRECISION_BF16 ? __expf(x) : expf(x); }
 
@@ -799,6 +825,16 @@ __device__ inline TileA2 to_a2(const TileC &left, const TileC &right) {
 __device__ inline TileB make_b(float x0, float x1, float x2, float x3) {
     return {{bf16_pair(x0, x1), bf16_pair(x2, x3)}};
 }
+// Eight numbers of each lane: as an A, the first four in row lane / 4, the others eight rows below; either four as a B,
+// in column lane / 4. So where row and column are the same, their product has products of a lane's own numbers.
+__device__ inline TileA eight_as_a(const RawPack<floatX> &v) {
+    const unsigned *pairs = (const unsigned *)v.q;
+    return {{pairs[0], pairs[2], pairs[1], pairs[3]}};
+}
+__device__ inline TileB half_as_b(const RawPack<floatX> &v, int half) {
+    const unsigned *pairs = (const unsigned *)v.q + 2 * half;
+    return {{pairs[0], pairs[1]}};
+}
 // rows 0..7 | 8..15
 __device__ inline TileB join_b(const TileB &upper, const TileB &lower) { return {{upper.x[0], lower.x[1]}}; }
 // B[k][column] = A[8 n + column][k]
@@ -877,6 +913,16 @@ __device__ inline TileA2 to_a2(const TileC &left, const TileC &right) {
 }
 __device__ inline TileB make_b(float x0, float x1, float x2, float x3) {
     return {{(float)(floatX)x0, (float)(floatX)x1, (float)(floatX)x2, (float)(floatX)x3}};
+}
+__device__ inline TileA eight_as_a(const RawPack<floatX> &v) {
+    const Pack all = unpack(v);
+    const float *x = all.x;
+    return {{x[0], x[1], x[4], x[5], x[2], x[3], x[6], x[7]}};
+}
+__device__ inline TileB half_as_b(const RawPack<floatX> &v, int half) {
+    const Pack all = unpack(v);
+    const float *x = all.x + 4 * half;
+    return {{x[0], x[1], x[2], x[3]}};
 }
 __device__ inline TileB join_b(const TileB &upper, const TileB &lower) {
     return {{upper.x[0], upper.x[1], lower.x[2], lower.x[3]}};
@@ -1282,12 +1328,22 @@ typedef struct Tensor {
     bool weight_decay; // whether it applies
 } Tensor;
 
+// A matrix in 8 bits, as inference may keep it: w[row][column] = whole[row][column] * scales[row]. A product with many
+// rows of x gets it as floatX, as many of its rows at a time as there is room for.
+typedef struct Int8Matrix {
+    int8_t *whole; // (rows, columns), -127 to 127
+    float *scales; // (rows)
+    floatX *room;  // (room_size), which all such matrices share
+    int64_t room_size;
+} Int8Matrix;
+
 // Weights and gradients, as a matrix: `rows` rows of `columns` numbers, ld apart (all dimensions but the last: rows).
 typedef struct Param {
     floatX *w;
     float *g;
     int rows, columns;
     int64_t ld;
+    const Int8Matrix *in_int8; // null: w it is
 } Param;
 
 typedef struct LayerNorm {
@@ -2142,6 +2198,15 @@ __global__ void ddlerp_hidden_weights_backward_kernel(float *dw1, float *dmu, co
 }
 
 // ---- element by element ----
+
+// to (rows, columns) = whole * scales; columns: a multiple of 8
+__global__ void from_int8_kernel(floatX *to, const int8_t *whole, const float *scales, int rows, int columns) {
+    const int64_t at = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (at >= (int64_t)rows * columns) return;
+    Pack v = unpack(load_raw(whole + at));
+    for (int i = 0; i < 8; i++) v.x[i] *= scales[at / columns];
+    store(to + at, v);
+}
 
 // One function of each Pack, n elements (a multiple of 8): h = tanh(h)
 __global__ void tanh_forward_kernel(floatX *h, int64_t n) {
@@ -4283,8 +4348,20 @@ typedef struct Mixer {
 // ---- products with weights ----
 
 // out (M, O) = x (M, I) W^T + beta out, W (O, I)
-static void linear_forward(floatX *out, const floatX *x, Param W, int M, float beta = 0) {
-    matmul(out, W.rows, rows(x, W.columns), columns(W.w, W.ld), M, W.rows, W.columns, beta);
+template <typename T> static void linear_forward(T *out, const floatX *x, Param W, int M, float beta = 0) {
+    const int I = W.columns, O = W.rows;
+    if (!W.in_int8) {
+        matmul(out, O, rows(x, I), columns(W.w, W.ld), M, O, I, beta);
+        return;
+    }
+    const Int8Matrix &w = *W.in_int8;
+    const int64_t most = w.room_size / I;
+    for (int64_t first = 0; first < O; first += most) {
+        const int here = (int)(O - first < most ? O - first : most);
+        from_int8_kernel<<<pack_blocks((int64_t)here * I), 256, 0, stream>>>(w.room, w.whole + first * I,
+                                                                             w.scales + first, here, I);
+        matmul(out + first, O, rows(x, I), columns(w.room, I), M, here, I, beta);
+    }
 }
 
 // dW += dout^T x; or dW = dout^T x where it is the first of a step, so that gradients of matrices need not be cleared
@@ -4558,7 +4635,9 @@ static void finch_c2_backward(Model *m, Layer *layer, floatX *dx, const floatX *
 //
 // [x0; c] is never written: the product splits by its inputs, w_kv_cache_b = [W_x | W_c].
 
-static Param columns_of(Param W, int first, int count) { return {W.w + first, W.g + first, W.rows, count, W.ld}; }
+static Param columns_of(Param W, int first, int count) {
+    return {W.w + first, W.g + first, W.rows, count, W.ld, nullptr};
+}
 
 static void token_cat_forward(Model *m, const floatX *x) {
     const Dims &d = m->d;

@@ -82,7 +82,7 @@ __global__ void mix_sums(float *dmu, const floatX *g, const floatX *x, int T, in
 }
 
 static Param weight(Array<floatX> &w, Array<float> &g, int rows, int columns) {
-    return {w.p, g.p, rows, columns, columns};
+    return {w.p, g.p, rows, columns, columns, nullptr};
 }
 static int blocks(int64_t n) { return (int)ceil_div(n, THREADS); }
 

@@ -15,6 +15,13 @@
 //       has come and while it still waits for x; 13 MB and more in flight instead of at most 8. Where a warp has one
 //       row (64x2048x2048) there is nothing to stream, and 4 is ahead; in a chain of large and small matrices 5 is.
 //
+// decode_int8: the same in 8 bits (--weights int8), W = whole numbers times a scale a row, half the bytes:
+//
+//   1 16-byte loads, each number converted to a float: conversions go at an eighth of the speed of multiplications
+//   2 in use: 5's stream; bytes become bf16 by moving bits, 12 instructions for 8 numbers, and tensor cores multiply
+//     them, whatever little of such a product is of use here: 3 instructions a number in all. At 3 TB/s an H100 gets 14
+//     bytes a clock and multiprocessor, and has 128 lanes for them; a chain of products has no time to lose, though
+//
 //     make -C dev decode && dev/decode [VERSION [PRODUCTS O I]]
 
 #define GOLDFINCH_INFER_NO_MAIN
@@ -24,7 +31,9 @@
 static int products, O, I;
 static Array<floatX> x, W;
 static Array<float> out;
-static Recording recordings[6]; // by version
+static Array<int8_t> whole;
+static Array<float> scales;
+static Recording recordings[6], int8_recordings[3]; // by version
 
 __global__ void decode_1(float *y, const floatX *W, const floatX *x, int O, int I) {
     const int row = blockIdx.x * blockDim.x + threadIdx.x;
@@ -103,7 +112,7 @@ static void queue(int version) {
         }
         if (version < 5) continue;
         Product<floatX> job = {};
-        job.x = x.p, job.w = w, job.out = y, job.rows = O, job.K = I;
+        job.x = x.p, job.w = {w, nullptr}, job.out = y, job.rows = O, job.K = I;
         matvec(job, I);
     }
 }
@@ -131,6 +140,56 @@ static Cost cost(const int *shape) {
     return {weights * sizeof(floatX), 2 * weights};
 }
 
+__global__ void decode_int8_1(float *y, const int8_t *whole, const float *scales, const floatX *x, int O, int I) {
+    const int row = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
+    if (row >= O) return;
+    float sum = 0;
+    for (int i = lane * 16; i < I; i += 32 * 16) {
+        const int4 raw = *(const int4 *)(whole + (int64_t)row * I + i);
+        const Pack b[2] = {load(x + i), load(x + i + 8)};
+        for (int j = 0; j < 16; j++) sum += (float)((const int8_t *)&raw)[j] * b[j / 8].x[j % 8];
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) y[row] = sum * scales[row];
+}
+
+static void queue_int8(int version) {
+    for (int i = 0; i < products; i++) {
+        const int8_t *w = whole.p + (int64_t)i * O * I;
+        float *y = out.p + (int64_t)i * O;
+        if (version == 1)
+            decode_int8_1<<<(int)ceil_div(O, 8), 256, 0, stream>>>(y, w, scales.p + (int64_t)i * O, x.p, O, I);
+        if (version == 1) continue;
+        Product<floatX> job = {};
+        job.x = x.p, job.w = {w, scales.p + (int64_t)i * O}, job.out = y, job.rows = O, job.K = I;
+        matvec<int8_t>(job, I);
+    }
+}
+
+static void run_int8(int version) {
+    run_recorded(
+        &int8_recordings[version], [=] { queue_int8(version); });
+}
+
+static void setup_int8(const int *shape) {
+    for (Recording &r : int8_recordings) recording_free(&r);
+    products = shape[0], O = shape[1], I = shape[2];
+    x.random(I);
+    whole.random((int64_t)products * O * I, 36);
+    scales.random((int64_t)products * O, 1 / (36 * sqrt(I)));
+    out.output("y", 1e-5, (int64_t)products * O);
+    for (int64_t row : sample((int64_t)products * O, 500)) {
+        double sum = 0;
+        for (int i = 0; i < I; i++) sum += whole[row * I + i] * x[i];
+        out.expect(row, sum * scales[row]);
+    }
+}
+
+static Cost cost_int8(const int *shape) {
+    const double weights = (double)shape[0] * shape[1] * shape[2];
+    return {weights, 2 * weights};
+}
+
 int main(int argc, char **argv) {
     return lab_main({{"decode",
                       {{"PRODUCTS", 1}, {"O", 1}, {"I", 8}},
@@ -140,6 +199,14 @@ int main(int argc, char **argv) {
                       {{64, 2048, 2048}, {16, 9216, 2048}, {16, 2048, 7168}},
                       setup,
                       run,
-                      cost}},
+                      cost},
+                     {"decode_int8",
+                      {{"PRODUCTS", 1}, {"O", 1}, {"I", 16}},
+                      {"a warp a row, 16-byte loads", "in use: a stream, bits moved, tensor cores"},
+                      {{1, 5, 64}, {2, 67, 2080}, {3, 40, 7168}},
+                      {{64, 2048, 2048}, {16, 9216, 2048}, {16, 2048, 7168}},
+                      setup_int8,
+                      run_int8,
+                      cost_int8}},
                     argc, argv);
 }

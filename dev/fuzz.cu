@@ -233,7 +233,7 @@ static void make_state(void) {
     const Utf8 nothing = {};
     make_checkpoint();
     safetensors_open(&file, "run/model_000005.safetensors");
-    engine = infer_open(&file, KV_COMPRESSED, 64, 0);
+    engine = infer_open(&file, KV_COMPRESSED, 64, 0, WEIGHTS_FLOAT);
     for (int i = 0; i < 20; i++) ids[i] = 1 + i;
     infer_feed(engine, ids, 20);
     file_begin(&out, "good.st");
@@ -433,7 +433,7 @@ static void make_requests(void) {
     make_checkpoint();
     safetensors_open(&file, "run/model_000005.safetensors");
     options_parse(&options, 2, arguments);
-    requests_open(&requests, &options, &file, KV_COMPRESSED, 48);
+    requests_open(&requests, &options, &file, KV_COMPRESSED, WEIGHTS_FLOAT, 48);
 }
 
 // Up to four lines, whose contexts are often the same

@@ -58,7 +58,7 @@ __global__ void layernorm_forward_2(floatX *out, const floatX *x, const floatX *
     for (int c = lane; c < C; c += 32) out[c] = (floatX)(((float)x[c] - mean) * rstd * (float)gain[c] + (float)bias[c]);
 }
 
-static LayerNorm norm(void) { return {{gain.p, dgain.p, 1, C, C}, {bias.p, dbias.p, 1, C, C}}; }
+static LayerNorm norm(void) { return {{gain.p, dgain.p, 1, C, C, nullptr}, {bias.p, dbias.p, 1, C, C, nullptr}}; }
 static void layernorm_forward_in_use(void) { layernorm_forward(out.p, x.p, norm(), n_rows); }
 
 static void forward_run(int version) {

@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(256) matmul_4(floatX *out, const floatX *x, co
 
 // ---- 5: in use ----
 
-static void matmul_in_use(void) { linear_forward(out.p, x.p, {W.p, nullptr, O, I, I}, M); }
+static void matmul_in_use(void) { linear_forward(out.p, x.p, {W.p, nullptr, O, I, I, nullptr}, M); }
 
 static void run(int version) {
     const dim3 grid((int)ceil_div(O, 32), (int)ceil_div(M, 8)), tiles((int)ceil_div(O, SIDE), (int)ceil_div(M, SIDE));

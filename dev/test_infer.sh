@@ -108,6 +108,23 @@ if command -v script >/dev/null; then
     check "a terminal sees how long it takes" $?
 fi
 
+echo "-- weights in 8 bits"
+declined 2 '--weights: expected bf16 or int8, found "fp8"' -p a --weights fp8
+for twins in 0 1; do CUDA_ON_CPU_TWINS=$twins infer $model -p "the " -n 40 -t 0 --weights int8 && mv out.txt twins$twins.txt; done
+cmp -s twins0.txt twins1.txt && [ -s twins0.txt ]; check "go on with a prompt, the same by kernels and by their twins" $?
+loss() { grep -oE 'loss [0-9.]+' out.txt | head -n 1 | cut -c6-; }
+infer $model --score part.txt; whole=$(loss); infer $model --score part.txt --weights int8; eighth=$(loss)
+awk -v a="$whole" -v b="$eighth" 'BEGIN { exit !(a > 0 && b > 0 && a != b && a - b < 0.01 && b - a < 0.01) }'
+check "a score is within 0.01 of the one in full ($whole, $eighth)" $?
+echo '{"context": "the ", "continuation": "cat"}' >asked.jsonl
+infer $model --requests asked.jsonl --weights int8 && grep -q '"logprob": -' out.txt; check "requests are answered" $?
+infer $model -p "the " -n 20 -s 3 --weights int8 --save-state int8.st && cp out.txt want.txt
+infer $model -n 20 -s 3 --weights int8 --load-state int8.st && cmp -s out.txt want.txt; check "a state goes on with the same tokens" $?
+declined 2 'int8.st: metadata, field weights: expected bf16, found int8: go on with --weights int8, or' $model --load-state int8.st -n 1
+declined 2 'good.st: metadata, field weights: expected int8, found bf16: go on with --weights bf16, or' $model --load-state good.st -n 1 --weights int8
+sed 's/"weights":"bf16"/"weightz":"bf16"/' good.st >old.st
+! cmp -s good.st old.st && infer $model --load-state old.st -n 1; check "a state without the field was made in full" $?
+
 echo "-- the newest checkpoint, while a trainer saves after every step"
 rm -rf out
 "$trainer" $tiny --train.save_every 1 --train.max_steps 100000 --train.out out >trainer.txt 2>&1 & pid=$!

@@ -44,6 +44,9 @@ inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) {
 
 inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { return {x, y}; }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
+inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) { // each difference rounded once, as there
+    return {static_cast<float>(a.x) - static_cast<float>(b.x), static_cast<float>(a.y) - static_cast<float>(b.y)};
+}
 inline __nv_bfloat162 __float22bfloat162_rn(float2 v) { return {v.x, v.y}; }
 inline float2 __bfloat1622float2(__nv_bfloat162 v) { return make_float2(v.x, v.y); }
 inline float __low2float(__nv_bfloat162 v) { return v.x; }

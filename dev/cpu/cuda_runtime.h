@@ -115,6 +115,12 @@ namespace cuda_on_cpu {
 #define expf cuda_on_cpu::exp_of
 #define __expf cuda_on_cpu::exp_of
 #define tanhf cuda_on_cpu::tanh_of
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) { // bytes 0 to 3 are x's, 4 to 7 y's
+    const uint64_t both = static_cast<uint64_t>(y) << 32 | x;
+    unsigned to = 0;
+    for (int i = 0; i < 4; i++) to |= static_cast<unsigned>(both >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return to;
+}
 inline int __float2int_rn(float x) { return static_cast<int>(rintf(x)); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }

@@ -94,6 +94,16 @@ inline Vector load_vector(const __nv_bfloat16 *p) { // a bf16 number is the uppe
     memcpy(&halves, p, sizeof(halves));
     return reinterpret_cast<Vector>(__builtin_convertvector(halves, Words) << 16);
 }
+inline Vector load_vector(const int8_t *p) {
+    using Bytes = int8_t __attribute__((vector_size(VL)));
+    using Halves = int16_t __attribute__((vector_size(VL * 2)));
+    using Words = int32_t __attribute__((vector_size(VL * 4)));
+    Bytes bytes;
+    memcpy(&bytes, p, sizeof(bytes));
+    // step by step: at once, g++ takes them one by one
+    const Halves halves = __builtin_convertvector(bytes, Halves);
+    return __builtin_convertvector(__builtin_convertvector(halves, Words), Vector);
+}
 
 // sums[j] = sum over k of a[k] b[j ldb + k], in PARTS VL sums that are added up at the end
 template <int COLUMNS, typename T> void dots(float *sums, const T *a, const float *b, int64_t ldb, int64_t K) {
