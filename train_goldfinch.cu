@@ -1359,8 +1359,28 @@ __global__ void __launch_bounds__(1024)
         if (i < n && at / C == rows + i) to.g[i][at % C] += sum;
 }
 
+#ifdef CUDA_ON_CPU
+// The kernel's twin for the CPU, to the bit
+static void add_partials_in_loops(Targets to, float *matrix, const float *partial, int P, int rows, int n, int C,
+                                  int parts) {
+    const int64_t all = (int64_t)(rows + n) * C;
+    cuda_on_cpu::for_each(all / 32, 32 * P, [&](int64_t block) {
+        const int64_t at = block * 32, row = at / C;
+        float sums[32][32] = {}, *target = row < rows ? matrix + at : to.g[row - rows] + at % C;
+        for (int i = 0; i < P; i++)
+            for (int c = 0; c < 32; c++) sums[i % parts][c] += partial[i * all + at + c];
+        for (int i = 1; i < parts; i++)
+            for (int c = 0; c < 32; c++) sums[0][c] += sums[i][c];
+        for (int c = 0; c < 32; c++) target[c] += sums[0][c];
+    });
+}
+#endif
+
 static void add_partials(Targets to, const float *partial, int P, int n, int C, float *matrix = nullptr, int rows = 0) {
     const int threads = P > 256 ? 1024 : P > 32 ? 256 : 64;
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) return add_partials_in_loops(to, matrix, partial, P, rows, n, C, threads / 32);
+#endif
     add_partials_kernel<<<(rows + n) * C / 32, threads, 0, stream>>>(to, matrix, partial, P, rows, n, C);
 }
 
@@ -1818,7 +1838,48 @@ __global__ void __launch_bounds__(MIX_FORWARD_THREADS, 2)
     }
 }
 
+#ifdef CUDA_ON_CPU
+// ---- ddlerp's twins for the CPU: 64 channels of a row at a time, each number by the same operations in the same order
+// as in the kernels ----
+
+// c_i = mu_i + h_i w2_i
+template <int n>
+static void ddlerp_amounts_in_loops(float *amount, const MixTask<n> &mix, int i, int64_t row, int first, int C) {
+    for (int c = 0; c < MIX_CHANNELS; c++) amount[c] = (float)mix.mu[i][first + c];
+    for (int k = MIX_RANK * i; k < MIX_RANK * (i + 1); k++) {
+        const float h = (float)mix.low.h[row * mix.low.ld + k];
+        const floatX *w2 = mix.low.w2 + (int64_t)k * C + first;
+        for (int c = 0; c < MIX_CHANNELS; c++) amount[c] += h * (float)w2[c];
+    }
+}
+
+// shift(x) - x
+static void shift_difference(float *diff, const floatX *x, int64_t row, int first, int T, int C) {
+    const floatX *now = x + row * C + first, *before = row % T ? now - C : nullptr;
+    for (int c = 0; c < MIX_CHANNELS; c++) diff[c] = (before ? (float)before[c] : 0) - (float)now[c];
+}
+
+template <int n> static void ddlerp_forward_in_loops(const MixTask<n> &mix, const floatX *x, int BT, int T, int C) {
+    const int64_t cost = n * MIX_RANK * C;
+    cuda_on_cpu::for_each(BT, cost, [&](int64_t row) {
+        for (int first = 0; first < C; first += MIX_CHANNELS) {
+            const int64_t at = row * C + first;
+            float diff[MIX_CHANNELS], amount[MIX_CHANNELS];
+            shift_difference(diff, x, row, first, T, C);
+            for (int i = 0; i < n; i++) {
+                ddlerp_amounts_in_loops(amount, mix, i, row, first, C);
+                for (int c = 0; c < MIX_CHANNELS; c++)
+                    mix.x[i][at + c] = (floatX)((float)x[at + c] + diff[c] * amount[c]);
+            }
+        }
+    });
+}
+#endif
+
 template <int n> static void ddlerp_forward(MixTask<n> mix, const floatX *x, int BT, int T, int C) {
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) return ddlerp_forward_in_loops(mix, x, BT, T, C);
+#endif
     const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_FORWARD_ROWS);
     // two blocks a multiprocessor
     const int split = slices < 2 * multiprocessors ? 2 * multiprocessors / slices : 1;
@@ -2063,11 +2124,95 @@ struct DdlerpGradients { // of the hidden layer before its tanh; of w2; of the m
     Targets dmu;
 };
 
+#ifdef CUDA_ON_CPU
+// dx and dh. Rows are walked from last to first, so that the next token's part is at hand.
+template <int n, typename TX, bool accumulate>
+static void ddlerp_backward_x_in_loops(const MixTask<n> &mix, TX *dx, floatX *dh, const floatX *x, int BT, int T,
+                                       int C) {
+    const int rows = 16, hidden = MIX_RANK * n;
+    float *w2 = (float *)malloc((int64_t)hidden * C * sizeof(float)); // transposed: (C, hidden)
+    for (int k = 0; k < hidden; k++)
+        for (int c = 0; c < C; c++) w2[(int64_t)c * hidden + k] = (float)mix.low.w2[(int64_t)k * C + c];
+    cuda_on_cpu::for_each(ceil_div(BT, rows), (int64_t)rows * n * MIX_RANK * C * 2, [&](int64_t part) {
+        const int64_t begin = part * rows, end = BT < begin + rows ? BT : begin + rows;
+        float dhidden[rows][MIX_RANK * n] = {};
+        for (int first = 0; first < C; first += MIX_CHANNELS) {
+            float next[MIX_CHANNELS] = {}; // sum_i g_i c_i of the row after this one
+            for (int64_t row = end < BT ? end : end - 1; row >= begin; row--) {
+                const int64_t at = row * C + first;
+                float diff[MIX_CHANNELS], amount[MIX_CHANNELS], dm[MIX_CHANNELS], now[MIX_CHANNELS] = {};
+                shift_difference(diff, x, row, first, T, C);
+                for (int i = 0; i < n; i++) {
+                    const floatX *g = mix.x[i] + at;
+                    ddlerp_amounts_in_loops(amount, mix, i, row, first, C);
+                    for (int c = 0; c < MIX_CHANNELS; c++) now[c] += (float)g[c] * amount[c];
+                    if (row == end) continue;
+                    for (int c = 0; c < MIX_CHANNELS; c++) dm[c] = (float)(floatX)((float)g[c] * diff[c]);
+                    float *to = dhidden[row - begin] + MIX_RANK * i;
+                    for (int c = 0; c < MIX_CHANNELS; c++)
+                        for (int k = 0; k < MIX_RANK; k++)
+                            to[k] += dm[c] * w2[(int64_t)(first + c) * hidden + MIX_RANK * i + k];
+                }
+                for (int c = 0; c < MIX_CHANNELS && row < end; c++) {
+                    float out = accumulate ? (float)dx[at + c] : 0;
+                    out += next[c] - now[c];
+                    for (int i = 0; i < n; i++) out += (float)mix.x[i][at + c];
+                    dx[at + c] = (TX)out;
+                }
+                for (int c = 0; c < MIX_CHANNELS; c++) next[c] = row % T ? now[c] : 0;
+            }
+        }
+        for (int64_t row = begin; row < end; row++)
+            for (int k = 0; k < hidden; k++) {
+                const float h = (float)mix.low.h[row * mix.low.ld + k];
+                dh[row * mix.low.ld + k] = (floatX)(dhidden[row - begin][k] * (1 - h * h));
+            }
+    });
+    free(w2);
+}
+
+// partial sums of dw2 and dmu
+template <int n>
+static void ddlerp_backward_w2_in_loops(const MixTask<n> &mix, float *partial, const floatX *x, int BT, int T, int C,
+                                        int split) {
+    const int64_t cost = ceil_div(BT, split) * MIX_RANK * C;
+    const int64_t others = (int64_t)(split - 1) * MIX_W2_ROWS; // rows of other parts between two tiles of a part
+    cuda_on_cpu::for_each(split * n, cost, [&](int64_t task) {
+        const int64_t part = task / n, i = task % n;
+        float *to = partial + part * (MIX_RANK + 1) * n * C;
+        for (int first = 0; first < C; first += MIX_CHANNELS) {
+            float dw2[MIX_RANK][MIX_CHANNELS] = {}, dmu[4][MIX_CHANNELS] = {}; // dmu: of the lanes that share a column
+            for (int64_t row = part * MIX_W2_ROWS; row < BT; row += (row + 1) % MIX_W2_ROWS ? 1 : 1 + others) {
+                float diff[MIX_CHANNELS], dm[MIX_CHANNELS];
+                shift_difference(diff, x, row, first, T, C);
+                for (int c = 0; c < MIX_CHANNELS; c++) dm[c] = (float)mix.x[i][row * C + first + c] * diff[c];
+                for (int c = 0; c < MIX_CHANNELS; c++) dmu[row % 8 / 2][c] += dm[c];
+                for (int c = 0; c < MIX_CHANNELS; c++) dm[c] = (float)(floatX)dm[c];
+                for (int k = 0; k < MIX_RANK; k++) {
+                    const float h = (float)mix.low.h[row * mix.low.ld + MIX_RANK * i + k];
+                    for (int c = 0; c < MIX_CHANNELS; c++) dw2[k][c] += h * dm[c];
+                }
+            }
+            for (int k = 0; k < MIX_RANK; k++) memcpy(to + (MIX_RANK * i + k) * C + first, dw2[k], sizeof(dw2[k]));
+            for (int c = 0; c < MIX_CHANNELS; c++)
+                to[(MIX_RANK * n + i) * C + first + c] = (dmu[0][c] + dmu[2][c]) + (dmu[1][c] + dmu[3][c]);
+        }
+    });
+}
+#endif
+
 template <int n, typename TX, bool accumulate>
 static void ddlerp_backward(const MixTask<n> &mix, const DdlerpGradients &g, TX *dx, const floatX *x, float *partial,
                             int BT, int T, int C) {
     const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_W2_ROWS);
     const int split = tiles < ddlerp_splits(C) ? tiles : ddlerp_splits(C), blocks = (int)ceil_div(BT, MIX_ROWS - 1);
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) {
+        ddlerp_backward_x_in_loops<n, TX, accumulate>(mix, dx, g.dh, x, BT, T, C);
+        ddlerp_backward_w2_in_loops(mix, partial, x, BT, T, C, split);
+        return add_partials(g.dmu, partial, split, n, C, g.dw2, MIX_RANK * n);
+    }
+#endif
     const size_t smem = sizeof(DdlerpBackward<n>), smem_w2 = MIX_STAGES * sizeof(DdlerpTile<n>);
     allow_smem(ddlerp_backward_x_kernel<n, TX, accumulate>, smem);
     ddlerp_backward_x_kernel<n, TX, accumulate><<<blocks, MIX_THREADS, smem, stream>>>(mix, dx, g.dh, x, BT, T, C);
