@@ -1416,28 +1416,63 @@ __global__ void layernorm_forward_kernel(floatX *out, floatX *sum, const floatX 
     store(out + row * C + c, v);
 }
 
-static void layernorm_forward(floatX *out, const floatX *x, const LayerNorm &ln, int rows) {
+#ifdef CUDA_ON_CPU
+// What the kernel's block_sum is of a row. Not inlined: squares are rounded before they are added, as in the kernel.
+__attribute__((noinline)) static float sum_of_row(float *x, int C) {
+    float sums[MAX_C / 8] = {}; // of each thread
+    for (int t = 0; t < C / 8; t++)
+        for (int i = 0; i < 8; i++) sums[t] += x[8 * t + i];
+    return cuda_on_cpu::sum_as_block(sums, row_threads(C));
+}
+
+// The kernel's twin for the CPU, to the bit
+static void layernorm_forward_in_loops(floatX *out, floatX *sum, const floatX *x, const int *index,
+                                       const floatX *branch, const LayerNorm &ln, int rows, int C) {
+    cuda_on_cpu::for_each(
+        rows, 4 * C,
+        [&](int64_t row) {
+            const int64_t at = row * C, from = index ? (int64_t)index[row] * C : at;
+            float v[MAX_C], squares[MAX_C];
+            for (int c = 0; c < C; c++) v[c] = (float)x[from + c];
+            for (int c = 0; c < C && branch; c++) {
+                sum[at + c] = (floatX)(v[c] + (float)branch[at + c]);
+                v[c] = (float)sum[at + c];
+            }
+            const float mean = sum_of_row(v, C) / C;
+            for (int c = 0; c < C; c++) {
+                v[c] -= mean;
+                squares[c] = v[c] * v[c];
+            }
+            const float rstd = rsqrtf(sum_of_row(squares, C) / C + 1e-5f);
+            for (int c = 0; c < C; c++) out[at + c] = (floatX)(v[c] * rstd * (float)ln.gain.w[c] + (float)ln.bias.w[c]);
+        });
+}
+#endif
+
+static void layernorm_forward_launch(floatX *out, floatX *sum, const floatX *x, const int *index, const floatX *branch,
+                                     const LayerNorm &ln, int rows) {
     const int C = ln.gain.columns;
     const dim3 block = row_block(C);
-    layernorm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, nullptr, x, nullptr, nullptr,
-                                                                                 ln.gain.w, ln.bias.w, rows, C);
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) return layernorm_forward_in_loops(out, sum, x, index, branch, ln, rows, C);
+#endif
+    layernorm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, sum, x, index, branch, ln.gain.w,
+                                                                                 ln.bias.w, rows, C);
+}
+
+static void layernorm_forward(floatX *out, const floatX *x, const LayerNorm &ln, int rows) {
+    layernorm_forward_launch(out, nullptr, x, nullptr, nullptr, ln, rows);
 }
 
 // sum = x + branch,  out = LayerNorm(sum)
 static void add_layernorm_forward(floatX *out, floatX *sum, const floatX *x, const floatX *branch, const LayerNorm &ln,
                                   int rows) {
-    const int C = ln.gain.columns;
-    const dim3 block = row_block(C);
-    layernorm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, sum, x, nullptr, branch,
-                                                                                 ln.gain.w, ln.bias.w, rows, C);
+    layernorm_forward_launch(out, sum, x, nullptr, branch, ln, rows);
 }
 
 // out = LayerNorm(emb[id])
 static void embedding_layernorm_forward(floatX *out, const floatX *emb, const int *ids, const LayerNorm &ln, int rows) {
-    const int C = ln.gain.columns;
-    const dim3 block = row_block(C);
-    layernorm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, nullptr, emb, ids, nullptr,
-                                                                                 ln.gain.w, ln.bias.w, rows, C);
+    layernorm_forward_launch(out, nullptr, emb, ids, nullptr, ln, rows);
 }
 
 // dx = (dn - mean(dn) - n mean(dn n)) / sqrt(var + eps),  n = (x - mean) / sqrt(var + eps),  dn = dout * gain;
@@ -1565,6 +1600,17 @@ __global__ void rms_norm_backward_kernel(floatX *dx, const float *dout, const fl
 
 static void rms_norm_forward(floatX *out, const floatX *x, int rows, int C) {
     const dim3 block = row_block(C);
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) { // to the bit
+        cuda_on_cpu::for_each(rows, 2 * C, [&](int64_t row) {
+            float squares[MAX_C];
+            for (int c = 0; c < C; c++) squares[c] = (float)x[row * C + c] * (float)x[row * C + c];
+            const float scale = 1 / (sqrtf(sum_of_row(squares, C) / C) + 1e-8f);
+            for (int c = 0; c < C; c++) out[row * C + c] = (floatX)((float)x[row * C + c] * scale);
+        });
+        return;
+    }
+#endif
     rms_norm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, x, rows, C);
 }
 
@@ -5716,18 +5762,6 @@ __global__ void __launch_bounds__(1024) orthonormalize_panel_kernel(float *panel
 }
 
 #ifdef CUDA_ON_CPU
-// block_sum of what `threads` threads have: the same additions in the same order
-static float sum_as_block(const float *x, int threads) {
-    float total = 0;
-    for (int warp = 0; warp < threads; warp += 32) {
-        float sums[32];
-        memcpy(sums, x + warp, sizeof(sums));
-        cuda_on_cpu::fold<32>(sums, [](float a, float b) { return a + b; });
-        total = warp == 0 ? sums[0] : total + sums[0];
-    }
-    return total;
-}
-
 // Rounds the squares before it adds them, as g++ compiles the kernel
 __attribute__((noinline, optimize("fp-contract=off"))) static void add_squares(float *sums, const float *x, int64_t n) {
     for (int64_t i = 0; i < n; i++) sums[i] += x[i] * x[i];
@@ -5749,14 +5783,14 @@ static void orthonormalize_panel_in_loops(float *panel, int count, int64_t n, in
             for (int j = 0; j < row; j++)
                 for (int64_t i = 0; i < m; i++) sums[j][t + i] += x[at + i] * panel[j * n + at + i];
         });
-        for (int j = 0; j < row; j++) dots[j] = sum_as_block(sums[j], threads);
+        for (int j = 0; j < row; j++) dots[j] = cuda_on_cpu::sum_as_block(sums[j], threads);
         memset(sums[0], 0, sizeof(sums[0]));
         for_each_thread([&](int64_t at, int64_t m, int64_t t) {
             for (int j = 0; j < row; j++)
                 for (int64_t i = 0; i < m; i++) x[at + i] -= dots[j] * panel[j * n + at + i];
             add_squares(&sums[0][t], x + at, m);
         });
-        const float scale = rsqrtf(sum_as_block(sums[0], threads));
+        const float scale = rsqrtf(cuda_on_cpu::sum_as_block(sums[0], threads));
         for (int64_t i = 0; i < n; i++) x[i] *= scale;
     }
 }
@@ -7356,16 +7390,18 @@ static int block_load(const Model *m, const SafeTensors *f, const char *prefix, 
             continue;
         }
         const uint8_t *bytes = f->data + from->begin;
+        taken++;
+        if (strcmp(from->dtype, "F32") == 0) {
+            block_write(m, block, t, (const float *)bytes);
+            continue;
+        }
         float *host = (float *)malloc((size_t)t->size * sizeof(float));
-        if (strcmp(from->dtype, "F32") == 0) memcpy(host, bytes, (size_t)t->size * sizeof(float));
-        else
-            for (int64_t k = 0; k < t->size; k++) { // bf16 is the upper half of an fp32 number
-                uint32_t bits = (uint32_t)bytes[2 * k] << 16 | (uint32_t)bytes[2 * k + 1] << 24;
-                memcpy(host + k, &bits, 4);
-            }
+        for (int64_t k = 0; k < t->size; k++) { // bf16 is the upper half of an fp32 number
+            uint32_t bits = (uint32_t)bytes[2 * k] << 16 | (uint32_t)bytes[2 * k + 1] << 24;
+            memcpy(host + k, &bits, 4);
+        }
         block_write(m, block, t, host);
         free(host);
-        taken++;
     }
     return taken;
 }
