@@ -3055,7 +3055,48 @@ __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1) wkv_backw
     }
 }
 
+#ifdef CUDA_ON_CPU
+// The kernel's twin for the CPU where no gradient follows: the recurrence as it stands above, token by token. Its sums
+// come in another order; training has the kernel's.
+static void wkv_forward_in_loops(floatX *y, const Wkv &p, int B) {
+    const int A = p.H * N;
+    const int64_t cost = (int64_t)p.T * N * N;
+    cuda_on_cpu::for_each(B * p.H, cost, [&](int64_t head) {
+        const int64_t channel = head % p.H * N;
+        float S[N][N] = {}, *carry = p.carry ? p.carry + head * N * N : nullptr; // (keys, values)
+        for (int i = 0; i < N && carry; i++)
+            for (int j = 0; j < N; j++) S[i][j] = carry[j * N + i];
+        for (int t = 0; t < p.T; t++) {
+            const int64_t at = (head / p.H * p.T + t) * A + channel;
+            float k[N], d_minus_1[N], v[N], out[N] = {}, bonus = 0;
+            for (int i = 0; i < N; i++) {
+                const float w = p.w ? (float)p.w[at + i] : 0;
+                float e = fast_exp(w + (p.time_decay ? (float)p.time_decay[channel + i] : 0));
+                e = e < 128 ? e : 128;
+                d_minus_1[i] = -one_minus(fast_exp(-e), e);
+                k[i] = (float)p.k[at + i] * (p.one_minus_w ? -d_minus_1[i] : 1);
+                v[i] = (float)p.v[at + i];
+            }
+            for (int i = 0; i < N && p.u; i++) bonus += (float)p.r[at + i] * (float)p.u[channel + i] * k[i];
+            for (int i = 0; i < N; i++) {
+                const float r = (float)p.r[at + i];
+                for (int j = 0; j < N; j++) {
+                    out[j] += r * S[i][j];
+                    S[i][j] += S[i][j] * d_minus_1[i] + k[i] * v[j];
+                }
+            }
+            for (int j = 0; j < N; j++) y[at + j] = (floatX)(out[j] + bonus * v[j] + (p.v2 ? (float)p.v2[at + j] : 0));
+        }
+        for (int i = 0; i < N && carry; i++)
+            for (int j = 0; j < N; j++) carry[j * N + i] = S[i][j];
+    });
+}
+#endif
+
 static void wkv_forward(floatX *y, const Wkv &p, int B) {
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins && !p.states) return wkv_forward_in_loops(y, p, B);
+#endif
     allow_smem(wkv_forward_kernel, sizeof(WkvForward));
     wkv_forward_kernel<<<dim3(p.H, B), WKV_THREADS, sizeof(WkvForward), stream>>>(y, p);
 }

@@ -50,7 +50,8 @@ template <typename V> V load_floats(const __nv_bfloat16 *p) { // a bf16 number i
 }
 
 // column[k][i] = p[i * si + k] for four i and four k
-template <typename T> void transpose_4x4(Vector4 (&column)[4], const T *p, int64_t si) {
+template <typename T>
+__attribute__((always_inline)) inline void transpose_4x4(Vector4 (&column)[4], const T *p, int64_t si) {
     const Vector4 a = load_floats<Vector4>(p), b = load_floats<Vector4>(p + si);
     const Vector4 c = load_floats<Vector4>(p + 2 * si), d = load_floats<Vector4>(p + 3 * si);
     const Vector4 ab[2] = {pick<0, 4, 1, 5>(a, b), pick<2, 6, 3, 7>(a, b)};
