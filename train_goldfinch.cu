@@ -1415,8 +1415,16 @@ __global__ void __launch_bounds__(1024)
         if (i < n && at / C == rows + i) to.g[i][at % C] += sum;
 }
 
+#ifdef CUDA_ON_CPU // in dev/cpu/twins.h
+static void add_partials_in_loops(Targets to, float *matrix, const float *partial, int P, int rows, int n, int C,
+                                  int parts);
+#endif
+
 static void add_partials(Targets to, const float *partial, int P, int n, int C, float *matrix = nullptr, int rows = 0) {
     const int threads = P > 256 ? 1024 : P > 32 ? 256 : 64;
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) return add_partials_in_loops(to, matrix, partial, P, rows, n, C, threads / 32);
+#endif
     add_partials_kernel<<<(rows + n) * C / 32, threads, 0, stream>>>(to, matrix, partial, P, rows, n, C);
 }
 
@@ -1452,28 +1460,35 @@ __global__ void layernorm_forward_kernel(floatX *out, floatX *sum, const floatX 
     store(out + row * C + c, v);
 }
 
-static void layernorm_forward(floatX *out, const floatX *x, const LayerNorm &ln, int rows) {
+#ifdef CUDA_ON_CPU // in dev/cpu/twins.h
+static void layernorm_forward_in_loops(floatX *out, floatX *sum, const floatX *x, const int *index,
+                                       const floatX *branch, const LayerNorm &ln, int rows, int C);
+#endif
+
+static void layernorm_forward_launch(floatX *out, floatX *sum, const floatX *x, const int *index, const floatX *branch,
+                                     const LayerNorm &ln, int rows) {
     const int C = ln.gain.columns;
     const dim3 block = row_block(C);
-    layernorm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, nullptr, x, nullptr, nullptr,
-                                                                                 ln.gain.w, ln.bias.w, rows, C);
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) return layernorm_forward_in_loops(out, sum, x, index, branch, ln, rows, C);
+#endif
+    layernorm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, sum, x, index, branch, ln.gain.w,
+                                                                                 ln.bias.w, rows, C);
+}
+
+static void layernorm_forward(floatX *out, const floatX *x, const LayerNorm &ln, int rows) {
+    layernorm_forward_launch(out, nullptr, x, nullptr, nullptr, ln, rows);
 }
 
 // sum = x + branch,  out = LayerNorm(sum)
 static void add_layernorm_forward(floatX *out, floatX *sum, const floatX *x, const floatX *branch, const LayerNorm &ln,
                                   int rows) {
-    const int C = ln.gain.columns;
-    const dim3 block = row_block(C);
-    layernorm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, sum, x, nullptr, branch,
-                                                                                 ln.gain.w, ln.bias.w, rows, C);
+    layernorm_forward_launch(out, sum, x, nullptr, branch, ln, rows);
 }
 
 // out = LayerNorm(emb[id])
 static void embedding_layernorm_forward(floatX *out, const floatX *emb, const int *ids, const LayerNorm &ln, int rows) {
-    const int C = ln.gain.columns;
-    const dim3 block = row_block(C);
-    layernorm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, nullptr, emb, ids, nullptr,
-                                                                                 ln.gain.w, ln.bias.w, rows, C);
+    layernorm_forward_launch(out, nullptr, emb, ids, nullptr, ln, rows);
 }
 
 // dx = (dn - mean(dn) - n mean(dn n)) / sqrt(var + eps),  n = (x - mean) / sqrt(var + eps),  dn = dout * gain;
@@ -1599,8 +1614,15 @@ __global__ void rms_norm_backward_kernel(floatX *dx, const float *dout, const fl
     store(dx + at, out);
 }
 
+#ifdef CUDA_ON_CPU // in dev/cpu/twins.h
+static void rms_norm_forward_in_loops(floatX *out, const floatX *x, int rows, int C);
+#endif
+
 static void rms_norm_forward(floatX *out, const floatX *x, int rows, int C) {
     const dim3 block = row_block(C);
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) return rms_norm_forward_in_loops(out, x, rows, C);
+#endif
     rms_norm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, x, rows, C);
 }
 
@@ -1874,7 +1896,14 @@ __global__ void __launch_bounds__(MIX_FORWARD_THREADS, 2)
     }
 }
 
+#ifdef CUDA_ON_CPU // in dev/cpu/twins.h
+template <int n> static void ddlerp_forward_in_loops(const MixTask<n> &mix, const floatX *x, int BT, int T, int C);
+#endif
+
 template <int n> static void ddlerp_forward(MixTask<n> mix, const floatX *x, int BT, int T, int C) {
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) return ddlerp_forward_in_loops(mix, x, BT, T, C);
+#endif
     const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_FORWARD_ROWS);
     // two blocks a multiprocessor
     const int split = slices < 2 * multiprocessors ? 2 * multiprocessors / slices : 1;
@@ -2119,11 +2148,27 @@ struct DdlerpGradients { // of the hidden layer before its tanh; of w2; of the m
     Targets dmu;
 };
 
+#ifdef CUDA_ON_CPU // in dev/cpu/twins.h
+template <int n, typename TX, bool accumulate>
+static void ddlerp_backward_x_in_loops(const MixTask<n> &mix, TX *dx, floatX *dh, const floatX *x, int BT, int T,
+                                       int C);
+template <int n>
+static void ddlerp_backward_w2_in_loops(const MixTask<n> &mix, float *partial, const floatX *x, int BT, int T, int C,
+                                        int split);
+#endif
+
 template <int n, typename TX, bool accumulate>
 static void ddlerp_backward(const MixTask<n> &mix, const DdlerpGradients &g, TX *dx, const floatX *x, float *partial,
                             int BT, int T, int C) {
     const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_W2_ROWS);
     const int split = tiles < ddlerp_splits(C) ? tiles : ddlerp_splits(C), blocks = (int)ceil_div(BT, MIX_ROWS - 1);
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) {
+        ddlerp_backward_x_in_loops<n, TX, accumulate>(mix, dx, g.dh, x, BT, T, C);
+        ddlerp_backward_w2_in_loops(mix, partial, x, BT, T, C, split);
+        return add_partials(g.dmu, partial, split, n, C, g.dw2, MIX_RANK * n);
+    }
+#endif
     const size_t smem = sizeof(DdlerpBackward<n>), smem_w2 = MIX_STAGES * sizeof(DdlerpTile<n>);
     allow_smem(ddlerp_backward_x_kernel<n, TX, accumulate>, smem);
     ddlerp_backward_x_kernel<n, TX, accumulate><<<blocks, MIX_THREADS, smem, stream>>>(mix, dx, g.dh, x, BT, T, C);
@@ -2929,7 +2974,14 @@ __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1) wkv_backw
     }
 }
 
+#ifdef CUDA_ON_CPU // in dev/cpu/twins.h
+static void wkv_forward_in_loops(floatX *y, const Wkv &p, int B);
+#endif
+
 static void wkv_forward(floatX *y, const Wkv &p, int B) {
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins && !p.states) return wkv_forward_in_loops(y, p, B);
+#endif
     allow_smem(wkv_forward_kernel, sizeof(WkvForward));
     wkv_forward_kernel<<<dim3(p.H, B), WKV_THREADS, sizeof(WkvForward), stream>>>(y, p);
 }
@@ -4104,6 +4156,10 @@ __global__ void round_params_kernel(floatX *params, const float *master, const P
     for (int i = threadIdx.x * 8; i < piece.count; i += blockDim.x * 8)
         store(params + piece.offset + i, load(master + piece.kept + i));
 }
+
+#ifdef CUDA_ON_CPU
+#include "dev/cpu/twins.h"
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 5. Layers: each a forward and a backward, out of the kernels above
@@ -5650,18 +5706,6 @@ __global__ void __launch_bounds__(1024) orthonormalize_panel_kernel(float *panel
 }
 
 #ifdef CUDA_ON_CPU
-// block_sum of what `threads` threads have: the same additions in the same order
-static float sum_as_block(const float *x, int threads) {
-    float total = 0;
-    for (int warp = 0; warp < threads; warp += 32) {
-        float sums[32];
-        memcpy(sums, x + warp, sizeof(sums));
-        cuda_on_cpu::fold<32>(sums, [](float a, float b) { return a + b; });
-        total = warp == 0 ? sums[0] : total + sums[0];
-    }
-    return total;
-}
-
 // Rounds the squares before it adds them, as g++ compiles the kernel
 __attribute__((noinline, optimize("fp-contract=off"))) static void add_squares(float *sums, const float *x, int64_t n) {
     for (int64_t i = 0; i < n; i++) sums[i] += x[i] * x[i];
@@ -5683,14 +5727,14 @@ static void orthonormalize_panel_in_loops(float *panel, int count, int64_t n, in
             for (int j = 0; j < row; j++)
                 for (int64_t i = 0; i < m; i++) sums[j][t + i] += x[at + i] * panel[j * n + at + i];
         });
-        for (int j = 0; j < row; j++) dots[j] = sum_as_block(sums[j], threads);
+        for (int j = 0; j < row; j++) dots[j] = cuda_on_cpu::sum_as_block(sums[j], threads);
         memset(sums[0], 0, sizeof(sums[0]));
         for_each_thread([&](int64_t at, int64_t m, int64_t t) {
             for (int j = 0; j < row; j++)
                 for (int64_t i = 0; i < m; i++) x[at + i] -= dots[j] * panel[j * n + at + i];
             add_squares(&sums[0][t], x + at, m);
         });
-        const float scale = rsqrtf(sum_as_block(sums[0], threads));
+        const float scale = rsqrtf(cuda_on_cpu::sum_as_block(sums[0], threads));
         for (int64_t i = 0; i < n; i++) x[i] *= scale;
     }
 }
@@ -7290,16 +7334,18 @@ static int block_load(const Model *m, const SafeTensors *f, const char *prefix, 
             continue;
         }
         const uint8_t *bytes = f->data + from->begin;
+        taken++;
+        if (strcmp(from->dtype, "F32") == 0) {
+            block_write(m, block, t, (const float *)bytes);
+            continue;
+        }
         float *host = (float *)malloc((size_t)t->size * sizeof(float));
-        if (strcmp(from->dtype, "F32") == 0) memcpy(host, bytes, (size_t)t->size * sizeof(float));
-        else
-            for (int64_t k = 0; k < t->size; k++) { // bf16 is the upper half of an fp32 number
-                uint32_t bits = (uint32_t)bytes[2 * k] << 16 | (uint32_t)bytes[2 * k + 1] << 24;
-                memcpy(host + k, &bits, 4);
-            }
+        for (int64_t k = 0; k < t->size; k++) { // bf16 is the upper half of an fp32 number
+            uint32_t bits = (uint32_t)bytes[2 * k] << 16 | (uint32_t)bytes[2 * k + 1] << 24;
+            memcpy(host + k, &bits, 4);
+        }
         block_write(m, block, t, host);
         free(host);
-        taken++;
     }
     return taken;
 }

@@ -246,7 +246,15 @@ inline cudaError_t cudaFreeHost(void *p) { return cudaFree(p); }
 
 inline cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind) {
     if (bytes > 0 && (to == nullptr || from == nullptr)) return cudaErrorInvalidValue;
-    if (bytes > 0) memmove(to, from, bytes);
+    if (bytes < 2 * cuda_on_cpu::large_page) {
+        if (bytes > 0) memmove(to, from, bytes);
+        return cudaSuccess;
+    }
+    const int64_t step = cuda_on_cpu::large_page, n = static_cast<int64_t>(bytes); // pages come at their first touch
+    cuda_on_cpu::for_each((n + step - 1) / step, step, [&](int64_t i) {
+        memcpy(static_cast<char *>(to) + i * step, static_cast<const char *>(from) + i * step,
+               static_cast<size_t>(std::min(step, n - i * step)));
+    });
     return cudaSuccess;
 }
 inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,

@@ -5,8 +5,13 @@
 // 2. Multiply. The kernel keeps MR x NR sums in registers and runs over K: 2 loads of A and NR numbers of B for 2 NR
 //    vector multiply-adds. Tiles of panels, sized for the L2 cache, are spread over the OS threads.
 //
-// Every number of C is one sum in ascending k whatever tile it is in, so its bits do not depend on the thread count.
+// One column or two are multiplied without packing (decoding: each number of a matrix is read once).
+//
+// Every number of C is one sum in ascending k either way and whatever tile it is in, so its bits do not depend on the
+// thread count.
 #pragma once
+
+#include <vector>
 
 #include "cuda_bf16.h"
 
@@ -28,6 +33,40 @@ struct Matrix { // a batch of them: element (i, j) is at data[i + j * ld]
 
 inline int64_t panels(int64_t n, int width) { return (n + width - 1) / width; }
 
+// The numbers at p as a vector of floats
+template <typename V> V load_floats(const float *p) {
+    V x;
+    memcpy(&x, p, sizeof(x));
+    return x;
+}
+template <int n> struct Bits {
+    typedef uint16_t Halves __attribute__((vector_size(2 * n)));
+    typedef uint32_t Words __attribute__((vector_size(4 * n)));
+    typedef int8_t Int8s __attribute__((vector_size(n)));
+    typedef int16_t Int16s __attribute__((vector_size(2 * n)));
+};
+template <typename V> V load_floats(const __nv_bfloat16 *p) { // a bf16 number is the upper half of a float
+    typename Bits<sizeof(V) / 4>::Halves halves;
+    memcpy(&halves, p, sizeof(halves));
+    return reinterpret_cast<V>(__builtin_convertvector(halves, typename Bits<sizeof(V) / 4>::Words) << 16);
+}
+template <typename V> V load_floats(const int8_t *p) { // by way of 16 bits: at once, g++ takes them one by one
+    typename Bits<sizeof(V) / 4>::Int8s bytes;
+    memcpy(&bytes, p, sizeof(bytes));
+    return __builtin_convertvector(__builtin_convertvector(bytes, typename Bits<sizeof(V) / 4>::Int16s), V);
+}
+
+// column[k][i] = p[i * si + k] for four i and four k
+template <typename T>
+__attribute__((always_inline)) inline void transpose_4x4(Vector4 (&column)[4], const T *p, int64_t si) {
+    const Vector4 a = load_floats<Vector4>(p), b = load_floats<Vector4>(p + si);
+    const Vector4 c = load_floats<Vector4>(p + 2 * si), d = load_floats<Vector4>(p + 3 * si);
+    const Vector4 ab[2] = {pick<0, 4, 1, 5>(a, b), pick<2, 6, 3, 7>(a, b)};
+    const Vector4 cd[2] = {pick<0, 4, 1, 5>(c, d), pick<2, 6, 3, 7>(c, d)};
+    for (int k = 0; k < 4; k++)
+        column[k] = k % 2 ? pick<2, 3, 6, 7>(ab[k / 2], cd[k / 2]) : pick<0, 1, 4, 5>(ab[k / 2], cd[k / 2]);
+}
+
 // One panel: WIDTH rows i of op(A) (columns of op(B)), all k. Element (i, k) is at p[i * si + k * sk]; si or sk is 1.
 template <int WIDTH, typename T>
 void pack_panel(float *to, const T *p, int64_t si, int64_t sk, int64_t rows, int64_t K) {
@@ -39,12 +78,20 @@ void pack_panel(float *to, const T *p, int64_t si, int64_t sk, int64_t rows, int
         for (int64_t k = 0; k < K; k++)
             for (int i = 0; i < WIDTH; i++) to[k * WIDTH + i] = static_cast<float>(p[i + k * sk]);
     } else {
-        for (int64_t k0 = 0; k0 < K; k0 += 16) // a transposition, in squares that stay in the L1 cache
+        for (int64_t k0 = 0; k0 < K; k0 += 16) { // a transposition, in squares that stay in the L1 cache
+            const int64_t end = std::min(k0 + 16, K), whole = k0 + (end - k0) / 4 * 4;
+            constexpr int fours = WIDTH / 4 * 4;
             for (int i = 0; i < WIDTH; i++) {
                 __builtin_prefetch(p + i * si + k0 + 64); // of many rows at once the CPU would not see what comes
-                for (int64_t k = k0; k < std::min(k0 + 16, K); k++)
+                for (int64_t k = i < fours ? whole : k0; k < end; k++)
                     to[k * WIDTH + i] = static_cast<float>(p[i * si + k]);
+                for (int64_t k = k0; k < whole && i % 4 == 3; k += 4) { // rows i - 3 .. i
+                    Vector4 column[4];
+                    transpose_4x4(column, p + (i - 3) * si + k, si);
+                    for (int j = 0; j < 4; j++) memcpy(to + (k + j) * WIDTH + i - 3, &column[j], sizeof(Vector4));
+                }
             }
+        }
     }
 }
 
@@ -82,29 +129,6 @@ void store(T *c, int64_t ld, const float *sums, int64_t ld_sums, int64_t rows, i
 
 // ---- a row times one vector or two: each number is used at once, so nothing is packed ----
 
-inline Vector load_vector(const float *p) {
-    Vector x;
-    memcpy(&x, p, sizeof(x));
-    return x;
-}
-inline Vector load_vector(const __nv_bfloat16 *p) { // a bf16 number is the upper half of a float
-    using Halves = uint16_t __attribute__((vector_size(VL * 2)));
-    using Words = uint32_t __attribute__((vector_size(VL * 4)));
-    Halves halves;
-    memcpy(&halves, p, sizeof(halves));
-    return reinterpret_cast<Vector>(__builtin_convertvector(halves, Words) << 16);
-}
-inline Vector load_vector(const int8_t *p) {
-    using Bytes = int8_t __attribute__((vector_size(VL)));
-    using Halves = int16_t __attribute__((vector_size(VL * 2)));
-    using Words = int32_t __attribute__((vector_size(VL * 4)));
-    Bytes bytes;
-    memcpy(&bytes, p, sizeof(bytes));
-    // step by step: at once, g++ takes them one by one
-    const Halves halves = __builtin_convertvector(bytes, Halves);
-    return __builtin_convertvector(__builtin_convertvector(halves, Words), Vector);
-}
-
 // sums[j] = sum over k of a[k] b[j ldb + k], in PARTS VL sums that are added up at the end
 template <int COLUMNS, typename T> void dots(float *sums, const T *a, const float *b, int64_t ldb, int64_t K) {
     constexpr int PARTS = COLUMNS == 1 ? 8 : 4;
@@ -113,12 +137,12 @@ template <int COLUMNS, typename T> void dots(float *sums, const T *a, const floa
     for (; k + PARTS * VL <= K; k += PARTS * VL)
 #pragma GCC unroll 8
         for (int part = 0; part < PARTS; part++) {
-            const Vector x = load_vector(a + k + part * VL);
+            const Vector x = load_floats<Vector>(a + k + part * VL);
 #pragma GCC unroll 4
-            for (int j = 0; j < COLUMNS; j++) s[j][part] += x * load_vector(b + j * ldb + k + part * VL);
+            for (int j = 0; j < COLUMNS; j++) s[j][part] += x * load_floats<Vector>(b + j * ldb + k + part * VL);
         }
     for (; k + VL <= K; k += VL)
-        for (int j = 0; j < COLUMNS; j++) s[j][0] += load_vector(a + k) * load_vector(b + j * ldb + k);
+        for (int j = 0; j < COLUMNS; j++) s[j][0] += load_floats<Vector>(a + k) * load_floats<Vector>(b + j * ldb + k);
     for (int j = 0; j < COLUMNS; j++) {
         Vector all = s[j][0];
         for (int part = 1; part < PARTS; part++) all += s[j][part];
@@ -175,7 +199,10 @@ inline void gemm_of_panels(bool transA, bool transB, int64_t M, int64_t N, int64
             memset(sums, 0, static_cast<size_t>(b_here) * sizeof(sums[0]));
             for (int64_t k = 0; k < K; k += part) {
                 const int64_t ks = std::min(part, K - k);
-                for (int64_t i = 0; i < a_here && in_tiles; i++) pack<MR>(own[i], A, batch, pa + i, transA, M, k, ks);
+                const int64_t step = transA ? ks : 16; // so that what lies side by side is read together
+                for (int64_t at = 0; at < ks && in_tiles; at += step)
+                    for (int64_t i = 0; i < a_here; i++)
+                        pack<MR>(own[i] + at * MR, A, batch, pa + i, transA, M, k + at, std::min(step, ks - at));
                 for (int64_t j = 0; j < b_here; j++)
                     for (int64_t i = 0; i < a_here; i++)
                         multiply_panels(sums[j][i], in_tiles ? own[i] : a_packed + (batch * a_panels + pa + i) * MR * K,
@@ -195,6 +222,54 @@ inline void gemm_of_panels(bool transA, bool transB, int64_t M, int64_t N, int64
     });
 }
 
+// ---- one column or two, the rows of A in memory one after the other: a number of A is used at once, not packed ----
+
+constexpr int column_rows = 16;
+template <int COLUMNS, typename T> // sums[j][i] = sum over k of a[i][k] b[j][k]
+void multiply_columns(float (*sums)[column_rows], const T *a, int64_t ld, const float *b, int64_t rows, int64_t K) {
+    Vector4 s[COLUMNS][column_rows / 4] = {};
+    const int64_t whole = rows < column_rows ? 0 : K / 16 * 16;
+    for (int64_t k0 = 0; k0 < whole; k0 += 16)
+        for (int i = 0; i < column_rows / 4; i++) {
+            const T *four = a + 4 * i * ld + k0;
+            for (int l = 0; l < 4; l++) __builtin_prefetch(four + l * ld + 64);
+            for (int64_t k = k0; k < k0 + 16; k += 4) {
+                Vector4 column[4];
+                transpose_4x4(column, four + k - k0, ld);
+                for (int j = 0; j < COLUMNS; j++)
+                    for (int l = 0; l < 4; l++) s[j][i] += column[l] * b[j * K + k + l];
+            }
+        }
+    memcpy(sums, s, sizeof(s));
+    for (int64_t k = whole; k < K; k++)
+        for (int j = 0; j < COLUMNS; j++)
+            for (int64_t i = 0; i < rows; i++) sums[j][i] += static_cast<float>(a[i * ld + k]) * b[j * K + k];
+}
+
+template <int COLUMNS, typename T>
+void gemm_of_columns(int64_t M, int64_t K, float alpha, const Matrix &A, const float *b, float beta, const Matrix &C) {
+    const int64_t cost = column_rows * K;
+    for_each(panels(M, column_rows), cost, [&](int64_t part) {
+        const int64_t row = part * column_rows, rows = std::min<int64_t>(column_rows, M - row);
+        float sums[COLUMNS][column_rows];
+        multiply_columns<COLUMNS>(sums, static_cast<const T *>(A.data) + row * A.ld, A.ld, b, rows, K);
+        auto out = [&](auto *c) { store(c + row, C.ld, sums[0], column_rows, rows, COLUMNS, alpha, beta); };
+        if (C.bf16) out(static_cast<__nv_bfloat16 *>(C.data));
+        else out(static_cast<float *>(C.data));
+    });
+}
+
+inline void gemm_of_columns(bool transB, int64_t M, int64_t N, int64_t K, float alpha, const Matrix &A, const Matrix &B,
+                            float beta, const Matrix &C) {
+    std::vector<float> columns(static_cast<size_t>(N * K));
+    float *b = columns.data();
+    for (int64_t j = 0; j < N; j++) pack<1>(b + j * K, B, 0, j, !transB, N, 0, K);
+    if (A.bf16 && N == 1) gemm_of_columns<1, __nv_bfloat16>(M, K, alpha, A, b, beta, C);
+    else if (A.bf16) gemm_of_columns<2, __nv_bfloat16>(M, K, alpha, A, b, beta, C);
+    else if (N == 1) gemm_of_columns<1, float>(M, K, alpha, A, b, beta, C);
+    else gemm_of_columns<2, float>(M, K, alpha, A, b, beta, C);
+}
+
 inline Matrix moved(Matrix m, int64_t elements) {
     m.data = static_cast<char *>(m.data) + elements * (m.bf16 ? 2 : 4);
     return m;
@@ -202,6 +277,7 @@ inline Matrix moved(Matrix m, int64_t elements) {
 
 inline void gemm(bool transA, bool transB, int64_t M, int64_t N, int64_t K, float alpha, const Matrix &A,
                  const Matrix &B, float beta, const Matrix &C, int64_t batches) {
+    if (transA && N <= 2 && N > 0 && batches == 1) return gemm_of_columns(transB, M, N, K, alpha, A, B, beta, C);
     constexpr int64_t most = 1024 * NR; // columns at a time: what is packed takes memory
     for (int64_t at = 0; at < N; at += most)
         gemm_of_panels(transA, transB, M, std::min(most, N - at), K, alpha, A, moved(B, transB ? at : at * B.ld), beta,

@@ -94,20 +94,32 @@ inline float warp_max(float x, int width, Site site) {
     return x;
 }
 
-// Over the block, whole warps: first over each, as above, then over these in ascending order. One meeting instead of
-// three.
+// Over what n threads bring, whole warps: first over each, as above, then over these in ascending order.
+template <typename Combine> float fold_block(const float *x, int n, Combine combine) {
+    float total = 0;
+    for (int first = 0; first < n; first += 32) {
+        float v[32];
+        memcpy(v, x + first, sizeof(v));
+        fold<32>(v, combine);
+        total = first == 0 ? v[0] : combine(total, v[0]);
+    }
+    return total;
+}
+
+inline float sum_as_block(const float *x, int n) { // for loops that give what block_sum does
+    return fold_block(
+        x, n, [](float a, float b) { return a + b; });
+}
+
+// One meeting instead of three
 template <typename Combine> void over_block(const char *name, Site site, int count, float *x, Combine combine) {
     collective(
         block->barrier, block->self->thread, name, site, x,
         [=](float *const *lanes, int n) {
             for (int j = 0; j < count; j++) {
-                float total = 0;
-                for (int first = 0; first < n; first += 32) {
-                    float v[32];
-                    for (int i = 0; i < 32; i++) v[i] = lanes[first + i][j];
-                    fold<32>(v, combine);
-                    total = first == 0 ? v[0] : combine(total, v[0]);
-                }
+                float v[max_threads];
+                for (int i = 0; i < n; i++) v[i] = lanes[i][j];
+                const float total = fold_block(v, n, combine);
                 for (int i = 0; i < n; i++) lanes[i][j] = total;
             }
         });
