@@ -5,9 +5,9 @@
 //
 // First it checks what only the machine at hand can show: that the three caches, and pre-fill and decode, give the same
 // logits, and weights in 8 bits nearly so; that a saved state goes on with the same tokens; that nothing is allocated
-// on the way. Then, for each context: pre-fill of a prompt of so many random tokens, and decode right after it, sampling
-// included. `share` is the time that the bytes of the weights would take at the speed of a copy, measured in the same
-// run, over the time of a token.
+// on the way. Then, for each context: pre-fill of a prompt of so many random tokens, and decode right after it,
+// sampling included. `share` is the time that the bytes of the weights would take at the speed of a copy, measured in
+// the same run, over the time of a token.
 
 #define GOLDFINCH_INFER_NO_MAIN
 #include "../infer_goldfinch.cu"

@@ -1,5 +1,5 @@
-// Twins of some kernels for the CPU, in plain loops: what launches such a kernel calls its twin instead (README.md here).
-// train_goldfinch.cu includes this behind its kernels, whose words and equations it shares.
+// Twins of some kernels for the CPU, in plain loops: what launches such a kernel calls its twin instead (README.md
+// here). train_goldfinch.cu includes this behind its kernels, whose words and equations it shares.
 #pragma once
 
 // The kernel's twin for the CPU, to the bit
