@@ -226,7 +226,8 @@ inline void gemm_of_panels(bool transA, bool transB, int64_t M, int64_t N, int64
 
 constexpr int column_rows = 16;
 template <int COLUMNS, typename T> // sums[j][i] = sum over k of a[i][k] b[j][k]
-void multiply_columns(float (*sums)[column_rows], const T *a, int64_t ld, const float *b, int64_t rows, int64_t K) {
+void multiply_columns(float (*sums)[column_rows], const void *A, int64_t ld, const float *b, int64_t rows, int64_t K) {
+    const T *a = static_cast<const T *>(A);
     Vector4 s[COLUMNS][column_rows / 4] = {};
     const int64_t whole = rows < column_rows ? 0 : K / 16 * 16;
     for (int64_t k0 = 0; k0 < whole; k0 += 16)
@@ -246,28 +247,21 @@ void multiply_columns(float (*sums)[column_rows], const T *a, int64_t ld, const 
             for (int64_t i = 0; i < rows; i++) sums[j][i] += static_cast<float>(a[i * ld + k]) * b[j * K + k];
 }
 
-template <int COLUMNS, typename T>
-void gemm_of_columns(int64_t M, int64_t K, float alpha, const Matrix &A, const float *b, float beta, const Matrix &C) {
+inline void gemm_of_columns(bool transB, int64_t M, int64_t N, int64_t K, float alpha, const Matrix &A, const Matrix &B,
+                            float beta, const Matrix &C) {
+    std::vector<float> b(static_cast<size_t>(N * K));
+    for (int64_t j = 0; j < N; j++) pack<1>(b.data() + j * K, B, 0, j, !transB, N, 0, K);
+    const auto multiply = A.bf16   ? N == 1 ? multiply_columns<1, __nv_bfloat16> : multiply_columns<2, __nv_bfloat16>
+                            : N == 1 ? multiply_columns<1, float>
+                                   : multiply_columns<2, float>;
     const int64_t cost = column_rows * K;
     for_each(panels(M, column_rows), cost, [&](int64_t part) {
         const int64_t row = part * column_rows, rows = std::min<int64_t>(column_rows, M - row);
-        float sums[COLUMNS][column_rows];
-        multiply_columns<COLUMNS>(sums, static_cast<const T *>(A.data) + row * A.ld, A.ld, b, rows, K);
-        auto out = [&](auto *c) { store(c + row, C.ld, sums[0], column_rows, rows, COLUMNS, alpha, beta); };
-        if (C.bf16) out(static_cast<__nv_bfloat16 *>(C.data));
-        else out(static_cast<float *>(C.data));
+        float sums[2][column_rows];
+        multiply(sums, static_cast<char *>(A.data) + row * A.ld * (A.bf16 ? 2 : 4), A.ld, b.data(), rows, K);
+        if (C.bf16) store(static_cast<__nv_bfloat16 *>(C.data) + row, C.ld, sums[0], column_rows, rows, N, alpha, beta);
+        else store(static_cast<float *>(C.data) + row, C.ld, sums[0], column_rows, rows, N, alpha, beta);
     });
-}
-
-inline void gemm_of_columns(bool transB, int64_t M, int64_t N, int64_t K, float alpha, const Matrix &A, const Matrix &B,
-                            float beta, const Matrix &C) {
-    std::vector<float> columns(static_cast<size_t>(N * K));
-    float *b = columns.data();
-    for (int64_t j = 0; j < N; j++) pack<1>(b + j * K, B, 0, j, !transB, N, 0, K);
-    if (A.bf16 && N == 1) gemm_of_columns<1, __nv_bfloat16>(M, K, alpha, A, b, beta, C);
-    else if (A.bf16) gemm_of_columns<2, __nv_bfloat16>(M, K, alpha, A, b, beta, C);
-    else if (N == 1) gemm_of_columns<1, float>(M, K, alpha, A, b, beta, C);
-    else gemm_of_columns<2, float>(M, K, alpha, A, b, beta, C);
 }
 
 inline Matrix moved(Matrix m, int64_t elements) {
