@@ -203,7 +203,7 @@ struct StepMatrix {
     const float *scales; // null: floatX
 };
 struct StepRow {
-    StepMatrix of;
+    StepMatrix matrix;
     int row;
 };
 
@@ -1448,7 +1448,8 @@ static void kept_allocate(Infer *f, int rows) {
 // With --weights int8 the same kernels stream half the bytes. Each row has a scale, which its sum is multiplied by in
 // the end, so that nothing but the numbers streams. A scale for each 64 columns would be little finer: a trained
 // model's weights are off by 0.59 % instead of 0.67 %, and its loss moves by less than 1e-4 with either. Pre-fill
-// multiplies many rows by the same numbers: it has a matrix made into floatX before each product (linear_forward).
+// multiplies many rows by the same numbers: it has a matrix made into floatX before each product (linear_forward; in
+// bf16 that rounds them once more).
 
 // 512: a thread has a pack of a vector, or none
 static const int MV_THREADS = MAX_C / 8, MV_WARPS = MV_THREADS / 32;
@@ -1479,7 +1480,7 @@ template <typename W, typename Job> struct WeightStream {
         if (row < job.rows) {
             if (k == 0) {
                 const StepRow own = job.weights(row);
-                weights = (const W *)own.of.w + (int64_t)own.row * job.K;
+                weights = (const W *)own.matrix.w + (int64_t)own.row * job.K;
             }
             const W *from = weights + k + lane;
             W *to = slots + slot * MV_PART<W> + lane;
@@ -1508,7 +1509,7 @@ template <typename Job> __device__ inline float row_scale(const Job &job, int ro
     row += threadIdx.x % 32 * step;
     if (row >= job.rows) return 0;
     const StepRow own = job.weights(row);
-    return own.of.scales[own.row];
+    return own.matrix.scales[own.row];
 }
 
 // A row's sum of products, eight numbers a lane at a time. In floats:
@@ -1629,11 +1630,11 @@ template <typename W, typename Job> static void matvec_in_loops(const Job &job, 
         const float *first = floats + (int64_t)blockIdx.y * vectors + job.first(row);
         const int apart = job.second(row) ? job.second(row) - job.first(row) : 0;
         const StepRow own = job.weights(row);
-        const W *w = (const W *)own.of.w + (int64_t)own.row * job.K;
+        const W *w = (const W *)own.matrix.w + (int64_t)own.row * job.K;
         float2 sum = make_float2(0, 0);
         if (apart) cuda_on_cpu::dots<2>(&sum.x, w, first, apart, job.K);
         else cuda_on_cpu::dots<1>(&sum.x, w, first, 0, job.K);
-        const float scale = sizeof(W) == 1 ? own.of.scales[own.row] : 1;
+        const float scale = sizeof(W) == 1 ? own.matrix.scales[own.row] : 1;
         job.after(row, make_float2(sum.x * scale, sum.y * scale), job.beside(row));
     });
 }
@@ -2445,7 +2446,7 @@ static Int8Matrix to_int8(const floatX *from, int rows, int columns) {
 
 // Large matrices into 8 bits, and the block of weights into a smaller one without them. That is all matrices but the
 // embedding, of which a token reads a row, and the GOLD cache's two, 0.3 % of the weights, on which all keys and values
-// hang.
+// hang. (Finch-C2's decay_w1 and value2_w1 are packed in 8 bits, too: packed_rows.)
 static void weights_to_int8(Infer *f) {
     Model *m = &f->m;
     f->weights = WEIGHTS_INT8;
@@ -2453,6 +2454,8 @@ static void weights_to_int8(Infer *f) {
     int n = 0;
     int64_t room_size = 0, kept = 0;
     auto convert = [&](Param *p) {
+        if (p->columns % 16) // copied 16 bytes at a time
+            die(2, "--weights int8: expected matrices with a multiple of 16 columns, found %d", (int)p->columns);
         f->int8_matrices[n] = to_int8(p->w, p->rows, p->columns);
         p->in_int8 = &f->int8_matrices[n++];
         const int64_t size = (int64_t)p->rows * p->columns;
@@ -2812,21 +2815,24 @@ static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity
     int64_t need = weights + tables + m->activation_bytes + small;
     if (kv == KV_IF_IT_FITS && capacity * cache_bytes_per_token(f) > (int64_t)available - need) f->kv = KV_COMPRESSED;
     kv = f->kv;
+    const int64_t most = capacity ? capacity : 1 << 20, per_token = cache_bytes_per_token(f);
+    const int64_t a_token = kv == KV_FULL ? 0 : 2 * f->G * d.C * (int64_t)sizeof(floatX); // of the window
     if (kv != KV_FULL) {
-        const int64_t a_token = 2 * f->G * d.C * (int64_t)sizeof(floatX);
         auto too_large = [&] {
-            return window * a_token > (int64_t)total / 16 || need + window * a_token > (int64_t)available;
+            const int64_t bytes = window * a_token;
+            return bytes > (int64_t)total / 16 || need + bytes + most * per_token > (int64_t)available;
         };
-        if (window == 0)
-            for (window = MOST_WINDOW; window > LEAST_WINDOW && too_large();) window /= 2;
-        if (capacity > 0 && window > capacity) window = capacity;
+        if (window == 0) {
+            window = most < MOST_WINDOW ? most : MOST_WINDOW;
+            while (window > LEAST_WINDOW && too_large()) window = window / 2 > LEAST_WINDOW ? window / 2 : LEAST_WINDOW;
+        }
+        if (window > most) window = most;
         need += window * a_token;
     }
-    if (need > (int64_t)available)
-        die(2, "%s has %.2f GiB free, and the model needs %.2f GiB", machine_name(), available / 1073741824.0,
-            need / 1073741824.0);
-    const int64_t per_token = cache_bytes_per_token(f);
     const int64_t fits = per_token ? ((int64_t)available - need) / per_token : INT64_MAX;
+    if (need > (int64_t)available || fits < 1)
+        die(2, "%s has %.2f GiB free, and the model needs %.2f GiB, %.2f of them for the window of keys and values",
+            machine_name(), available / 1073741824.0, need / 1073741824.0, window * a_token / 1073741824.0);
     if (capacity > fits)
         die(2, "a context of %ld tokens does not fit this machine's memory: %ld tokens do", capacity, fits);
     f->capacity = capacity ? capacity : fits < 1 << 20 ? fits : 1 << 20;
@@ -4127,7 +4133,7 @@ typedef bool SWITCH;
     X("--kv-window", INT, kv_window, "0", 0, 1e12, "N", \
       "keys and values of the N newest tokens are kept at hand (0: what a 16th of memory holds, 4096 to 65536)") \
     X("--weights", TEXT, weights, "bf16", 0, 0, "KIND", \
-      "bf16: as the build stores them; int8: large matrices in 8 bits, half the memory") \
+      "bf16: as the build stores them; int8: large matrices in 8 bits, once they are loaded") \
     X("--vocab", TEXT, vocab, nullptr, 0, 0, "FILE", "RWKV World vocabulary; byte-level models need none") \
     X("--cache-table", SWITCH, cache_table, nullptr, 0, 0, "", \
       "print how large caches are: MODEL's, or those of the paper's models")
@@ -5097,8 +5103,9 @@ int main(int argc, char **argv) {
                             : o->score     ? (o->window && o->window < n ? o->window + 1 : n)
                                            : before + n + o->n;
     if (o->score) expect(name, "tokens", -1, 2, INT64_MAX, n);
-    catch_signals(0);                                                           // what waits for a line is interrupted
-    const KvKind scored = kind == KV_COMPRESSED ? KV_IF_IT_FITS : (KvKind)kind; // the same loss, quicker
+    catch_signals(0); // what waits for a line is interrupted
+    // the same loss, quicker
+    const KvKind scored = kind == KV_COMPRESSED && !o->kv_window ? KV_IF_IT_FITS : (KvKind)kind;
     // 0: as much as the engine sees fit
     s->m = infer_open(&model, o->score ? scored : (KvKind)kind, context, o->kv_window, weights);
     if (o->score) {

@@ -237,9 +237,9 @@ static void figures(Bench *b, const Kind &kind, int64_t T, double bandwidth, FIL
     printf("%-12s %9ld %10.4f %10.1f %12.0f %15.0f %12.3f %8.1f %8.1f %%\n", kind.name, T, grows * 1e-9,
            (cache - grows) * 1e-6, per_token, T / prefill, ms, rate, 100 * share);
     if (csv)
-        fprintf(csv, "%s,%s,%d,%d,%d,%s,%s,%ld,%.0f,%.0f,%.0f,%.0f,%.4f,%.1f,%.4f,%.0f\n", machine_name(),
-                PRECISION_BF16 ? "BF16" : "FP32", d.L, d.C, d.V, weights_names[kind.weights], kind.cache, T, grows,
-                cache - grows, per_token, T / prefill, ms, rate, share, bandwidth * 1e-9);
+        fprintf(csv, "%s,%s,%d,%d,%d,%s,%s,%ld,%ld,%.0f,%.0f,%.0f,%.0f,%.4f,%.1f,%.4f,%.0f\n", machine_name(),
+                PRECISION_BF16 ? "BF16" : "FP32", d.L, d.C, d.V, weights_names[kind.weights], kind.cache, f->window, T,
+                grows, cache - grows, per_token, T / prefill, ms, rate, share, bandwidth * 1e-9);
     fflush(stdout);
 }
 
@@ -300,9 +300,8 @@ int main(int argc, char **argv) {
     printf("\n%-12s %9s %10s %10s %12s %15s %12s %8s %10s\n", "", "context", "cache, GB", "states, MB", "bytes/token",
            "pre-fill tok/s", "decode, ms", "tok/s", "share");
     if (csv)
-        fprintf(csv,
-                "gpu,precision,layers,width,vocabulary,weights,cache,context,cache_bytes,state_bytes,bytes_per_token,"
-                "prefill_tok_s,decode_ms,decode_tok_s,share,copy_gb_s\n");
+        fprintf(csv, "gpu,precision,layers,width,vocabulary,weights,cache,window,context,cache_bytes,state_bytes,"
+                     "bytes_per_token,prefill_tok_s,decode_ms,decode_tok_s,share,copy_gb_s\n");
     for (int kind = 0; kind < n_kinds; kind++)
         for (int64_t i = 3; i < n; i++)
             if (kind != full || numbers[i] <= most_full)

@@ -20,7 +20,7 @@
 //   1 16-byte loads, each number converted to a float: conversions go at an eighth of the speed of multiplications
 //   2 in use: 5's stream; bytes become bf16 by moving bits, 12 instructions for 8 numbers, and tensor cores multiply
 //     them, whatever little of such a product is of use here: 3 instructions a number in all. At 3 TB/s an H100 gets 14
-//     bytes a clock and multiprocessor, and has 128 lanes for them; a chain of products has no time to lose, though
+//     bytes a clock and multiprocessor, and has 128 lanes for them
 //
 //     make -C dev decode && dev/decode [VERSION [PRODUCTS O I]]
 

@@ -206,7 +206,7 @@ os._exit(0)
 
 
 def ranks_of(program, arguments, n, limit, environment=None):
-    """Runs a Python program once a rank; the first rank's output, None if it took too long."""
+    """Runs a Python program once a rank; the first rank's output, and the end of what all say to stderr."""
     base = {**os.environ, **(environment or {}), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(20000 + os.getpid() % 20000)}
     with tempfile.TemporaryFile("w+") as error:

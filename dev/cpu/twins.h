@@ -177,7 +177,8 @@ static void wkv_forward_in_loops(floatX *y, const Wkv &p, int B) {
     const int64_t cost = (int64_t)p.T * N * N;
     cuda_on_cpu::for_each(B * p.H, cost, [&](int64_t head) {
         const int64_t channel = head % p.H * N;
-        float S[N][N] = {}, *carry = p.carry ? p.carry + head * N * N : nullptr; // (keys, values)
+        // S: (keys, values); carry: (values, keys)
+        float S[N][N] = {}, *carry = p.carry ? p.carry + head * N * N : nullptr;
         for (int i = 0; i < N && carry; i++)
             for (int j = 0; j < N; j++) S[i][j] = carry[j * N + i];
         for (int t = 0; t < p.T; t++) {
