@@ -1343,7 +1343,7 @@ typedef struct Param {
     float *g;
     int rows, columns;
     int64_t ld;
-    const Int8Matrix *in_int8 = nullptr; // null: w it is
+    const Int8Matrix *in_int8; // null: w it is
 } Param;
 
 typedef struct LayerNorm {

@@ -267,7 +267,7 @@ static Dims dims(void) {
 }
 static MixedInputs layer(void) {
     static Param mu, w;
-    mu = {mu_x.p, dmu_x.p, 1, C, C}, w = {w1.p, dw1.p, C, HIDDEN, HIDDEN};
+    mu = {mu_x.p, dmu_x.p, 1, C, C, nullptr}, w = {w1.p, dw1.p, C, HIDDEN, HIDDEN, nullptr};
     return {.n = MIXES, .mu_x = &mu, .w1 = &w, .both = both.p, .h = h.p, .tmp = {z.p, dh.p, dz.p, dboth.p}};
 }
 
