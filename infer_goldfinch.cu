@@ -1456,8 +1456,8 @@ static const int MV_THREADS = MAX_C / 8, MV_WARPS = MV_THREADS / 32;
 // parts of a warp's rows in shared memory; where that is small
 static const int MV_SLOTS = 4, MV_FEW_SLOTS = 2;
 // bytes of a part; elements; packs that a lane reads of it, and elements that it copies at a time
-template <typename W> constexpr int MV_PART_BYTES = 2048;
-template <typename W> constexpr int MV_PART = MV_PART_BYTES<W> / (int)sizeof(W);
+static const int MV_PART_BYTES = 2048;
+template <typename W> constexpr int MV_PART = MV_PART_BYTES / (int)sizeof(W);
 template <typename W> constexpr int MV_PACKS = MV_PART<W> / (32 * 8);
 template <typename W> constexpr int MV_COPIED = sizeof(W) == 1 ? 16 : 8;
 
@@ -1597,7 +1597,7 @@ __global__ void __launch_bounds__(MV_THREADS, MV_ON_TENSOR_CORES<W> ? 2 : 1)
 
 static bool matvec_fits(int64_t vectors, int n_slots) {
     // 1024: what is static
-    return vectors * (int64_t)sizeof(floatX) + MV_WARPS * n_slots * MV_PART_BYTES<floatX> + 1024 <= block_smem;
+    return vectors * (int64_t)sizeof(floatX) + MV_WARPS * n_slots * MV_PART_BYTES + 1024 <= block_smem;
 }
 
 #ifdef CUDA_ON_CPU
@@ -1646,7 +1646,7 @@ template <typename W, typename Job> static void matvec_launch(const Job &job, in
     const int64_t parts = ceil_div(blocks, grid) * ceil_div(job.K, MV_PART<W>),
                   used = parts < n_slots ? parts : n_slots;
     // little, so that more kernels have room
-    const size_t smem = vectors * sizeof(floatX) + MV_WARPS * used * MV_PART_BYTES<W>;
+    const size_t smem = vectors * sizeof(floatX) + MV_WARPS * used * MV_PART_BYTES;
     if (smem > 40 << 10) allow_smem(matvec_kernel<W, Job>, smem);
     launch_early(matvec_kernel<W, Job>, dim3((int)grid, problems), MV_THREADS, smem, job, vectors, n_slots, (int)used);
 }

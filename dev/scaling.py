@@ -173,7 +173,8 @@ from configs import FinchC2_Config, TrainerCLI_Config, Train_Config
 from src.model import Transformer
 torch.manual_seed(rank)
 with device:
-    config = FinchC2_Config(tmix="x060c2", tmix2="gold", inv_other_layer_ratio=3, n_layer=layers, n_embd=channels, ctx_len=T, vocab_size=65536)
+    config = FinchC2_Config(tmix="x060c2", tmix2="gold", inv_other_layer_ratio=3, n_layer=layers, n_embd=channels, ctx_len=T,
+                            vocab_size=65536)
     model = Transformer(TrainerCLI_Config(train=Train_Config(grad_cp=again), model=config)).to(torch.bfloat16).train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.001, fused=True)
 parameters = list(model.parameters())
