@@ -78,6 +78,12 @@ static void launch_early(void (*kernel)(P...), dim3 grid, int threads, size_t sm
 #endif
 }
 
+// Contexts that step together have memory of their own, all laid out alike, `apart` bytes from one to the next. Kernels
+// get pointers into that of the first, and blockIdx.z says which context a block works for. A null stays null.
+template <typename... P> __host__ __device__ inline void move_each(int64_t bytes, P *&...p) {
+    ((p = p ? (P *)((char *)p + bytes) : nullptr), ...);
+}
+
 // `queue` launches the same work with the same arguments every time: what changes lies in device memory. At first it
 // runs as it stands (which loads the kernels) and is recorded as a CUDA graph; from then on the device gets the whole
 // sequence in one launch. The CPU has no graphs.
@@ -174,9 +180,10 @@ struct PastQuery {     // made of the queries by past_queries_kernel
 };
 
 // Where a step stands, in device memory: a recorded step must not have it in its arguments.
-// context position of the first query; of the first token in the window
+// context position of the first query; of the first token in the window; nobody's context, which steps leave as it is
 struct Place {
     int64_t first, begin;
+    bool rests;
 };
 
 static const int MIXES_HIDDEN = 5 * MIX_RANK; // most numbers of a time mixer's mixes' hidden layer
@@ -211,6 +218,12 @@ struct StepRow {
 struct Packed {
     StepMatrix mix_w1, decay_w1, value2_w1;
 };
+
+// Of several contexts that step together, one's place, where the host knows it
+typedef struct Slot {
+    bool used;
+    int64_t position, window_begin;
+} Slot;
 
 typedef struct Infer {
     Model m; // the first member: a layer's forward function finds the rest through it
@@ -248,6 +261,13 @@ typedef struct Infer {
     PastSums past_sums;
     PastQuery past_query;
     float *logits; // (V), fp32
+    // Contexts that step together (section 4): 1, or those of a batch, in whose Infer all pointers to what a context has
+    // of its own are the first one's.
+    int contexts;
+    int64_t apart; // bytes from a context's memory to that of the next
+    char *memory;  // (contexts, apart)
+    Slot *slots;   // (contexts)
+    floatX *input; // (INPUTS C): what a product multiplies
 } Infer;
 
 static const int MOST_SPLITS = 256; // blocks that share a context: one a multiprocessor
@@ -340,7 +360,7 @@ __device__ inline float softmax_weight(float score, float top) { return top > -I
 __device__ inline float softmax_shrink(float top, float higher) { return top < higher ? exp2f(top - higher) : 1; }
 
 static const int WINDOW_THREADS = 256, WINDOW_SPLITS = 8, WINDOW_GROUPS = WINDOW_THREADS / 8,
-                 WINDOW_WARPS = WINDOW_THREADS / 32;
+                 WINDOW_WARPS = WINDOW_THREADS / 32, BATCH_SPLITS = 2; // of each of several contexts
 
 struct QuerySource {
     const floatX *q; // (M, C), normed; or null:
@@ -358,6 +378,7 @@ struct WindowTask {
     const Place *place;
     int64_t window;
     int m0, M, C, H; // m0: number of the first query here
+    int64_t apart;   // 0, or several contexts, of one query each
 };
 
 // Mean and 1/deviation of C numbers over the block, of so many threads. pack(c) gives eight of them; own: the thread's,
@@ -389,7 +410,7 @@ __device__ inline Pack query_pack(const QuerySource &s, int m, int c, int C, con
     return s.rope->used ? rope_pack(q, *s.rope, s.place->first, c, 1) : q;
 }
 
-// Grid: (H, splits, M). Eight lanes hold a token, each eight channels; such a group of lanes keeps its own running sums
+// Grid: (H, splits, M or contexts). Eight lanes hold a token, each eight channels; such a group of lanes keeps its own running sums
 // of every (32 splits)th token, four tokens on their way at a time. Floor: bytes, 2 floatX a channel and token. A
 // single query's first keys and values are asked for early: no kernel that may still run writes the cache (see
 // cache_decode).
@@ -398,7 +419,11 @@ __global__ void __launch_bounds__(WINDOW_THREADS, 2) window_attention_kernel(Win
     __shared__ float tops[WINDOW_WARPS];
     __shared__ float sums[WINDOW_WARPS];
     __shared__ __align__(16) float outs[WINDOW_WARPS][N];
-    const int group = threadIdx.x / 8, lane = threadIdx.x % 8, h = blockIdx.x, split = blockIdx.y, m = blockIdx.z;
+    const int group = threadIdx.x / 8, lane = threadIdx.x % 8, h = blockIdx.x, split = blockIdx.y,
+              m = p.apart ? 0 : blockIdx.z;
+    if (p.apart)
+        move_each(blockIdx.z * p.apart, p.query.q0, p.query.place, p.keys, p.values, p.place, p.to.out, p.to.top,
+                  p.to.sum);
     const int c = h * N + lane * 8, step = WINDOW_GROUPS * gridDim.y;
     RawPack<floatX> k[4], v[4];
     let_next_start();
@@ -1226,25 +1251,34 @@ __global__ void __launch_bounds__(256)
 // y null, for a context that fits the window: the window's splits are left as they are.
 template <typename T> static void gold_attention(Infer *f, const GoldSource &g, T *y, WindowTask task, int m0, int M) {
     task.keys = g.k.ring, task.values = g.v.ring, task.to = f->sums, task.place = f->place, task.window = f->window;
-    task.C = g.C, task.H = g.H;
+    task.C = g.C, task.H = g.H, task.apart = f->apart;
     const int splits = f->window_begin > 0 ? f->past_splits : 0;
     for (int m = m0; m < M; m += f->queries) {
         const int here = M - m < f->queries ? M - m : f->queries;
         WindowTask part = task;
         part.m0 = m, part.M = here;
         if (task.query.q) part.query.q += (int64_t)m * g.C;
-        launch_early(window_attention_kernel, dim3(g.H, f->window_splits, here), WINDOW_THREADS, 0, part);
-        if (y == nullptr && splits == 0) continue; // the caller combines
-        if (splits > 0) {
-            const PastTask past = {f->past_query, f->past_sums, f->place, m, here};
-            const size_t smem = past_smem(nullptr, g, f->past_warps, here).bytes;
-            auto kernel = g.rank_pad == 64 ? past_attention_kernel<2> : past_attention_kernel<4>;
-            allow_smem(kernel, smem);
-            launch_early(past_queries_kernel, dim3(g.H), WINDOW_THREADS, 0, f->past_query, part.query, g, here);
-            launch_early(kernel, dim3(splits), 32 * f->past_warps, smem, g, past);
+        launch_early(window_attention_kernel, dim3(g.H, f->window_splits, f->apart ? f->contexts : here),
+                     WINDOW_THREADS, 0, part);
+        if (y == nullptr && splits == 0) continue;                // the caller combines
+        for (int context = 0; context < f->contexts; context++) { // one after the other
+            GoldSource own = g;
+            PastTask past = {f->past_query, f->past_sums, f->place, m, here};
+            QuerySource query = part.query;
+            SplitSums sums = f->sums;
+            T *to = y + (int64_t)m * g.C;
+            move_each(context * f->apart, own.ids, own.c, own.c8, own.scales, past.place, query.q0, query.place,
+                      sums.out, sums.top, sums.sum, to);
+            if (splits > 0) {
+                const size_t smem = past_smem(nullptr, g, f->past_warps, here).bytes;
+                auto kernel = g.rank_pad == 64 ? past_attention_kernel<2> : past_attention_kernel<4>;
+                allow_smem(kernel, smem);
+                launch_early(past_queries_kernel, dim3(g.H), WINDOW_THREADS, 0, f->past_query, query, own, here);
+                launch_early(kernel, dim3(splits), 32 * f->past_warps, smem, own, past);
+            }
+            launch_early(combine_splits_kernel<T>, dim3(g.H, here), 256, 0, to, sums, f->past_sums, own,
+                         f->window_splits, splits);
         }
-        launch_early(combine_splits_kernel<T>, dim3(g.H, here), 256, 0, y + (int64_t)m * g.C, f->sums, f->past_sums, g,
-                     f->window_splits, splits);
     }
 }
 
@@ -1661,10 +1695,241 @@ template <typename W = floatX, typename Job> static void matvec(const Job &job, 
     matvec_launch<W>(job, vectors, problems);
 }
 
+// ---- several contexts at once ----
+//
+// The weights are still what is read, once for all contexts, and tensor cores have time for up to 32 of them: a tile is
+// 16 rows of weights times 8 contexts. What the rows are multiplied with, (contexts, K) in floatX, is made once, by a
+// block a context (step_inputs_kernel), as otherwise each block would make all of it.
+//
+// A block has a share of the rows, and takes 16 of them at a time; its warps share K: each streams its own 32 columns
+// of each 512, and in the end the warps' sums come together. A lane needs eight neighbouring columns of two rows: they
+// are what it has copied itself, so nobody waits for anybody until then. A block reads all of x for its first rows, and
+// of what x it needs again most is in L1.
+//
+// Bytes: weights, and contexts K floatX a block from L2. A number is the same sum in the same order, whatever the
+// number of contexts and the place among them.
+
+static const int MOST_CONTEXTS = 32;
+// parts of a warp's rows on their way, 8 or 4 KB of them; room for a context's 16 sums
+template <typename W> constexpr int STEP_PART = 64 * MV_COPIED<W>;
+template <typename W, int groups>
+constexpr int STEP_SLOTS = (groups == 1 ? 8192 : 4096) / (STEP_PART<W> * (int)sizeof(W));
+static const int STEP_SUMS_APART = 20;
+
+// x of a context: (inputs, K)
+template <typename Job>
+__global__ void __launch_bounds__(MV_THREADS) step_inputs_kernel(Job job, floatX *to, int numbers, int64_t apart) {
+    floatX *x = dynamic_smem<floatX>();
+    job.move(blockIdx.z * apart);
+    move_each(blockIdx.z * apart, to);
+    let_next_start();
+    job.early(x);
+    async_commit();
+    wait_for_previous();
+    async_wait<0>();
+    job.before(x);
+    __syncthreads();
+    for (int i = threadIdx.x * 8; i < numbers; i += MV_THREADS * 8) store(to + i, load(x + i));
+}
+
+// Of the rows that are left, row .. end - 1 in eights, how many are multiplied with the same vectors: 16 at most
+template <typename Job> __device__ inline int rows_at_once(const Job &job, int row, int end) {
+    const int next = row + 8;
+    return next < end && job.first(next) == job.first(row) && job.second(next) == job.second(row) ? 16 : 8;
+}
+
+// A warp's columns of the block's rows: a part is those of 4 MV_COPIED columns and 16 rows, or 8. It is there after
+// async_wait<n_slots - 1>.
+template <typename W, int n_slots, typename Job> struct TileStream {
+    static const int PER = MV_COPIED<W>;
+    const Job &job;
+    W *slots; // (n_slots, 2, 32, PER), from the lane's first on
+    int row, end, k, slot;
+    const W *weights[2]; // of the lane's row and the one 8 below
+    __device__ void request(void) {
+        const int begin = threadIdx.x / 32 * 4 * PER, lane = threadIdx.x % 32, column = k + lane % 4 * PER;
+        if (row < end && begin < job.K) {
+            const int rows = rows_at_once(job, row, end);
+            for (int half = 0; half < 2 && k == begin; half++) {
+                const StepRow own = job.weights(min(row + 8 * half + lane / 4, job.rows - 1));
+                weights[half] = (const W *)own.matrix.w + (int64_t)own.row * job.K;
+            }
+            const bool valid = column < job.K; // zeros behind the last column
+            for (int half = 0; half < rows / 8; half++)
+                for (int i = 0; i < PER; i += 16 / (int)sizeof(W))
+                    async_copy16(slots + slot * STEP_PART<W> + half * 32 * PER + i,
+                                 weights[half] + (valid ? column : 0) + i, valid);
+            k += MV_WARPS * 4 * PER;
+            if (k >= job.K) k = begin, row += rows;
+        }
+        slot = (slot + 1) % n_slots;
+        async_commit();
+    }
+};
+
+// sums += 16 rows times the groups' contexts, eight columns a lane
+template <int groups>
+__device__ inline void multiply_rows(TileC (&sums)[groups], const RawPack<floatX> (&w)[2],
+                                     const RawPack<floatX> (&x)[groups]) {
+    for (int half = 0; half < 2; half++) {
+        RawPack<floatX> both; // four numbers of each row
+        TileB b[groups];
+        for (int i = 0; i < 4; i++) ((Pair *)both.q)[i] = ((const Pair *)w[i / 2].q)[2 * half + i % 2];
+        for (int j = 0; j < groups; j++) b[j] = half_as_b(x[j], half);
+        mma(sums, eight_as_a(both), b);
+    }
+}
+
+// matvec_kernel for up to 8 groups contexts. x: (problems, vectors) of the first. Grid: (any number of blocks,
+// problems)
+template <typename W, int groups, typename Job>
+__global__ void __launch_bounds__(MV_THREADS)
+    step_product_kernel(Job job, const floatX *x, int vectors, int64_t apart, int contexts) {
+    constexpr int PER = MV_COPIED<W>, n_slots = STEP_SLOTS<W, groups>, n_sums = 8 * groups * STEP_SUMS_APART;
+    float *partial = dynamic_smem<float>(); // (MV_WARPS, 8 groups, STEP_SUMS_APART)
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tiles = (job.rows + 7) / 8;
+    const int context = threadIdx.x / 16; // of the thread's result; its row is threadIdx.x % 16
+    const int end = (int)((int64_t)(blockIdx.x + 1) * tiles / gridDim.x) * 8;
+    int row = (int)((int64_t)blockIdx.x * tiles / gridDim.x) * 8, slot = 0;
+    W *slots = (W *)(partial + MV_WARPS * n_sums) + warp * n_slots * STEP_PART<W> + lane * PER;
+    TileStream<W, n_slots, Job> stream = {job, slots, row, end, warp * 4 * PER, 0, {nullptr, nullptr}};
+    let_next_start();
+#pragma unroll 1
+    for (int i = 0; i < n_slots; i++) stream.request();
+    Job own = job;
+    own.move(context * apart);
+    const floatX *columns[groups]; // of the lane's contexts; of absent ones, another's
+    for (int j = 0; j < groups; j++) {
+        columns[j] = x + (int64_t)blockIdx.y * vectors;
+        move_each(min(8 * j + lane / 4, contexts - 1) * apart, columns[j]);
+    }
+    wait_for_previous();
+    for (int rows; row < end; row += rows) {
+        rows = rows_at_once(job, row, end);
+        const int first = job.first(row), second = job.second(row), mine = row + threadIdx.x % 16;
+        const bool writes = context < contexts && (int)threadIdx.x % 16 < rows && mine < job.rows;
+        const float4 beside = writes ? own.beside(mine) : make_float4(0, 0, 0, 0);
+        float2 sum = make_float2(0, 0);
+        float scale = 1;
+        if (sizeof(W) == 1 && writes) {
+            const StepRow weights = job.weights(mine);
+            scale = weights.matrix.scales[weights.row];
+        }
+        TileC of_first[groups] = {}, of_second[groups] = {};
+#pragma unroll 1
+        for (int k = warp * 4 * PER; k < job.K; k += MV_WARPS * 4 * PER) {
+            RawPack<floatX> of_x[PER / 8][groups];
+            const int column = k + lane % 4 * PER;
+            for (int i = 0; i < PER / 8; i++)
+                for (int j = 0; j < groups; j++)
+                    of_x[i][j] = load_raw(columns[j] + first + min(column + 8 * i, job.K - 8));
+            async_wait<n_slots - 1>();
+            const W *part = slots + slot * STEP_PART<W>;
+            for (int i = 0; i < PER / 8; i++) {
+                const RawPack<floatX> w[2] = {load_raw(part + 8 * i),
+                                              rows == 16 ? load_raw(part + 32 * PER + 8 * i) : RawPack<floatX>{}};
+                multiply_rows(of_first, w, of_x[i]);
+                if (second == 0) continue;
+                for (int j = 0; j < groups; j++)
+                    of_x[i][j] = load_raw(columns[j] + second + min(column + 8 * i, job.K - 8));
+                multiply_rows(of_second, w, of_x[i]);
+            }
+            slot = (slot + 1) % n_slots;
+            stream.request();
+        }
+        auto add_up = [&](const TileC(&sums)[groups]) { // over the warps, always in the same order
+            float total = 0;
+            __syncthreads(); // the last sums may still be read
+            for (int j = 0; j < groups; j++)
+                for (int i = 0; i < 4; i++)
+                    partial[warp * n_sums + (8 * j + tile_col(i)) * STEP_SUMS_APART + tile_row(i)] = sums[j].x[i];
+            __syncthreads();
+            for (int w = 0; w < MV_WARPS && context < 8 * groups; w++)
+                total += partial[w * n_sums + context * STEP_SUMS_APART + threadIdx.x % 16];
+            return total * scale;
+        };
+        sum.x = add_up(of_first);
+        if (second) sum.y = add_up(of_second);
+        if (writes) own.after(mine, sum, beside);
+    }
+}
+
+#ifdef CUDA_ON_CPU
+// The kernel's twin for the CPU: each number is a dot product, its sum in another order.
+template <typename W, typename Job>
+static void step_product_in_loops(const Job &job, const floatX *x, int vectors, int problems, int64_t apart,
+                                  int contexts) {
+    static float *floats = nullptr;
+    static int64_t capacity = 0;
+    const int64_t of_context = (int64_t)vectors * problems, n = of_context * contexts;
+    if (n > capacity) {
+        CUDA_CHECK(cudaFree(floats));
+        CUDA_CHECK(cudaMalloc(&floats, n * sizeof(float)));
+        capacity = n;
+    }
+    for (int64_t context = 0; context < contexts; context++) {
+        const floatX *from = x;
+        move_each(context * apart, from);
+        for (int64_t i = 0; i < of_context; i++) floats[context * of_context + i] = (float)from[i];
+    }
+    cuda_on_cpu::for_each((int64_t)problems * job.rows, (int64_t)job.K * contexts, [&](int64_t i) {
+        const int row = (int)(i % job.rows);
+        blockIdx.y = (unsigned)(i / job.rows);
+        const StepRow from = job.weights(row);
+        const W *w = (const W *)from.matrix.w + (int64_t)from.row * job.K;
+        const float scale = sizeof(W) == 1 ? from.matrix.scales[from.row] : 1;
+        for (int64_t context = 0; context < contexts; context++) {
+            const float *of_x = floats + context * of_context + (int64_t)blockIdx.y * vectors;
+            Job own = job;
+            own.move(context * apart);
+            float2 sum = make_float2(0, 0);
+            cuda_on_cpu::dots<1>(&sum.x, w, of_x + job.first(row), 0, job.K);
+            if (job.second(row)) cuda_on_cpu::dots<1>(&sum.y, w, of_x + job.second(row), 0, job.K);
+            own.after(row, make_float2(sum.x * scale, sum.y * scale), own.beside(row));
+        }
+    });
+}
+#endif
+
+template <typename W, int groups, typename Job>
+static void step_product_launch(const Infer *f, const Job &job, const floatX *x, int vectors, int problems) {
+    const int64_t tiles = ceil_div(job.rows, 8), grid = tiles < multiprocessors ? tiles : multiprocessors;
+    const size_t smem =
+        MV_WARPS * (8 * groups * STEP_SUMS_APART * sizeof(float) + STEP_SLOTS<W, groups> * STEP_PART<W> * sizeof(W));
+    allow_smem(step_product_kernel<W, groups, Job>, smem);
+    launch_early(step_product_kernel<W, groups, Job>, dim3((int)grid, problems), MV_THREADS, smem, job, x, vectors,
+                 f->apart, f->contexts);
+}
+
+// A product of a step: of one context's vector, which takes room for `vectors` numbers to make, or of several's.
+template <typename W = floatX, typename Job>
+static void step_product(const Infer *f, const Job &job, int vectors, int problems = 1) {
+    if (f->contexts == 1) {
+        matvec<W>(job, vectors, problems);
+        return;
+    }
+    const floatX *x = job.ready();
+    if (!x) {
+        const size_t smem = vectors * sizeof(floatX);
+        if (smem > 40 << 10) allow_smem(step_inputs_kernel<Job>, smem);
+        launch_early(step_inputs_kernel<Job>, dim3(1, 1, f->contexts), MV_THREADS, smem, job, f->input,
+                     job.inputs * job.K, f->apart);
+        x = f->input;
+    }
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) {
+        step_product_in_loops<W>(job, x, x == f->input ? job.inputs * job.K : vectors, problems, f->apart, f->contexts);
+        return;
+    }
+#endif
+    if (f->contexts <= 8) step_product_launch<W, 1>(f, job, x, vectors, problems);
+    else step_product_launch<W, 4>(f, job, x, vectors, problems);
+}
+
 // with one of the matrices that may be in 8 bits
-template <typename Job> static void matvec_large(const Infer *f, const Job &job, int vectors) {
-    if (f->weights == WEIGHTS_INT8) matvec<int8_t>(job, vectors);
-    else matvec(job, vectors);
+template <typename Job> static void step_product_large(const Infer *f, const Job &job, int vectors) {
+    if (f->weights == WEIGHTS_INT8) step_product<int8_t>(f, job, vectors);
+    else step_product(f, job, vectors);
 }
 
 static StepMatrix step_matrix(const Param &W) {
@@ -1672,7 +1937,9 @@ static StepMatrix step_matrix(const Param &W) {
     return {W.w, nullptr};
 }
 
-struct OneVector { // what most jobs have in common
+struct OneVector {                                      // what most jobs have in common
+    static const int inputs = 1;                        // vectors that rows are multiplied with
+    const floatX *ready(void) const { return nullptr; } // where they lie; null: `before` makes them
     __device__ int first(int) const { return 0; }
     __device__ int second(int) const { return 0; } // 0: there is none
     __device__ void early(floatX *) const {}
@@ -1722,6 +1989,7 @@ template <int n> struct NormShiftMix {
     const floatX *gain, *bias, *shift, *mu[n];
     floatX *ln; // block 0 stores it
     static int vectors(int C) { return (n + 3) * C; }
+    __device__ void move(int64_t bytes) { move_each(bytes, from, shift, ln); }
     __device__ void early(floatX *x, int C) const {
         for (int i = 0; i < n; i++) early_vector(x + i * C, mu[i], C);
         early_vector(x + n * C, gain, C);
@@ -1750,6 +2018,7 @@ struct MixerEnd {
     const floatX *ln;
     floatX *shift;
     float *out;
+    __device__ void move(int64_t bytes) { move_each(bytes, residual, gate, ln, shift, out); }
     __device__ float4 beside(int row) const {
         return make_float4(residual[row], gate ? gate[row] : 1, (float)ln[row], 0);
     }
@@ -1767,6 +2036,10 @@ struct MixHidden : OneVector {
     StepMatrix w;
     float *hidden;
     int rows, K;
+    __device__ void move(int64_t bytes) {
+        mix.move(bytes);
+        move_each(bytes, hidden);
+    }
     __device__ StepRow weights(int row) const { return {w, row}; }
     __device__ void early(floatX *x) const { mix.early(x, K); }
     __device__ void before(floatX *x) const { mix.make(x, K); }
@@ -1780,6 +2053,8 @@ struct FinchProducts : OneVector {
     float *v, *v2, *r, *k, *hidden; // (A) each, (128)
     bool use_v2;
     int A, rows, K;
+    const floatX *ready(void) const { return xs; }
+    __device__ void move(int64_t bytes) { move_each(bytes, xs, v, v2, r, k, hidden); }
     __device__ StepRow weights(int row) const {
         if (row < A) return {value, row};
         if (row < 2 * A) return {receptance, row - A};
@@ -1811,6 +2086,11 @@ template <typename T> struct Product : OneVector { // out = w x
     StepMatrix w;
     float *out;
     int rows, K;
+    const floatX *ready(void) const { // where it is rounded already
+        if constexpr (std::is_same_v<T, floatX>) return x;
+        else return nullptr;
+    }
+    __device__ void move(int64_t bytes) { move_each(bytes, x, out); }
     __device__ StepRow weights(int row) const { return {w, row}; }
     __device__ void before(floatX *v) const { copy_vector(v, x, K); }
     __device__ void after(int row, float2 sum, float4) const { out[row] = sum.x; }
@@ -1821,6 +2101,7 @@ struct NormProduct : OneVector { // w LayerNorm(x)
     const floatX *gain, *bias;
     StepMatrix w;
     int rows, K;
+    __device__ void move(int64_t bytes) { move_each(bytes, x); }
     __device__ StepRow weights(int row) const { return {w, row}; }
     __device__ void early(floatX *v) const {
         early_vector(v, gain, K);
@@ -1831,6 +2112,10 @@ struct NormProduct : OneVector { // w LayerNorm(x)
 
 struct TmixOut : NormProduct { // out = residual + w LayerNorm_x(x)
     MixerEnd end;
+    __device__ void move(int64_t bytes) {
+        NormProduct::move(bytes);
+        end.move(bytes);
+    }
     __device__ float4 beside(int row) const { return end.beside(row); }
     __device__ void after(int row, float2 sum, float4 beside) const { end.after(row, sum.x, beside); }
 };
@@ -1838,7 +2123,16 @@ struct TmixOut : NormProduct { // out = residual + w LayerNorm_x(x)
 struct GoldOut : TmixOut { // the same, x still in the window's splits
     SplitSums window;
     int splits;
+    const Place *place; // of several contexts: x is there of those that are longer than the window; null: of none
+    __device__ void move(int64_t bytes) {
+        TmixOut::move(bytes);
+        move_each(bytes, window.out, window.top, window.sum, place);
+    }
     __device__ void before(floatX *v) const {
+        if (place && place->begin > 0) {
+            TmixOut::before(v);
+            return;
+        }
         norm_packs(
             v,
             [&](int c) {
@@ -1875,16 +2169,22 @@ struct GoldOut : TmixOut { // the same, x still in the window's splits
 
 struct Head : NormProduct { // logits = w LayerNorm_out(x)
     float *logits;
+    __device__ void move(int64_t bytes) { move_each(bytes, x, logits); }
     __device__ void after(int row, float2 sum, float4) const { logits[row] = sum.x; }
 };
 
 // k = relu(key x_k)^2,  gate = sigmoid(receptance x_r)
 struct CmixIn : OneVector {
+    static const int inputs = 2;
     NormShiftMix<2> mix;
     StepMatrix key, receptance;
     floatX *k;
     float *gate;
     int F, rows, K;
+    __device__ void move(int64_t bytes) {
+        mix.move(bytes);
+        move_each(bytes, k, gate);
+    }
     __device__ StepRow weights(int row) const {
         if (row < F) return {key, row};
         return {receptance, row - F};
@@ -1903,6 +2203,11 @@ struct CmixOut : OneVector { // out = residual + gate * (value k)
     StepMatrix value;
     MixerEnd end;
     int rows, K;
+    const floatX *ready(void) const { return k; }
+    __device__ void move(int64_t bytes) {
+        move_each(bytes, k);
+        end.move(bytes);
+    }
     __device__ StepRow weights(int row) const { return {value, row}; }
     __device__ void before(floatX *x) const { copy_vector(x, k, K); }
     __device__ float4 beside(int row) const { return end.beside(row); }
@@ -1911,16 +2216,18 @@ struct CmixOut : OneVector { // out = residual + gate * (value k)
 
 // ---- the small kernels between ----
 
-// The token's place in the context, and x = x0 = LayerNorm_ln0(emb[token]). One block.
+// The token's place in the context, and x = x0 = LayerNorm_ln0(emb[token]). A block a context.
 __global__ void __launch_bounds__(MV_THREADS)
     decode_begin_kernel(float *x, Place *place, int *ids, const int *token, const floatX *emb, const floatX *gain,
-                        const floatX *bias, int64_t window, int C) {
+                        const floatX *bias, int64_t window, int C, int64_t apart) {
+    move_each(blockIdx.z * apart, x, place, ids, token);
     let_next_start();
-    // negative: nothing could be drawn, the host will say
-    norm_vector(x, emb + (int64_t)max(*token, 0) * C, gain, bias, C);
+    const int id = max(*token, 0); // negative: nothing could be drawn, the host will say
+    norm_vector(x, emb + (int64_t)id * C, gain, bias, C);
     if (threadIdx.x > 0) return;
-    const int64_t t = ++place->first;
-    if (ids) ids[t] = *token;
+    if (!place->rests) place->first++;
+    const int64_t t = place->first;
+    if (ids) ids[t] = id;
     if (place->begin < t + 1 - window) place->begin = t + 1 - window;
 }
 
@@ -1949,17 +2256,18 @@ struct MixSum {
     }
 };
 
-// x_i = ln + diff * (mu_i + hidden_i w_i): grid (columns / 256, mixes), 128 threads
+// x_i = ln + diff * (mu_i + hidden_i w_i): grid (columns / 256, mixes, contexts), 128 threads
 struct Mixed {
     const floatX *ln, *shift, *mu[5], *w; // w (mixes, 32, C)
     const float *hidden;                  // (mixes, 32)
     floatX *xs;                           // (mixes, C)
 };
 
-__global__ void __launch_bounds__(128) decode_mixes_kernel(Mixed p, int C) {
+__global__ void __launch_bounds__(128) decode_mixes_kernel(Mixed p, int C, int64_t apart) {
     __shared__ __align__(16) float parts[4][256];
     const int i = blockIdx.y, c = blockIdx.x * 256 + threadIdx.x % 32 * 8;
     MixSum mix = {};
+    move_each(blockIdx.z * apart, p.ln, p.shift, p.hidden, p.xs);
     let_next_start();
     mix.request(p.w + (int64_t)i * 32 * C, c, C);
     // no mu[i]: that would copy the parameters to the stack
@@ -1973,7 +2281,7 @@ __global__ void __launch_bounds__(128) decode_mixes_kernel(Mixed p, int C) {
     store(p.xs + (int64_t)i * C + c, m);
 }
 
-// One step of WKV. Grid (H, 4): 16 values j of a head, all its keys i; S^T in registers, a thread one j and eight i.
+// One step of WKV. Grid (H, 4, contexts): 16 values j of a head, all its keys i; S^T in registers, a thread one j and eight i.
 struct WkvStep {
     const float *r, *k, *v, *v2, *hidden;                // (A); hidden layers of w and v2 (64) each
     const floatX *decay_w2, *value2_w2, *time_decay, *u; // (64, A) twice, (A), (A) or null
@@ -1982,7 +2290,7 @@ struct WkvStep {
     int H;
 };
 
-__global__ void __launch_bounds__(128) wkv_step_kernel(WkvStep p) {
+__global__ void __launch_bounds__(128) wkv_step_kernel(WkvStep p, int64_t apart) {
     __shared__ __align__(16) float parts[16][N];
     __shared__ __align__(16) float parts2[VALUE2_RANK][16];
     __shared__ float r[N];
@@ -1992,6 +2300,7 @@ __global__ void __launch_bounds__(128) wkv_step_kernel(WkvStep p) {
     __shared__ float v2[16];
     const int thread = threadIdx.x, h = blockIdx.x, A = p.H * N, head = h * N, j0 = head + 16 * blockIdx.y,
               j = thread / 8, i0 = thread % 8 * 8;
+    move_each(blockIdx.z * apart, p.r, p.k, p.v, p.v2, p.hidden, p.state, p.y);
     float *at = p.state + ((int64_t)j0 + j) * N + i0;
     RawPack<floatX> w[4], w2 = {};
     let_next_start();
@@ -2049,6 +2358,8 @@ struct KeySums : OneVector {
     float *z; // (2, C): of this token, of the one before (zeros at first)
     const Place *place;
     int rows, K; // C, R32
+    static const int inputs = 2;
+    __device__ void move(int64_t bytes) { move_each(bytes, g.ids, cache, cache8, scales, c, z, place); }
     __device__ StepRow weights(int row) const { return {{g.w_c, nullptr}, row}; }
     __device__ int second(int) const { return K; }
     __device__ void before(floatX *x) const {
@@ -2084,9 +2395,9 @@ struct KeySums : OneVector {
     }
 };
 
-// k1 = K0 + (shift(K0) - K0) * (time_maa_k + m_k), and v1 likewise from xo. Grid (columns / 256, 2 G): layer, side
-__global__ void __launch_bounds__(128)
-    decode_keys_values_kernel(floatX *kv1, const GoldSource *sources, const float *z, const Place *place, int C) {
+// k1 = K0 + (shift(K0) - K0) * (time_maa_k + m_k), and v1 likewise from xo. Grid (columns / 256, 2 G, contexts): layer, side
+__global__ void __launch_bounds__(128) decode_keys_values_kernel(floatX *kv1, const GoldSource *sources, const float *z,
+                                                                 const Place *place, int C, int64_t apart) {
     __shared__ __align__(16) float parts[4][256];
     __shared__ float2 shared[32];
     __shared__ float h[32];
@@ -2094,11 +2405,13 @@ __global__ void __launch_bounds__(128)
     const GoldSource &g = sources[blockIdx.y / 2];
     const GoldSource::Side &s = side ? g.v : g.k;
     MixSum mix = {};
+    const int *ids = g.ids;
+    move_each(blockIdx.z * apart, kv1, z, place, ids);
     let_next_start();
     mix.request(s.mix, c, C);
     const Pack mu = c < C ? load(s.mu + c) : zero_pack();
     wait_for_previous();
-    const int64_t t = place->first, id = g.ids[t], id_before = t > 0 ? g.ids[t - 1] : -1;
+    const int64_t t = place->first, id = ids[t], id_before = t > 0 ? ids[t - 1] : -1;
     if (threadIdx.x < 32) {
         float hidden = (float)g.id_h[id * 64 + 32 * side + lane];
         if (t > 0) hidden += (float)g.id_h_before[id_before * 64 + 32 * side + lane];
@@ -2134,6 +2447,8 @@ struct KvHidden : OneVector { // u = tanh(w1 x), x: k1 or v1 of a layer
     const floatX *kv1;
     floatX *u;
     int rows, K;
+    const floatX *ready(void) const { return kv1; }
+    __device__ void move(int64_t bytes) { move_each(bytes, kv1, u); }
     __device__ const GoldSource::Side &side(void) const {
         return blockIdx.y % 2 ? sources[blockIdx.y / 2].v : sources[blockIdx.y / 2].k;
     }
@@ -2142,9 +2457,11 @@ struct KvHidden : OneVector { // u = tanh(w1 x), x: k1 or v1 of a layer
     __device__ void after(int row, float2 sum, float4) const { u[blockIdx.y * rows + row] = (floatX)tanhf(sum.x); }
 };
 
-// kv2 = kv1 + w2 u. Grid (columns / 256, 2 G): layer, side; eight lanes take 64 numbers of a row, eight rows at a time
-__global__ void __launch_bounds__(256) decode_kv_low_rank_kernel(float *kv2, const GoldSource *sources,
-                                                                 const floatX *kv1, const floatX *u, int rank, int C) {
+// kv2 = kv1 + w2 u. Grid (columns / 256, 2 G, contexts): layer, side; eight lanes take 64 numbers of a row, eight rows at a time
+__global__ void __launch_bounds__(256)
+    decode_kv_low_rank_kernel(float *kv2, const GoldSource *sources, const floatX *kv1, const floatX *u, int rank,
+                              int C, int64_t apart) {
+    move_each(blockIdx.z * apart, kv2, kv1, u);
     const GoldSource &g = sources[blockIdx.y / 2];
     const int lane = threadIdx.x % 8, first = blockIdx.x * 256 + threadIdx.x / 8;
     const floatX *w = (blockIdx.y % 2 ? g.v.w2 : g.k.w2) + 8 * lane;
@@ -2168,14 +2485,17 @@ __global__ void __launch_bounds__(256) decode_kv_low_rank_kernel(float *kv2, con
     }
 }
 
-// Their norms, into the window. A block for each layer and side.
-__global__ void __launch_bounds__(MV_THREADS) decode_window_append_kernel(const GoldSource *sources, const float *kv2,
-                                                                          const Place *place, int64_t window, int C) {
+// Their norms, into the window. A block for each layer and side, and context.
+__global__ void __launch_bounds__(MV_THREADS)
+    decode_window_append_kernel(const GoldSource *sources, const float *kv2, const Place *place, int64_t window, int C,
+                                int64_t apart) {
     const GoldSource &g = sources[blockIdx.x / 2];
     const GoldSource::Side &s = blockIdx.x % 2 ? g.v : g.k;
+    floatX *to = s.ring;
+    move_each(blockIdx.z * apart, kv2, place, to);
     let_next_start();
     wait_for_previous();
-    floatX *to = s.ring + place->first % window * C;
+    to += place->first % window * C;
     norm_vector(to, kv2 + (int64_t)blockIdx.x * C, s.gain, s.bias, C);
     if (blockIdx.x % 2 == 1 || !g.rope.used) return;
     const int c = threadIdx.x * 8;
@@ -2190,7 +2510,7 @@ template <typename Job> static void tmix_out_decode(Infer *f, Layer *layer, Job 
     const Row &row = f->row;
     job.x = row.y, job.gain = p.ln_x.gain.w, job.bias = p.ln_x.bias.w, job.w = step_matrix(p.output);
     job.end = {row.x, nullptr, row.ln, layer->tmix_shift, row.x_mid}, job.rows = f->m.d.C, job.K = f->m.d.A;
-    matvec_large(f, job, 2 * job.K);
+    step_product_large(f, job, 2 * job.K);
 }
 
 static void mix_hidden_decode(Infer *f, Layer *layer, int mixes) {
@@ -2199,7 +2519,7 @@ static void mix_hidden_decode(Infer *f, Layer *layer, int mixes) {
     MixHidden job = {};
     job.mix = {f->row.x, p.ln1.gain.w, p.ln1.bias.w, layer->tmix_shift, {p.time_maa_x.w}, f->row.ln};
     job.w = f->packed[layer->index].mix_w1, job.hidden = f->row.hidden, job.rows = MIX_RANK * mixes, job.K = d.C;
-    matvec(job, job.mix.vectors(d.C));
+    step_product(f, job, job.mix.vectors(d.C));
 }
 
 static void finch_c2_decode(Infer *f, Layer *layer) {
@@ -2216,7 +2536,7 @@ static void finch_c2_decode(Infer *f, Layer *layer) {
                          p.time_maa_w2.w,
                          row.hidden,
                          row.xs};
-    launch_early(decode_mixes_kernel, dim3((int)ceil_div(d.C, 256), mixes), 128, 0, mixed, d.C);
+    launch_early(decode_mixes_kernel, dim3((int)ceil_div(d.C, 256), mixes, f->contexts), 128, 0, mixed, d.C, f->apart);
     FinchProducts products = {};
     products.xs = row.xs, products.value = step_matrix(p.value), products.receptance = step_matrix(p.receptance),
     products.key = step_matrix(p.key);
@@ -2225,7 +2545,7 @@ static void finch_c2_decode(Infer *f, Layer *layer) {
     products.v = row.v, products.v2 = row.v2, products.r = row.r, products.k = row.k, products.use_v2 = v2,
     products.A = d.A;
     products.rows = 3 * d.A + DECAY_RANK + (v2 ? VALUE2_RANK : 0), products.K = d.C;
-    matvec_large(f, products, mixes * d.C);
+    step_product_large(f, products, mixes * d.C);
     const WkvStep step = {row.r,
                           row.k,
                           row.v,
@@ -2240,7 +2560,7 @@ static void finch_c2_decode(Infer *f, Layer *layer) {
                           v2,
                           f->m.s.use_one_minus_w != 0,
                           d.H};
-    launch_early(wkv_step_kernel, dim3(d.H, 4), 128, 0, step);
+    launch_early(wkv_step_kernel, dim3(d.H, 4, f->contexts), 128, 0, step, f->apart);
     tmix_out_decode(f, layer, TmixOut());
 }
 
@@ -2251,21 +2571,22 @@ static void cache_decode(Infer *f) {
     const GoldSource &g = f->sources[0];
     Product<float> entry = {};
     entry.x = row.x, entry.w = step_matrix(f->m.top.w_kv_cache_a), entry.out = row.c, entry.rows = d.R, entry.K = d.C;
-    matvec(entry, d.C);
+    step_product(f, entry, d.C);
     KeySums sums = {};
     sums.g = g, sums.cache = f->c, sums.cache8 = f->c8, sums.scales = f->scales, sums.c = row.c, sums.z = row.z,
     sums.place = f->place;
     sums.rows = d.C, sums.K = g.R32;
-    matvec(sums, 2 * g.R32);
-    const dim3 sides((int)ceil_div(d.C, 256), 2 * f->G);
-    launch_early(decode_keys_values_kernel, sides, 128, 0, row.kv1, f->device_sources, row.z, f->place, d.C);
+    step_product(f, sums, 2 * g.R32);
+    const dim3 sides((int)ceil_div(d.C, 256), 2 * f->G, f->contexts);
+    launch_early(decode_keys_values_kernel, sides, 128, 0, row.kv1, f->device_sources, row.z, f->place, d.C, f->apart);
     KvHidden hidden = {};
     hidden.sources = f->device_sources, hidden.kv1 = row.kv1, hidden.u = row.u, hidden.rows = g.rank_pad,
     hidden.K = d.C;
-    matvec(hidden, d.C, 2 * f->G);
-    launch_early(decode_kv_low_rank_kernel, sides, 256, 0, row.kv2, f->device_sources, row.kv1, row.u, g.rank_pad, d.C);
-    launch_early(decode_window_append_kernel, dim3(2 * f->G), MV_THREADS, 0, f->device_sources, row.kv2, f->place,
-                 f->window, d.C);
+    step_product(f, hidden, d.C, 2 * f->G);
+    launch_early(decode_kv_low_rank_kernel, sides, 256, 0, row.kv2, f->device_sources, row.kv1, row.u, g.rank_pad, d.C,
+                 f->apart);
+    launch_early(decode_window_append_kernel, dim3(2 * f->G, 1, f->contexts), MV_THREADS, 0, f->device_sources, row.kv2,
+                 f->place, f->window, d.C, f->apart);
     next_starts_late = true; // so all that follows may read the cache early
 }
 
@@ -2276,17 +2597,18 @@ static void gold_decode(Infer *f, Layer *layer) {
     const GoldSource &g = f->sources[layer->index - d.G0];
     mix_hidden_decode(f, layer, 1);
     const Mixed mixed = {row.ln, layer->tmix_shift, {p.time_maa_q.w}, p.time_maa_q_w2.w, row.hidden, row.xs};
-    launch_early(decode_mixes_kernel, dim3((int)ceil_div(d.C, 256), 1), 128, 0, mixed, d.C);
+    launch_early(decode_mixes_kernel, dim3((int)ceil_div(d.C, 256), 1, f->contexts), 128, 0, mixed, d.C, f->apart);
     Product<floatX> query = {};
     query.x = row.xs, query.w = step_matrix(p.query), query.out = row.q, query.rows = d.C, query.K = d.C;
-    matvec_large(f, query, d.C);
+    step_product_large(f, query, d.C);
     WindowTask task = {};
     task.query = {nullptr, row.q, p.ln_q.gain.w, p.ln_q.bias.w, &f->device_sources[layer->index - d.G0].rope, f->place};
     const bool in_splits = f->window_begin == 0;
     gold_attention(f, g, in_splits ? nullptr : row.y, task, 0, 1);
     GoldOut out = {};
     out.window = f->sums, out.splits = f->window_splits;
-    if (in_splits) tmix_out_decode(f, layer, out);
+    if (!in_splits) out.place = f->place;
+    if (in_splits || f->contexts > 1) tmix_out_decode(f, layer, out);
     else tmix_out_decode(f, layer, TmixOut());
 }
 
@@ -2299,12 +2621,12 @@ static void cmix_decode(Infer *f, Layer *layer) { // row.x = row.x_mid + ..
               {p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, row.ln};
     in.key = step_matrix(p.ffn_key), in.receptance = step_matrix(p.ffn_receptance), in.k = row.ffn, in.gate = row.gate;
     in.F = d.F, in.rows = d.F + d.C, in.K = d.C;
-    matvec_large(f, in, in.mix.vectors(d.C));
+    step_product_large(f, in, in.mix.vectors(d.C));
     CmixOut out = {};
     out.k = row.ffn, out.value = step_matrix(p.ffn_value),
     out.end = {row.x_mid, row.gate, row.ln, layer->cmix_shift, row.x};
     out.rows = d.C, out.K = d.F;
-    matvec_large(f, out, d.F);
+    step_product_large(f, out, d.F);
 }
 
 // How the mixers decode: row.x_mid from row.x, row.x from row.x_mid. A model with another mixer decodes as it
@@ -2323,14 +2645,17 @@ template <size_t n> static const Decoder *find_decoder(const Decoder (&table)[n]
     return nullptr;
 }
 
-// Queues a step: *token goes on from the context, f->logits are what comes next. The same launches every time.
+// Queues a step: *token goes on from the context, f->logits are what comes next. The same launches every time. With
+// several contexts: of each of them.
 static void queue_step(Infer *f, const int *token) {
     const Model *m = &f->m;
     const Dims &d = m->d;
     const Row &row = f->row;
     const Params &top = m->top, &first = m->layers[0].p;
-    decode_begin_kernel<<<1, MV_THREADS, 0, stream>>>(row.x, f->place, f->ids, token, top.emb.w, first.ln0.gain.w,
-                                                      first.ln0.bias.w, f->window, d.C);
+    const dim3 contexts(1, 1, f->contexts);
+    decode_begin_kernel<<<contexts, MV_THREADS, 0, stream>>>(row.x, f->place, f->ids, token, top.emb.w,
+                                                             first.ln0.gain.w, first.ln0.bias.w, f->window, d.C,
+                                                             f->apart);
     for (int l = 0; l < d.L; l++) {
         Layer *layer = &f->m.layers[l];
         if (f->G && l == d.G0) cache_decode(f);
@@ -2341,7 +2666,7 @@ static void queue_step(Infer *f, const int *token) {
     head.x = row.x, head.gain = top.ln_out.gain.w, head.bias = top.ln_out.bias.w, head.w = step_matrix(top.head),
     head.logits = f->logits;
     head.rows = d.V, head.K = d.C;
-    matvec_large(f, head, 2 * d.C);
+    step_product_large(f, head, 2 * d.C);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2508,6 +2833,25 @@ static StepMatrix packed_rows(const Infer *f, Param w1) {
     return {w.whole, w.scales};
 }
 
+// each(p, n) for every vector of a step
+template <typename F> static void row_vectors(Infer *f, const F &each) {
+    const Dims &d = f->m.d;
+    Row &row = f->row;
+    const int64_t kv = 2 * f->G;
+    each(row.ln, d.C);
+    each(row.xs, 5 * d.C);
+    each(row.ffn, d.F);
+    for (float **p : {&row.r, &row.k, &row.v, &row.v2, &row.y, &row.q}) each(*p, d.A);
+    for (float **p : {&row.x, &row.x_mid, &row.gate}) each(*p, d.C);
+    each(row.hidden, MIXES_HIDDEN + DECAY_RANK + VALUE2_RANK);
+    if (!f->G) return;
+    each(row.kv1, kv * d.C);
+    each(row.u, kv * padded_rank(gold_rank(d)));
+    each(row.c, d.R);
+    each(row.z, 2 * d.C);
+    each(row.kv2, kv * d.C);
+}
+
 // Matrices that a step reads by rows of C, and its vectors.
 static void prepare_decode(Infer *f) {
     const Dims &d = f->m.d;
@@ -2524,20 +2868,7 @@ static void prepare_decode(Infer *f) {
                         packed_rows(f, p.time_decay_w1),
                         packed_rows(f, p.time_value2_w1)};
     }
-    Row &row = f->row;
-    const int64_t kv = 2 * f->G, rank = padded_rank(gold_rank(d));
-    alloc_floats(&row.ln, d.C);
-    alloc_floats(&row.xs, 5 * d.C);
-    alloc_floats(&row.ffn, d.F);
-    for (float **p : {&row.r, &row.k, &row.v, &row.v2, &row.y, &row.q}) device_alloc((void **)p, d.A * sizeof(float));
-    for (float **p : {&row.x, &row.x_mid, &row.gate}) device_alloc((void **)p, d.C * sizeof(float));
-    device_alloc((void **)&row.hidden, (MIXES_HIDDEN + DECAY_RANK + VALUE2_RANK) * sizeof(float));
-    if (!f->G) return;
-    alloc_floats(&row.kv1, kv * d.C);
-    alloc_floats(&row.u, kv * rank);
-    device_alloc((void **)&row.c, d.R * sizeof(float));
-    device_alloc((void **)&row.z, 2 * d.C * sizeof(float));
-    device_alloc((void **)&row.kv2, kv * d.C * sizeof(float));
+    row_vectors(f, [](auto *&p, int64_t n) { device_alloc((void **)&p, n * sizeof(*p)); });
 }
 
 static void pack_pairs(TilePair *to, const floatX *p, int64_t ld_k, int64_t ld_n, int K, int columns, int per,
@@ -2777,7 +3108,7 @@ __global__ void set_place_kernel(Place *place, Place now) { *place = now; }
 // Tells the device where the context stands; first: the position of the first query to come, less one for a recorded
 // step.
 static void move_place(Infer *f, int64_t first) {
-    const Place now = {first, f->window_begin};
+    const Place now = {first, f->window_begin, false};
     set_place_kernel<<<1, 1, 0, stream>>>(f->place, now);
 }
 
@@ -2799,6 +3130,7 @@ static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity
     s.grad_cp = REMAKE_LAYERS; // layers share what a layer keeps
     s.micro_bsz = 1;
     f->kv = kv == KV_IF_IT_FITS ? KV_FULL : kv;
+    f->contexts = 1;
     f->chunk = chunk;
     // the GOLD layers' last tokens fit as well
     const int rows = chunk > 2 * s.n_layer + 1 ? chunk : (int)(2 * s.n_layer + 1);
@@ -3270,6 +3602,195 @@ static Score infer_score(Infer *f, const int *ids, int64_t n, int64_t window, in
     return score;
 }
 
+// ---- several contexts at once ----
+//
+// A batch is an Infer beside the one that reads prompts, with the same weights. Each of its contexts has a slot: states,
+// cache, window, the vectors of a step, all in one piece of memory. A context is read by the other Infer and copied
+// into a slot; from then on each step takes one token further every context, long or short. Slots without one go
+// through the step as well, at a place of no matter.
+
+// Sizes the memory of a context and, where base is given, places the first one's; returns its bytes.
+static int64_t slot_layout(Infer *b, char *base) {
+    const Dims &d = b->m.d;
+    const bool guards = base != nullptr;
+    int64_t at = 0;
+    auto place = [&](auto *&p, int64_t n) {
+        using T = std::remove_reference_t<decltype(*p)>;
+        if (base) p = (T *)(base + at);
+        at += n * (int64_t)sizeof(T);
+        const int64_t next = ceil_div(at + GUARD_BYTES, 256) * 256;
+        for (int i = 0; i < b->contexts && guards; i++) guard_gap(base + i * b->apart + at, next - at);
+        at = next;
+    };
+    row_vectors(b, place);
+    const int R32 = b->G ? b->sources[0].R32 : 0, most = 2 * R32 > 2 * d.C ? 2 * R32 : 2 * d.C;
+    place(b->input, most > d.A ? most : d.A);
+    place(b->place, 1);
+    place(b->token, 1);
+    place(b->logits, d.V);
+    for (int l = 0; l < d.L; l++) {
+        Layer *layer = &b->m.layers[l];
+        place(layer->tmix_shift, d.C);
+        place(layer->cmix_shift, d.C);
+        if (layer->wkv_state) place(layer->wkv_state, (int64_t)d.H * N * N);
+    }
+    if (!b->G) return at;
+    place(b->sums.out, (int64_t)b->window_splits * d.C);
+    place(b->sums.top, b->window_splits * d.H);
+    place(b->sums.sum, b->window_splits * d.H);
+    place(b->ids, b->capacity);
+    if (b->c) place(b->c, b->capacity * d.R);
+    if (b->c8) place(b->c8, b->capacity * d.R);
+    if (b->scales) place(b->scales, b->capacity);
+    for (int i = 0; i < b->G; i++) {
+        GoldSource &g = b->sources[i];
+        place(g.k.ring, b->window * d.C);
+        place(g.v.ring, b->window * d.C);
+        g.ids = b->ids, g.c = b->c, g.c8 = b->c8, g.scales = b->scales;
+    }
+    return at;
+}
+
+// Vectors of the same name in L1 lie in different places.
+static int64_t slot_apart(const Infer *b, int64_t bytes) {
+    return ceil_div(bytes, 1 << 17) * (1 << 17) + ceil_div(b->m.d.C * (int64_t)sizeof(floatX), 256) * 256;
+}
+
+static void batch_rest(Infer *b, int slot) { // nobody's context from now on
+    Place *place = b->place;
+    const Place nowhere = {0, 0, true};
+    move_each(slot * b->apart, place);
+    b->slots[slot] = {};
+    set_place_kernel<<<1, 1, 0, stream>>>(place, nowhere);
+}
+
+// Room for so many contexts of f's model, of so many tokens each, `window` of them with keys and values at hand
+static Infer *batch_create(const Infer *f, int contexts, int64_t capacity, int64_t window) {
+    Infer *b = (Infer *)calloc(1, sizeof(Infer));
+    const Dims &d = f->m.d;
+    *b = *f;
+    b->contexts = contexts, b->capacity = capacity, b->window = window < capacity ? window : capacity;
+    for (Recording &r : b->recordings) r = {};
+    b->m.layers = (Layer *)malloc(d.L * sizeof(Layer));
+    memcpy(b->m.layers, f->m.layers, d.L * sizeof(Layer));
+    b->sources = (GoldSource *)malloc((f->G + 1) * sizeof(GoldSource));
+    if (f->G) memcpy(b->sources, f->sources, f->G * sizeof(GoldSource));
+    // contexts are as good as shares of one
+    b->window_splits = f->window_splits < BATCH_SPLITS ? f->window_splits : BATCH_SPLITS;
+    b->slots = (Slot *)calloc(contexts, sizeof(Slot));
+    b->apart = slot_apart(b, slot_layout(b, nullptr));
+    device_alloc((void **)&b->memory, contexts * b->apart);
+    slot_layout(b, b->memory);
+    if (f->G) {
+        device_alloc((void **)&b->device_sources, f->G * sizeof(GoldSource));
+        CUDA_CHECK(cudaMemcpy(b->device_sources, b->sources, f->G * sizeof(GoldSource), cudaMemcpyHostToDevice));
+    }
+    for (int i = 0; i < contexts; i++) batch_rest(b, i);
+    return b;
+}
+
+// As many tokens and as long windows as there is memory for
+static Infer *batch_open(const Infer *f, int contexts) {
+    if (!f->decodes)
+        die(2, "--batch: expected a model of x060c2 and gold time mixers and x060 channel mixers, found %s and %s",
+            f->m.s.tmix, f->m.s.cmix);
+    size_t available, total;
+    CUDA_CHECK(cudaMemGetInfo(&available, &total));
+    const int64_t room = (int64_t)available - (256 << 20), per_token = cache_bytes_per_token(f);
+    const int64_t ring = f->kv == KV_FULL ? 0 : 2 * f->G * f->m.d.C * (int64_t)sizeof(floatX); // bytes a token
+    int64_t window = f->window, capacity = f->capacity;
+    while (window > 1 && contexts * window * ring > room / 2) window = ceil_div(window, 2);
+    Infer none = *f; // what a context needs whatever its length
+    none.sources = (GoldSource *)malloc((f->G + 1) * sizeof(GoldSource));
+    none.m.layers = (Layer *)malloc(f->m.d.L * sizeof(Layer));
+    if (f->G) memcpy(none.sources, f->sources, f->G * sizeof(GoldSource));
+    memcpy(none.m.layers, f->m.layers, f->m.d.L * sizeof(Layer));
+    none.window = none.capacity = 0;
+    const int64_t fixed = slot_apart(&none, slot_layout(&none, nullptr)) + (1 << 17), a_slot = room / contexts - fixed;
+    free(none.sources);
+    free(none.m.layers);
+    const int64_t fits = per_token ? (a_slot - window * ring) / per_token : capacity;
+    if (fits < capacity) capacity = fits;
+    if (a_slot < 0 || capacity < 1)
+        die(2, "--batch %d: expected memory for so many contexts, found %.2f GiB free", contexts,
+            available / 1073741824.0);
+    return batch_create(f, contexts, capacity, f->kv == KV_FULL ? capacity : window);
+}
+
+// Row y of a grid is a layer's keys or values; a block copies a token's, from one ring into another.
+__global__ void copy_ring_kernel(const GoldSource *to, const GoldSource *from, int64_t begin, int64_t to_window,
+                                 int64_t from_window, int C, int64_t bytes) {
+    const GoldSource &a = to[blockIdx.y / 2], &b = from[blockIdx.y / 2];
+    floatX *ring = blockIdx.y % 2 ? a.v.ring : a.k.ring;
+    const floatX *old = blockIdx.y % 2 ? b.v.ring : b.k.ring;
+    const int64_t t = begin + blockIdx.x;
+    const int c = threadIdx.x * 8;
+    move_each(bytes, ring);
+    if (c < C) store(ring + t % to_window * C + c, load(old + t % from_window * C + c));
+}
+
+// The context that f has read goes on in a slot.
+static void batch_take(Infer *b, int slot, const Infer *f) {
+    Carried *from = carried_room(f), *to = carried_room(f);
+    const int64_t offset = slot * b->apart;
+    const int n = infer_carried(f, from);
+    b->position = f->position;
+    infer_carried(b, to);
+    for (int i = 0; i < n; i++)
+        CUDA_CHECK(cudaMemcpyAsync((char *)to[i].p + offset, from[i].p, (size_t)(from[i].count * from[i].width),
+                                   cudaMemcpyDeviceToDevice, stream));
+    free(from);
+    free(to);
+    int64_t begin = f->window_begin;
+    if (begin < f->position - b->window) begin = f->position - b->window;
+    const int count = (int)(f->position - begin);
+    if (f->G && count > 0)
+        copy_ring_kernel<<<dim3(count, 2 * f->G), row_threads(f->m.d.C), 0, stream>>>(b->device_sources,
+                                                                                      f->device_sources, begin,
+                                                                                      b->window, f->window, f->m.d.C,
+                                                                                      offset);
+    Place *place = b->place;
+    const Place now = {f->position - 1, begin, false};
+    move_each(offset, place);
+    set_place_kernel<<<1, 1, 0, stream>>>(place, now);
+    b->slots[slot] = {true, f->position, begin};
+}
+
+// A step of all contexts: `queue` is queue_step and perhaps more. recordings: of a step whose contexts all fit their
+// windows, and of one with longer ones
+template <typename F> static void batch_step(Infer *b, Recording (&recordings)[2], const F &queue) {
+    b->window_begin = 0;
+    for (int i = 0; i < b->contexts; i++) {
+        Slot *slot = &b->slots[i];
+        if (!slot->used) continue;
+        if (slot->position == b->capacity && b->G)
+            die(2, "the context has %ld tokens, the most that it can", b->capacity);
+        slot->position++;
+        if (slot->window_begin < slot->position - b->window) slot->window_begin = slot->position - b->window;
+        if (slot->window_begin > 0) b->window_begin = 1; // for the host: there are tokens before a window
+    }
+    run_recorded(&recordings[b->window_begin > 0], queue);
+}
+
+// Records a step in both forms. Until a slot is taken, steps change nothing that counts.
+template <typename F> static void batch_rehearse(Infer *b, Recording (&recordings)[2], const F &queue) {
+    for (int i = 0; i < 2; i++) {
+        b->window_begin = i;
+        run_recorded(&recordings[i], queue);
+    }
+}
+
+static void batch_free(Infer *b) {
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    for (Recording &r : b->recordings) recording_free(&r);
+    CUDA_CHECK(cudaFree(b->memory));
+    if (b->G) CUDA_CHECK(cudaFree(b->device_sources));
+    free(b->sources);
+    free(b->m.layers);
+    free(b->slots);
+    free(b);
+}
+
 #ifdef GOLDFINCH_TEST
 extern "C" {
 
@@ -3379,6 +3900,29 @@ void gf_int8(int rows, int columns, const float *w, const float *x, signed char 
          {(void *)device_w, (void *)device_y, (void *)in_int8.whole, (void *)in_int8.scales, (void *)in_int8.room})
         cudaFree(p);
     free(host);
+}
+
+// Contexts at once of a model that f reads for them
+Infer *gf_batch_create(Infer *f, int contexts, int64_t capacity, int64_t window) {
+    Infer *b = batch_create(f, contexts, capacity, window);
+    batch_rehearse(b, b->recordings, [=] { queue_step(b, b->token); });
+    return b;
+}
+
+void gf_batch_take(Infer *b, int slot, Infer *f) { batch_take(b, slot, f); }
+void gf_batch_rest(Infer *b, int slot) { batch_rest(b, slot); }
+void gf_batch_free(Infer *b) { batch_free(b); }
+
+// ids (contexts), logits (contexts, V): a token more of each
+void gf_batch_step(Infer *b, const int *ids, float *logits) {
+    const int V = b->m.d.V;
+    for (int i = 0; i < b->contexts; i++)
+        CUDA_CHECK(cudaMemcpy((char *)b->token + i * b->apart, ids + i, sizeof(int), cudaMemcpyHostToDevice));
+    batch_step(b, b->recordings, [=] { queue_step(b, b->token); });
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    for (int i = 0; i < b->contexts; i++)
+        CUDA_CHECK(cudaMemcpy(logits + (int64_t)i * V, (char *)b->logits + i * b->apart, V * sizeof(float),
+                              cudaMemcpyDeviceToHost));
 }
 
 double gf_infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int chunk) { // mean loss
