@@ -225,6 +225,13 @@ typedef struct Slot {
     int64_t position, window_begin;
 } Slot;
 
+// Where a sampler stands (section 6). uniform: number of the draw; below 0: from the seed
+struct SampleState {
+    int64_t position;
+    double uniform;
+    int drawn;
+};
+
 typedef struct Infer {
     Model m; // the first member: a layer's forward function finds the rest through it
     KvKind kv;
@@ -264,10 +271,11 @@ typedef struct Infer {
     // Contexts that step together (section 4): 1, or those of a batch, in whose Infer all pointers to what a context has
     // of its own are the first one's.
     int contexts;
-    int64_t apart; // bytes from a context's memory to that of the next
-    char *memory;  // (contexts, apart)
-    Slot *slots;   // (contexts)
-    floatX *input; // (INPUTS C): what a product multiplies
+    int64_t apart;      // bytes from a context's memory to that of the next
+    char *memory;       // (contexts, apart)
+    Slot *slots;        // (contexts)
+    SampleState *state; // of the sampler, null with one context
+    floatX *input;      // (INPUTS C): what a product multiplies
 } Infer;
 
 static const int MOST_SPLITS = 256; // blocks that share a context: one a multiprocessor
@@ -1750,13 +1758,16 @@ template <typename W, int n_slots, typename Job> struct TileStream {
         const int begin = threadIdx.x / 32 * 4 * PER, lane = threadIdx.x % 32, column = k + lane % 4 * PER;
         if (row < end && begin < job.K) {
             const int rows = rows_at_once(job, row, end);
-            for (int half = 0; half < 2 && k == begin; half++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) { // so that weights lie in registers
+                if (k != begin) continue;
                 const StepRow own = job.weights(min(row + 8 * half + lane / 4, job.rows - 1));
                 weights[half] = (const W *)own.matrix.w + (int64_t)own.row * job.K;
             }
             const bool valid = column < job.K; // zeros behind the last column
-            for (int half = 0; half < rows / 8; half++)
-                for (int i = 0; i < PER; i += 16 / (int)sizeof(W))
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                for (int i = 0; i < PER && half < rows / 8; i += 16 / (int)sizeof(W))
                     async_copy16(slots + slot * STEP_PART<W> + half * 32 * PER + i,
                                  weights[half] + (valid ? column : 0) + i, valid);
             k += MV_WARPS * 4 * PER;
@@ -1908,17 +1919,19 @@ static void step_product(const Infer *f, const Job &job, int vectors, int proble
         matvec<W>(job, vectors, problems);
         return;
     }
-    const floatX *x = job.ready();
-    if (!x) {
+    const floatX *x = f->input;
+    if constexpr (Job::makes) {
         const size_t smem = vectors * sizeof(floatX);
         if (smem > 40 << 10) allow_smem(step_inputs_kernel<Job>, smem);
         launch_early(step_inputs_kernel<Job>, dim3(1, 1, f->contexts), MV_THREADS, smem, job, f->input,
-                     job.inputs * job.K, f->apart);
-        x = f->input;
+                     Job::inputs * job.K, f->apart);
+        vectors = Job::inputs * job.K;
+    } else {
+        x = job.ready();
     }
 #ifdef CUDA_ON_CPU
     if (cuda_on_cpu::twins) {
-        step_product_in_loops<W>(job, x, x == f->input ? job.inputs * job.K : vectors, problems, f->apart, f->contexts);
+        step_product_in_loops<W>(job, x, vectors, problems, f->apart, f->contexts);
         return;
     }
 #endif
@@ -1937,9 +1950,10 @@ static StepMatrix step_matrix(const Param &W) {
     return {W.w, nullptr};
 }
 
-struct OneVector {                                      // what most jobs have in common
-    static const int inputs = 1;                        // vectors that rows are multiplied with
-    const floatX *ready(void) const { return nullptr; } // where they lie; null: `before` makes them
+struct OneVector { // what most jobs have in common
+    // for several contexts: vectors that rows are multiplied with; `before` makes them, or else `ready` says where they lie
+    static const int inputs = 1;
+    static const bool makes = true;
     __device__ int first(int) const { return 0; }
     __device__ int second(int) const { return 0; } // 0: there is none
     __device__ void early(floatX *) const {}
@@ -2053,6 +2067,7 @@ struct FinchProducts : OneVector {
     float *v, *v2, *r, *k, *hidden; // (A) each, (128)
     bool use_v2;
     int A, rows, K;
+    static const bool makes = false;
     const floatX *ready(void) const { return xs; }
     __device__ void move(int64_t bytes) { move_each(bytes, xs, v, v2, r, k, hidden); }
     __device__ StepRow weights(int row) const {
@@ -2086,10 +2101,8 @@ template <typename T> struct Product : OneVector { // out = w x
     StepMatrix w;
     float *out;
     int rows, K;
-    const floatX *ready(void) const { // where it is rounded already
-        if constexpr (std::is_same_v<T, floatX>) return x;
-        else return nullptr;
-    }
+    static const bool makes = !std::is_same_v<T, floatX>;
+    const floatX *ready(void) const { return x; }
     __device__ void move(int64_t bytes) { move_each(bytes, x, out); }
     __device__ StepRow weights(int row) const { return {w, row}; }
     __device__ void before(floatX *v) const { copy_vector(v, x, K); }
@@ -2203,6 +2216,7 @@ struct CmixOut : OneVector { // out = residual + gate * (value k)
     StepMatrix value;
     MixerEnd end;
     int rows, K;
+    static const bool makes = false;
     const floatX *ready(void) const { return k; }
     __device__ void move(int64_t bytes) {
         move_each(bytes, k);
@@ -2447,6 +2461,7 @@ struct KvHidden : OneVector { // u = tanh(w1 x), x: k1 or v1 of a layer
     const floatX *kv1;
     floatX *u;
     int rows, K;
+    static const bool makes = false;
     const floatX *ready(void) const { return kv1; }
     __device__ void move(int64_t bytes) { move_each(bytes, kv1, u); }
     __device__ const GoldSource::Side &side(void) const {
@@ -3627,6 +3642,7 @@ static int64_t slot_layout(Infer *b, char *base) {
     place(b->input, most > d.A ? most : d.A);
     place(b->place, 1);
     place(b->token, 1);
+    place(b->state, 1);
     place(b->logits, d.V);
     for (int l = 0; l < d.L; l++) {
         Layer *layer = &b->m.layers[l];
@@ -4287,13 +4303,6 @@ struct SampleCut { // the cut's digits so far
     Mass mass, count, target; // of the tokens above that; the mass that ends top_p
 };
 
-// uniform: of the draw; below 0: from the seed
-struct SampleState {
-    int64_t position;
-    double uniform;
-    int drawn;
-};
-
 enum { TOKEN_BANNED = 1, TOKEN_UNCOUNTED = 2 };
 
 struct Sampler {
@@ -4312,7 +4321,16 @@ struct Sampler {
     Mass *weights, *sums; // (V), (blocks): what is drawn from
     SampleState *state;
     int *drawn; // on the host, where the device can write
+    // of several contexts: each one's sampler, on the device; what it draws from
+    const Sampler *each;
+    const float *source;
 };
+
+// Kernels for one context have its sampler as an argument. For several, blockIdx.z is a context.
+template <bool several> __device__ inline Sampler sampler_here(const Sampler &s) {
+    if constexpr (several) return s.each[blockIdx.z];
+    else return s;
+}
 
 __device__ inline unsigned sample_key(float z) {    // orders as z does
     const unsigned bits = __float_as_uint(z + 0.f); // -0 becomes +0
@@ -4325,8 +4343,10 @@ __device__ inline Mass sample_mass(float below_top) { // e^below_top, at most 1
 }
 
 // logits with penalties and bans, and the largest of each block's. Before that, the last drawn token is counted.
-__global__ void sample_adjust_kernel(Sampler s, const float *logits) {
+template <bool several> __global__ void sample_adjust_kernel(Sampler sampler, const float *logits) {
     __shared__ float tops[SAMPLE_THREADS / 32];
+    const Sampler s = sampler_here<several>(sampler);
+    if (several) logits = s.source;
     let_next_start();
     wait_for_previous();
     const int begin = blockIdx.x * s.tokens_of_block, end = min(begin + s.tokens_of_block, s.V), drawn = s.state->drawn;
@@ -4406,14 +4426,16 @@ __device__ inline SampleCut sample_cut(const Sampler &s, int step) {
 
 // Weighs and counts the block's tokens that may be the cut, by the next digit of their keys. Whole numbers: atomics in
 // any order give the same sums. Masses have 40 bits, added up in three digits.
-__global__ void sample_narrow_kernel(Sampler s, int step) {
+template <bool several> __global__ void sample_narrow_kernel(Sampler sampler, int step) {
     __shared__ unsigned masses[SAMPLE_DIGITS][SAMPLE_BINS];
     __shared__ unsigned counts[SAMPLE_BINS];
+    const Sampler s = sampler_here<several>(sampler);
     const int t = threadIdx.x, begin = blockIdx.x * s.tokens_of_block, end = min(begin + s.tokens_of_block, s.V);
     let_next_start();
     counts[t] = 0;
     for (int i = 0; i < SAMPLE_DIGITS; i++) masses[i][t] = 0;
     wait_for_previous();
+    if (several && !s.searches) return;
     const SampleCut cut = sample_cut(s, step); // and a barrier
     for (int i = begin + t; i < end; i += SAMPLE_THREADS) {
         const float z = s.logits[i];
@@ -4439,10 +4461,11 @@ __device__ inline int2 sample_part(const Sampler &s, int block) {
 }
 
 // weights = p^(1/temperature) of the tokens that stay, 0 for others
-__global__ void sample_weigh_kernel(Sampler s) {
+template <bool several> __global__ void sample_weigh_kernel(Sampler sampler) {
     __shared__ int ties_of_thread[SAMPLE_THREADS];
     __shared__ Mass sums[SAMPLE_THREADS];
     __shared__ float2 shared[32];
+    const Sampler s = sampler_here<several>(sampler);
     let_next_start();
     wait_for_previous();
     const SampleCut cut = sample_cut(s, s.searches ? SAMPLE_STEPS : 0);
@@ -4477,11 +4500,12 @@ __global__ void sample_weigh_kernel(Sampler s) {
 }
 
 // Walks up the weights in the order of the ids to a number drawn below their sum: first by blocks, then by threads'
-// parts, then by tokens. One block. A random number depends on the seed and the position in the context alone.
-__global__ void sample_draw_kernel(Sampler s) {
+// parts, then by tokens. One block a context. A random number depends on the seed and the position in the context alone.
+template <bool several> __global__ void sample_draw_kernel(Sampler sampler) {
     __shared__ Mass sums[SAMPLE_THREADS];
     __shared__ Mass rest; // of the number, within the block that was hit
     __shared__ int block;
+    const Sampler s = sampler_here<several>(sampler);
     const int t = threadIdx.x;
     SampleState *state = s.state;
     let_next_start();
@@ -4580,12 +4604,13 @@ static void sampler_begin(Sampler *s, int64_t position, double uniform) {
 
 // Queues a draw from logits (V); its id comes to *s->drawn. The arguments are the same every time: fit for a CUDA
 // graph.
-static void sampler_queue(const Sampler *s, const float *logits) {
-    launch_early(sample_adjust_kernel, dim3(s->blocks), SAMPLE_THREADS, 0, *s, logits);
+template <bool several = false> static void sampler_queue(const Sampler *s, const float *logits, int contexts = 1) {
+    const dim3 grid(s->blocks, 1, contexts);
+    launch_early(sample_adjust_kernel<several>, grid, SAMPLE_THREADS, 0, *s, logits);
     for (int step = 0; s->searches && step < SAMPLE_STEPS; step++)
-        launch_early(sample_narrow_kernel, dim3(s->blocks), SAMPLE_THREADS, 0, *s, step);
-    launch_early(sample_weigh_kernel, dim3(s->blocks), SAMPLE_THREADS, 0, *s);
-    launch_early(sample_draw_kernel, dim3(1), SAMPLE_THREADS, 0, *s);
+        launch_early(sample_narrow_kernel<several>, grid, SAMPLE_THREADS, 0, *s, step);
+    launch_early(sample_weigh_kernel<several>, grid, SAMPLE_THREADS, 0, *s);
+    launch_early(sample_draw_kernel<several>, dim3(1, 1, contexts), SAMPLE_THREADS, 0, *s);
 }
 
 // Queues a step and the next draw: the token drawn last goes in.
@@ -4599,6 +4624,85 @@ static int sampler_result(const Sampler *s) {
     CUDA_CHECK(cudaGetLastError());
     if (*s->drawn < 0) die(3, "the logits are not finite: there is nothing to draw from");
     return *s->drawn;
+}
+
+// ---- several contexts at once ----
+
+// Of each of a batch's contexts, how it draws. The ids come to `drawn` (contexts), on the host.
+typedef struct Samplers {
+    Infer *batch;
+    Sampler *each, *device_each; // (contexts)
+    int *drawn;
+    // [1]: of steps where a context has a cut to be found; see batch_step
+    Recording recordings[2][2];
+} Samplers;
+
+// The slot's context draws in this way from now on.
+static void samplers_set(Samplers *s, int slot, const Sampling *how) {
+    sampler_set(&s->each[slot], how);
+    CUDA_CHECK(cudaMemcpyAsync(s->device_each + slot, &s->each[slot], sizeof(Sampler), cudaMemcpyHostToDevice, stream));
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+}
+
+// Queues a step of all contexts and their next draws.
+static void batch_queue(const Samplers *s, bool searches) {
+    Sampler all = s->each[0];
+    all.each = s->device_each, all.searches = searches;
+    queue_step(s->batch, &s->batch->state->drawn);
+    sampler_queue<true>(&all, nullptr, s->batch->contexts);
+}
+
+// kinds (V): see sampler_open
+static void samplers_open(Samplers *s, Infer *batch, const uint8_t *kinds) {
+    const int n = batch->contexts;
+    const Sampling greedy = {0, 1, 0, 0, 1, 0, 0};
+    memset(s, 0, sizeof(*s));
+    s->batch = batch;
+    s->each = (Sampler *)calloc(n, sizeof(Sampler));
+    device_alloc((void **)&s->device_each, n * sizeof(Sampler));
+    CUDA_CHECK(cudaMallocHost((void **)&s->drawn, n * sizeof(int)));
+    for (int i = 0; i < n; i++) {
+        Sampler *own = &s->each[i];
+        sampler_allocate(own, batch->m.d.V, &greedy, kinds);
+        CUDA_CHECK(cudaFree(own->state));
+        CUDA_CHECK(cudaFreeHost(own->drawn));
+        SampleState *state = batch->state;
+        const float *logits = batch->logits;
+        move_each(i * batch->apart, state, logits);
+        own->state = state, own->source = logits, own->drawn = s->drawn + i;
+        samplers_set(s, i, &greedy);
+    }
+    for (int searches = 0; searches < 2; searches++)
+        batch_rehearse(batch, s->recordings[searches], [=] { batch_queue(s, searches); });
+}
+
+static void samplers_close(Samplers *s) {
+    for (auto &row : s->recordings)
+        for (Recording &r : row) recording_free(&r);
+    for (int i = 0; i < s->batch->contexts; i++) {
+        const Sampler &own = s->each[i];
+        for (void *p : {(void *)own.logits, (void *)own.counts, (void *)own.kinds, (void *)own.tops, (void *)own.bins,
+                        (void *)own.cuts, (void *)own.weights, (void *)own.sums})
+            CUDA_CHECK(cudaFree(p));
+    }
+    CUDA_CHECK(cudaFree(s->device_each));
+    CUDA_CHECK(cudaFreeHost(s->drawn));
+    free(s->each);
+}
+
+// A context that has just come to a slot draws its first token, as `how` says.
+static void samplers_begin(Samplers *s, int slot, const Sampling *how) {
+    samplers_set(s, slot, how);
+    sampler_begin(&s->each[slot], s->batch->slots[slot].position, -1);
+    sampler_queue(&s->each[slot], s->each[slot].source);
+}
+
+// The tokens drawn last go in, and each context draws the next one.
+static void samplers_step(Samplers *s) {
+    bool searches = false;
+    for (int i = 0; i < s->batch->contexts; i++)
+        searches = searches || (s->batch->slots[i].used && s->each[i].searches);
+    batch_step(s->batch, s->recordings[searches], [=] { batch_queue(s, searches); });
 }
 
 #ifdef GOLDFINCH_TEST
@@ -4624,7 +4728,7 @@ void gf_sample_probabilities(const float *logits, int V, const int *history, int
     sampler_begin(&s, 0, uniform);
     for (int i = 0; i < n_history; i++) { // as if each of these had been drawn
         CUDA_CHECK(cudaMemcpy(&s.state->drawn, &history[i], sizeof(int), cudaMemcpyHostToDevice));
-        if (i + 1 < n_history) sample_adjust_kernel<<<s.blocks, SAMPLE_THREADS, 0, stream>>>(s, device_logits);
+        if (i + 1 < n_history) sample_adjust_kernel<false><<<s.blocks, SAMPLE_THREADS, 0, stream>>>(s, device_logits);
         CUDA_CHECK(cudaStreamSynchronize(stream));
     }
     sampler_queue(&s, device_logits);
