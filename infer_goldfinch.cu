@@ -31,6 +31,7 @@
 
 #define GOLDFINCH_NO_MAIN
 #include "train_goldfinch.cu"
+#include <poll.h>
 #include <type_traits>
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -4579,8 +4580,8 @@ void sampler_allocate(Sampler *s, int V, const Sampling *how, const uint8_t *kin
     CUDA_CHECK(cudaMemcpy(s->kinds, kinds, (size_t)V, cudaMemcpyHostToDevice));
 }
 
-// Token 0 stops, or is banned if ends_are_ignored; ids without a text are banned.
-static void sampler_open(Sampler *s, int V, const Sampling *how, const Tokenizer *t, bool ends_are_ignored) {
+// (V), of each token: 0 stops, or is banned if ends_are_ignored; ids without a text are banned.
+static uint8_t *token_kinds(int V, const Tokenizer *t, bool ends_are_ignored) {
     uint8_t *kinds = (uint8_t *)calloc((size_t)V, 1);
     for (int id = 0; id < V; id++) {
         if (id >= t->n_ids || (id == 0 && ends_are_ignored)) {
@@ -4589,6 +4590,11 @@ static void sampler_open(Sampler *s, int V, const Sampling *how, const Tokenizer
         }
         if (text_uncounted(t->texts + t->starts[id], text_length(t, id))) kinds[id] = TOKEN_UNCOUNTED;
     }
+    return kinds;
+}
+
+static void sampler_open(Sampler *s, int V, const Sampling *how, const Tokenizer *t, bool ends_are_ignored) {
+    uint8_t *kinds = token_kinds(V, t, ends_are_ignored);
     sampler_allocate(s, V, how, kinds);
     free(kinds);
 }
@@ -4652,7 +4658,7 @@ static void batch_queue(const Samplers *s, bool searches) {
     sampler_queue<true>(&all, nullptr, s->batch->contexts);
 }
 
-// kinds (V): see sampler_open
+// kinds (V): see token_kinds
 static void samplers_open(Samplers *s, Infer *batch, const uint8_t *kinds) {
     const int n = batch->contexts;
     const Sampling greedy = {0, 1, 0, 0, 1, 0, 0};
@@ -4774,6 +4780,7 @@ typedef bool SWITCH;
       "score: start afresh every N tokens, as the trainer's validation (0: one context)") \
     X("--requests", TEXT, requests, nullptr, 0, 0, "FILE", \
       "answer JSON objects, one a line (- for stdin): scores and continuations (README.md)") \
+    X("--batch", INT, batch, "1", 1, MOST_CONTEXTS, "N", "requests: go on with N contexts at once") \
     X("--prefix-ids", TEXT, prefix_ids, "0", 0, 0, "IDS", "requests: what an empty context stands for: 0 or 0,11") \
     X("--save-state", TEXT, save_state, nullptr, 0, 0, "FILE", "write the state after the prompt") \
     X("--load-state", TEXT, load_state, nullptr, 0, 0, "FILE", "go on from such a state") \
@@ -4871,6 +4878,7 @@ void options_parse(Options *o, int argc, char **argv) { // argv without the prog
         die(2, "--score: expected no prompt and no state beside it");
     if (o->requests && (prompt || o->interactive || o->score || o->save_state || o->load_state || o->cache_table))
         die(2, "--requests: expected nothing else to do beside it");
+    if (o->batch > 1 && !o->requests) die(2, "--batch: expected --requests beside it");
     if (o->window && !o->score) die(2, "--window: expected only with --score");
     if (o->save_state && !prompt && !o->load_state) die(2, "--save-state: expected a prompt to read before");
     if (!prompt && !o->interactive && !o->load_state && !o->score && !o->cache_table && !o->requests)
@@ -5189,6 +5197,10 @@ void cache_table(void) { // the families of the paper at its sizes
 // line that asks for nothing sensible is answered with "error", and the next one is read. "temperature" (0, unless
 // given), "top_p" (1), "top_k" (0) and "seed" are those of a continuation that is drawn; nothing is penalized.
 //
+// With --batch N, continuations of up to N lines are drawn at once: a line takes a free slot as soon as it is there, and
+// answers wait for those of the lines before them. What is drawn for a line depends neither on the others nor on N, for
+// N > 1; it may differ from --batch 1 where two tokens are as likely up to rounding.
+//
 // A token may lie across the end of the context. Then the context's own tokens are taken, and of the tokens of both
 // texts together those after as many: what evaluation harnesses do.
 
@@ -5214,7 +5226,10 @@ typedef struct Request {
     // the answer: of what was scored; of what was drawn, its tokens and bytes
     double logprob;
     bool greedy;
-    int64_t drawn, n_written;
+    int64_t drawn, n_written, room; // drawn: -1 if there was nothing to draw from
+    char *written;
+    int64_t line, number; // its line; number of its answer
+    char *text_of_line;   // where its texts lie, in a batch
 } Request;
 
 // A context that was read, with what is carried after it: it stays while requests have it in common.
@@ -5230,16 +5245,23 @@ typedef struct Requests {
     Tokenizer tokenizer;
     Sampler sampler;
     KeptContext kept;
+    Infer *batch; // null: one request after the other
+    Samplers samplers;
+    Request *running; // (contexts of the batch), by slot
+    int n_running;
+    // of a batch: answers that wait for those before them, the first of them number first_answer; null: not there yet
+    char **answers;
+    int64_t first_answer, n_answers, answers_room;
     JsonError error;
     Json json;
-    char part[32]; // "line 12, "
-    int64_t vocab_size, lines, errors, tokens;
-    int *prefix; // what an empty context stands for
+    char part[32];                                   // "line 12, "
+    int64_t vocab_size, lines, line, errors, tokens; // line: number of the one at hand
+    int *prefix;                                     // what an empty context stands for
     int64_t n_prefix;
     // Of a line's length: nothing has more tokens than bytes, but for the prefix.
     int64_t room;
     int *ids, *whole, *list;
-    char *joined, *written;
+    char *joined;
     const char **until;
     float *logits, *logprobs; // on the device: (SCORE_ROWS, V), (SCORE_ROWS)
     int *greedy, *targets;
@@ -5252,7 +5274,7 @@ static const int SCORE_STEPS = 4;  // tokens of a continuation that are better f
 
 [[noreturn]] __attribute__((format(printf, 2, 3))) static void request_fail(Requests *q, const char *format, ...) {
     JsonError *error = &q->error;
-    const int n = snprintf(error->message, sizeof(error->message), "%s: line %ld: ", q->json.path, q->lines);
+    const int n = snprintf(error->message, sizeof(error->message), "%s: line %ld: ", q->json.path, q->line);
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(error->message + n, sizeof(error->message) - (size_t)n, format, arguments);
@@ -5397,7 +5419,8 @@ static void request_read(Requests *q, Request *r, const char *end) {
         request_fail(q, "expected one of: text; context and continuation; context, with until, max_tokens, ..");
     r->kind = text ? REQUEST_ROLLING : continuation ? REQUEST_SCORE : REQUEST_WRITE;
     request_tokens(q, r);
-    const int64_t most = cache_bytes_per_token(q->m) > 0 ? q->m->capacity : INT64_MAX;
+    const Infer *f = q->batch && r->kind == REQUEST_WRITE ? q->batch : q->m;
+    const int64_t most = cache_bytes_per_token(f) > 0 ? f->capacity : INT64_MAX;
     const int64_t more = r->kind == REQUEST_WRITE ? r->max_tokens : 0;
     if (r->n > most || more > most - r->n)
         request_fail(q, "expected at most %ld tokens, found %ld and %ld more to come", most, r->n, more);
@@ -5532,33 +5555,37 @@ static int64_t find_stop(const Request *r, const uint8_t *text, int64_t n, int64
     return first;
 }
 
-// Draws tokens until the text ends, stops or is long enough. Returns their number, -1 if there was nothing to draw
-// from; n: the bytes before the stop, in q->written.
-static int64_t write_text(Requests *q, const Request *r, int64_t *n) {
+// A token that was drawn for r: its text is added, or what of it comes before a text to stop at. Returns whether r has
+// all that it asked for.
+static bool request_take(const Requests *q, Request *r, int id) {
+    if (id < 0) r->drawn = -1;
+    if (id <= 0) return true;
+    const int length = text_length(&q->tokenizer, id);
+    if (r->n_written + length > r->room)
+        r->written = (char *)realloc(r->written, (size_t)(r->room = 2 * (r->n_written + length)));
+    memcpy(r->written + r->n_written, q->tokenizer.texts + q->tokenizer.starts[id], (size_t)length);
+    r->n_written += length;
+    r->drawn++;
+    const int64_t stop = find_stop(r, (const uint8_t *)r->written, r->n_written, length);
+    if (stop == r->n_written) return r->drawn == r->max_tokens;
+    r->n_written = stop;
+    return true;
+}
+
+// Draws tokens until the text ends, stops or is long enough.
+static void write_text(Requests *q, Request *r) {
     Infer *f = q->m;
-    int64_t drawn = 0, room = 0;
-    *n = 0;
-    if (r->max_tokens == 0) return 0;
+    if (r->max_tokens == 0) return;
     context_begin(q, q->ids, r->n, r->max_tokens);
     sampler_set(&q->sampler, &r->how);
     sampler_begin(&q->sampler, infer_position(f), -1);
-    for (; drawn < r->max_tokens; drawn++) {
+    for (;;) {
         sampler_queue(&q->sampler, infer_logits(f));
         CUDA_CHECK(cudaStreamSynchronize(stream));
         const int id = *q->sampler.drawn;
-        if (id <= 0) return id < 0 ? -1 : drawn;
-        const int length = text_length(&q->tokenizer, id);
-        if (*n + length > room) q->written = (char *)realloc(q->written, (size_t)(room = 2 * (*n + length)));
-        memcpy(q->written + *n, q->tokenizer.texts + q->tokenizer.starts[id], (size_t)length);
-        *n += length;
-        const int64_t stop = find_stop(r, (const uint8_t *)q->written, *n, length);
-        if (stop < *n) {
-            *n = stop;
-            return drawn + 1;
-        }
-        if (drawn + 1 < r->max_tokens) infer_feed(f, &id, 1);
+        if (request_take(q, r, id)) return;
+        infer_feed(f, &id, 1);
     }
-    return drawn;
 }
 
 // ---------------------------------------- answers
@@ -5576,19 +5603,23 @@ static void answer_text(FILE *out, const char *name, const char *text, int64_t n
     fputc('"', out);
 }
 
+static void request_written(Requests *q, const Request *r) {
+    if (r->drawn < 0) request_fail(q, "the logits are not finite: there is nothing to draw from");
+    q->tokens += r->drawn;
+}
+
 // Does what a line asks for, or longjmp to q->error.back.
 static void request_run(Requests *q, Request *r) {
     if (r->kind == REQUEST_WRITE) {
-        r->drawn = write_text(q, r, &r->n_written);
-        if (r->drawn < 0) request_fail(q, "the logits are not finite: there is nothing to draw from");
-        q->tokens += r->drawn;
+        write_text(q, r);
+        request_written(q, r);
         return;
     }
     score_ids(q, q->ids, r->n_context, r->n, &r->logprob, &r->greedy);
     if (!isfinite(r->logprob)) request_fail(q, "the logits are not finite: there is no probability");
 }
 
-static void answer_write(const Requests *q, const Request *r, FILE *out, const char *error) {
+static void answer_print(const Request *r, FILE *out, const char *error) {
     fputc('{', out);
     if (r->id_text) answer_text(out, "id", r->id_text, (int64_t)strlen(r->id_text));
     else if (r->id_number[0]) fprintf(out, "\"id\": %s", r->id_number);
@@ -5596,7 +5627,7 @@ static void answer_write(const Requests *q, const Request *r, FILE *out, const c
     if (error) {
         answer_text(out, "error", error, (int64_t)strlen(error));
     } else if (r->kind == REQUEST_WRITE) {
-        answer_text(out, "text", q->written, r->n_written);
+        answer_text(out, "text", r->written, r->n_written);
         fprintf(out, ", \"tokens\": %ld", r->drawn);
     } else {
         fprintf(out, "\"logprob\": %.10g", r->logprob);
@@ -5606,21 +5637,98 @@ static void answer_write(const Requests *q, const Request *r, FILE *out, const c
     fputs("}\n", out);
 }
 
-// Whatever is wrong with a line comes back to setjmp: no more is lost than this answer. What is written after setjmp
-// and read after an error lies in memory, not in a local variable.
-static void answer_line(Requests *q, Request *r, char *line, int64_t length) {
+// The answer of a request, which is over: printed, or, in a batch, when those before it are.
+static void answer_write(Requests *q, Request *r, const char *error) {
+    q->errors += error != nullptr;
+    if (!q->batch) {
+        answer_print(r, stdout, error);
+    } else {
+        size_t length;
+        FILE *text = open_memstream(&q->answers[r->number - q->first_answer], &length);
+        answer_print(r, text, error);
+        fclose(text);
+        int64_t n = 0;
+        for (; n < q->n_answers && q->answers[n]; n++) {
+            fputs(q->answers[n], stdout);
+            free(q->answers[n]);
+        }
+        memmove(q->answers, q->answers + n, (size_t)(q->n_answers - n) * sizeof(char *));
+        q->first_answer += n, q->n_answers -= n;
+    }
+    free(r->written);
+    r->written = nullptr;
+    if (fflush(stdout) != 0) die(1, "stdout: %s", strerror(errno)); // whoever asked may be waiting
+}
+
+// ---------------------------------------- a batch
+
+// The answer of the request in a slot, whose place becomes free.
+static void slot_end(Requests *q, int slot) {
+    Request *r = &q->running[slot];
+    batch_rest(q->batch, slot);
+    q->n_running--;
+    q->line = r->line;
+    if (setjmp(q->error.back) == 0) {
+        request_written(q, r);
+        answer_write(q, r, nullptr);
+    } else {
+        answer_write(q, r, q->error.message);
+    }
+    free(r->until);
+    free(r->text_of_line);
     memset(r, 0, sizeof(*r));
+}
+
+// r goes on in a slot, which there must be; its line is the slot's from now on.
+static void slot_begin(Requests *q, const Request *r, char *line) {
+    int slot = 0;
+    while (q->batch->slots[slot].used) slot++;
+    Request *own = &q->running[slot];
+    context_begin(q, q->ids, r->n, 0);
+    *own = *r;
+    own->text_of_line = line;
+    own->until = (const char **)malloc((size_t)(r->n_until + 1) * sizeof(char *));
+    memcpy(own->until, r->until, (size_t)r->n_until * sizeof(char *));
+    batch_take(q->batch, slot, q->m);
+    q->n_running++;
+    samplers_begin(&q->samplers, slot, &own->how);
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    if (request_take(q, own, q->samplers.drawn[slot])) slot_end(q, slot);
+}
+
+// A token more for each
+static void slots_step(Requests *q) {
+    samplers_step(&q->samplers);
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaGetLastError());
+    for (int i = 0; i < q->batch->contexts; i++)
+        if (q->batch->slots[i].used && request_take(q, &q->running[i], q->samplers.drawn[i])) slot_end(q, i);
+}
+
+// Whatever is wrong with a line comes back to setjmp: no more is lost than this answer. What is written after setjmp
+// and read after an error lies in memory, not in a local variable. Returns whether the line is still needed.
+static bool answer_line(Requests *q, Request *r, char *line, int64_t length) {
+    memset(r, 0, sizeof(*r));
+    r->line = q->line = q->lines, r->number = q->first_answer + q->n_answers;
+    if (q->batch && ++q->n_answers > q->answers_room) {
+        q->answers_room = 2 * q->n_answers;
+        q->answers = (char **)realloc(q->answers, (size_t)q->answers_room * sizeof(char *));
+    }
+    if (q->batch) q->answers[q->n_answers - 1] = nullptr;
     snprintf(q->part, sizeof(q->part), "line %ld, ", q->lines);
     q->json.at = q->json.start = line;
     if (setjmp(q->error.back) == 0) {
         request_read(q, r, line + length);
+        if (q->batch && r->kind == REQUEST_WRITE && r->max_tokens > 0) {
+            slot_begin(q, r, line);
+            return true;
+        }
         request_run(q, r);
-        answer_write(q, r, stdout, nullptr);
+        answer_write(q, r, nullptr);
     } else {
-        q->errors++;
-        answer_write(q, r, stdout, q->error.message);
+        answer_write(q, r, q->error.message);
     }
-    if (fflush(stdout) != 0) die(1, "stdout: %s", strerror(errno)); // whoever asked may be waiting
+    return false;
 }
 
 // ---------------------------------------- a file of them
@@ -5656,34 +5764,86 @@ static void requests_open(Requests *q, const Options *o, SafeTensors *model, KvK
     device_alloc((void **)&q->greedy, SCORE_ROWS * sizeof(int));
     device_alloc((void **)&q->targets, SCORE_ROWS * sizeof(int));
     sampler_open(&q->sampler, (int)q->vocab_size, &how, &q->tokenizer, false);
+    if (o->batch == 1) return;
+    uint8_t *kinds = token_kinds((int)q->vocab_size, &q->tokenizer, false);
+    q->batch = batch_open(q->m, (int)o->batch);
+    samplers_open(&q->samplers, q->batch, kinds);
+    q->running = (Request *)calloc((size_t)o->batch, sizeof(Request));
+    free(kinds);
 }
 
-static int64_t answer_lines(Requests *q, FILE *file) { // returns how many
-    static Request request;
-    char *line = nullptr;
-    size_t room = 0;
-    ssize_t n;
-    int64_t answers = 0;
-    while ((n = getline(&line, &room, file)) > 0) {
-        q->lines++;
-        if (strspn(line, " \t\r\n") == (size_t)n) continue;
-        requests_make_room(q, n);
-        answer_line(q, &request, line, n);
-        answers++;
+// Lines of a file, as they come
+typedef struct Lines {
+    int fd;
+    char *text; // what was read, from begin to end; without a line's end up to `seen`
+    int64_t begin, seen, end, room;
+    bool ended;
+} Lines;
+
+// The next line, '\0' behind it, which is the caller's then, or null: there is none, or, unless `waits`, not yet.
+static char *next_line(const Requests *q, Lines *l, bool waits, int64_t *length) {
+    for (;;) {
+        const char *newline = (const char *)memchr(l->text + l->seen, '\n', (size_t)(l->end - l->seen));
+        l->seen = newline ? newline + 1 - l->text : l->end;
+        if (newline || (l->ended && l->begin < l->end)) {
+            *length = l->seen - l->begin;
+            char *line = (char *)malloc((size_t)*length + 1);
+            memcpy(line, l->text + l->begin, (size_t)*length);
+            line[*length] = '\0';
+            l->begin = l->seen;
+            return line;
+        }
+        struct pollfd ready = {l->fd, POLLIN, 0};
+        if (l->ended || (!waits && poll(&ready, 1, 0) == 0)) return nullptr;
+        if (l->room - l->end < 1 << 16) {
+            memmove(l->text, l->text + l->begin, (size_t)(l->end - l->begin));
+            l->end -= l->begin, l->seen -= l->begin, l->begin = 0;
+            l->room = 2 * l->end + (1 << 17);
+            l->text = (char *)realloc(l->text, (size_t)l->room);
+        }
+        const ssize_t n = read(l->fd, l->text + l->end, (size_t)(l->room - l->end));
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) die(2, "%s: %s", q->json.path, strerror(errno));
+        l->ended = n == 0;
+        l->end += n;
     }
-    if (ferror(file)) die(2, "%s: %s", q->json.path, strerror(errno));
-    free(line);
+}
+
+static int64_t answer_lines(Requests *q, int fd) { // returns how many
+    static Request request;
+    const int slots = q->batch ? q->batch->contexts : 1;
+    Lines lines = {};
+    int64_t answers = 0;
+    lines.fd = fd;
+    lines.text = (char *)malloc(lines.room = 1 << 17);
+    for (;;) {
+        int64_t n;
+        char *line;
+        while (q->n_running < slots && (line = next_line(q, &lines, q->n_running == 0, &n))) {
+            q->lines++;
+            bool needed = false;
+            if (strspn(line, " \t\r\n") < (size_t)n) {
+                requests_make_room(q, n);
+                needed = answer_line(q, &request, line, n);
+                answers++;
+            }
+            if (!needed) free(line);
+        }
+        if (q->n_running == 0) break;
+        slots_step(q);
+    }
+    free(lines.text);
     return answers;
 }
 
 static void answer_requests(const Options *o, SafeTensors *model, KvKind kv, WeightsKind weights) {
     static Requests requests; // zeros
     Requests *q = &requests;
-    FILE *file = strcmp(o->requests, "-") == 0 ? stdin : fopen(o->requests, "rb");
-    if (!file) die(2, "%s: %s", o->requests, strerror(errno));
+    const int fd = strcmp(o->requests, "-") == 0 ? STDIN_FILENO : open(o->requests, O_RDONLY);
+    if (fd < 0) die(2, "%s: %s", o->requests, strerror(errno));
     requests_open(q, o, model, kv, weights, 0); // as large a context as fits
     const double begin = seconds_now();
-    const int64_t answers = answer_lines(q, file);
+    const int64_t answers = answer_lines(q, fd);
     fprintf(stderr, "%ld requests, %ld of them in error | %ld tokens | %.1f s\n", answers, q->errors, q->tokens,
             seconds_now() - begin);
 }

@@ -458,10 +458,10 @@ static void attempt_requests(void) {
     }
     write_file("requests", input, length);
     if (setjmp(rejected)) abort(); // no line ends the program
-    FILE *file = fopen("requests", "rb");
+    const int file = open("requests", O_RDONLY);
     requests.kept.n = -1;
     answer_lines(&requests, file);
-    fclose(file);
+    close(file);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
