@@ -369,7 +369,7 @@ __device__ inline float softmax_weight(float score, float top) { return top > -I
 __device__ inline float softmax_shrink(float top, float higher) { return top < higher ? exp2f(top - higher) : 1; }
 
 static const int WINDOW_THREADS = 256, WINDOW_SPLITS = 8, WINDOW_GROUPS = WINDOW_THREADS / 8,
-                 WINDOW_WARPS = WINDOW_THREADS / 32, BATCH_SPLITS = 2; // of each of several contexts
+                 WINDOW_WARPS = WINDOW_THREADS / 32;
 
 struct QuerySource {
     const floatX *q; // (M, C), normed; or null:
@@ -1710,20 +1710,23 @@ template <typename W = floatX, typename Job> static void matvec(const Job &job, 
 // 16 rows of weights times 8 contexts. What the rows are multiplied with, (contexts, K) in floatX, is made once, by a
 // block a context (step_inputs_kernel), as otherwise each block would make all of it.
 //
-// A block has a share of the rows, and takes 16 of them at a time; its warps share K: each streams its own 32 columns
-// of each 512, and in the end the warps' sums come together. A lane needs eight neighbouring columns of two rows: they
-// are what it has copied itself, so nobody waits for anybody until then. A block reads all of x for its first rows, and
-// of what x it needs again most is in L1.
+// A block has a share of the rows, and takes up to 80 of them at a time, five tiles; its warps share K: each streams its
+// own 32 columns of each 512, and in the end the warps' sums come together. A lane needs eight neighbouring columns of
+// two rows of a tile: they are what it has copied itself, so nobody waits for anybody until then. What it has read of x
+// serves all the tiles.
 //
-// Bytes: weights, and contexts K floatX a block from L2. A number is the same sum in the same order, whatever the
-// number of contexts and the place among them.
+// Bytes: weights, and contexts K floatX a block from L2, which for 32 contexts are as many as those of 32 rows. A number
+// is the same sum in the same order, whatever the number of contexts and the place among them.
 
 static const int MOST_CONTEXTS = 32;
 // parts of a warp's rows on their way, 8 or 4 KB of them; room for a context's 16 sums
 template <typename W> constexpr int STEP_PART = 64 * MV_COPIED<W>;
 template <typename W, int groups>
 constexpr int STEP_SLOTS = (groups == 1 ? 8192 : 4096) / (STEP_PART<W> * (int)sizeof(W));
-static const int STEP_SUMS_APART = 20;
+// tiles of 16 rows that are multiplied with the same x, as many as have room for their sums in registers
+template <typename W, int groups> constexpr int STEP_TILES = groups == 1 ? 5 : sizeof(W) == 1 ? 3 : 4;
+template <int groups> constexpr int STEP_ADDED = groups == 1 ? 4 : 1; // tiles whose sums have room at a time
+template <int groups> constexpr int STEP_SUMS_APART = 16 * STEP_ADDED<groups> + 4;
 
 // x of a context: (inputs, K)
 template <typename Job>
@@ -1741,37 +1744,44 @@ __global__ void __launch_bounds__(MV_THREADS) step_inputs_kernel(Job job, floatX
     for (int i = threadIdx.x * 8; i < numbers; i += MV_THREADS * 8) store(to + i, load(x + i));
 }
 
-// Of the rows that are left, row .. end - 1 in eights, how many are multiplied with the same vectors: 16 at most
-template <typename Job> __device__ inline int rows_at_once(const Job &job, int row, int end) {
-    const int next = row + 8;
-    return next < end && job.first(next) == job.first(row) && job.second(next) == job.second(row) ? 16 : 8;
+// Of the rows that are left, row .. end - 1 in eights, how many of one matrix are multiplied with the same vectors: as
+// many as there is room for sums
+template <int tiles, typename Job> __device__ inline int rows_at_once(const Job &job, int row, int end) {
+    const int first = job.first(row), second = job.second(row), most = second ? tiles / 2 * 16 : tiles * 16;
+    const void *w = job.weights(row).matrix.w;
+    int rows = 8;
+    while (rows < most && row + rows < end && job.first(row + rows) == first && job.second(row + rows) == second &&
+           job.weights(row + rows).matrix.w == w)
+        rows += 8;
+    return rows;
 }
 
-// A warp's columns of the block's rows: a part is those of 4 MV_COPIED columns and 16 rows, or 8. It is there after
-// async_wait<n_slots - 1>.
-template <typename W, int n_slots, typename Job> struct TileStream {
+// A warp's columns of the block's rows: a part is those of 4 MV_COPIED columns and a tile of 16 rows, or 8; tile after
+// tile of rows_at_once. It is there after async_wait<n_slots - 1>.
+template <typename W, int n_slots, int most_tiles, typename Job> struct TileStream {
     static const int PER = MV_COPIED<W>;
     const Job &job;
-    W *slots; // (n_slots, 2, 32, PER), from the lane's first on
-    int row, end, k, slot;
-    const W *weights[2]; // of the lane's row and the one 8 below
+    W *slots;                        // (n_slots, 2, 32, PER), from the lane's first on
+    int row, end, k, slot, rows, at; // at: of the next tile among the rows
+    const W *weights;                // of the first row
     __device__ void request(void) {
         const int begin = threadIdx.x / 32 * 4 * PER, lane = threadIdx.x % 32, column = k + lane % 4 * PER;
         if (row < end && begin < job.K) {
-            const int rows = rows_at_once(job, row, end);
-#pragma unroll
-            for (int half = 0; half < 2; half++) { // so that weights lie in registers
-                if (k != begin) continue;
-                const StepRow own = job.weights(min(row + 8 * half + lane / 4, job.rows - 1));
-                weights[half] = (const W *)own.matrix.w + (int64_t)own.row * job.K;
+            if (k == begin && at == 0) {
+                const StepRow own = job.weights(row);
+                rows = rows_at_once<most_tiles>(job, row, end);
+                weights = (const W *)own.matrix.w + (int64_t)own.row * job.K;
             }
             const bool valid = column < job.K; // zeros behind the last column
 #pragma unroll
-            for (int half = 0; half < 2; half++)
-                for (int i = 0; i < PER && half < rows / 8; i += 16 / (int)sizeof(W))
+            for (int half = 0; half < 2; half++) {
+                const int below = min(at + 8 * half + lane / 4, job.rows - 1 - row);
+                for (int i = 0; i < PER && at + 8 * half < rows; i += 16 / (int)sizeof(W))
                     async_copy16(slots + slot * STEP_PART<W> + half * 32 * PER + i,
-                                 weights[half] + (valid ? column : 0) + i, valid);
-            k += MV_WARPS * 4 * PER;
+                                 weights + (int64_t)below * job.K + (valid ? column : 0) + i, valid);
+            }
+            at += 16;
+            if (at >= rows) at = 0, k += MV_WARPS * 4 * PER;
             if (k >= job.K) k = begin, row += rows;
         }
         slot = (slot + 1) % n_slots;
@@ -1795,21 +1805,22 @@ __device__ inline void multiply_rows(TileC (&sums)[groups], const RawPack<floatX
 // matvec_kernel for up to 8 groups contexts. x: (problems, vectors) of the first. Grid: (any number of blocks,
 // problems)
 template <typename W, int groups, typename Job>
-__global__ void __launch_bounds__(MV_THREADS)
+__global__ void __launch_bounds__(MV_THREADS, 1)
     step_product_kernel(Job job, const floatX *x, int vectors, int64_t apart, int contexts) {
-    constexpr int PER = MV_COPIED<W>, n_slots = STEP_SLOTS<W, groups>, n_sums = 8 * groups * STEP_SUMS_APART;
-    float *partial = dynamic_smem<float>(); // (MV_WARPS, 8 groups, STEP_SUMS_APART)
+    constexpr int PER = MV_COPIED<W>, n_slots = STEP_SLOTS<W, groups>, apart_sums = STEP_SUMS_APART<groups>,
+                  n_sums = 8 * groups * apart_sums, added = STEP_ADDED<groups>, most_tiles = STEP_TILES<W, groups>;
+    constexpr bool ahead = groups == 1; // x is read a turn before it is needed: of few contexts there is room for it
+    float *partial = dynamic_smem<float>(); // (MV_WARPS, 8 groups, apart_sums)
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tiles = (job.rows + 7) / 8;
-    const int context = threadIdx.x / 16; // of the thread's result; its row is threadIdx.x % 16
+    // of the thread's results
+    const int context = threadIdx.x / (16 * added), result_row = threadIdx.x % (16 * added);
     const int end = (int)((int64_t)(blockIdx.x + 1) * tiles / gridDim.x) * 8;
     int row = (int)((int64_t)blockIdx.x * tiles / gridDim.x) * 8, slot = 0;
     W *slots = (W *)(partial + MV_WARPS * n_sums) + warp * n_slots * STEP_PART<W> + lane * PER;
-    TileStream<W, n_slots, Job> stream = {job, slots, row, end, warp * 4 * PER, 0, {nullptr, nullptr}};
+    TileStream<W, n_slots, most_tiles, Job> stream = {job, slots, row, end, warp * 4 * PER, 0, 0, 0, nullptr};
     let_next_start();
 #pragma unroll 1
     for (int i = 0; i < n_slots; i++) stream.request();
-    Job own = job;
-    own.move(context * apart);
     const floatX *columns[groups]; // of the lane's contexts; of absent ones, another's
     for (int j = 0; j < groups; j++) {
         columns[j] = x + (int64_t)blockIdx.y * vectors;
@@ -1817,52 +1828,73 @@ __global__ void __launch_bounds__(MV_THREADS)
     }
     wait_for_previous();
     for (int rows; row < end; row += rows) {
-        rows = rows_at_once(job, row, end);
-        const int first = job.first(row), second = job.second(row), mine = row + threadIdx.x % 16;
-        const bool writes = context < contexts && (int)threadIdx.x % 16 < rows && mine < job.rows;
-        const float4 beside = writes ? own.beside(mine) : make_float4(0, 0, 0, 0);
-        float2 sum = make_float2(0, 0);
-        float scale = 1;
-        if (sizeof(W) == 1 && writes) {
-            const StepRow weights = job.weights(mine);
-            scale = weights.matrix.scales[weights.row];
-        }
-        TileC of_first[groups] = {}, of_second[groups] = {};
-#pragma unroll 1
-        for (int k = warp * 4 * PER; k < job.K; k += MV_WARPS * 4 * PER) {
-            RawPack<floatX> of_x[PER / 8][groups];
-            const int column = k + lane % 4 * PER;
+        rows = rows_at_once<most_tiles>(job, row, end);
+        const int first = job.first(row), second = job.second(row);
+        TileC sums[most_tiles][groups] = {}; // with a second vector, its sums from the middle on
+        using Columns = RawPack<floatX>[PER / 8][groups];
+        auto read = [&](Columns &to, int k, int vector) { // behind the last column weights are zero
             for (int i = 0; i < PER / 8; i++)
                 for (int j = 0; j < groups; j++)
-                    of_x[i][j] = load_raw(columns[j] + first + min(column + 8 * i, job.K - 8));
-            async_wait<n_slots - 1>();
-            const W *part = slots + slot * STEP_PART<W>;
-            for (int i = 0; i < PER / 8; i++) {
-                const RawPack<floatX> w[2] = {load_raw(part + 8 * i),
-                                              rows == 16 ? load_raw(part + 32 * PER + 8 * i) : RawPack<floatX>{}};
-                multiply_rows(of_first, w, of_x[i]);
-                if (second == 0) continue;
-                for (int j = 0; j < groups; j++)
-                    of_x[i][j] = load_raw(columns[j] + second + min(column + 8 * i, job.K - 8));
-                multiply_rows(of_second, w, of_x[i]);
+                    to[i][j] = load_raw(columns[j] + vector + min(k + lane % 4 * PER + 8 * i, job.K - 8));
+        };
+        const int begin = warp * 4 * PER, turn = MV_WARPS * 4 * PER;
+        Columns now = {}, now_second = {}, next = {}, next_second = {};
+        if (ahead) read(next, begin, first);
+        if (ahead && second) read(next_second, begin, second);
+#pragma unroll 1
+        for (int k = begin; k < job.K; k += turn) {
+            if (!ahead) read(now, k, first);
+            for (int i = 0; i < PER / 8 && ahead; i++)
+                for (int j = 0; j < groups; j++) now[i][j] = next[i][j], now_second[i][j] = next_second[i][j];
+            if (ahead) read(next, k + turn, first);
+            if (ahead && second) read(next_second, k + turn, second);
+#pragma unroll
+            for (int t = 0; t < most_tiles; t++) {
+                if (16 * t >= rows) break;
+                if (!ahead && second) read(now_second, k, second);
+                async_wait<n_slots - 1>();
+                const W *part = slots + slot * STEP_PART<W>;
+                for (int i = 0; i < PER / 8; i++) {
+                    const RawPack<floatX> w[2] = {load_raw(part + 8 * i), 16 * t + 8 < rows
+                                                                              ? load_raw(part + 32 * PER + 8 * i)
+                                                                              : RawPack<floatX>{}};
+                    multiply_rows(sums[t], w, now[i]);
+                    if (second && t < most_tiles / 2) multiply_rows(sums[most_tiles / 2 + t], w, now_second[i]);
+                }
+                slot = (slot + 1) % n_slots;
+                stream.request();
             }
-            slot = (slot + 1) % n_slots;
-            stream.request();
         }
-        auto add_up = [&](const TileC(&sums)[groups]) { // over the warps, always in the same order
+        auto add_up = [&](const TileC(&of_warp)[most_tiles][groups], int t) { // over the warps, in the same order
             float total = 0;
             __syncthreads(); // the last sums may still be read
-            for (int j = 0; j < groups; j++)
-                for (int i = 0; i < 4; i++)
-                    partial[warp * n_sums + (8 * j + tile_col(i)) * STEP_SUMS_APART + tile_row(i)] = sums[j].x[i];
+#pragma unroll
+            for (int tile = 0; tile < most_tiles; tile++) // so that sums lie in registers
+                if (tile >= t && tile < t + added)
+                    for (int j = 0; j < groups; j++)
+                        for (int i = 0; i < 4; i++)
+                            partial[warp * n_sums + (8 * j + tile_col(i)) * apart_sums + 16 * (tile - t) +
+                                    tile_row(i)] = of_warp[tile][j].x[i];
             __syncthreads();
-            for (int w = 0; w < MV_WARPS && context < 8 * groups; w++)
-                total += partial[w * n_sums + context * STEP_SUMS_APART + threadIdx.x % 16];
-            return total * scale;
+            for (int w = 0; w < MV_WARPS; w++) total += partial[w * n_sums + context * apart_sums + result_row];
+            return total;
         };
-        sum.x = add_up(of_first);
-        if (second) sum.y = add_up(of_second);
-        if (writes) own.after(mine, sum, beside);
+        Job own = job;
+        own.move(context * apart);
+#pragma unroll 1
+        for (int t = 0; 16 * t < rows; t += added) {
+            const int mine = row + 16 * t + result_row;
+            const bool writes = context < contexts && 16 * t + result_row < rows && mine < job.rows;
+            const float4 beside = writes ? own.beside(mine) : make_float4(0, 0, 0, 0);
+            float2 sum = make_float2(add_up(sums, t), 0);
+            if (second) sum.y = add_up(sums, most_tiles / 2 + t);
+            if (sizeof(W) == 1 && writes) {
+                const StepRow weights = job.weights(mine);
+                const float scale = weights.matrix.scales[weights.row];
+                sum = make_float2(sum.x * scale, sum.y * scale);
+            }
+            if (writes) own.after(mine, sum, beside);
+        }
     }
 }
 
@@ -1906,8 +1938,8 @@ static void step_product_in_loops(const Job &job, const floatX *x, int vectors, 
 template <typename W, int groups, typename Job>
 static void step_product_launch(const Infer *f, const Job &job, const floatX *x, int vectors, int problems) {
     const int64_t tiles = ceil_div(job.rows, 8), grid = tiles < multiprocessors ? tiles : multiprocessors;
-    const size_t smem =
-        MV_WARPS * (8 * groups * STEP_SUMS_APART * sizeof(float) + STEP_SLOTS<W, groups> * STEP_PART<W> * sizeof(W));
+    const size_t smem = MV_WARPS * (8 * groups * STEP_SUMS_APART<groups> * sizeof(float) +
+                                    STEP_SLOTS<W, groups> * STEP_PART<W> * sizeof(W));
     allow_smem(step_product_kernel<W, groups, Job>, smem);
     launch_early(step_product_kernel<W, groups, Job>, dim3((int)grid, problems), MV_THREADS, smem, job, x, vectors,
                  f->apart, f->contexts);
@@ -3693,7 +3725,8 @@ static Infer *batch_create(const Infer *f, int contexts, int64_t capacity, int64
     b->sources = (GoldSource *)malloc((f->G + 1) * sizeof(GoldSource));
     if (f->G) memcpy(b->sources, f->sources, f->G * sizeof(GoldSource));
     // contexts are as good as shares of one
-    b->window_splits = f->window_splits < BATCH_SPLITS ? f->window_splits : BATCH_SPLITS;
+    const int64_t splits = ceil_div(256, (int64_t)contexts * d.H);
+    b->window_splits = splits < f->window_splits ? (int)splits : f->window_splits;
     b->slots = (Slot *)calloc(contexts, sizeof(Slot));
     b->apart = slot_apart(b, slot_layout(b, nullptr));
     device_alloc((void **)&b->memory, contexts * b->apart);
