@@ -79,8 +79,10 @@ static void launch_early(void (*kernel)(P...), dim3 grid, int threads, size_t sm
 #endif
 }
 
-// Contexts that step together have memory of their own, all laid out alike, `apart` bytes from one to the next. Kernels
-// get pointers into that of the first, and blockIdx.z says which context a block works for. A null stays null.
+// Contexts that step together have memory of their own, all laid out alike: vectors `apart` bytes from one context's to
+// the next one's, states and caches `far` bytes. Were all as far apart, a product would read its 32 vectors from as many
+// pages, and wait for these to be looked up (23 us in place of 17, H200, K 7168). Kernels get pointers into the first
+// context's, and blockIdx.z says which one a block works for. A null stays null.
 template <typename... P> __host__ __device__ inline void move_each(int64_t bytes, P *&...p) {
     ((p = p ? (P *)((char *)p + bytes) : nullptr), ...);
 }
@@ -272,8 +274,8 @@ typedef struct Infer {
     // Contexts that step together (section 4): 1, or those of a batch, in whose Infer all pointers to what a context has
     // of its own are the first one's.
     int contexts;
-    int64_t apart;      // bytes from a context's memory to that of the next
-    char *memory;       // (contexts, apart)
+    int64_t apart, far; // bytes from a context's vectors to those of the next; from its states and caches
+    char *memory;       // (contexts, apart), (contexts, far)
     Slot *slots;        // (contexts)
     SampleState *state; // of the sampler, null with one context
     floatX *input;      // (INPUTS C): what a product multiplies
@@ -386,8 +388,8 @@ struct WindowTask {
     SplitSums to;
     const Place *place;
     int64_t window;
-    int m0, M, C, H; // m0: number of the first query here
-    int64_t apart;   // 0, or several contexts, of one query each
+    int m0, M, C, H;    // m0: number of the first query here
+    int64_t apart, far; // 0, or several contexts, of one query each
 };
 
 // Mean and 1/deviation of C numbers over the block, of so many threads. pack(c) gives eight of them; own: the thread's,
@@ -430,9 +432,8 @@ __global__ void __launch_bounds__(WINDOW_THREADS, 2) window_attention_kernel(Win
     __shared__ __align__(16) float outs[WINDOW_WARPS][N];
     const int group = threadIdx.x / 8, lane = threadIdx.x % 8, h = blockIdx.x, split = blockIdx.y,
               m = p.apart ? 0 : blockIdx.z;
-    if (p.apart)
-        move_each(blockIdx.z * p.apart, p.query.q0, p.query.place, p.keys, p.values, p.place, p.to.out, p.to.top,
-                  p.to.sum);
+    if (p.apart) move_each(blockIdx.z * p.apart, p.query.q0, p.query.place, p.place, p.to.out, p.to.top, p.to.sum);
+    move_each(p.apart ? blockIdx.z * p.far : 0, p.keys, p.values);
     const int c = h * N + lane * 8, step = WINDOW_GROUPS * gridDim.y;
     RawPack<floatX> k[4], v[4];
     let_next_start();
@@ -1260,7 +1261,7 @@ __global__ void __launch_bounds__(256)
 // y null, for a context that fits the window: the window's splits are left as they are.
 template <typename T> static void gold_attention(Infer *f, const GoldSource &g, T *y, WindowTask task, int m0, int M) {
     task.keys = g.k.ring, task.values = g.v.ring, task.to = f->sums, task.place = f->place, task.window = f->window;
-    task.C = g.C, task.H = g.H, task.apart = f->apart;
+    task.C = g.C, task.H = g.H, task.apart = f->apart, task.far = f->far;
     const int splits = f->window_begin > 0 ? f->past_splits : 0;
     for (int m = m0; m < M; m += f->queries) {
         const int here = M - m < f->queries ? M - m : f->queries;
@@ -1276,8 +1277,8 @@ template <typename T> static void gold_attention(Infer *f, const GoldSource &g, 
             QuerySource query = part.query;
             SplitSums sums = f->sums;
             T *to = y + (int64_t)m * g.C;
-            move_each(context * f->apart, own.ids, own.c, own.c8, own.scales, past.place, query.q0, query.place,
-                      sums.out, sums.top, sums.sum, to);
+            move_each(context * f->apart, past.place, query.q0, query.place, sums.out, sums.top, sums.sum, to);
+            move_each(context * f->far, own.ids, own.c, own.c8, own.scales);
             if (splits > 0) {
                 const size_t smem = past_smem(nullptr, g, f->past_warps, here).bytes;
                 auto kernel = g.rank_pad == 64 ? past_attention_kernel<2> : past_attention_kernel<4>;
@@ -1634,7 +1635,8 @@ __global__ void __launch_bounds__(MV_THREADS, MV_ON_TENSOR_CORES<W> ? 2 : 1)
             sum = make_float2(sum.x * scale, sum.y * scale);
             if (turn % 32 == 31) scales = row_scale(job, row + step, step);
         }
-        if (lane == 0) job.after(row, sum, beside);
+        if (lane == 0) job.after(row, sum.x, beside, 0);
+        if (lane == 0 && second != x) job.after(row, sum.y, beside, 1);
     }
 }
 
@@ -1678,7 +1680,8 @@ template <typename W, typename Job> static void matvec_in_loops(const Job &job, 
         if (apart) cuda_on_cpu::dots<2>(&sum.x, w, first, apart, job.K);
         else cuda_on_cpu::dots<1>(&sum.x, w, first, 0, job.K);
         const float scale = sizeof(W) == 1 ? own.matrix.scales[own.row] : 1;
-        job.after(row, make_float2(sum.x * scale, sum.y * scale), job.beside(row));
+        job.after(row, sum.x * scale, job.beside(row), 0);
+        if (apart) job.after(row, sum.y * scale, job.beside(row), 1);
     });
 }
 #endif
@@ -1710,13 +1713,14 @@ template <typename W = floatX, typename Job> static void matvec(const Job &job, 
 // 16 rows of weights times 8 contexts. What the rows are multiplied with, (contexts, K) in floatX, is made once, by a
 // block a context (step_inputs_kernel), as otherwise each block would make all of it.
 //
-// A block has a share of the rows, and takes up to 80 of them at a time, five tiles; its warps share K: each streams its
-// own 32 columns of each 512, and in the end the warps' sums come together. A lane needs eight neighbouring columns of
-// two rows of a tile: they are what it has copied itself, so nobody waits for anybody until then. What it has read of x
-// serves all the tiles.
+// A block has a share of the rows, and takes up to STEP_TILES tiles of them at a time; its warps share K: each streams
+// its own 32 columns of each 512, and in the end the warps' sums come together. A lane needs eight neighbouring columns
+// of two rows of a tile: they are what it has copied itself, so nobody waits for anybody until then. What it has read of
+// x serves all the tiles.
 //
-// Bytes: weights, and contexts K floatX a block from L2, which for 32 contexts are as many as those of 32 rows. A number
-// is the same sum in the same order, whatever the number of contexts and the place among them.
+// Bytes: weights from memory, and from L2 contexts K floatX for each STEP_TILES tiles: with 32 contexts half as many as
+// the weights, or as many as 32 rows where a block has only 16. A number is the same sum in the same order, whatever the
+// number of contexts and the place among them.
 
 static const int MOST_CONTEXTS = 32;
 // parts of a warp's rows on their way, 8 or 4 KB of them; room for a context's 16 sums
@@ -1730,9 +1734,10 @@ template <int groups> constexpr int STEP_SUMS_APART = 16 * STEP_ADDED<groups> + 
 
 // x of a context: (inputs, K)
 template <typename Job>
-__global__ void __launch_bounds__(MV_THREADS) step_inputs_kernel(Job job, floatX *to, int numbers, int64_t apart) {
+__global__ void __launch_bounds__(MV_THREADS)
+    step_inputs_kernel(Job job, floatX *to, int numbers, int64_t apart, int64_t far) {
     floatX *x = dynamic_smem<floatX>();
-    job.move(blockIdx.z * apart);
+    job.move(blockIdx.z * apart, blockIdx.z * far);
     move_each(blockIdx.z * apart, to);
     let_next_start();
     job.early(x);
@@ -1744,15 +1749,25 @@ __global__ void __launch_bounds__(MV_THREADS) step_inputs_kernel(Job job, floatX
     for (int i = threadIdx.x * 8; i < numbers; i += MV_THREADS * 8) store(to + i, load(x + i));
 }
 
-// Of the rows that are left, row .. end - 1 in eights, how many of one matrix are multiplied with the same vectors: as
-// many as there is room for sums
-template <int tiles, typename Job> __device__ inline int rows_at_once(const Job &job, int row, int end) {
-    const int first = job.first(row), second = job.second(row), most = second ? tiles / 2 * 16 : tiles * 16;
-    const void *w = job.weights(row).matrix.w;
+// A row's product with its second vector is as good as another row: these are numbered behind the rows.
+struct ProductRow {
+    int row, which, vector; // 0 or 1: first or second; where the vector lies
+};
+template <typename Job> __device__ inline ProductRow product_row(const Job &job, int number) {
+    if (number < job.rows) return {number, 0, job.first(number)};
+    return {number - job.rows, 1, job.second(number - job.rows)};
+}
+
+// Of what is left, number .. end - 1 in eights, how many rows of one matrix are multiplied with the same vector: as many
+// as there is room for sums
+template <int tiles, typename Job> __device__ inline int rows_at_once(const Job &job, int number, int end) {
+    const ProductRow own = product_row(job, number);
+    const void *w = job.weights(own.row).matrix.w;
     int rows = 8;
-    while (rows < most && row + rows < end && job.first(row + rows) == first && job.second(row + rows) == second &&
-           job.weights(row + rows).matrix.w == w)
-        rows += 8;
+    for (; rows < 16 * tiles && number + rows < end; rows += 8) {
+        const ProductRow next = product_row(job, number + rows);
+        if (next.vector != own.vector || next.which != own.which || job.weights(next.row).matrix.w != w) break;
+    }
     return rows;
 }
 
@@ -1768,14 +1783,14 @@ template <typename W, int n_slots, int most_tiles, typename Job> struct TileStre
         const int begin = threadIdx.x / 32 * 4 * PER, lane = threadIdx.x % 32, column = k + lane % 4 * PER;
         if (row < end && begin < job.K) {
             if (k == begin && at == 0) {
-                const StepRow own = job.weights(row);
+                const StepRow own = job.weights(product_row(job, row).row);
                 rows = rows_at_once<most_tiles>(job, row, end);
                 weights = (const W *)own.matrix.w + (int64_t)own.row * job.K;
             }
             const bool valid = column < job.K; // zeros behind the last column
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int below = min(at + 8 * half + lane / 4, job.rows - 1 - row);
+                const int below = min(at + 8 * half + lane / 4, job.rows + job.pairs() - 1 - row);
                 for (int i = 0; i < PER && at + 8 * half < rows; i += 16 / (int)sizeof(W))
                     async_copy16(slots + slot * STEP_PART<W> + half * 32 * PER + i,
                                  weights + (int64_t)below * job.K + (valid ? column : 0) + i, valid);
@@ -1806,12 +1821,12 @@ __device__ inline void multiply_rows(TileC (&sums)[groups], const RawPack<floatX
 // problems)
 template <typename W, int groups, typename Job>
 __global__ void __launch_bounds__(MV_THREADS, 1)
-    step_product_kernel(Job job, const floatX *x, int vectors, int64_t apart, int contexts) {
+    step_product_kernel(Job job, const floatX *x, int vectors, int64_t apart, int64_t far, int contexts) {
     constexpr int PER = MV_COPIED<W>, n_slots = STEP_SLOTS<W, groups>, apart_sums = STEP_SUMS_APART<groups>,
                   n_sums = 8 * groups * apart_sums, added = STEP_ADDED<groups>, most_tiles = STEP_TILES<W, groups>;
     constexpr bool ahead = groups == 1; // x is read a turn before it is needed: of few contexts there is room for it
     float *partial = dynamic_smem<float>(); // (MV_WARPS, 8 groups, apart_sums)
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tiles = (job.rows + 7) / 8;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tiles = (job.rows + job.pairs() + 7) / 8;
     // of the thread's results
     const int context = threadIdx.x / (16 * added), result_row = threadIdx.x % (16 * added);
     const int end = (int)((int64_t)(blockIdx.x + 1) * tiles / gridDim.x) * 8;
@@ -1829,37 +1844,33 @@ __global__ void __launch_bounds__(MV_THREADS, 1)
     wait_for_previous();
     for (int rows; row < end; row += rows) {
         rows = rows_at_once<most_tiles>(job, row, end);
-        const int first = job.first(row), second = job.second(row);
-        TileC sums[most_tiles][groups] = {}; // with a second vector, its sums from the middle on
+        const ProductRow from = product_row(job, row);
+        TileC sums[most_tiles][groups] = {};
         using Columns = RawPack<floatX>[PER / 8][groups];
-        auto read = [&](Columns &to, int k, int vector) { // behind the last column weights are zero
+        auto read = [&](Columns &to, int k) { // behind the last column weights are zero
             for (int i = 0; i < PER / 8; i++)
                 for (int j = 0; j < groups; j++)
-                    to[i][j] = load_raw(columns[j] + vector + min(k + lane % 4 * PER + 8 * i, job.K - 8));
+                    to[i][j] = load_raw(columns[j] + from.vector + min(k + lane % 4 * PER + 8 * i, job.K - 8));
         };
         const int begin = warp * 4 * PER, turn = MV_WARPS * 4 * PER;
-        Columns now = {}, now_second = {}, next = {}, next_second = {};
-        if (ahead) read(next, begin, first);
-        if (ahead && second) read(next_second, begin, second);
+        Columns now, next = {};
+        if (ahead) read(next, begin);
 #pragma unroll 1
         for (int k = begin; k < job.K; k += turn) {
-            if (!ahead) read(now, k, first);
-            for (int i = 0; i < PER / 8 && ahead; i++)
-                for (int j = 0; j < groups; j++) now[i][j] = next[i][j], now_second[i][j] = next_second[i][j];
-            if (ahead) read(next, k + turn, first);
-            if (ahead && second) read(next_second, k + turn, second);
+            for (int i = 0; i < PER / 8; i++)
+                for (int j = 0; j < groups; j++) now[i][j] = next[i][j];
+            if (ahead) read(next, k + turn);
+            else read(now, k);
 #pragma unroll
             for (int t = 0; t < most_tiles; t++) {
                 if (16 * t >= rows) break;
-                if (!ahead && second) read(now_second, k, second);
                 async_wait<n_slots - 1>();
                 const W *part = slots + slot * STEP_PART<W>;
+                const bool both = 16 * t + 8 < rows; // eights of rows
                 for (int i = 0; i < PER / 8; i++) {
-                    const RawPack<floatX> w[2] = {load_raw(part + 8 * i), 16 * t + 8 < rows
-                                                                              ? load_raw(part + 32 * PER + 8 * i)
-                                                                              : RawPack<floatX>{}};
+                    const RawPack<floatX> w[2] = {load_raw(part + 8 * i),
+                                                  both ? load_raw(part + 32 * PER + 8 * i) : RawPack<floatX>{}};
                     multiply_rows(sums[t], w, now[i]);
-                    if (second && t < most_tiles / 2) multiply_rows(sums[most_tiles / 2 + t], w, now_second[i]);
                 }
                 slot = (slot + 1) % n_slots;
                 stream.request();
@@ -1880,20 +1891,19 @@ __global__ void __launch_bounds__(MV_THREADS, 1)
             return total;
         };
         Job own = job;
-        own.move(context * apart);
+        own.move(context * apart, context * far);
 #pragma unroll 1
         for (int t = 0; 16 * t < rows; t += added) {
-            const int mine = row + 16 * t + result_row;
-            const bool writes = context < contexts && 16 * t + result_row < rows && mine < job.rows;
+            const int at = 16 * t + result_row, mine = from.row + at;
+            const bool writes = context < contexts && at < rows && mine < job.rows;
             const float4 beside = writes ? own.beside(mine) : make_float4(0, 0, 0, 0);
-            float2 sum = make_float2(add_up(sums, t), 0);
-            if (second) sum.y = add_up(sums, most_tiles / 2 + t);
-            if (sizeof(W) == 1 && writes) {
+            float sum = add_up(sums, t);
+            if (!writes) continue;
+            if (sizeof(W) == 1) {
                 const StepRow weights = job.weights(mine);
-                const float scale = weights.matrix.scales[weights.row];
-                sum = make_float2(sum.x * scale, sum.y * scale);
+                sum *= weights.matrix.scales[weights.row];
             }
-            if (writes) own.after(mine, sum, beside);
+            own.after(mine, sum, beside, from.which);
         }
     }
 }
@@ -1902,7 +1912,7 @@ __global__ void __launch_bounds__(MV_THREADS, 1)
 // The kernel's twin for the CPU: each number is a dot product, its sum in another order.
 template <typename W, typename Job>
 static void step_product_in_loops(const Job &job, const floatX *x, int vectors, int problems, int64_t apart,
-                                  int contexts) {
+                                  int64_t far, int contexts) {
     static float *floats = nullptr;
     static int64_t capacity = 0;
     const int64_t of_context = (int64_t)vectors * problems, n = of_context * contexts;
@@ -1925,11 +1935,12 @@ static void step_product_in_loops(const Job &job, const floatX *x, int vectors, 
         for (int64_t context = 0; context < contexts; context++) {
             const float *of_x = floats + context * of_context + (int64_t)blockIdx.y * vectors;
             Job own = job;
-            own.move(context * apart);
+            own.move(context * apart, context * far);
             float2 sum = make_float2(0, 0);
             cuda_on_cpu::dots<1>(&sum.x, w, of_x + job.first(row), 0, job.K);
             if (job.second(row)) cuda_on_cpu::dots<1>(&sum.y, w, of_x + job.second(row), 0, job.K);
-            own.after(row, make_float2(sum.x * scale, sum.y * scale), own.beside(row));
+            own.after(row, sum.x * scale, own.beside(row), 0);
+            if (job.second(row)) own.after(row, sum.y * scale, own.beside(row), 1);
         }
     });
 }
@@ -1937,12 +1948,12 @@ static void step_product_in_loops(const Job &job, const floatX *x, int vectors, 
 
 template <typename W, int groups, typename Job>
 static void step_product_launch(const Infer *f, const Job &job, const floatX *x, int vectors, int problems) {
-    const int64_t tiles = ceil_div(job.rows, 8), grid = tiles < multiprocessors ? tiles : multiprocessors;
+    const int64_t tiles = ceil_div(job.rows + job.pairs(), 8), grid = tiles < multiprocessors ? tiles : multiprocessors;
     const size_t smem = MV_WARPS * (8 * groups * STEP_SUMS_APART<groups> * sizeof(float) +
                                     STEP_SLOTS<W, groups> * STEP_PART<W> * sizeof(W));
     allow_smem(step_product_kernel<W, groups, Job>, smem);
     launch_early(step_product_kernel<W, groups, Job>, dim3((int)grid, problems), MV_THREADS, smem, job, x, vectors,
-                 f->apart, f->contexts);
+                 f->apart, f->far, f->contexts);
 }
 
 // A product of a step: of one context's vector, which takes room for `vectors` numbers to make, or of several's.
@@ -1957,14 +1968,14 @@ static void step_product(const Infer *f, const Job &job, int vectors, int proble
         const size_t smem = vectors * sizeof(floatX);
         if (smem > 40 << 10) allow_smem(step_inputs_kernel<Job>, smem);
         launch_early(step_inputs_kernel<Job>, dim3(1, 1, f->contexts), MV_THREADS, smem, job, f->input,
-                     Job::inputs * job.K, f->apart);
+                     Job::inputs * job.K, f->apart, f->far);
         vectors = Job::inputs * job.K;
     } else {
         x = job.ready();
     }
 #ifdef CUDA_ON_CPU
     if (cuda_on_cpu::twins) {
-        step_product_in_loops<W>(job, x, vectors, problems, f->apart, f->contexts);
+        step_product_in_loops<W>(job, x, vectors, problems, f->apart, f->far, f->contexts);
         return;
     }
 #endif
@@ -1988,7 +1999,8 @@ struct OneVector { // what most jobs have in common
     static const int inputs = 1;
     static const bool makes = true;
     __device__ int first(int) const { return 0; }
-    __device__ int second(int) const { return 0; } // 0: there is none
+    __device__ int second(int) const { return 0; }          // 0: there is none
+    __host__ __device__ int pairs(void) const { return 0; } // of the first so many rows there is one
     __device__ void early(floatX *) const {}
     __device__ float4 beside(int) const { return make_float4(0, 0, 0, 0); }
 };
@@ -2036,7 +2048,7 @@ template <int n> struct NormShiftMix {
     const floatX *gain, *bias, *shift, *mu[n];
     floatX *ln; // block 0 stores it
     static int vectors(int C) { return (n + 3) * C; }
-    __device__ void move(int64_t bytes) { move_each(bytes, from, shift, ln); }
+    __device__ void move(int64_t bytes, int64_t) { move_each(bytes, from, shift, ln); }
     __device__ void early(floatX *x, int C) const {
         for (int i = 0; i < n; i++) early_vector(x + i * C, mu[i], C);
         early_vector(x + n * C, gain, C);
@@ -2065,7 +2077,7 @@ struct MixerEnd {
     const floatX *ln;
     floatX *shift;
     float *out;
-    __device__ void move(int64_t bytes) { move_each(bytes, residual, gate, ln, shift, out); }
+    __device__ void move(int64_t bytes, int64_t) { move_each(bytes, residual, gate, ln, shift, out); }
     __device__ float4 beside(int row) const {
         return make_float4(residual[row], gate ? gate[row] : 1, (float)ln[row], 0);
     }
@@ -2083,14 +2095,14 @@ struct MixHidden : OneVector {
     StepMatrix w;
     float *hidden;
     int rows, K;
-    __device__ void move(int64_t bytes) {
-        mix.move(bytes);
+    __device__ void move(int64_t bytes, int64_t far) {
+        mix.move(bytes, far);
         move_each(bytes, hidden);
     }
     __device__ StepRow weights(int row) const { return {w, row}; }
     __device__ void early(floatX *x) const { mix.early(x, K); }
     __device__ void before(floatX *x) const { mix.make(x, K); }
-    __device__ void after(int row, float2 sum, float4) const { hidden[row] = tanhf(sum.x); }
+    __device__ void after(int row, float sum, float4, int) const { hidden[row] = tanhf(sum); }
 };
 
 // Finch-C2's products: v and v2 (which share their weights), r, k, and the hidden layers of w and v2
@@ -2102,7 +2114,7 @@ struct FinchProducts : OneVector {
     int A, rows, K;
     static const bool makes = false;
     const floatX *ready(void) const { return xs; }
-    __device__ void move(int64_t bytes) { move_each(bytes, xs, v, v2, r, k, hidden); }
+    __device__ void move(int64_t bytes, int64_t) { move_each(bytes, xs, v, v2, r, k, hidden); }
     __device__ StepRow weights(int row) const {
         if (row < A) return {value, row};
         if (row < 2 * A) return {receptance, row - A};
@@ -2114,18 +2126,13 @@ struct FinchProducts : OneVector {
         return (row < A ? 2 : row < 2 * A ? 0 : row < 3 * A ? 1 : row < 3 * A + DECAY_RANK ? 3 : 4) * K;
     }
     __device__ int second(int row) const { return row < A && use_v2 ? 4 * K : 0; }
+    __host__ __device__ int pairs(void) const { return use_v2 ? A : 0; }
     __device__ void before(floatX *x) const { copy_vector(x, xs, (use_v2 ? 5 : 4) * K); }
-    __device__ void after(int row, float2 sum, float4) const {
-        if (row < A) {
-            v[row] = sum.x;
-            v2[row] = sum.y;
-        } else if (row < 2 * A) {
-            r[row - A] = sum.x;
-        } else if (row < 3 * A) {
-            k[row - 2 * A] = sum.x;
-        } else {
-            hidden[row - 3 * A] = tanhf(sum.x);
-        }
+    __device__ void after(int row, float sum, float4, int which) const {
+        if (row < A) (which ? v2 : v)[row] = sum;
+        else if (row < 2 * A) r[row - A] = sum;
+        else if (row < 3 * A) k[row - 2 * A] = sum;
+        else hidden[row - 3 * A] = tanhf(sum);
     }
 };
 
@@ -2136,10 +2143,10 @@ template <typename T> struct Product : OneVector { // out = w x
     int rows, K;
     static const bool makes = !std::is_same_v<T, floatX>;
     const floatX *ready(void) const { return x; }
-    __device__ void move(int64_t bytes) { move_each(bytes, x, out); }
+    __device__ void move(int64_t bytes, int64_t) { move_each(bytes, x, out); }
     __device__ StepRow weights(int row) const { return {w, row}; }
     __device__ void before(floatX *v) const { copy_vector(v, x, K); }
-    __device__ void after(int row, float2 sum, float4) const { out[row] = sum.x; }
+    __device__ void after(int row, float sum, float4, int) const { out[row] = sum; }
 };
 
 struct NormProduct : OneVector { // w LayerNorm(x)
@@ -2147,7 +2154,7 @@ struct NormProduct : OneVector { // w LayerNorm(x)
     const floatX *gain, *bias;
     StepMatrix w;
     int rows, K;
-    __device__ void move(int64_t bytes) { move_each(bytes, x); }
+    __device__ void move(int64_t bytes, int64_t) { move_each(bytes, x); }
     __device__ StepRow weights(int row) const { return {w, row}; }
     __device__ void early(floatX *v) const {
         early_vector(v, gain, K);
@@ -2158,20 +2165,20 @@ struct NormProduct : OneVector { // w LayerNorm(x)
 
 struct TmixOut : NormProduct { // out = residual + w LayerNorm_x(x)
     MixerEnd end;
-    __device__ void move(int64_t bytes) {
-        NormProduct::move(bytes);
-        end.move(bytes);
+    __device__ void move(int64_t bytes, int64_t far) {
+        NormProduct::move(bytes, far);
+        end.move(bytes, far);
     }
     __device__ float4 beside(int row) const { return end.beside(row); }
-    __device__ void after(int row, float2 sum, float4 beside) const { end.after(row, sum.x, beside); }
+    __device__ void after(int row, float sum, float4 beside, int) const { end.after(row, sum, beside); }
 };
 
 struct GoldOut : TmixOut { // the same, x still in the window's splits
     SplitSums window;
     int splits;
     const Place *place; // of several contexts: x is there of those that are longer than the window; null: of none
-    __device__ void move(int64_t bytes) {
-        TmixOut::move(bytes);
+    __device__ void move(int64_t bytes, int64_t far) {
+        TmixOut::move(bytes, far);
         move_each(bytes, window.out, window.top, window.sum, place);
     }
     __device__ void before(floatX *v) const {
@@ -2215,8 +2222,8 @@ struct GoldOut : TmixOut { // the same, x still in the window's splits
 
 struct Head : NormProduct { // logits = w LayerNorm_out(x)
     float *logits;
-    __device__ void move(int64_t bytes) { move_each(bytes, x, logits); }
-    __device__ void after(int row, float2 sum, float4) const { logits[row] = sum.x; }
+    __device__ void move(int64_t bytes, int64_t) { move_each(bytes, x, logits); }
+    __device__ void after(int row, float sum, float4, int) const { logits[row] = sum; }
 };
 
 // k = relu(key x_k)^2,  gate = sigmoid(receptance x_r)
@@ -2227,8 +2234,8 @@ struct CmixIn : OneVector {
     floatX *k;
     float *gate;
     int F, rows, K;
-    __device__ void move(int64_t bytes) {
-        mix.move(bytes);
+    __device__ void move(int64_t bytes, int64_t far) {
+        mix.move(bytes, far);
         move_each(bytes, k, gate);
     }
     __device__ StepRow weights(int row) const {
@@ -2238,9 +2245,9 @@ struct CmixIn : OneVector {
     __device__ int first(int row) const { return row < F ? 0 : K; }
     __device__ void early(floatX *x) const { mix.early(x, K); }
     __device__ void before(floatX *x) const { mix.make(x, K); }
-    __device__ void after(int row, float2 sum, float4) const {
-        if (row < F) k[row] = (floatX)(sum.x > 0 ? sum.x * sum.x : 0);
-        else gate[row - F] = 1 / (1 + expf(-sum.x));
+    __device__ void after(int row, float sum, float4, int) const {
+        if (row < F) k[row] = (floatX)(sum > 0 ? sum * sum : 0);
+        else gate[row - F] = 1 / (1 + expf(-sum));
     }
 };
 
@@ -2251,14 +2258,14 @@ struct CmixOut : OneVector { // out = residual + gate * (value k)
     int rows, K;
     static const bool makes = false;
     const floatX *ready(void) const { return k; }
-    __device__ void move(int64_t bytes) {
+    __device__ void move(int64_t bytes, int64_t far) {
         move_each(bytes, k);
-        end.move(bytes);
+        end.move(bytes, far);
     }
     __device__ StepRow weights(int row) const { return {value, row}; }
     __device__ void before(floatX *x) const { copy_vector(x, k, K); }
     __device__ float4 beside(int row) const { return end.beside(row); }
-    __device__ void after(int row, float2 sum, float4 beside) const { end.after(row, sum.x, beside); }
+    __device__ void after(int row, float sum, float4 beside, int) const { end.after(row, sum, beside); }
 };
 
 // ---- the small kernels between ----
@@ -2266,8 +2273,9 @@ struct CmixOut : OneVector { // out = residual + gate * (value k)
 // The token's place in the context, and x = x0 = LayerNorm_ln0(emb[token]). A block a context.
 __global__ void __launch_bounds__(MV_THREADS)
     decode_begin_kernel(float *x, Place *place, int *ids, const int *token, const floatX *emb, const floatX *gain,
-                        const floatX *bias, int64_t window, int C, int64_t apart) {
-    move_each(blockIdx.z * apart, x, place, ids, token);
+                        const floatX *bias, int64_t window, int C, int64_t apart, int64_t far) {
+    move_each(blockIdx.z * apart, x, place, token);
+    move_each(blockIdx.z * far, ids);
     let_next_start();
     const int id = max(*token, 0); // negative: nothing could be drawn, the host will say
     norm_vector(x, emb + (int64_t)id * C, gain, bias, C);
@@ -2337,7 +2345,7 @@ struct WkvStep {
     int H;
 };
 
-__global__ void __launch_bounds__(128) wkv_step_kernel(WkvStep p, int64_t apart) {
+__global__ void __launch_bounds__(128) wkv_step_kernel(WkvStep p, int64_t apart, int64_t far) {
     __shared__ __align__(16) float parts[16][N];
     __shared__ __align__(16) float parts2[VALUE2_RANK][16];
     __shared__ float r[N];
@@ -2347,7 +2355,8 @@ __global__ void __launch_bounds__(128) wkv_step_kernel(WkvStep p, int64_t apart)
     __shared__ float v2[16];
     const int thread = threadIdx.x, h = blockIdx.x, A = p.H * N, head = h * N, j0 = head + 16 * blockIdx.y,
               j = thread / 8, i0 = thread % 8 * 8;
-    move_each(blockIdx.z * apart, p.r, p.k, p.v, p.v2, p.hidden, p.state, p.y);
+    move_each(blockIdx.z * apart, p.r, p.k, p.v, p.v2, p.hidden, p.y);
+    move_each(blockIdx.z * far, p.state);
     float *at = p.state + ((int64_t)j0 + j) * N + i0;
     RawPack<floatX> w[4], w2 = {};
     let_next_start();
@@ -2406,9 +2415,13 @@ struct KeySums : OneVector {
     const Place *place;
     int rows, K; // C, R32
     static const int inputs = 2;
-    __device__ void move(int64_t bytes) { move_each(bytes, g.ids, cache, cache8, scales, c, z, place); }
+    __device__ void move(int64_t bytes, int64_t far) {
+        move_each(bytes, c, z, place);
+        move_each(far, g.ids, cache, cache8, scales);
+    }
     __device__ StepRow weights(int row) const { return {{g.w_c, nullptr}, row}; }
     __device__ int second(int) const { return K; }
+    __host__ __device__ int pairs(void) const { return rows; }
     __device__ void before(floatX *x) const {
         const int64_t t = place->first;
         float largest = 0;
@@ -2436,15 +2449,15 @@ struct KeySums : OneVector {
         const float now = (float)g.id_k0[(int64_t)g.ids[t] * rows + row];
         return make_float4(now, t > 0 ? (float)g.id_k0[(int64_t)g.ids[t - 1] * rows + row] : 0, 0, 0);
     }
-    __device__ void after(int row, float2 sum, float4 beside) const {
-        z[row] = sum.x + beside.x;
-        z[rows + row] = sum.y + beside.y;
+    __device__ void after(int row, float sum, float4 beside, int which) const {
+        z[which * rows + row] = sum + (which ? beside.y : beside.x);
     }
 };
 
 // k1 = K0 + (shift(K0) - K0) * (time_maa_k + m_k), and v1 likewise from xo. Grid (columns / 256, 2 G, contexts): layer, side
-__global__ void __launch_bounds__(128) decode_keys_values_kernel(floatX *kv1, const GoldSource *sources, const float *z,
-                                                                 const Place *place, int C, int64_t apart) {
+__global__ void __launch_bounds__(128)
+    decode_keys_values_kernel(floatX *kv1, const GoldSource *sources, const float *z, const Place *place, int C,
+                              int64_t apart, int64_t far) {
     __shared__ __align__(16) float parts[4][256];
     __shared__ float2 shared[32];
     __shared__ float h[32];
@@ -2453,7 +2466,8 @@ __global__ void __launch_bounds__(128) decode_keys_values_kernel(floatX *kv1, co
     const GoldSource::Side &s = side ? g.v : g.k;
     MixSum mix = {};
     const int *ids = g.ids;
-    move_each(blockIdx.z * apart, kv1, z, place, ids);
+    move_each(blockIdx.z * apart, kv1, z, place);
+    move_each(blockIdx.z * far, ids);
     let_next_start();
     mix.request(s.mix, c, C);
     const Pack mu = c < C ? load(s.mu + c) : zero_pack();
@@ -2496,13 +2510,13 @@ struct KvHidden : OneVector { // u = tanh(w1 x), x: k1 or v1 of a layer
     int rows, K;
     static const bool makes = false;
     const floatX *ready(void) const { return kv1; }
-    __device__ void move(int64_t bytes) { move_each(bytes, kv1, u); }
+    __device__ void move(int64_t bytes, int64_t) { move_each(bytes, kv1, u); }
     __device__ const GoldSource::Side &side(void) const {
         return blockIdx.y % 2 ? sources[blockIdx.y / 2].v : sources[blockIdx.y / 2].k;
     }
     __device__ StepRow weights(int row) const { return {{side().w1, nullptr}, row}; }
     __device__ void before(floatX *x) const { copy_vector(x, kv1 + (int64_t)blockIdx.y * K, K); }
-    __device__ void after(int row, float2 sum, float4) const { u[blockIdx.y * rows + row] = (floatX)tanhf(sum.x); }
+    __device__ void after(int row, float sum, float4, int) const { u[blockIdx.y * rows + row] = (floatX)tanhf(sum); }
 };
 
 // kv2 = kv1 + w2 u. Grid (columns / 256, 2 G, contexts): layer, side; eight lanes take 64 numbers of a row, eight rows at a time
@@ -2536,11 +2550,12 @@ __global__ void __launch_bounds__(256)
 // Their norms, into the window. A block for each layer and side, and context.
 __global__ void __launch_bounds__(MV_THREADS)
     decode_window_append_kernel(const GoldSource *sources, const float *kv2, const Place *place, int64_t window, int C,
-                                int64_t apart) {
+                                int64_t apart, int64_t far) {
     const GoldSource &g = sources[blockIdx.x / 2];
     const GoldSource::Side &s = blockIdx.x % 2 ? g.v : g.k;
     floatX *to = s.ring;
-    move_each(blockIdx.z * apart, kv2, place, to);
+    move_each(blockIdx.z * apart, kv2, place);
+    move_each(blockIdx.z * far, to);
     let_next_start();
     wait_for_previous();
     to += place->first % window * C;
@@ -2608,7 +2623,7 @@ static void finch_c2_decode(Infer *f, Layer *layer) {
                           v2,
                           f->m.s.use_one_minus_w != 0,
                           d.H};
-    launch_early(wkv_step_kernel, dim3(d.H, 4, f->contexts), 128, 0, step, f->apart);
+    launch_early(wkv_step_kernel, dim3(d.H, 4, f->contexts), 128, 0, step, f->apart, f->far);
     tmix_out_decode(f, layer, TmixOut());
 }
 
@@ -2626,7 +2641,8 @@ static void cache_decode(Infer *f) {
     sums.rows = d.C, sums.K = g.R32;
     step_product(f, sums, 2 * g.R32);
     const dim3 sides((int)ceil_div(d.C, 256), 2 * f->G, f->contexts);
-    launch_early(decode_keys_values_kernel, sides, 128, 0, row.kv1, f->device_sources, row.z, f->place, d.C, f->apart);
+    launch_early(decode_keys_values_kernel, sides, 128, 0, row.kv1, f->device_sources, row.z, f->place, d.C, f->apart,
+                 f->far);
     KvHidden hidden = {};
     hidden.sources = f->device_sources, hidden.kv1 = row.kv1, hidden.u = row.u, hidden.rows = g.rank_pad,
     hidden.K = d.C;
@@ -2634,7 +2650,7 @@ static void cache_decode(Infer *f) {
     launch_early(decode_kv_low_rank_kernel, sides, 256, 0, row.kv2, f->device_sources, row.kv1, row.u, g.rank_pad, d.C,
                  f->apart);
     launch_early(decode_window_append_kernel, dim3(2 * f->G, 1, f->contexts), MV_THREADS, 0, f->device_sources, row.kv2,
-                 f->place, f->window, d.C, f->apart);
+                 f->place, f->window, d.C, f->apart, f->far);
     next_starts_late = true; // so all that follows may read the cache early
 }
 
@@ -2703,7 +2719,7 @@ static void queue_step(Infer *f, const int *token) {
     const dim3 contexts(1, 1, f->contexts);
     decode_begin_kernel<<<contexts, MV_THREADS, 0, stream>>>(row.x, f->place, f->ids, token, top.emb.w,
                                                              first.ln0.gain.w, first.ln0.bias.w, f->window, d.C,
-                                                             f->apart);
+                                                             f->apart, f->far);
     for (int l = 0; l < d.L; l++) {
         Layer *layer = &f->m.layers[l];
         if (f->G && l == d.G0) cache_decode(f);
@@ -3657,17 +3673,22 @@ static Score infer_score(Infer *f, const int *ids, int64_t n, int64_t window, in
 // into a slot; from then on each step takes one token further every context, long or short. Slots without one go
 // through the step as well, at a place of no matter.
 
-// Sizes the memory of a context and, where base is given, places the first one's; returns its bytes.
-static int64_t slot_layout(Infer *b, char *base) {
+// Vectors of the same name in L1 lie in different places.
+static int64_t slot_apart(const Infer *b, int64_t bytes) {
+    return ceil_div(bytes, 1 << 17) * (1 << 17) + ceil_div(b->m.d.C * (int64_t)sizeof(floatX), 256) * 256;
+}
+
+// Sizes a context's memory, apart and far; and where base is given, places what is the first one's.
+static void slot_layout(Infer *b, char *base) {
     const Dims &d = b->m.d;
     const bool guards = base != nullptr;
-    int64_t at = 0;
+    int64_t at = 0, apart = b->apart;
     auto place = [&](auto *&p, int64_t n) {
         using T = std::remove_reference_t<decltype(*p)>;
         if (base) p = (T *)(base + at);
         at += n * (int64_t)sizeof(T);
         const int64_t next = ceil_div(at + GUARD_BYTES, 256) * 256;
-        for (int i = 0; i < b->contexts && guards; i++) guard_gap(base + i * b->apart + at, next - at);
+        for (int i = 0; i < b->contexts && guards; i++) guard_gap(base + i * apart + at, next - at);
         at = next;
     };
     row_vectors(b, place);
@@ -3678,31 +3699,32 @@ static int64_t slot_layout(Infer *b, char *base) {
     place(b->state, 1);
     place(b->logits, d.V);
     for (int l = 0; l < d.L; l++) {
-        Layer *layer = &b->m.layers[l];
-        place(layer->tmix_shift, d.C);
-        place(layer->cmix_shift, d.C);
-        if (layer->wkv_state) place(layer->wkv_state, (int64_t)d.H * N * N);
+        place(b->m.layers[l].tmix_shift, d.C);
+        place(b->m.layers[l].cmix_shift, d.C);
     }
-    if (!b->G) return at;
-    place(b->sums.out, (int64_t)b->window_splits * d.C);
-    place(b->sums.top, b->window_splits * d.H);
-    place(b->sums.sum, b->window_splits * d.H);
-    place(b->ids, b->capacity);
-    if (b->c) place(b->c, b->capacity * d.R);
-    if (b->c8) place(b->c8, b->capacity * d.R);
-    if (b->scales) place(b->scales, b->capacity);
+    if (b->G) {
+        place(b->sums.out, (int64_t)b->window_splits * d.C);
+        place(b->sums.top, b->window_splits * d.H);
+        place(b->sums.sum, b->window_splits * d.H);
+    }
+    if (base) base += b->contexts * b->apart;
+    else b->apart = slot_apart(b, at);
+    at = 0, apart = b->far;
+    for (int l = 0; l < d.L; l++)
+        if (b->m.layers[l].wkv_state) place(b->m.layers[l].wkv_state, (int64_t)d.H * N * N);
+    if (b->G) {
+        place(b->ids, b->capacity);
+        if (b->c) place(b->c, b->capacity * d.R);
+        if (b->c8) place(b->c8, b->capacity * d.R);
+        if (b->scales) place(b->scales, b->capacity);
+    }
     for (int i = 0; i < b->G; i++) {
         GoldSource &g = b->sources[i];
         place(g.k.ring, b->window * d.C);
         place(g.v.ring, b->window * d.C);
         g.ids = b->ids, g.c = b->c, g.c8 = b->c8, g.scales = b->scales;
     }
-    return at;
-}
-
-// Vectors of the same name in L1 lie in different places.
-static int64_t slot_apart(const Infer *b, int64_t bytes) {
-    return ceil_div(bytes, 1 << 17) * (1 << 17) + ceil_div(b->m.d.C * (int64_t)sizeof(floatX), 256) * 256;
+    if (!base) b->far = slot_apart(b, at);
 }
 
 static void batch_rest(Infer *b, int slot) { // nobody's context from now on
@@ -3728,8 +3750,8 @@ static Infer *batch_create(const Infer *f, int contexts, int64_t capacity, int64
     const int64_t splits = ceil_div(256, (int64_t)contexts * d.H);
     b->window_splits = splits < f->window_splits ? (int)splits : f->window_splits;
     b->slots = (Slot *)calloc(contexts, sizeof(Slot));
-    b->apart = slot_apart(b, slot_layout(b, nullptr));
-    device_alloc((void **)&b->memory, contexts * b->apart);
+    slot_layout(b, nullptr);
+    device_alloc((void **)&b->memory, contexts * (b->apart + b->far));
     slot_layout(b, b->memory);
     if (f->G) {
         device_alloc((void **)&b->device_sources, f->G * sizeof(GoldSource));
@@ -3756,7 +3778,8 @@ static Infer *batch_open(const Infer *f, int contexts) {
     if (f->G) memcpy(none.sources, f->sources, f->G * sizeof(GoldSource));
     memcpy(none.m.layers, f->m.layers, f->m.d.L * sizeof(Layer));
     none.window = none.capacity = 0;
-    const int64_t fixed = slot_apart(&none, slot_layout(&none, nullptr)) + (1 << 17), a_slot = room / contexts - fixed;
+    slot_layout(&none, nullptr);
+    const int64_t a_slot = room / contexts - none.apart - none.far - (1 << 17);
     free(none.sources);
     free(none.m.layers);
     const int64_t fits = per_token ? (a_slot - window * ring) / per_token : capacity;
@@ -3782,13 +3805,14 @@ __global__ void copy_ring_kernel(const GoldSource *to, const GoldSource *from, i
 // The context that f has read goes on in a slot.
 static void batch_take(Infer *b, int slot, const Infer *f) {
     Carried *from = carried_room(f), *to = carried_room(f);
-    const int64_t offset = slot * b->apart;
     const int n = infer_carried(f, from);
     b->position = f->position;
     infer_carried(b, to);
-    for (int i = 0; i < n; i++)
-        CUDA_CHECK(cudaMemcpyAsync((char *)to[i].p + offset, from[i].p, (size_t)(from[i].count * from[i].width),
-                                   cudaMemcpyDeviceToDevice, stream));
+    for (int i = 0; i < n; i++) {
+        const bool far = (char *)to[i].p >= b->memory + b->contexts * b->apart;
+        CUDA_CHECK(cudaMemcpyAsync((char *)to[i].p + slot * (far ? b->far : b->apart), from[i].p,
+                                   (size_t)(from[i].count * from[i].width), cudaMemcpyDeviceToDevice, stream));
+    }
     free(from);
     free(to);
     int64_t begin = f->window_begin;
@@ -3798,10 +3822,10 @@ static void batch_take(Infer *b, int slot, const Infer *f) {
         copy_ring_kernel<<<dim3(count, 2 * f->G), row_threads(f->m.d.C), 0, stream>>>(b->device_sources,
                                                                                       f->device_sources, begin,
                                                                                       b->window, f->window, f->m.d.C,
-                                                                                      offset);
+                                                                                      slot * b->far);
     Place *place = b->place;
     const Place now = {f->position - 1, begin, false};
-    move_each(offset, place);
+    move_each(slot * b->apart, place);
     set_place_kernel<<<1, 1, 0, stream>>>(place, now);
     b->slots[slot] = {true, f->position, begin};
 }
