@@ -8,7 +8,7 @@
 //     1. Cache       GoldSource, Infer: what is carried from token to token, and nothing else
 //     2. Attention   gold_attention: of a GOLD layer, over keys and values made on the fly from the cache
 //     3. One token   queue_step, matvec: decode
-//     4. Engine      infer_open, infer_feed: pre-fill, scoring, saved states
+//     4. Engine      infer_open, infer_feed: pre-fill, scoring, saved states; batch_open: several contexts at once
 //     5. Tokenizer   6. Sampler   7. Command line   8. Requests
 //
 // More words with a meaning of their own:
@@ -21,6 +21,7 @@
 //     place     where a step stands in the context, in device memory
 //     early     before the kernel ahead is done: what that one does not write may be asked for
 //     job       what a matrix-vector product is for: how its vector is made and what becomes of its results
+//     batch     contexts that step together; slot: the place of one of them
 //
 // How a prompt goes through (spec section 10): all tokens through the layers before the GOLD layers, in chunks of fixed
 // size, leaving states and, per token, its id and c = w_kv_cache_a x. The GOLD layers see only the last 2 G + 1 tokens
@@ -80,9 +81,9 @@ static void launch_early(void (*kernel)(P...), dim3 grid, int threads, size_t sm
 }
 
 // Contexts that step together have memory of their own, all laid out alike: vectors `apart` bytes from one context's to
-// the next one's, states and caches `far` bytes. Were all as far apart, a product would read its 32 vectors from as many
-// pages, and wait for these to be looked up (23 us in place of 17, H200, K 7168). Kernels get pointers into the first
-// context's, and blockIdx.z says which one a block works for. A null stays null.
+// the next one's, states and caches `far` bytes. Were all as far apart, a product would read its 32 vectors from as
+// many pages, and wait for these to be looked up (23 us in place of 17, H200, K 7168). Kernels get pointers into the
+// first context's, and blockIdx.z says which one a block works for. A null stays null.
 template <typename... P> __host__ __device__ inline void move_each(int64_t bytes, P *&...p) {
     ((p = p ? (P *)((char *)p + bytes) : nullptr), ...);
 }
@@ -271,14 +272,14 @@ typedef struct Infer {
     PastSums past_sums;
     PastQuery past_query;
     float *logits; // (V), fp32
-    // Contexts that step together (section 4): 1, or those of a batch, in whose Infer all pointers to what a context has
-    // of its own are the first one's.
+    // Contexts that step together (section 4): 1, or those of a batch, in whose Infer all pointers to what a context
+    // has of its own are the first one's.
     int contexts;
     int64_t apart, far; // bytes from a context's vectors to those of the next; from its states and caches
     char *memory;       // (contexts, apart), (contexts, far)
     Slot *slots;        // (contexts)
     SampleState *state; // of the sampler, null with one context
-    floatX *input;      // (INPUTS C): what a product multiplies
+    floatX *input;      // what the rows of a product are multiplied with: 2 C numbers or more
 } Infer;
 
 static const int MOST_SPLITS = 256; // blocks that share a context: one a multiprocessor
@@ -421,9 +422,9 @@ __device__ inline Pack query_pack(const QuerySource &s, int m, int c, int C, con
     return s.rope->used ? rope_pack(q, *s.rope, s.place->first, c, 1) : q;
 }
 
-// Grid: (H, splits, M or contexts). Eight lanes hold a token, each eight channels; such a group of lanes keeps its own running sums
-// of every (32 splits)th token, four tokens on their way at a time. Floor: bytes, 2 floatX a channel and token. A
-// single query's first keys and values are asked for early: no kernel that may still run writes the cache (see
+// Grid: (H, splits, M or contexts). Eight lanes hold a token, each eight channels; such a group of lanes keeps its own
+// running sums of every (32 splits)th token, four tokens on their way at a time. Floor: bytes, 2 floatX a channel and
+// token. A single query's first keys and values are asked for early: no kernel that may still run writes the cache (see
 // cache_decode).
 __global__ void __launch_bounds__(WINDOW_THREADS, 2) window_attention_kernel(WindowTask p) {
     __shared__ float2 shared[32];
@@ -1715,12 +1716,12 @@ template <typename W = floatX, typename Job> static void matvec(const Job &job, 
 //
 // A block has a share of the rows, and takes up to STEP_TILES tiles of them at a time; its warps share K: each streams
 // its own 32 columns of each 512, and in the end the warps' sums come together. A lane needs eight neighbouring columns
-// of two rows of a tile: they are what it has copied itself, so nobody waits for anybody until then. What it has read of
-// x serves all the tiles.
+// of two rows of a tile: they are what it has copied itself, so nobody waits for anybody until then. What it has read
+// of x serves all the tiles.
 //
 // Bytes: weights from memory, and from L2 contexts K floatX for each STEP_TILES tiles: with 32 contexts half as many as
-// the weights, or as many as 32 rows where a block has only 16. A number is the same sum in the same order, whatever the
-// number of contexts and the place among them.
+// the weights, or as many as 32 rows where a block has only 16. A number is the same sum in the same order, whatever
+// the number of contexts and the place among them.
 
 static const int MOST_CONTEXTS = 32;
 // parts of a warp's rows on their way, 8 or 4 KB of them; room for a context's 16 sums
@@ -1758,8 +1759,8 @@ template <typename Job> __device__ inline ProductRow product_row(const Job &job,
     return {number - job.rows, 1, job.second(number - job.rows)};
 }
 
-// Of what is left, number .. end - 1 in eights, how many rows of one matrix are multiplied with the same vector: as many
-// as there is room for sums
+// Of what is left, number .. end - 1 in eights, how many rows of one matrix are multiplied with the same vector: as
+// many as there is room for sums
 template <int tiles, typename Job> __device__ inline int rows_at_once(const Job &job, int number, int end) {
     const ProductRow own = product_row(job, number);
     const void *w = job.weights(own.row).matrix.w;
@@ -1995,7 +1996,8 @@ static StepMatrix step_matrix(const Param &W) {
 }
 
 struct OneVector { // what most jobs have in common
-    // for several contexts: vectors that rows are multiplied with; `before` makes them, or else `ready` says where they lie
+    // for several contexts: vectors that rows are multiplied with; `before` makes them, or else `ready` says where
+    // they are
     static const int inputs = 1;
     static const bool makes = true;
     __device__ int first(int) const { return 0; }
@@ -2336,7 +2338,8 @@ __global__ void __launch_bounds__(128) decode_mixes_kernel(Mixed p, int C, int64
     store(p.xs + (int64_t)i * C + c, m);
 }
 
-// One step of WKV. Grid (H, 4, contexts): 16 values j of a head, all its keys i; S^T in registers, a thread one j and eight i.
+// One step of WKV. Grid (H, 4, contexts): 16 values j of a head, all its keys i; S^T in registers, a thread one j and
+// eight i.
 struct WkvStep {
     const float *r, *k, *v, *v2, *hidden;                // (A); hidden layers of w and v2 (64) each
     const floatX *decay_w2, *value2_w2, *time_decay, *u; // (64, A) twice, (A), (A) or null
@@ -2454,7 +2457,8 @@ struct KeySums : OneVector {
     }
 };
 
-// k1 = K0 + (shift(K0) - K0) * (time_maa_k + m_k), and v1 likewise from xo. Grid (columns / 256, 2 G, contexts): layer, side
+// k1 = K0 + (shift(K0) - K0) * (time_maa_k + m_k), and v1 likewise from xo. Grid (columns / 256, 2 G, contexts): layer,
+// side
 __global__ void __launch_bounds__(128)
     decode_keys_values_kernel(floatX *kv1, const GoldSource *sources, const float *z, const Place *place, int C,
                               int64_t apart, int64_t far) {
@@ -2519,7 +2523,8 @@ struct KvHidden : OneVector { // u = tanh(w1 x), x: k1 or v1 of a layer
     __device__ void after(int row, float sum, float4, int) const { u[blockIdx.y * rows + row] = (floatX)tanhf(sum); }
 };
 
-// kv2 = kv1 + w2 u. Grid (columns / 256, 2 G, contexts): layer, side; eight lanes take 64 numbers of a row, eight rows at a time
+// kv2 = kv1 + w2 u. Grid (columns / 256, 2 G, contexts): layer, side; eight lanes take 64 numbers of a row, eight rows
+// at a time
 __global__ void __launch_bounds__(256)
     decode_kv_low_rank_kernel(float *kv2, const GoldSource *sources, const floatX *kv1, const floatX *u, int rank,
                               int C, int64_t apart) {
@@ -3668,10 +3673,10 @@ static Score infer_score(Infer *f, const int *ids, int64_t n, int64_t window, in
 
 // ---- several contexts at once ----
 //
-// A batch is an Infer beside the one that reads prompts, with the same weights. Each of its contexts has a slot: states,
-// cache, window, the vectors of a step, all in one piece of memory. A context is read by the other Infer and copied
-// into a slot; from then on each step takes one token further every context, long or short. Slots without one go
-// through the step as well, at a place of no matter.
+// A batch is an Infer beside the one that reads prompts, with the same weights. Each of its contexts has a slot:
+// states, cache, window, the vectors of a step, all in one piece of memory. A context is read by the other Infer and
+// copied into a slot; from then on each step takes every context one token further, long or short. Slots without one go
+// through the step as well, and stay at position 0.
 
 // Vectors of the same name in L1 lie in different places.
 static int64_t slot_apart(const Infer *b, int64_t bytes) {
@@ -3681,14 +3686,14 @@ static int64_t slot_apart(const Infer *b, int64_t bytes) {
 // Sizes a context's memory, apart and far; and where base is given, places what is the first one's.
 static void slot_layout(Infer *b, char *base) {
     const Dims &d = b->m.d;
-    const bool guards = base != nullptr;
     int64_t at = 0, apart = b->apart;
+    const bool placed = base != nullptr;
     auto place = [&](auto *&p, int64_t n) {
         using T = std::remove_reference_t<decltype(*p)>;
         if (base) p = (T *)(base + at);
         at += n * (int64_t)sizeof(T);
         const int64_t next = ceil_div(at + GUARD_BYTES, 256) * 256;
-        for (int i = 0; i < b->contexts && guards; i++) guard_gap(base + i * apart + at, next - at);
+        for (int i = 0; placed && i < b->contexts; i++) guard_gap(base + i * apart + at, next - at);
         at = next;
     };
     row_vectors(b, place);
@@ -3735,22 +3740,27 @@ static void batch_rest(Infer *b, int slot) { // nobody's context from now on
     set_place_kernel<<<1, 1, 0, stream>>>(place, nowhere);
 }
 
-// Room for so many contexts of f's model, of so many tokens each, `window` of them with keys and values at hand
-static Infer *batch_create(const Infer *f, int contexts, int64_t capacity, int64_t window) {
-    Infer *b = (Infer *)calloc(1, sizeof(Infer));
-    const Dims &d = f->m.d;
+// A batch of f's model without memory yet: so many contexts, of so many tokens each, `window` of them with keys and
+// values at hand
+static Infer *batch_describe(const Infer *f, int contexts, int64_t capacity, int64_t window) {
+    Infer *b = (Infer *)malloc(sizeof(Infer));
+    const size_t layers = f->m.d.L * sizeof(Layer), sources = f->G * sizeof(GoldSource);
     *b = *f;
     b->contexts = contexts, b->capacity = capacity, b->window = window < capacity ? window : capacity;
     for (Recording &r : b->recordings) r = {};
-    b->m.layers = (Layer *)malloc(d.L * sizeof(Layer));
-    memcpy(b->m.layers, f->m.layers, d.L * sizeof(Layer));
-    b->sources = (GoldSource *)malloc((f->G + 1) * sizeof(GoldSource));
-    if (f->G) memcpy(b->sources, f->sources, f->G * sizeof(GoldSource));
+    b->m.layers = (Layer *)memcpy(malloc(layers), f->m.layers, layers);
+    if (f->G) b->sources = (GoldSource *)memcpy(malloc(sources), f->sources, sources);
     // contexts are as good as shares of one
     const int64_t splits = ceil_div(256, (int64_t)contexts * d.H);
     b->window_splits = splits < f->window_splits ? (int)splits : f->window_splits;
     b->slots = (Slot *)calloc(contexts, sizeof(Slot));
+    b->memory = nullptr, b->device_sources = nullptr;
     slot_layout(b, nullptr);
+    return b;
+}
+
+static Infer *batch_create(const Infer *f, int contexts, int64_t capacity, int64_t window) {
+    Infer *b = batch_describe(f, contexts, capacity, window);
     device_alloc((void **)&b->memory, contexts * (b->apart + b->far));
     slot_layout(b, b->memory);
     if (f->G) {
@@ -3761,6 +3771,17 @@ static Infer *batch_create(const Infer *f, int contexts, int64_t capacity, int64
     return b;
 }
 
+static void batch_free(Infer *b) {
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    for (Recording &r : b->recordings) recording_free(&r);
+    CUDA_CHECK(cudaFree(b->memory));
+    CUDA_CHECK(cudaFree(b->device_sources));
+    if (b->G) free(b->sources);
+    free(b->m.layers);
+    free(b->slots);
+    free(b);
+}
+
 // As many tokens and as long windows as there is memory for
 static Infer *batch_open(const Infer *f, int contexts) {
     if (!f->decodes)
@@ -3768,23 +3789,16 @@ static Infer *batch_open(const Infer *f, int contexts) {
             f->m.s.tmix, f->m.s.cmix);
     size_t available, total;
     CUDA_CHECK(cudaMemGetInfo(&available, &total));
-    const int64_t room = (int64_t)available - (256 << 20), per_token = cache_bytes_per_token(f);
-    const int64_t ring = f->kv == KV_FULL ? 0 : 2 * f->G * f->m.d.C * (int64_t)sizeof(floatX); // bytes a token
+    Infer *empty = batch_describe(f, contexts, 0, 0);
+    const int64_t room = ((int64_t)available - (256 << 20)) / contexts - empty->apart - empty->far; // for its tokens
+    const int64_t ring = f->kv == KV_FULL ? 0 : 2 * f->G * f->m.d.C * (int64_t)sizeof(floatX);      // bytes a token
+    batch_free(empty);
     int64_t window = f->window, capacity = f->capacity;
-    while (window > 1 && contexts * window * ring > room / 2) window = ceil_div(window, 2);
-    Infer none = *f; // what a context needs whatever its length
-    none.sources = (GoldSource *)malloc((f->G + 1) * sizeof(GoldSource));
-    none.m.layers = (Layer *)malloc(f->m.d.L * sizeof(Layer));
-    if (f->G) memcpy(none.sources, f->sources, f->G * sizeof(GoldSource));
-    memcpy(none.m.layers, f->m.layers, f->m.d.L * sizeof(Layer));
-    none.window = none.capacity = 0;
-    slot_layout(&none, nullptr);
-    const int64_t a_slot = room / contexts - none.apart - none.far - (1 << 17);
-    free(none.sources);
-    free(none.m.layers);
-    const int64_t fits = per_token ? (a_slot - window * ring) / per_token : capacity;
+    while (window > 1 && window * ring > room / 2) window = ceil_div(window, 2);
+    const int64_t per_token = cache_bytes_per_token(f),
+                  fits = per_token ? (room - window * ring) / per_token : capacity;
     if (fits < capacity) capacity = fits;
-    if (a_slot < 0 || capacity < 1)
+    if (room < 0 || capacity < 1)
         die(2, "--batch %d: expected memory for so many contexts, found %.2f GiB free", contexts,
             available / 1073741824.0);
     return batch_create(f, contexts, capacity, f->kv == KV_FULL ? capacity : window);
@@ -3852,17 +3866,6 @@ template <typename F> static void batch_rehearse(Infer *b, Recording (&recording
         b->window_begin = i;
         run_recorded(&recordings[i], queue);
     }
-}
-
-static void batch_free(Infer *b) {
-    CUDA_CHECK(cudaStreamSynchronize(stream));
-    for (Recording &r : b->recordings) recording_free(&r);
-    CUDA_CHECK(cudaFree(b->memory));
-    if (b->G) CUDA_CHECK(cudaFree(b->device_sources));
-    free(b->sources);
-    free(b->m.layers);
-    free(b->slots);
-    free(b);
 }
 
 #ifdef GOLDFINCH_TEST
@@ -4558,7 +4561,8 @@ template <bool several> __global__ void sample_weigh_kernel(Sampler sampler) {
 }
 
 // Walks up the weights in the order of the ids to a number drawn below their sum: first by blocks, then by threads'
-// parts, then by tokens. One block a context. A random number depends on the seed and the position in the context alone.
+// parts, then by tokens. One block a context. A random number depends on the seed and the position in the context
+// alone.
 template <bool several> __global__ void sample_draw_kernel(Sampler sampler) {
     __shared__ Mass sums[SAMPLE_THREADS];
     __shared__ Mass rest; // of the number, within the block that was hit
@@ -4635,6 +4639,12 @@ void sampler_allocate(Sampler *s, int V, const Sampling *how, const uint8_t *kin
     device_alloc((void **)&s->state, sizeof(SampleState));
     CUDA_CHECK(cudaMallocHost((void **)&s->drawn, sizeof(int)));
     CUDA_CHECK(cudaMemcpy(s->kinds, kinds, (size_t)V, cudaMemcpyHostToDevice));
+}
+
+static void sampler_free(const Sampler *s) { // all but its state and the host's number
+    for (void *p : {(void *)s->logits, (void *)s->counts, (void *)s->kinds, (void *)s->tops, (void *)s->bins,
+                    (void *)s->cuts, (void *)s->weights, (void *)s->sums})
+        CUDA_CHECK(cudaFree(p));
 }
 
 // (V), of each token: 0 stops, or is banned if ends_are_ignored; ids without a text are banned.
@@ -4742,12 +4752,7 @@ static void samplers_open(Samplers *s, Infer *batch, const uint8_t *kinds) {
 static void samplers_close(Samplers *s) {
     for (auto &row : s->recordings)
         for (Recording &r : row) recording_free(&r);
-    for (int i = 0; i < s->batch->contexts; i++) {
-        const Sampler &own = s->each[i];
-        for (void *p : {(void *)own.logits, (void *)own.counts, (void *)own.kinds, (void *)own.tops, (void *)own.bins,
-                        (void *)own.cuts, (void *)own.weights, (void *)own.sums})
-            CUDA_CHECK(cudaFree(p));
-    }
+    for (int i = 0; i < s->batch->contexts; i++) sampler_free(&s->each[i]);
     CUDA_CHECK(cudaFree(s->device_each));
     CUDA_CHECK(cudaFreeHost(s->drawn));
     free(s->each);
@@ -4801,9 +4806,8 @@ void gf_sample_probabilities(const float *logits, int V, const int *history, int
     CUDA_CHECK(cudaMemcpy(weights, s.weights, V * sizeof(Mass), cudaMemcpyDeviceToHost));
     for (int i = 0; i < V; i++) total += (double)weights[i];
     for (int i = 0; i < V; i++) probabilities[i] = (float)((double)weights[i] / total);
-    for (void *p : {(void *)s.logits, (void *)s.counts, (void *)s.kinds, (void *)s.tops, (void *)s.bins, (void *)s.cuts,
-                    (void *)s.weights, (void *)s.sums, (void *)s.state, (void *)device_logits})
-        cudaFree(p);
+    sampler_free(&s);
+    for (void *p : {(void *)s.state, (void *)device_logits}) cudaFree(p);
     cudaFreeHost(s.drawn);
     free(kinds);
     free(weights);
@@ -4837,7 +4841,7 @@ typedef bool SWITCH;
       "score: start afresh every N tokens, as the trainer's validation (0: one context)") \
     X("--requests", TEXT, requests, nullptr, 0, 0, "FILE", \
       "answer JSON objects, one a line (- for stdin): scores and continuations (README.md)") \
-    X("--batch", INT, batch, "1", 1, MOST_CONTEXTS, "N", "requests: go on with N contexts at once") \
+    X("--batch", INT, batch, "1", 1, MOST_CONTEXTS, "N", "requests: go on with up to N contexts at once") \
     X("--prefix-ids", TEXT, prefix_ids, "0", 0, 0, "IDS", "requests: what an empty context stands for: 0 or 0,11") \
     X("--save-state", TEXT, save_state, nullptr, 0, 0, "FILE", "write the state after the prompt") \
     X("--load-state", TEXT, load_state, nullptr, 0, 0, "FILE", "go on from such a state") \
@@ -5254,9 +5258,9 @@ void cache_table(void) { // the families of the paper at its sizes
 // line that asks for nothing sensible is answered with "error", and the next one is read. "temperature" (0, unless
 // given), "top_p" (1), "top_k" (0) and "seed" are those of a continuation that is drawn; nothing is penalized.
 //
-// With --batch N, continuations of up to N lines are drawn at once: a line takes a free slot as soon as it is there, and
-// answers wait for those of the lines before them. What is drawn for a line depends neither on the others nor on N, for
-// N > 1; it may differ from --batch 1 where two tokens are as likely up to rounding.
+// With --batch N, continuations of up to N lines are drawn at once: a line takes a free slot as soon as it is there,
+// and answers wait for those of the lines before them. What is drawn for a line depends neither on the others nor on N,
+// for N > 1; it may differ from --batch 1 where two tokens are as likely up to rounding.
 //
 // A token may lie across the end of the context. Then the context's own tokens are taken, and of the tokens of both
 // texts together those after as many: what evaluation harnesses do.
@@ -5763,7 +5767,7 @@ static void slots_step(Requests *q) {
 }
 
 // Whatever is wrong with a line comes back to setjmp: no more is lost than this answer. What is written after setjmp
-// and read after an error lies in memory, not in a local variable. Returns whether the line is still needed.
+// and read after an error lies in memory, not in a local variable. Returns whether a slot has taken the line over.
 static bool answer_line(Requests *q, Request *r, char *line, int64_t length) {
     memset(r, 0, sizeof(*r));
     r->line = q->line = q->lines, r->number = q->first_answer + q->n_answers;
@@ -5829,7 +5833,8 @@ static void requests_open(Requests *q, const Options *o, SafeTensors *model, KvK
     free(kinds);
 }
 
-// Lines of a file, as they come
+// Lines of a file, as they come. While contexts go on nobody may wait for a line, and of a FILE's buffer getline cannot
+// be asked whether the rest of one is there.
 typedef struct Lines {
     int fd;
     char *text; // what was read, from begin to end; without a line's end up to `seen`
@@ -5851,7 +5856,7 @@ static char *next_line(const Requests *q, Lines *l, bool waits, int64_t *length)
             return line;
         }
         struct pollfd ready = {l->fd, POLLIN, 0};
-        if (l->ended || (!waits && poll(&ready, 1, 0) == 0)) return nullptr;
+        if (l->ended || (!waits && poll(&ready, 1, 0) < 1)) return nullptr;
         if (l->room - l->end < 1 << 16) {
             memmove(l->text, l->text + l->begin, (size_t)(l->end - l->begin));
             l->end -= l->begin, l->seen -= l->begin, l->begin = 0;
@@ -5878,13 +5883,13 @@ static int64_t answer_lines(Requests *q, int fd) { // returns how many
         char *line;
         while (q->n_running < slots && (line = next_line(q, &lines, q->n_running == 0, &n))) {
             q->lines++;
-            bool needed = false;
+            bool taken = false;
             if (strspn(line, " \t\r\n") < (size_t)n) {
                 requests_make_room(q, n);
-                needed = answer_line(q, &request, line, n);
+                taken = answer_line(q, &request, line, n);
                 answers++;
             }
-            if (!needed) free(line);
+            if (!taken) free(line);
         }
         if (q->n_running == 0) break;
         slots_step(q);

@@ -4,11 +4,11 @@
 //     make dev/bench_infer && dev/bench_infer [-o FILE.csv] [LAYERS WIDTH VOCABULARY CONTEXT..]
 //
 // First it checks what only the machine at hand can show: that the three caches, and pre-fill and decode, give the same
-// logits, and weights in 8 bits nearly so; that a saved state goes on with the same tokens; that several contexts at once
-// have the logits of each by itself, and the same bits among 8 and among 32; that nothing is allocated on the way. Then,
-// for each context: pre-fill of a prompt of so many random tokens, and decode right after it, sampling included; and
-// decode of 8 and of 32 contexts at once. `share` is the time that the bytes of the weights would take at the speed of a copy, measured in
-// the same run, over the time of a token.
+// logits, and weights in 8 bits nearly so; that a saved state goes on with the same tokens; that several contexts at
+// once have the logits of each by itself, and the same bits among 8 and among 32; that nothing is allocated on the way.
+// Then, for each context: pre-fill of a prompt of so many random tokens, and decode right after it, sampling included;
+// in the end decode of 8 and of 32 short contexts at once. `share` is the time that the bytes of the weights would take
+// at the speed of a copy, measured in the same run, over the time of a step.
 
 #define GOLDFINCH_INFER_NO_MAIN
 #include "../infer_goldfinch.cu"

@@ -328,6 +328,28 @@ def test_conversation(model, *flags):
     check(f"a conversation through pipes {' '.join(flags)}", right and child.wait() == 0)
 
 
+def test_reader(model, *flags):
+    """Lines in pieces, with what other systems put at their ends, or with nothing."""
+    line = b'{"context": "Hello", "max_tokens": 3}'
+    plain, = answers([line + b"\n"], *flags, model=model)
+    found = answers([line + b"\r\n", b" \t\r\n\n", b" " * 3_000_000 + line + b"\n", line], *flags, model=model)
+    check(f"CRLF, blank lines, 3 MB in a line, an end without newline {' '.join(flags)}", found == 3 * [plain], found)
+    none = answers([], *flags, model=model) + answers([b"\n"], *flags, model=model) + answers([b" "], *flags, model=model)
+    cut, = answers([line[:20]], *flags, model=model)
+    check(f"an end within a line {' '.join(flags)}", "found the end" in cut.get("error", "") and none == [], (cut, none))
+    child = subprocess.Popen([args.program, model, "--requests", "-", *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             stderr=subprocess.DEVNULL)
+    got = []
+    for piece in (line[:9], line[9:] + b"\n" + line[:9], line[9:] + b"\n"):
+        child.stdin.write(piece)
+        child.stdin.flush()
+        if b"\n" in piece:
+            got.append(json.loads(child.stdout.readline()))             # would hang if half a line were waited for
+    rest, _ = child.communicate(line)
+    check(f"a line is answered although half of the next one is there {' '.join(flags)}",
+          got + [json.loads(rest)] == 3 * [plain] and child.returncode == 0, (got, rest))
+
+
 def test_noise(model):
     """10 million random bytes; lines of requests with bytes changed, some of them in the middle of texts."""
     random.seed(5)
@@ -374,6 +396,8 @@ def main():
         test_batch(path, rows)
         test_conversation(path)
         test_conversation(path, "--batch", "4")
+        test_reader(path)
+        test_reader(path, "--batch", "4")
         test_noise(path)
         test_long(path, rows)
     print(f"{counts['passed']} passed, {counts['failed']} failed")
