@@ -8,7 +8,7 @@
 //     1. Cache       GoldSource, Infer: what is carried from token to token, and nothing else
 //     2. Attention   gold_attention: of a GOLD layer, over keys and values made on the fly from the cache
 //     3. One token   queue_step, matvec: decode
-//     4. Engine      infer_open, infer_feed: pre-fill, scoring, saved states
+//     4. Engine      infer_open, infer_feed: pre-fill, scoring, saved states; batch_open: several contexts at once
 //     5. Tokenizer   6. Sampler   7. Command line   8. Requests
 //
 // More words with a meaning of their own:
@@ -21,6 +21,7 @@
 //     place     where a step stands in the context, in device memory
 //     early     before the kernel ahead is done: what that one does not write may be asked for
 //     job       what a matrix-vector product is for: how its vector is made and what becomes of its results
+//     batch     contexts that step together; slot: the place of one of them
 //
 // How a prompt goes through (spec section 10): all tokens through the layers before the GOLD layers, in chunks of fixed
 // size, leaving states and, per token, its id and c = w_kv_cache_a x. The GOLD layers see only the last 2 G + 1 tokens
@@ -31,6 +32,7 @@
 
 #define GOLDFINCH_NO_MAIN
 #include "train_goldfinch.cu"
+#include <poll.h>
 #include <type_traits>
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -76,6 +78,14 @@ static void launch_early(void (*kernel)(P...), dim3 grid, int threads, size_t sm
     next_starts_late = false;
     CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, P(args)...));
 #endif
+}
+
+// Contexts that step together have memory of their own, all laid out alike: vectors `apart` bytes from one context's to
+// the next one's, states and caches `far` bytes. Were all as far apart, a product would read its 32 vectors from as
+// many pages, and wait for these to be looked up (23 us in place of 17, H200, K 7168). Kernels get pointers into the
+// first context's, and blockIdx.z says which one a block works for. A null stays null.
+template <typename... P> __host__ __device__ inline void move_each(int64_t bytes, P *&...p) {
+    ((p = p ? (P *)((char *)p + bytes) : nullptr), ...);
 }
 
 // `queue` launches the same work with the same arguments every time: what changes lies in device memory. At first it
@@ -174,9 +184,10 @@ struct PastQuery {     // made of the queries by past_queries_kernel
 };
 
 // Where a step stands, in device memory: a recorded step must not have it in its arguments.
-// context position of the first query; of the first token in the window
+// context position of the first query; of the first token in the window; nobody's context, which steps leave as it is
 struct Place {
     int64_t first, begin;
+    bool rests;
 };
 
 static const int MIXES_HIDDEN = 5 * MIX_RANK; // most numbers of a time mixer's mixes' hidden layer
@@ -210,6 +221,19 @@ struct StepRow {
 // a layer's first low-rank matrices, transposed: rows of C
 struct Packed {
     StepMatrix mix_w1, decay_w1, value2_w1;
+};
+
+// Of several contexts that step together, one's place, where the host knows it
+typedef struct Slot {
+    bool used;
+    int64_t position, window_begin;
+} Slot;
+
+// Where a sampler stands (section 6). uniform: number of the draw; below 0: from the seed
+struct SampleState {
+    int64_t position;
+    double uniform;
+    int drawn;
 };
 
 typedef struct Infer {
@@ -248,6 +272,14 @@ typedef struct Infer {
     PastSums past_sums;
     PastQuery past_query;
     float *logits; // (V), fp32
+    // Contexts that step together (section 4): 1, or those of a batch, in whose Infer all pointers to what a context
+    // has of its own are the first one's.
+    int contexts;
+    int64_t apart, far; // bytes from a context's vectors to those of the next; from its states and caches
+    char *memory;       // (contexts, apart), (contexts, far)
+    Slot *slots;        // (contexts)
+    SampleState *state; // of the sampler, null with one context
+    floatX *input;      // what the rows of a product are multiplied with: 2 C numbers or more
 } Infer;
 
 static const int MOST_SPLITS = 256; // blocks that share a context: one a multiprocessor
@@ -357,7 +389,8 @@ struct WindowTask {
     SplitSums to;
     const Place *place;
     int64_t window;
-    int m0, M, C, H; // m0: number of the first query here
+    int m0, M, C, H;    // m0: number of the first query here
+    int64_t apart, far; // 0, or several contexts, of one query each
 };
 
 // Mean and 1/deviation of C numbers over the block, of so many threads. pack(c) gives eight of them; own: the thread's,
@@ -389,16 +422,19 @@ __device__ inline Pack query_pack(const QuerySource &s, int m, int c, int C, con
     return s.rope->used ? rope_pack(q, *s.rope, s.place->first, c, 1) : q;
 }
 
-// Grid: (H, splits, M). Eight lanes hold a token, each eight channels; such a group of lanes keeps its own running sums
-// of every (32 splits)th token, four tokens on their way at a time. Floor: bytes, 2 floatX a channel and token. A
-// single query's first keys and values are asked for early: no kernel that may still run writes the cache (see
+// Grid: (H, splits, M or contexts). Eight lanes hold a token, each eight channels; such a group of lanes keeps its own
+// running sums of every (32 splits)th token, four tokens on their way at a time. Floor: bytes, 2 floatX a channel and
+// token. A single query's first keys and values are asked for early: no kernel that may still run writes the cache (see
 // cache_decode).
 __global__ void __launch_bounds__(WINDOW_THREADS, 2) window_attention_kernel(WindowTask p) {
     __shared__ float2 shared[32];
     __shared__ float tops[WINDOW_WARPS];
     __shared__ float sums[WINDOW_WARPS];
     __shared__ __align__(16) float outs[WINDOW_WARPS][N];
-    const int group = threadIdx.x / 8, lane = threadIdx.x % 8, h = blockIdx.x, split = blockIdx.y, m = blockIdx.z;
+    const int group = threadIdx.x / 8, lane = threadIdx.x % 8, h = blockIdx.x, split = blockIdx.y,
+              m = p.apart ? 0 : blockIdx.z;
+    if (p.apart) move_each(blockIdx.z * p.apart, p.query.q0, p.query.place, p.place, p.to.out, p.to.top, p.to.sum);
+    move_each(p.apart ? blockIdx.z * p.far : 0, p.keys, p.values);
     const int c = h * N + lane * 8, step = WINDOW_GROUPS * gridDim.y;
     RawPack<floatX> k[4], v[4];
     let_next_start();
@@ -1226,25 +1262,34 @@ __global__ void __launch_bounds__(256)
 // y null, for a context that fits the window: the window's splits are left as they are.
 template <typename T> static void gold_attention(Infer *f, const GoldSource &g, T *y, WindowTask task, int m0, int M) {
     task.keys = g.k.ring, task.values = g.v.ring, task.to = f->sums, task.place = f->place, task.window = f->window;
-    task.C = g.C, task.H = g.H;
+    task.C = g.C, task.H = g.H, task.apart = f->apart, task.far = f->far;
     const int splits = f->window_begin > 0 ? f->past_splits : 0;
     for (int m = m0; m < M; m += f->queries) {
         const int here = M - m < f->queries ? M - m : f->queries;
         WindowTask part = task;
         part.m0 = m, part.M = here;
         if (task.query.q) part.query.q += (int64_t)m * g.C;
-        launch_early(window_attention_kernel, dim3(g.H, f->window_splits, here), WINDOW_THREADS, 0, part);
-        if (y == nullptr && splits == 0) continue; // the caller combines
-        if (splits > 0) {
-            const PastTask past = {f->past_query, f->past_sums, f->place, m, here};
-            const size_t smem = past_smem(nullptr, g, f->past_warps, here).bytes;
-            auto kernel = g.rank_pad == 64 ? past_attention_kernel<2> : past_attention_kernel<4>;
-            allow_smem(kernel, smem);
-            launch_early(past_queries_kernel, dim3(g.H), WINDOW_THREADS, 0, f->past_query, part.query, g, here);
-            launch_early(kernel, dim3(splits), 32 * f->past_warps, smem, g, past);
+        launch_early(window_attention_kernel, dim3(g.H, f->window_splits, f->apart ? f->contexts : here),
+                     WINDOW_THREADS, 0, part);
+        if (y == nullptr && splits == 0) continue;                // the caller combines
+        for (int context = 0; context < f->contexts; context++) { // one after the other
+            GoldSource own = g;
+            PastTask past = {f->past_query, f->past_sums, f->place, m, here};
+            QuerySource query = part.query;
+            SplitSums sums = f->sums;
+            T *to = y + (int64_t)m * g.C;
+            move_each(context * f->apart, past.place, query.q0, query.place, sums.out, sums.top, sums.sum, to);
+            move_each(context * f->far, own.ids, own.c, own.c8, own.scales);
+            if (splits > 0) {
+                const size_t smem = past_smem(nullptr, g, f->past_warps, here).bytes;
+                auto kernel = g.rank_pad == 64 ? past_attention_kernel<2> : past_attention_kernel<4>;
+                allow_smem(kernel, smem);
+                launch_early(past_queries_kernel, dim3(g.H), WINDOW_THREADS, 0, f->past_query, query, own, here);
+                launch_early(kernel, dim3(splits), 32 * f->past_warps, smem, own, past);
+            }
+            launch_early(combine_splits_kernel<T>, dim3(g.H, here), 256, 0, to, sums, f->past_sums, own,
+                         f->window_splits, splits);
         }
-        launch_early(combine_splits_kernel<T>, dim3(g.H, here), 256, 0, y + (int64_t)m * g.C, f->sums, f->past_sums, g,
-                     f->window_splits, splits);
     }
 }
 
@@ -1591,7 +1636,8 @@ __global__ void __launch_bounds__(MV_THREADS, MV_ON_TENSOR_CORES<W> ? 2 : 1)
             sum = make_float2(sum.x * scale, sum.y * scale);
             if (turn % 32 == 31) scales = row_scale(job, row + step, step);
         }
-        if (lane == 0) job.after(row, sum, beside);
+        if (lane == 0) job.after(row, sum.x, beside, 0);
+        if (lane == 0 && second != x) job.after(row, sum.y, beside, 1);
     }
 }
 
@@ -1635,7 +1681,8 @@ template <typename W, typename Job> static void matvec_in_loops(const Job &job, 
         if (apart) cuda_on_cpu::dots<2>(&sum.x, w, first, apart, job.K);
         else cuda_on_cpu::dots<1>(&sum.x, w, first, 0, job.K);
         const float scale = sizeof(W) == 1 ? own.matrix.scales[own.row] : 1;
-        job.after(row, make_float2(sum.x * scale, sum.y * scale), job.beside(row));
+        job.after(row, sum.x * scale, job.beside(row), 0);
+        if (apart) job.after(row, sum.y * scale, job.beside(row), 1);
     });
 }
 #endif
@@ -1661,10 +1708,286 @@ template <typename W = floatX, typename Job> static void matvec(const Job &job, 
     matvec_launch<W>(job, vectors, problems);
 }
 
+// ---- several contexts at once ----
+//
+// The weights are still what is read, once for all contexts, and tensor cores have time for up to 32 of them: a tile is
+// 16 rows of weights times 8 contexts. What the rows are multiplied with, (contexts, K) in floatX, is made once, by a
+// block a context (step_inputs_kernel), as otherwise each block would make all of it.
+//
+// A block has a share of the rows, and takes up to STEP_TILES tiles of them at a time; its warps share K: each streams
+// its own 32 columns of each 512, and in the end the warps' sums come together. A lane needs eight neighbouring columns
+// of two rows of a tile: they are what it has copied itself, so nobody waits for anybody until then. What it has read
+// of x serves all the tiles.
+//
+// Bytes: weights from memory, and from L2 contexts K floatX for each STEP_TILES tiles: with 32 contexts half as many as
+// the weights, or as many as 32 rows where a block has only 16. A number is the same sum in the same order, whatever
+// the number of contexts and the place among them.
+
+static const int MOST_CONTEXTS = 32;
+// parts of a warp's rows on their way, 8 or 4 KB of them; room for a context's 16 sums
+template <typename W> constexpr int STEP_PART = 64 * MV_COPIED<W>;
+template <typename W, int groups>
+constexpr int STEP_SLOTS = (groups == 1 ? 8192 : 4096) / (STEP_PART<W> * (int)sizeof(W));
+// tiles of 16 rows that are multiplied with the same x, as many as have room for their sums in registers
+template <typename W, int groups> constexpr int STEP_TILES = groups == 1 ? 5 : sizeof(W) == 1 ? 3 : 4;
+template <int groups> constexpr int STEP_ADDED = groups == 1 ? 4 : 1; // tiles whose sums have room at a time
+template <int groups> constexpr int STEP_SUMS_APART = 16 * STEP_ADDED<groups> + 4;
+
+// x of a context: (inputs, K)
+template <typename Job>
+__global__ void __launch_bounds__(MV_THREADS)
+    step_inputs_kernel(Job job, floatX *to, int numbers, int64_t apart, int64_t far) {
+    floatX *x = dynamic_smem<floatX>();
+    job.move(blockIdx.z * apart, blockIdx.z * far);
+    move_each(blockIdx.z * apart, to);
+    let_next_start();
+    job.early(x);
+    async_commit();
+    wait_for_previous();
+    async_wait<0>();
+    job.before(x);
+    __syncthreads();
+    for (int i = threadIdx.x * 8; i < numbers; i += MV_THREADS * 8) store(to + i, load(x + i));
+}
+
+// A row's product with its second vector is as good as another row: these are numbered behind the rows.
+struct ProductRow {
+    int row, which, vector; // 0 or 1: first or second; where the vector lies
+};
+template <typename Job> __device__ inline ProductRow product_row(const Job &job, int number) {
+    if (number < job.rows) return {number, 0, job.first(number)};
+    return {number - job.rows, 1, job.second(number - job.rows)};
+}
+
+// Of what is left, number .. end - 1 in eights, how many rows of one matrix are multiplied with the same vector: as
+// many as there is room for sums
+template <int tiles, typename Job> __device__ inline int rows_at_once(const Job &job, int number, int end) {
+    const ProductRow own = product_row(job, number);
+    const void *w = job.weights(own.row).matrix.w;
+    int rows = 8;
+    for (; rows < 16 * tiles && number + rows < end; rows += 8) {
+        const ProductRow next = product_row(job, number + rows);
+        if (next.vector != own.vector || next.which != own.which || job.weights(next.row).matrix.w != w) break;
+    }
+    return rows;
+}
+
+// A warp's columns of the block's rows: a part is those of 4 MV_COPIED columns and a tile of 16 rows, or 8; tile after
+// tile of rows_at_once. It is there after async_wait<n_slots - 1>.
+template <typename W, int n_slots, int most_tiles, typename Job> struct TileStream {
+    static const int PER = MV_COPIED<W>;
+    const Job &job;
+    W *slots;                        // (n_slots, 2, 32, PER), from the lane's first on
+    int row, end, k, slot, rows, at; // at: of the next tile among the rows
+    const W *weights;                // of the first row
+    __device__ void request(void) {
+        const int begin = threadIdx.x / 32 * 4 * PER, lane = threadIdx.x % 32, column = k + lane % 4 * PER;
+        if (row < end && begin < job.K) {
+            if (k == begin && at == 0) {
+                const StepRow own = job.weights(product_row(job, row).row);
+                rows = rows_at_once<most_tiles>(job, row, end);
+                weights = (const W *)own.matrix.w + (int64_t)own.row * job.K;
+            }
+            const bool valid = column < job.K; // zeros behind the last column
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int below = min(at + 8 * half + lane / 4, job.rows + job.pairs() - 1 - row);
+                for (int i = 0; i < PER && at + 8 * half < rows; i += 16 / (int)sizeof(W))
+                    async_copy16(slots + slot * STEP_PART<W> + half * 32 * PER + i,
+                                 weights + (int64_t)below * job.K + (valid ? column : 0) + i, valid);
+            }
+            at += 16;
+            if (at >= rows) at = 0, k += MV_WARPS * 4 * PER;
+            if (k >= job.K) k = begin, row += rows;
+        }
+        slot = (slot + 1) % n_slots;
+        async_commit();
+    }
+};
+
+// sums += 16 rows times the groups' contexts, eight columns a lane
+template <int groups>
+__device__ inline void multiply_rows(TileC (&sums)[groups], const RawPack<floatX> (&w)[2],
+                                     const RawPack<floatX> (&x)[groups]) {
+    for (int half = 0; half < 2; half++) {
+        RawPack<floatX> both; // four numbers of each row
+        TileB b[groups];
+        for (int i = 0; i < 4; i++) ((Pair *)both.q)[i] = ((const Pair *)w[i / 2].q)[2 * half + i % 2];
+        for (int j = 0; j < groups; j++) b[j] = half_as_b(x[j], half);
+        mma(sums, eight_as_a(both), b);
+    }
+}
+
+// matvec_kernel for up to 8 groups contexts. x: (problems, vectors) of the first. Grid: (any number of blocks,
+// problems)
+template <typename W, int groups, typename Job>
+__global__ void __launch_bounds__(MV_THREADS, 1)
+    step_product_kernel(Job job, const floatX *x, int vectors, int64_t apart, int64_t far, int contexts) {
+    constexpr int PER = MV_COPIED<W>, n_slots = STEP_SLOTS<W, groups>, apart_sums = STEP_SUMS_APART<groups>,
+                  n_sums = 8 * groups * apart_sums, added = STEP_ADDED<groups>, most_tiles = STEP_TILES<W, groups>;
+    constexpr bool ahead = groups == 1; // x is read a turn before it is needed: of few contexts there is room for it
+    float *partial = dynamic_smem<float>(); // (MV_WARPS, 8 groups, apart_sums)
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tiles = (job.rows + job.pairs() + 7) / 8;
+    // of the thread's results
+    const int context = threadIdx.x / (16 * added), result_row = threadIdx.x % (16 * added);
+    const int end = (int)((int64_t)(blockIdx.x + 1) * tiles / gridDim.x) * 8;
+    int row = (int)((int64_t)blockIdx.x * tiles / gridDim.x) * 8, slot = 0;
+    W *slots = (W *)(partial + MV_WARPS * n_sums) + warp * n_slots * STEP_PART<W> + lane * PER;
+    TileStream<W, n_slots, most_tiles, Job> stream = {job, slots, row, end, warp * 4 * PER, 0, 0, 0, nullptr};
+    let_next_start();
+#pragma unroll 1
+    for (int i = 0; i < n_slots; i++) stream.request();
+    const floatX *columns[groups]; // of the lane's contexts; of absent ones, another's
+    for (int j = 0; j < groups; j++) {
+        columns[j] = x + (int64_t)blockIdx.y * vectors;
+        move_each(min(8 * j + lane / 4, contexts - 1) * apart, columns[j]);
+    }
+    wait_for_previous();
+    for (int rows; row < end; row += rows) {
+        rows = rows_at_once<most_tiles>(job, row, end);
+        const ProductRow from = product_row(job, row);
+        TileC sums[most_tiles][groups] = {};
+        using Columns = RawPack<floatX>[PER / 8][groups];
+        auto read = [&](Columns &to, int k) { // behind the last column weights are zero
+            for (int i = 0; i < PER / 8; i++)
+                for (int j = 0; j < groups; j++)
+                    to[i][j] = load_raw(columns[j] + from.vector + min(k + lane % 4 * PER + 8 * i, job.K - 8));
+        };
+        const int begin = warp * 4 * PER, turn = MV_WARPS * 4 * PER;
+        Columns now, next = {};
+        if (ahead) read(next, begin);
+#pragma unroll 1
+        for (int k = begin; k < job.K; k += turn) {
+            for (int i = 0; i < PER / 8; i++)
+                for (int j = 0; j < groups; j++) now[i][j] = next[i][j];
+            if (ahead) read(next, k + turn);
+            else read(now, k);
+#pragma unroll
+            for (int t = 0; t < most_tiles; t++) {
+                if (16 * t >= rows) break;
+                async_wait<n_slots - 1>();
+                const W *part = slots + slot * STEP_PART<W>;
+                const bool both = 16 * t + 8 < rows; // eights of rows
+                for (int i = 0; i < PER / 8; i++) {
+                    const RawPack<floatX> w[2] = {load_raw(part + 8 * i),
+                                                  both ? load_raw(part + 32 * PER + 8 * i) : RawPack<floatX>{}};
+                    multiply_rows(sums[t], w, now[i]);
+                }
+                slot = (slot + 1) % n_slots;
+                stream.request();
+            }
+        }
+        auto add_up = [&](const TileC(&of_warp)[most_tiles][groups], int t) { // over the warps, in the same order
+            float total = 0;
+            __syncthreads(); // the last sums may still be read
+#pragma unroll
+            for (int tile = 0; tile < most_tiles; tile++) // so that sums lie in registers
+                if (tile >= t && tile < t + added)
+                    for (int j = 0; j < groups; j++)
+                        for (int i = 0; i < 4; i++)
+                            partial[warp * n_sums + (8 * j + tile_col(i)) * apart_sums + 16 * (tile - t) +
+                                    tile_row(i)] = of_warp[tile][j].x[i];
+            __syncthreads();
+            for (int w = 0; w < MV_WARPS; w++) total += partial[w * n_sums + context * apart_sums + result_row];
+            return total;
+        };
+        Job own = job;
+        own.move(context * apart, context * far);
+#pragma unroll 1
+        for (int t = 0; 16 * t < rows; t += added) {
+            const int at = 16 * t + result_row, mine = from.row + at;
+            const bool writes = context < contexts && at < rows && mine < job.rows;
+            const float4 beside = writes ? own.beside(mine) : make_float4(0, 0, 0, 0);
+            float sum = add_up(sums, t);
+            if (!writes) continue;
+            if (sizeof(W) == 1) {
+                const StepRow weights = job.weights(mine);
+                sum *= weights.matrix.scales[weights.row];
+            }
+            own.after(mine, sum, beside, from.which);
+        }
+    }
+}
+
+#ifdef CUDA_ON_CPU
+// The kernel's twin for the CPU: each number is a dot product, its sum in another order.
+template <typename W, typename Job>
+static void step_product_in_loops(const Job &job, const floatX *x, int vectors, int problems, int64_t apart,
+                                  int64_t far, int contexts) {
+    static float *floats = nullptr;
+    static int64_t capacity = 0;
+    const int64_t of_context = (int64_t)vectors * problems, n = of_context * contexts;
+    if (n > capacity) {
+        CUDA_CHECK(cudaFree(floats));
+        CUDA_CHECK(cudaMalloc(&floats, n * sizeof(float)));
+        capacity = n;
+    }
+    for (int64_t context = 0; context < contexts; context++) {
+        const floatX *from = x;
+        move_each(context * apart, from);
+        for (int64_t i = 0; i < of_context; i++) floats[context * of_context + i] = (float)from[i];
+    }
+    cuda_on_cpu::for_each((int64_t)problems * job.rows, (int64_t)job.K * contexts, [&](int64_t i) {
+        const int row = (int)(i % job.rows);
+        blockIdx.y = (unsigned)(i / job.rows);
+        const StepRow from = job.weights(row);
+        const W *w = (const W *)from.matrix.w + (int64_t)from.row * job.K;
+        const float scale = sizeof(W) == 1 ? from.matrix.scales[from.row] : 1;
+        for (int64_t context = 0; context < contexts; context++) {
+            const float *of_x = floats + context * of_context + (int64_t)blockIdx.y * vectors;
+            Job own = job;
+            own.move(context * apart, context * far);
+            float2 sum = make_float2(0, 0);
+            cuda_on_cpu::dots<1>(&sum.x, w, of_x + job.first(row), 0, job.K);
+            if (job.second(row)) cuda_on_cpu::dots<1>(&sum.y, w, of_x + job.second(row), 0, job.K);
+            own.after(row, sum.x * scale, own.beside(row), 0);
+            if (job.second(row)) own.after(row, sum.y * scale, own.beside(row), 1);
+        }
+    });
+}
+#endif
+
+template <typename W, int groups, typename Job>
+static void step_product_launch(const Infer *f, const Job &job, const floatX *x, int vectors, int problems) {
+    const int64_t tiles = ceil_div(job.rows + job.pairs(), 8), grid = tiles < multiprocessors ? tiles : multiprocessors;
+    const size_t smem = MV_WARPS * (8 * groups * STEP_SUMS_APART<groups> * sizeof(float) +
+                                    STEP_SLOTS<W, groups> * STEP_PART<W> * sizeof(W));
+    allow_smem(step_product_kernel<W, groups, Job>, smem);
+    launch_early(step_product_kernel<W, groups, Job>, dim3((int)grid, problems), MV_THREADS, smem, job, x, vectors,
+                 f->apart, f->far, f->contexts);
+}
+
+// A product of a step: of one context's vector, which takes room for `vectors` numbers to make, or of several's.
+template <typename W = floatX, typename Job>
+static void step_product(const Infer *f, const Job &job, int vectors, int problems = 1) {
+    if (f->contexts == 1) {
+        matvec<W>(job, vectors, problems);
+        return;
+    }
+    const floatX *x = f->input;
+    if constexpr (Job::makes) {
+        const size_t smem = vectors * sizeof(floatX);
+        if (smem > 40 << 10) allow_smem(step_inputs_kernel<Job>, smem);
+        launch_early(step_inputs_kernel<Job>, dim3(1, 1, f->contexts), MV_THREADS, smem, job, f->input,
+                     Job::inputs * job.K, f->apart, f->far);
+        vectors = Job::inputs * job.K;
+    } else {
+        x = job.ready();
+    }
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) {
+        step_product_in_loops<W>(job, x, vectors, problems, f->apart, f->far, f->contexts);
+        return;
+    }
+#endif
+    if (f->contexts <= 8) step_product_launch<W, 1>(f, job, x, vectors, problems);
+    else step_product_launch<W, 4>(f, job, x, vectors, problems);
+}
+
 // with one of the matrices that may be in 8 bits
-template <typename Job> static void matvec_large(const Infer *f, const Job &job, int vectors) {
-    if (f->weights == WEIGHTS_INT8) matvec<int8_t>(job, vectors);
-    else matvec(job, vectors);
+template <typename Job> static void step_product_large(const Infer *f, const Job &job, int vectors) {
+    if (f->weights == WEIGHTS_INT8) step_product<int8_t>(f, job, vectors);
+    else step_product(f, job, vectors);
 }
 
 static StepMatrix step_matrix(const Param &W) {
@@ -1673,8 +1996,13 @@ static StepMatrix step_matrix(const Param &W) {
 }
 
 struct OneVector { // what most jobs have in common
+    // for several contexts: vectors that rows are multiplied with; `before` makes them, or else `ready` says where
+    // they are
+    static const int inputs = 1;
+    static const bool makes = true;
     __device__ int first(int) const { return 0; }
-    __device__ int second(int) const { return 0; } // 0: there is none
+    __device__ int second(int) const { return 0; }          // 0: there is none
+    __host__ __device__ int pairs(void) const { return 0; } // of the first so many rows there is one
     __device__ void early(floatX *) const {}
     __device__ float4 beside(int) const { return make_float4(0, 0, 0, 0); }
 };
@@ -1722,6 +2050,7 @@ template <int n> struct NormShiftMix {
     const floatX *gain, *bias, *shift, *mu[n];
     floatX *ln; // block 0 stores it
     static int vectors(int C) { return (n + 3) * C; }
+    __device__ void move(int64_t bytes, int64_t) { move_each(bytes, from, shift, ln); }
     __device__ void early(floatX *x, int C) const {
         for (int i = 0; i < n; i++) early_vector(x + i * C, mu[i], C);
         early_vector(x + n * C, gain, C);
@@ -1750,6 +2079,7 @@ struct MixerEnd {
     const floatX *ln;
     floatX *shift;
     float *out;
+    __device__ void move(int64_t bytes, int64_t) { move_each(bytes, residual, gate, ln, shift, out); }
     __device__ float4 beside(int row) const {
         return make_float4(residual[row], gate ? gate[row] : 1, (float)ln[row], 0);
     }
@@ -1767,10 +2097,14 @@ struct MixHidden : OneVector {
     StepMatrix w;
     float *hidden;
     int rows, K;
+    __device__ void move(int64_t bytes, int64_t far) {
+        mix.move(bytes, far);
+        move_each(bytes, hidden);
+    }
     __device__ StepRow weights(int row) const { return {w, row}; }
     __device__ void early(floatX *x) const { mix.early(x, K); }
     __device__ void before(floatX *x) const { mix.make(x, K); }
-    __device__ void after(int row, float2 sum, float4) const { hidden[row] = tanhf(sum.x); }
+    __device__ void after(int row, float sum, float4, int) const { hidden[row] = tanhf(sum); }
 };
 
 // Finch-C2's products: v and v2 (which share their weights), r, k, and the hidden layers of w and v2
@@ -1780,6 +2114,9 @@ struct FinchProducts : OneVector {
     float *v, *v2, *r, *k, *hidden; // (A) each, (128)
     bool use_v2;
     int A, rows, K;
+    static const bool makes = false;
+    const floatX *ready(void) const { return xs; }
+    __device__ void move(int64_t bytes, int64_t) { move_each(bytes, xs, v, v2, r, k, hidden); }
     __device__ StepRow weights(int row) const {
         if (row < A) return {value, row};
         if (row < 2 * A) return {receptance, row - A};
@@ -1791,18 +2128,13 @@ struct FinchProducts : OneVector {
         return (row < A ? 2 : row < 2 * A ? 0 : row < 3 * A ? 1 : row < 3 * A + DECAY_RANK ? 3 : 4) * K;
     }
     __device__ int second(int row) const { return row < A && use_v2 ? 4 * K : 0; }
+    __host__ __device__ int pairs(void) const { return use_v2 ? A : 0; }
     __device__ void before(floatX *x) const { copy_vector(x, xs, (use_v2 ? 5 : 4) * K); }
-    __device__ void after(int row, float2 sum, float4) const {
-        if (row < A) {
-            v[row] = sum.x;
-            v2[row] = sum.y;
-        } else if (row < 2 * A) {
-            r[row - A] = sum.x;
-        } else if (row < 3 * A) {
-            k[row - 2 * A] = sum.x;
-        } else {
-            hidden[row - 3 * A] = tanhf(sum.x);
-        }
+    __device__ void after(int row, float sum, float4, int which) const {
+        if (row < A) (which ? v2 : v)[row] = sum;
+        else if (row < 2 * A) r[row - A] = sum;
+        else if (row < 3 * A) k[row - 2 * A] = sum;
+        else hidden[row - 3 * A] = tanhf(sum);
     }
 };
 
@@ -1811,9 +2143,12 @@ template <typename T> struct Product : OneVector { // out = w x
     StepMatrix w;
     float *out;
     int rows, K;
+    static const bool makes = !std::is_same_v<T, floatX>;
+    const floatX *ready(void) const { return x; }
+    __device__ void move(int64_t bytes, int64_t) { move_each(bytes, x, out); }
     __device__ StepRow weights(int row) const { return {w, row}; }
     __device__ void before(floatX *v) const { copy_vector(v, x, K); }
-    __device__ void after(int row, float2 sum, float4) const { out[row] = sum.x; }
+    __device__ void after(int row, float sum, float4, int) const { out[row] = sum; }
 };
 
 struct NormProduct : OneVector { // w LayerNorm(x)
@@ -1821,6 +2156,7 @@ struct NormProduct : OneVector { // w LayerNorm(x)
     const floatX *gain, *bias;
     StepMatrix w;
     int rows, K;
+    __device__ void move(int64_t bytes, int64_t) { move_each(bytes, x); }
     __device__ StepRow weights(int row) const { return {w, row}; }
     __device__ void early(floatX *v) const {
         early_vector(v, gain, K);
@@ -1831,14 +2167,27 @@ struct NormProduct : OneVector { // w LayerNorm(x)
 
 struct TmixOut : NormProduct { // out = residual + w LayerNorm_x(x)
     MixerEnd end;
+    __device__ void move(int64_t bytes, int64_t far) {
+        NormProduct::move(bytes, far);
+        end.move(bytes, far);
+    }
     __device__ float4 beside(int row) const { return end.beside(row); }
-    __device__ void after(int row, float2 sum, float4 beside) const { end.after(row, sum.x, beside); }
+    __device__ void after(int row, float sum, float4 beside, int) const { end.after(row, sum, beside); }
 };
 
 struct GoldOut : TmixOut { // the same, x still in the window's splits
     SplitSums window;
     int splits;
+    const Place *place; // of several contexts: x is there of those that are longer than the window; null: of none
+    __device__ void move(int64_t bytes, int64_t far) {
+        TmixOut::move(bytes, far);
+        move_each(bytes, window.out, window.top, window.sum, place);
+    }
     __device__ void before(floatX *v) const {
+        if (place && place->begin > 0) {
+            TmixOut::before(v);
+            return;
+        }
         norm_packs(
             v,
             [&](int c) {
@@ -1875,16 +2224,22 @@ struct GoldOut : TmixOut { // the same, x still in the window's splits
 
 struct Head : NormProduct { // logits = w LayerNorm_out(x)
     float *logits;
-    __device__ void after(int row, float2 sum, float4) const { logits[row] = sum.x; }
+    __device__ void move(int64_t bytes, int64_t) { move_each(bytes, x, logits); }
+    __device__ void after(int row, float sum, float4, int) const { logits[row] = sum; }
 };
 
 // k = relu(key x_k)^2,  gate = sigmoid(receptance x_r)
 struct CmixIn : OneVector {
+    static const int inputs = 2;
     NormShiftMix<2> mix;
     StepMatrix key, receptance;
     floatX *k;
     float *gate;
     int F, rows, K;
+    __device__ void move(int64_t bytes, int64_t far) {
+        mix.move(bytes, far);
+        move_each(bytes, k, gate);
+    }
     __device__ StepRow weights(int row) const {
         if (row < F) return {key, row};
         return {receptance, row - F};
@@ -1892,9 +2247,9 @@ struct CmixIn : OneVector {
     __device__ int first(int row) const { return row < F ? 0 : K; }
     __device__ void early(floatX *x) const { mix.early(x, K); }
     __device__ void before(floatX *x) const { mix.make(x, K); }
-    __device__ void after(int row, float2 sum, float4) const {
-        if (row < F) k[row] = (floatX)(sum.x > 0 ? sum.x * sum.x : 0);
-        else gate[row - F] = 1 / (1 + expf(-sum.x));
+    __device__ void after(int row, float sum, float4, int) const {
+        if (row < F) k[row] = (floatX)(sum > 0 ? sum * sum : 0);
+        else gate[row - F] = 1 / (1 + expf(-sum));
     }
 };
 
@@ -1903,24 +2258,33 @@ struct CmixOut : OneVector { // out = residual + gate * (value k)
     StepMatrix value;
     MixerEnd end;
     int rows, K;
+    static const bool makes = false;
+    const floatX *ready(void) const { return k; }
+    __device__ void move(int64_t bytes, int64_t far) {
+        move_each(bytes, k);
+        end.move(bytes, far);
+    }
     __device__ StepRow weights(int row) const { return {value, row}; }
     __device__ void before(floatX *x) const { copy_vector(x, k, K); }
     __device__ float4 beside(int row) const { return end.beside(row); }
-    __device__ void after(int row, float2 sum, float4 beside) const { end.after(row, sum.x, beside); }
+    __device__ void after(int row, float sum, float4 beside, int) const { end.after(row, sum, beside); }
 };
 
 // ---- the small kernels between ----
 
-// The token's place in the context, and x = x0 = LayerNorm_ln0(emb[token]). One block.
+// The token's place in the context, and x = x0 = LayerNorm_ln0(emb[token]). A block a context.
 __global__ void __launch_bounds__(MV_THREADS)
     decode_begin_kernel(float *x, Place *place, int *ids, const int *token, const floatX *emb, const floatX *gain,
-                        const floatX *bias, int64_t window, int C) {
+                        const floatX *bias, int64_t window, int C, int64_t apart, int64_t far) {
+    move_each(blockIdx.z * apart, x, place, token);
+    move_each(blockIdx.z * far, ids);
     let_next_start();
-    // negative: nothing could be drawn, the host will say
-    norm_vector(x, emb + (int64_t)max(*token, 0) * C, gain, bias, C);
+    const int id = max(*token, 0); // negative: nothing could be drawn, the host will say
+    norm_vector(x, emb + (int64_t)id * C, gain, bias, C);
     if (threadIdx.x > 0) return;
-    const int64_t t = ++place->first;
-    if (ids) ids[t] = *token;
+    if (!place->rests) place->first++;
+    const int64_t t = place->first;
+    if (ids) ids[t] = id;
     if (place->begin < t + 1 - window) place->begin = t + 1 - window;
 }
 
@@ -1949,17 +2313,18 @@ struct MixSum {
     }
 };
 
-// x_i = ln + diff * (mu_i + hidden_i w_i): grid (columns / 256, mixes), 128 threads
+// x_i = ln + diff * (mu_i + hidden_i w_i): grid (columns / 256, mixes, contexts), 128 threads
 struct Mixed {
     const floatX *ln, *shift, *mu[5], *w; // w (mixes, 32, C)
     const float *hidden;                  // (mixes, 32)
     floatX *xs;                           // (mixes, C)
 };
 
-__global__ void __launch_bounds__(128) decode_mixes_kernel(Mixed p, int C) {
+__global__ void __launch_bounds__(128) decode_mixes_kernel(Mixed p, int C, int64_t apart) {
     __shared__ __align__(16) float parts[4][256];
     const int i = blockIdx.y, c = blockIdx.x * 256 + threadIdx.x % 32 * 8;
     MixSum mix = {};
+    move_each(blockIdx.z * apart, p.ln, p.shift, p.hidden, p.xs);
     let_next_start();
     mix.request(p.w + (int64_t)i * 32 * C, c, C);
     // no mu[i]: that would copy the parameters to the stack
@@ -1973,7 +2338,8 @@ __global__ void __launch_bounds__(128) decode_mixes_kernel(Mixed p, int C) {
     store(p.xs + (int64_t)i * C + c, m);
 }
 
-// One step of WKV. Grid (H, 4): 16 values j of a head, all its keys i; S^T in registers, a thread one j and eight i.
+// One step of WKV. Grid (H, 4, contexts): 16 values j of a head, all its keys i; S^T in registers, a thread one j and
+// eight i.
 struct WkvStep {
     const float *r, *k, *v, *v2, *hidden;                // (A); hidden layers of w and v2 (64) each
     const floatX *decay_w2, *value2_w2, *time_decay, *u; // (64, A) twice, (A), (A) or null
@@ -1982,7 +2348,7 @@ struct WkvStep {
     int H;
 };
 
-__global__ void __launch_bounds__(128) wkv_step_kernel(WkvStep p) {
+__global__ void __launch_bounds__(128) wkv_step_kernel(WkvStep p, int64_t apart, int64_t far) {
     __shared__ __align__(16) float parts[16][N];
     __shared__ __align__(16) float parts2[VALUE2_RANK][16];
     __shared__ float r[N];
@@ -1992,6 +2358,8 @@ __global__ void __launch_bounds__(128) wkv_step_kernel(WkvStep p) {
     __shared__ float v2[16];
     const int thread = threadIdx.x, h = blockIdx.x, A = p.H * N, head = h * N, j0 = head + 16 * blockIdx.y,
               j = thread / 8, i0 = thread % 8 * 8;
+    move_each(blockIdx.z * apart, p.r, p.k, p.v, p.v2, p.hidden, p.y);
+    move_each(blockIdx.z * far, p.state);
     float *at = p.state + ((int64_t)j0 + j) * N + i0;
     RawPack<floatX> w[4], w2 = {};
     let_next_start();
@@ -2049,8 +2417,14 @@ struct KeySums : OneVector {
     float *z; // (2, C): of this token, of the one before (zeros at first)
     const Place *place;
     int rows, K; // C, R32
+    static const int inputs = 2;
+    __device__ void move(int64_t bytes, int64_t far) {
+        move_each(bytes, c, z, place);
+        move_each(far, g.ids, cache, cache8, scales);
+    }
     __device__ StepRow weights(int row) const { return {{g.w_c, nullptr}, row}; }
     __device__ int second(int) const { return K; }
+    __host__ __device__ int pairs(void) const { return rows; }
     __device__ void before(floatX *x) const {
         const int64_t t = place->first;
         float largest = 0;
@@ -2078,15 +2452,16 @@ struct KeySums : OneVector {
         const float now = (float)g.id_k0[(int64_t)g.ids[t] * rows + row];
         return make_float4(now, t > 0 ? (float)g.id_k0[(int64_t)g.ids[t - 1] * rows + row] : 0, 0, 0);
     }
-    __device__ void after(int row, float2 sum, float4 beside) const {
-        z[row] = sum.x + beside.x;
-        z[rows + row] = sum.y + beside.y;
+    __device__ void after(int row, float sum, float4 beside, int which) const {
+        z[which * rows + row] = sum + (which ? beside.y : beside.x);
     }
 };
 
-// k1 = K0 + (shift(K0) - K0) * (time_maa_k + m_k), and v1 likewise from xo. Grid (columns / 256, 2 G): layer, side
+// k1 = K0 + (shift(K0) - K0) * (time_maa_k + m_k), and v1 likewise from xo. Grid (columns / 256, 2 G, contexts): layer,
+// side
 __global__ void __launch_bounds__(128)
-    decode_keys_values_kernel(floatX *kv1, const GoldSource *sources, const float *z, const Place *place, int C) {
+    decode_keys_values_kernel(floatX *kv1, const GoldSource *sources, const float *z, const Place *place, int C,
+                              int64_t apart, int64_t far) {
     __shared__ __align__(16) float parts[4][256];
     __shared__ float2 shared[32];
     __shared__ float h[32];
@@ -2094,11 +2469,14 @@ __global__ void __launch_bounds__(128)
     const GoldSource &g = sources[blockIdx.y / 2];
     const GoldSource::Side &s = side ? g.v : g.k;
     MixSum mix = {};
+    const int *ids = g.ids;
+    move_each(blockIdx.z * apart, kv1, z, place);
+    move_each(blockIdx.z * far, ids);
     let_next_start();
     mix.request(s.mix, c, C);
     const Pack mu = c < C ? load(s.mu + c) : zero_pack();
     wait_for_previous();
-    const int64_t t = place->first, id = g.ids[t], id_before = t > 0 ? g.ids[t - 1] : -1;
+    const int64_t t = place->first, id = ids[t], id_before = t > 0 ? ids[t - 1] : -1;
     if (threadIdx.x < 32) {
         float hidden = (float)g.id_h[id * 64 + 32 * side + lane];
         if (t > 0) hidden += (float)g.id_h_before[id_before * 64 + 32 * side + lane];
@@ -2134,17 +2512,23 @@ struct KvHidden : OneVector { // u = tanh(w1 x), x: k1 or v1 of a layer
     const floatX *kv1;
     floatX *u;
     int rows, K;
+    static const bool makes = false;
+    const floatX *ready(void) const { return kv1; }
+    __device__ void move(int64_t bytes, int64_t) { move_each(bytes, kv1, u); }
     __device__ const GoldSource::Side &side(void) const {
         return blockIdx.y % 2 ? sources[blockIdx.y / 2].v : sources[blockIdx.y / 2].k;
     }
     __device__ StepRow weights(int row) const { return {{side().w1, nullptr}, row}; }
     __device__ void before(floatX *x) const { copy_vector(x, kv1 + (int64_t)blockIdx.y * K, K); }
-    __device__ void after(int row, float2 sum, float4) const { u[blockIdx.y * rows + row] = (floatX)tanhf(sum.x); }
+    __device__ void after(int row, float sum, float4, int) const { u[blockIdx.y * rows + row] = (floatX)tanhf(sum); }
 };
 
-// kv2 = kv1 + w2 u. Grid (columns / 256, 2 G): layer, side; eight lanes take 64 numbers of a row, eight rows at a time
-__global__ void __launch_bounds__(256) decode_kv_low_rank_kernel(float *kv2, const GoldSource *sources,
-                                                                 const floatX *kv1, const floatX *u, int rank, int C) {
+// kv2 = kv1 + w2 u. Grid (columns / 256, 2 G, contexts): layer, side; eight lanes take 64 numbers of a row, eight rows
+// at a time
+__global__ void __launch_bounds__(256)
+    decode_kv_low_rank_kernel(float *kv2, const GoldSource *sources, const floatX *kv1, const floatX *u, int rank,
+                              int C, int64_t apart) {
+    move_each(blockIdx.z * apart, kv2, kv1, u);
     const GoldSource &g = sources[blockIdx.y / 2];
     const int lane = threadIdx.x % 8, first = blockIdx.x * 256 + threadIdx.x / 8;
     const floatX *w = (blockIdx.y % 2 ? g.v.w2 : g.k.w2) + 8 * lane;
@@ -2168,14 +2552,18 @@ __global__ void __launch_bounds__(256) decode_kv_low_rank_kernel(float *kv2, con
     }
 }
 
-// Their norms, into the window. A block for each layer and side.
-__global__ void __launch_bounds__(MV_THREADS) decode_window_append_kernel(const GoldSource *sources, const float *kv2,
-                                                                          const Place *place, int64_t window, int C) {
+// Their norms, into the window. A block for each layer and side, and context.
+__global__ void __launch_bounds__(MV_THREADS)
+    decode_window_append_kernel(const GoldSource *sources, const float *kv2, const Place *place, int64_t window, int C,
+                                int64_t apart, int64_t far) {
     const GoldSource &g = sources[blockIdx.x / 2];
     const GoldSource::Side &s = blockIdx.x % 2 ? g.v : g.k;
+    floatX *to = s.ring;
+    move_each(blockIdx.z * apart, kv2, place);
+    move_each(blockIdx.z * far, to);
     let_next_start();
     wait_for_previous();
-    floatX *to = s.ring + place->first % window * C;
+    to += place->first % window * C;
     norm_vector(to, kv2 + (int64_t)blockIdx.x * C, s.gain, s.bias, C);
     if (blockIdx.x % 2 == 1 || !g.rope.used) return;
     const int c = threadIdx.x * 8;
@@ -2190,7 +2578,7 @@ template <typename Job> static void tmix_out_decode(Infer *f, Layer *layer, Job 
     const Row &row = f->row;
     job.x = row.y, job.gain = p.ln_x.gain.w, job.bias = p.ln_x.bias.w, job.w = step_matrix(p.output);
     job.end = {row.x, nullptr, row.ln, layer->tmix_shift, row.x_mid}, job.rows = f->m.d.C, job.K = f->m.d.A;
-    matvec_large(f, job, 2 * job.K);
+    step_product_large(f, job, 2 * job.K);
 }
 
 static void mix_hidden_decode(Infer *f, Layer *layer, int mixes) {
@@ -2199,7 +2587,7 @@ static void mix_hidden_decode(Infer *f, Layer *layer, int mixes) {
     MixHidden job = {};
     job.mix = {f->row.x, p.ln1.gain.w, p.ln1.bias.w, layer->tmix_shift, {p.time_maa_x.w}, f->row.ln};
     job.w = f->packed[layer->index].mix_w1, job.hidden = f->row.hidden, job.rows = MIX_RANK * mixes, job.K = d.C;
-    matvec(job, job.mix.vectors(d.C));
+    step_product(f, job, job.mix.vectors(d.C));
 }
 
 static void finch_c2_decode(Infer *f, Layer *layer) {
@@ -2216,7 +2604,7 @@ static void finch_c2_decode(Infer *f, Layer *layer) {
                          p.time_maa_w2.w,
                          row.hidden,
                          row.xs};
-    launch_early(decode_mixes_kernel, dim3((int)ceil_div(d.C, 256), mixes), 128, 0, mixed, d.C);
+    launch_early(decode_mixes_kernel, dim3((int)ceil_div(d.C, 256), mixes, f->contexts), 128, 0, mixed, d.C, f->apart);
     FinchProducts products = {};
     products.xs = row.xs, products.value = step_matrix(p.value), products.receptance = step_matrix(p.receptance),
     products.key = step_matrix(p.key);
@@ -2225,7 +2613,7 @@ static void finch_c2_decode(Infer *f, Layer *layer) {
     products.v = row.v, products.v2 = row.v2, products.r = row.r, products.k = row.k, products.use_v2 = v2,
     products.A = d.A;
     products.rows = 3 * d.A + DECAY_RANK + (v2 ? VALUE2_RANK : 0), products.K = d.C;
-    matvec_large(f, products, mixes * d.C);
+    step_product_large(f, products, mixes * d.C);
     const WkvStep step = {row.r,
                           row.k,
                           row.v,
@@ -2240,7 +2628,7 @@ static void finch_c2_decode(Infer *f, Layer *layer) {
                           v2,
                           f->m.s.use_one_minus_w != 0,
                           d.H};
-    launch_early(wkv_step_kernel, dim3(d.H, 4), 128, 0, step);
+    launch_early(wkv_step_kernel, dim3(d.H, 4, f->contexts), 128, 0, step, f->apart, f->far);
     tmix_out_decode(f, layer, TmixOut());
 }
 
@@ -2251,21 +2639,23 @@ static void cache_decode(Infer *f) {
     const GoldSource &g = f->sources[0];
     Product<float> entry = {};
     entry.x = row.x, entry.w = step_matrix(f->m.top.w_kv_cache_a), entry.out = row.c, entry.rows = d.R, entry.K = d.C;
-    matvec(entry, d.C);
+    step_product(f, entry, d.C);
     KeySums sums = {};
     sums.g = g, sums.cache = f->c, sums.cache8 = f->c8, sums.scales = f->scales, sums.c = row.c, sums.z = row.z,
     sums.place = f->place;
     sums.rows = d.C, sums.K = g.R32;
-    matvec(sums, 2 * g.R32);
-    const dim3 sides((int)ceil_div(d.C, 256), 2 * f->G);
-    launch_early(decode_keys_values_kernel, sides, 128, 0, row.kv1, f->device_sources, row.z, f->place, d.C);
+    step_product(f, sums, 2 * g.R32);
+    const dim3 sides((int)ceil_div(d.C, 256), 2 * f->G, f->contexts);
+    launch_early(decode_keys_values_kernel, sides, 128, 0, row.kv1, f->device_sources, row.z, f->place, d.C, f->apart,
+                 f->far);
     KvHidden hidden = {};
     hidden.sources = f->device_sources, hidden.kv1 = row.kv1, hidden.u = row.u, hidden.rows = g.rank_pad,
     hidden.K = d.C;
-    matvec(hidden, d.C, 2 * f->G);
-    launch_early(decode_kv_low_rank_kernel, sides, 256, 0, row.kv2, f->device_sources, row.kv1, row.u, g.rank_pad, d.C);
-    launch_early(decode_window_append_kernel, dim3(2 * f->G), MV_THREADS, 0, f->device_sources, row.kv2, f->place,
-                 f->window, d.C);
+    step_product(f, hidden, d.C, 2 * f->G);
+    launch_early(decode_kv_low_rank_kernel, sides, 256, 0, row.kv2, f->device_sources, row.kv1, row.u, g.rank_pad, d.C,
+                 f->apart);
+    launch_early(decode_window_append_kernel, dim3(2 * f->G, 1, f->contexts), MV_THREADS, 0, f->device_sources, row.kv2,
+                 f->place, f->window, d.C, f->apart, f->far);
     next_starts_late = true; // so all that follows may read the cache early
 }
 
@@ -2276,17 +2666,18 @@ static void gold_decode(Infer *f, Layer *layer) {
     const GoldSource &g = f->sources[layer->index - d.G0];
     mix_hidden_decode(f, layer, 1);
     const Mixed mixed = {row.ln, layer->tmix_shift, {p.time_maa_q.w}, p.time_maa_q_w2.w, row.hidden, row.xs};
-    launch_early(decode_mixes_kernel, dim3((int)ceil_div(d.C, 256), 1), 128, 0, mixed, d.C);
+    launch_early(decode_mixes_kernel, dim3((int)ceil_div(d.C, 256), 1, f->contexts), 128, 0, mixed, d.C, f->apart);
     Product<floatX> query = {};
     query.x = row.xs, query.w = step_matrix(p.query), query.out = row.q, query.rows = d.C, query.K = d.C;
-    matvec_large(f, query, d.C);
+    step_product_large(f, query, d.C);
     WindowTask task = {};
     task.query = {nullptr, row.q, p.ln_q.gain.w, p.ln_q.bias.w, &f->device_sources[layer->index - d.G0].rope, f->place};
     const bool in_splits = f->window_begin == 0;
     gold_attention(f, g, in_splits ? nullptr : row.y, task, 0, 1);
     GoldOut out = {};
     out.window = f->sums, out.splits = f->window_splits;
-    if (in_splits) tmix_out_decode(f, layer, out);
+    if (!in_splits) out.place = f->place;
+    if (in_splits || f->contexts > 1) tmix_out_decode(f, layer, out);
     else tmix_out_decode(f, layer, TmixOut());
 }
 
@@ -2299,12 +2690,12 @@ static void cmix_decode(Infer *f, Layer *layer) { // row.x = row.x_mid + ..
               {p.ffn_time_maa_k.w, p.ffn_time_maa_r.w}, row.ln};
     in.key = step_matrix(p.ffn_key), in.receptance = step_matrix(p.ffn_receptance), in.k = row.ffn, in.gate = row.gate;
     in.F = d.F, in.rows = d.F + d.C, in.K = d.C;
-    matvec_large(f, in, in.mix.vectors(d.C));
+    step_product_large(f, in, in.mix.vectors(d.C));
     CmixOut out = {};
     out.k = row.ffn, out.value = step_matrix(p.ffn_value),
     out.end = {row.x_mid, row.gate, row.ln, layer->cmix_shift, row.x};
     out.rows = d.C, out.K = d.F;
-    matvec_large(f, out, d.F);
+    step_product_large(f, out, d.F);
 }
 
 // How the mixers decode: row.x_mid from row.x, row.x from row.x_mid. A model with another mixer decodes as it
@@ -2323,14 +2714,17 @@ template <size_t n> static const Decoder *find_decoder(const Decoder (&table)[n]
     return nullptr;
 }
 
-// Queues a step: *token goes on from the context, f->logits are what comes next. The same launches every time.
+// Queues a step: *token goes on from the context, f->logits are what comes next. The same launches every time. With
+// several contexts: of each of them.
 static void queue_step(Infer *f, const int *token) {
     const Model *m = &f->m;
     const Dims &d = m->d;
     const Row &row = f->row;
     const Params &top = m->top, &first = m->layers[0].p;
-    decode_begin_kernel<<<1, MV_THREADS, 0, stream>>>(row.x, f->place, f->ids, token, top.emb.w, first.ln0.gain.w,
-                                                      first.ln0.bias.w, f->window, d.C);
+    const dim3 contexts(1, 1, f->contexts);
+    decode_begin_kernel<<<contexts, MV_THREADS, 0, stream>>>(row.x, f->place, f->ids, token, top.emb.w,
+                                                             first.ln0.gain.w, first.ln0.bias.w, f->window, d.C,
+                                                             f->apart, f->far);
     for (int l = 0; l < d.L; l++) {
         Layer *layer = &f->m.layers[l];
         if (f->G && l == d.G0) cache_decode(f);
@@ -2341,7 +2735,7 @@ static void queue_step(Infer *f, const int *token) {
     head.x = row.x, head.gain = top.ln_out.gain.w, head.bias = top.ln_out.bias.w, head.w = step_matrix(top.head),
     head.logits = f->logits;
     head.rows = d.V, head.K = d.C;
-    matvec_large(f, head, 2 * d.C);
+    step_product_large(f, head, 2 * d.C);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2508,6 +2902,25 @@ static StepMatrix packed_rows(const Infer *f, Param w1) {
     return {w.whole, w.scales};
 }
 
+// each(p, n) for every vector of a step
+template <typename F> static void row_vectors(Infer *f, const F &each) {
+    const Dims &d = f->m.d;
+    Row &row = f->row;
+    const int64_t kv = 2 * f->G;
+    each(row.ln, d.C);
+    each(row.xs, 5 * d.C);
+    each(row.ffn, d.F);
+    for (float **p : {&row.r, &row.k, &row.v, &row.v2, &row.y, &row.q}) each(*p, d.A);
+    for (float **p : {&row.x, &row.x_mid, &row.gate}) each(*p, d.C);
+    each(row.hidden, MIXES_HIDDEN + DECAY_RANK + VALUE2_RANK);
+    if (!f->G) return;
+    each(row.kv1, kv * d.C);
+    each(row.u, kv * padded_rank(gold_rank(d)));
+    each(row.c, d.R);
+    each(row.z, 2 * d.C);
+    each(row.kv2, kv * d.C);
+}
+
 // Matrices that a step reads by rows of C, and its vectors.
 static void prepare_decode(Infer *f) {
     const Dims &d = f->m.d;
@@ -2524,20 +2937,7 @@ static void prepare_decode(Infer *f) {
                         packed_rows(f, p.time_decay_w1),
                         packed_rows(f, p.time_value2_w1)};
     }
-    Row &row = f->row;
-    const int64_t kv = 2 * f->G, rank = padded_rank(gold_rank(d));
-    alloc_floats(&row.ln, d.C);
-    alloc_floats(&row.xs, 5 * d.C);
-    alloc_floats(&row.ffn, d.F);
-    for (float **p : {&row.r, &row.k, &row.v, &row.v2, &row.y, &row.q}) device_alloc((void **)p, d.A * sizeof(float));
-    for (float **p : {&row.x, &row.x_mid, &row.gate}) device_alloc((void **)p, d.C * sizeof(float));
-    device_alloc((void **)&row.hidden, (MIXES_HIDDEN + DECAY_RANK + VALUE2_RANK) * sizeof(float));
-    if (!f->G) return;
-    alloc_floats(&row.kv1, kv * d.C);
-    alloc_floats(&row.u, kv * rank);
-    device_alloc((void **)&row.c, d.R * sizeof(float));
-    device_alloc((void **)&row.z, 2 * d.C * sizeof(float));
-    device_alloc((void **)&row.kv2, kv * d.C * sizeof(float));
+    row_vectors(f, [](auto *&p, int64_t n) { device_alloc((void **)&p, n * sizeof(*p)); });
 }
 
 static void pack_pairs(TilePair *to, const floatX *p, int64_t ld_k, int64_t ld_n, int K, int columns, int per,
@@ -2777,7 +3177,7 @@ __global__ void set_place_kernel(Place *place, Place now) { *place = now; }
 // Tells the device where the context stands; first: the position of the first query to come, less one for a recorded
 // step.
 static void move_place(Infer *f, int64_t first) {
-    const Place now = {first, f->window_begin};
+    const Place now = {first, f->window_begin, false};
     set_place_kernel<<<1, 1, 0, stream>>>(f->place, now);
 }
 
@@ -2799,6 +3199,7 @@ static Infer *infer_create(const Settings *settings, KvKind kv, int64_t capacity
     s.grad_cp = REMAKE_LAYERS; // layers share what a layer keeps
     s.micro_bsz = 1;
     f->kv = kv == KV_IF_IT_FITS ? KV_FULL : kv;
+    f->contexts = 1;
     f->chunk = chunk;
     // the GOLD layers' last tokens fit as well
     const int rows = chunk > 2 * s.n_layer + 1 ? chunk : (int)(2 * s.n_layer + 1);
@@ -3270,6 +3671,203 @@ static Score infer_score(Infer *f, const int *ids, int64_t n, int64_t window, in
     return score;
 }
 
+// ---- several contexts at once ----
+//
+// A batch is an Infer beside the one that reads prompts, with the same weights. Each of its contexts has a slot:
+// states, cache, window, the vectors of a step, all in one piece of memory. A context is read by the other Infer and
+// copied into a slot; from then on each step takes every context one token further, long or short. Slots without one go
+// through the step as well, and stay at position 0.
+
+// Vectors of the same name in L1 lie in different places.
+static int64_t slot_apart(const Infer *b, int64_t bytes) {
+    return ceil_div(bytes, 1 << 17) * (1 << 17) + ceil_div(b->m.d.C * (int64_t)sizeof(floatX), 256) * 256;
+}
+
+// Sizes a context's memory, apart and far; and where base is given, places what is the first one's.
+static void slot_layout(Infer *b, char *base) {
+    const Dims &d = b->m.d;
+    int64_t at = 0, apart = b->apart;
+    const bool placed = base != nullptr;
+    auto place = [&](auto *&p, int64_t n) {
+        using T = std::remove_reference_t<decltype(*p)>;
+        if (base) p = (T *)(base + at);
+        at += n * (int64_t)sizeof(T);
+        const int64_t next = ceil_div(at + GUARD_BYTES, 256) * 256;
+        for (int i = 0; placed && i < b->contexts; i++) guard_gap(base + i * apart + at, next - at);
+        at = next;
+    };
+    row_vectors(b, place);
+    const int R32 = b->G ? b->sources[0].R32 : 0, most = 2 * R32 > 2 * d.C ? 2 * R32 : 2 * d.C;
+    place(b->input, most > d.A ? most : d.A);
+    place(b->place, 1);
+    place(b->token, 1);
+    place(b->state, 1);
+    place(b->logits, d.V);
+    for (int l = 0; l < d.L; l++) {
+        place(b->m.layers[l].tmix_shift, d.C);
+        place(b->m.layers[l].cmix_shift, d.C);
+    }
+    if (b->G) {
+        place(b->sums.out, (int64_t)b->window_splits * d.C);
+        place(b->sums.top, b->window_splits * d.H);
+        place(b->sums.sum, b->window_splits * d.H);
+    }
+    if (base) base += b->contexts * b->apart;
+    else b->apart = slot_apart(b, at);
+    at = 0, apart = b->far;
+    for (int l = 0; l < d.L; l++)
+        if (b->m.layers[l].wkv_state) place(b->m.layers[l].wkv_state, (int64_t)d.H * N * N);
+    if (b->G) {
+        place(b->ids, b->capacity);
+        if (b->c) place(b->c, b->capacity * d.R);
+        if (b->c8) place(b->c8, b->capacity * d.R);
+        if (b->scales) place(b->scales, b->capacity);
+    }
+    for (int i = 0; i < b->G; i++) {
+        GoldSource &g = b->sources[i];
+        place(g.k.ring, b->window * d.C);
+        place(g.v.ring, b->window * d.C);
+        g.ids = b->ids, g.c = b->c, g.c8 = b->c8, g.scales = b->scales;
+    }
+    if (!base) b->far = slot_apart(b, at);
+}
+
+static void batch_rest(Infer *b, int slot) { // nobody's context from now on
+    Place *place = b->place;
+    const Place nowhere = {0, 0, true};
+    move_each(slot * b->apart, place);
+    b->slots[slot] = {};
+    set_place_kernel<<<1, 1, 0, stream>>>(place, nowhere);
+}
+
+// A batch of f's model without memory yet: so many contexts, of so many tokens each, `window` of them with keys and
+// values at hand
+static Infer *batch_describe(const Infer *f, int contexts, int64_t capacity, int64_t window) {
+    Infer *b = (Infer *)malloc(sizeof(Infer));
+    const size_t layers = f->m.d.L * sizeof(Layer), sources = f->G * sizeof(GoldSource);
+    *b = *f;
+    b->contexts = contexts, b->capacity = capacity, b->window = window < capacity ? window : capacity;
+    for (Recording &r : b->recordings) r = {};
+    b->m.layers = (Layer *)memcpy(malloc(layers), f->m.layers, layers);
+    if (f->G) b->sources = (GoldSource *)memcpy(malloc(sources), f->sources, sources);
+    // contexts are as good as shares of one
+    const int64_t splits = ceil_div(256, (int64_t)contexts * d.H);
+    b->window_splits = splits < f->window_splits ? (int)splits : f->window_splits;
+    b->slots = (Slot *)calloc(contexts, sizeof(Slot));
+    b->memory = nullptr, b->device_sources = nullptr;
+    slot_layout(b, nullptr);
+    return b;
+}
+
+static Infer *batch_create(const Infer *f, int contexts, int64_t capacity, int64_t window) {
+    Infer *b = batch_describe(f, contexts, capacity, window);
+    device_alloc((void **)&b->memory, contexts * (b->apart + b->far));
+    slot_layout(b, b->memory);
+    if (f->G) {
+        device_alloc((void **)&b->device_sources, f->G * sizeof(GoldSource));
+        CUDA_CHECK(cudaMemcpy(b->device_sources, b->sources, f->G * sizeof(GoldSource), cudaMemcpyHostToDevice));
+    }
+    for (int i = 0; i < contexts; i++) batch_rest(b, i);
+    return b;
+}
+
+static void batch_free(Infer *b) {
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    for (Recording &r : b->recordings) recording_free(&r);
+    CUDA_CHECK(cudaFree(b->memory));
+    CUDA_CHECK(cudaFree(b->device_sources));
+    if (b->G) free(b->sources);
+    free(b->m.layers);
+    free(b->slots);
+    free(b);
+}
+
+// As many tokens and as long windows as there is memory for
+static Infer *batch_open(const Infer *f, int contexts) {
+    if (!f->decodes)
+        die(2, "--batch: expected a model of x060c2 and gold time mixers and x060 channel mixers, found %s and %s",
+            f->m.s.tmix, f->m.s.cmix);
+    size_t available, total;
+    CUDA_CHECK(cudaMemGetInfo(&available, &total));
+    Infer *empty = batch_describe(f, contexts, 0, 0);
+    const int64_t room = ((int64_t)available - (256 << 20)) / contexts - empty->apart - empty->far; // for its tokens
+    const int64_t ring = f->kv == KV_FULL ? 0 : 2 * f->G * f->m.d.C * (int64_t)sizeof(floatX);      // bytes a token
+    batch_free(empty);
+    int64_t window = f->window, capacity = f->capacity;
+    while (window > 1 && window * ring > room / 2) window = ceil_div(window, 2);
+    const int64_t per_token = cache_bytes_per_token(f),
+                  fits = per_token ? (room - window * ring) / per_token : capacity;
+    if (fits < capacity) capacity = fits;
+    if (room < 0 || capacity < 1)
+        die(2, "--batch %d: expected memory for so many contexts, found %.2f GiB free", contexts,
+            available / 1073741824.0);
+    return batch_create(f, contexts, capacity, f->kv == KV_FULL ? capacity : window);
+}
+
+// Row y of a grid is a layer's keys or values; a block copies a token's, from one ring into another.
+__global__ void copy_ring_kernel(const GoldSource *to, const GoldSource *from, int64_t begin, int64_t to_window,
+                                 int64_t from_window, int C, int64_t bytes) {
+    const GoldSource &a = to[blockIdx.y / 2], &b = from[blockIdx.y / 2];
+    floatX *ring = blockIdx.y % 2 ? a.v.ring : a.k.ring;
+    const floatX *old = blockIdx.y % 2 ? b.v.ring : b.k.ring;
+    const int64_t t = begin + blockIdx.x;
+    const int c = threadIdx.x * 8;
+    move_each(bytes, ring);
+    if (c < C) store(ring + t % to_window * C + c, load(old + t % from_window * C + c));
+}
+
+// The context that f has read goes on in a slot.
+static void batch_take(Infer *b, int slot, const Infer *f) {
+    Carried *from = carried_room(f), *to = carried_room(f);
+    const int n = infer_carried(f, from);
+    b->position = f->position;
+    infer_carried(b, to);
+    for (int i = 0; i < n; i++) {
+        const bool far = (char *)to[i].p >= b->memory + b->contexts * b->apart;
+        CUDA_CHECK(cudaMemcpyAsync((char *)to[i].p + slot * (far ? b->far : b->apart), from[i].p,
+                                   (size_t)(from[i].count * from[i].width), cudaMemcpyDeviceToDevice, stream));
+    }
+    free(from);
+    free(to);
+    int64_t begin = f->window_begin;
+    if (begin < f->position - b->window) begin = f->position - b->window;
+    const int count = (int)(f->position - begin);
+    if (f->G && count > 0)
+        copy_ring_kernel<<<dim3(count, 2 * f->G), row_threads(f->m.d.C), 0, stream>>>(b->device_sources,
+                                                                                      f->device_sources, begin,
+                                                                                      b->window, f->window, f->m.d.C,
+                                                                                      slot * b->far);
+    Place *place = b->place;
+    const Place now = {f->position - 1, begin, false};
+    move_each(slot * b->apart, place);
+    set_place_kernel<<<1, 1, 0, stream>>>(place, now);
+    b->slots[slot] = {true, f->position, begin};
+}
+
+// A step of all contexts: `queue` is queue_step and perhaps more. recordings: of a step whose contexts all fit their
+// windows, and of one with longer ones
+template <typename F> static void batch_step(Infer *b, Recording (&recordings)[2], const F &queue) {
+    b->window_begin = 0;
+    for (int i = 0; i < b->contexts; i++) {
+        Slot *slot = &b->slots[i];
+        if (!slot->used) continue;
+        if (slot->position == b->capacity && b->G)
+            die(2, "the context has %ld tokens, the most that it can", b->capacity);
+        slot->position++;
+        if (slot->window_begin < slot->position - b->window) slot->window_begin = slot->position - b->window;
+        if (slot->window_begin > 0) b->window_begin = 1; // for the host: there are tokens before a window
+    }
+    run_recorded(&recordings[b->window_begin > 0], queue);
+}
+
+// Records a step in both forms. Until a slot is taken, steps change nothing that counts.
+template <typename F> static void batch_rehearse(Infer *b, Recording (&recordings)[2], const F &queue) {
+    for (int i = 0; i < 2; i++) {
+        b->window_begin = i;
+        run_recorded(&recordings[i], queue);
+    }
+}
+
 #ifdef GOLDFINCH_TEST
 extern "C" {
 
@@ -3379,6 +3977,29 @@ void gf_int8(int rows, int columns, const float *w, const float *x, signed char 
          {(void *)device_w, (void *)device_y, (void *)in_int8.whole, (void *)in_int8.scales, (void *)in_int8.room})
         cudaFree(p);
     free(host);
+}
+
+// Contexts at once of a model that f reads for them
+Infer *gf_batch_create(Infer *f, int contexts, int64_t capacity, int64_t window) {
+    Infer *b = batch_create(f, contexts, capacity, window);
+    batch_rehearse(b, b->recordings, [=] { queue_step(b, b->token); });
+    return b;
+}
+
+void gf_batch_take(Infer *b, int slot, Infer *f) { batch_take(b, slot, f); }
+void gf_batch_rest(Infer *b, int slot) { batch_rest(b, slot); }
+void gf_batch_free(Infer *b) { batch_free(b); }
+
+// ids (contexts), logits (contexts, V): a token more of each
+void gf_batch_step(Infer *b, const int *ids, float *logits) {
+    const int V = b->m.d.V;
+    for (int i = 0; i < b->contexts; i++)
+        CUDA_CHECK(cudaMemcpy((char *)b->token + i * b->apart, ids + i, sizeof(int), cudaMemcpyHostToDevice));
+    batch_step(b, b->recordings, [=] { queue_step(b, b->token); });
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    for (int i = 0; i < b->contexts; i++)
+        CUDA_CHECK(cudaMemcpy(logits + (int64_t)i * V, (char *)b->logits + i * b->apart, V * sizeof(float),
+                              cudaMemcpyDeviceToHost));
 }
 
 double gf_infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int chunk) { // mean loss
@@ -3743,13 +4364,6 @@ struct SampleCut { // the cut's digits so far
     Mass mass, count, target; // of the tokens above that; the mass that ends top_p
 };
 
-// uniform: of the draw; below 0: from the seed
-struct SampleState {
-    int64_t position;
-    double uniform;
-    int drawn;
-};
-
 enum { TOKEN_BANNED = 1, TOKEN_UNCOUNTED = 2 };
 
 struct Sampler {
@@ -3768,7 +4382,16 @@ struct Sampler {
     Mass *weights, *sums; // (V), (blocks): what is drawn from
     SampleState *state;
     int *drawn; // on the host, where the device can write
+    // of several contexts: each one's sampler, on the device; what it draws from
+    const Sampler *each;
+    const float *source;
 };
+
+// Kernels for one context have its sampler as an argument. For several, blockIdx.z is a context.
+template <bool several> __device__ inline Sampler sampler_here(const Sampler &s) {
+    if constexpr (several) return s.each[blockIdx.z];
+    else return s;
+}
 
 __device__ inline unsigned sample_key(float z) {    // orders as z does
     const unsigned bits = __float_as_uint(z + 0.f); // -0 becomes +0
@@ -3781,8 +4404,10 @@ __device__ inline Mass sample_mass(float below_top) { // e^below_top, at most 1
 }
 
 // logits with penalties and bans, and the largest of each block's. Before that, the last drawn token is counted.
-__global__ void sample_adjust_kernel(Sampler s, const float *logits) {
+template <bool several> __global__ void sample_adjust_kernel(Sampler sampler, const float *logits) {
     __shared__ float tops[SAMPLE_THREADS / 32];
+    const Sampler s = sampler_here<several>(sampler);
+    if (several) logits = s.source;
     let_next_start();
     wait_for_previous();
     const int begin = blockIdx.x * s.tokens_of_block, end = min(begin + s.tokens_of_block, s.V), drawn = s.state->drawn;
@@ -3862,14 +4487,16 @@ __device__ inline SampleCut sample_cut(const Sampler &s, int step) {
 
 // Weighs and counts the block's tokens that may be the cut, by the next digit of their keys. Whole numbers: atomics in
 // any order give the same sums. Masses have 40 bits, added up in three digits.
-__global__ void sample_narrow_kernel(Sampler s, int step) {
+template <bool several> __global__ void sample_narrow_kernel(Sampler sampler, int step) {
     __shared__ unsigned masses[SAMPLE_DIGITS][SAMPLE_BINS];
     __shared__ unsigned counts[SAMPLE_BINS];
+    const Sampler s = sampler_here<several>(sampler);
     const int t = threadIdx.x, begin = blockIdx.x * s.tokens_of_block, end = min(begin + s.tokens_of_block, s.V);
     let_next_start();
     counts[t] = 0;
     for (int i = 0; i < SAMPLE_DIGITS; i++) masses[i][t] = 0;
     wait_for_previous();
+    if (several && !s.searches) return;
     const SampleCut cut = sample_cut(s, step); // and a barrier
     for (int i = begin + t; i < end; i += SAMPLE_THREADS) {
         const float z = s.logits[i];
@@ -3895,10 +4522,11 @@ __device__ inline int2 sample_part(const Sampler &s, int block) {
 }
 
 // weights = p^(1/temperature) of the tokens that stay, 0 for others
-__global__ void sample_weigh_kernel(Sampler s) {
+template <bool several> __global__ void sample_weigh_kernel(Sampler sampler) {
     __shared__ int ties_of_thread[SAMPLE_THREADS];
     __shared__ Mass sums[SAMPLE_THREADS];
     __shared__ float2 shared[32];
+    const Sampler s = sampler_here<several>(sampler);
     let_next_start();
     wait_for_previous();
     const SampleCut cut = sample_cut(s, s.searches ? SAMPLE_STEPS : 0);
@@ -3933,11 +4561,13 @@ __global__ void sample_weigh_kernel(Sampler s) {
 }
 
 // Walks up the weights in the order of the ids to a number drawn below their sum: first by blocks, then by threads'
-// parts, then by tokens. One block. A random number depends on the seed and the position in the context alone.
-__global__ void sample_draw_kernel(Sampler s) {
+// parts, then by tokens. One block a context. A random number depends on the seed and the position in the context
+// alone.
+template <bool several> __global__ void sample_draw_kernel(Sampler sampler) {
     __shared__ Mass sums[SAMPLE_THREADS];
     __shared__ Mass rest; // of the number, within the block that was hit
     __shared__ int block;
+    const Sampler s = sampler_here<several>(sampler);
     const int t = threadIdx.x;
     SampleState *state = s.state;
     let_next_start();
@@ -4011,8 +4641,14 @@ void sampler_allocate(Sampler *s, int V, const Sampling *how, const uint8_t *kin
     CUDA_CHECK(cudaMemcpy(s->kinds, kinds, (size_t)V, cudaMemcpyHostToDevice));
 }
 
-// Token 0 stops, or is banned if ends_are_ignored; ids without a text are banned.
-static void sampler_open(Sampler *s, int V, const Sampling *how, const Tokenizer *t, bool ends_are_ignored) {
+static void sampler_free(const Sampler *s) { // all but its state and the host's number
+    for (void *p : {(void *)s->logits, (void *)s->counts, (void *)s->kinds, (void *)s->tops, (void *)s->bins,
+                    (void *)s->cuts, (void *)s->weights, (void *)s->sums})
+        CUDA_CHECK(cudaFree(p));
+}
+
+// (V), of each token: 0 stops, or is banned if ends_are_ignored; ids without a text are banned.
+static uint8_t *token_kinds(int V, const Tokenizer *t, bool ends_are_ignored) {
     uint8_t *kinds = (uint8_t *)calloc((size_t)V, 1);
     for (int id = 0; id < V; id++) {
         if (id >= t->n_ids || (id == 0 && ends_are_ignored)) {
@@ -4021,6 +4657,11 @@ static void sampler_open(Sampler *s, int V, const Sampling *how, const Tokenizer
         }
         if (text_uncounted(t->texts + t->starts[id], text_length(t, id))) kinds[id] = TOKEN_UNCOUNTED;
     }
+    return kinds;
+}
+
+static void sampler_open(Sampler *s, int V, const Sampling *how, const Tokenizer *t, bool ends_are_ignored) {
+    uint8_t *kinds = token_kinds(V, t, ends_are_ignored);
     sampler_allocate(s, V, how, kinds);
     free(kinds);
 }
@@ -4036,12 +4677,13 @@ static void sampler_begin(Sampler *s, int64_t position, double uniform) {
 
 // Queues a draw from logits (V); its id comes to *s->drawn. The arguments are the same every time: fit for a CUDA
 // graph.
-static void sampler_queue(const Sampler *s, const float *logits) {
-    launch_early(sample_adjust_kernel, dim3(s->blocks), SAMPLE_THREADS, 0, *s, logits);
+template <bool several = false> static void sampler_queue(const Sampler *s, const float *logits, int contexts = 1) {
+    const dim3 grid(s->blocks, 1, contexts);
+    launch_early(sample_adjust_kernel<several>, grid, SAMPLE_THREADS, 0, *s, logits);
     for (int step = 0; s->searches && step < SAMPLE_STEPS; step++)
-        launch_early(sample_narrow_kernel, dim3(s->blocks), SAMPLE_THREADS, 0, *s, step);
-    launch_early(sample_weigh_kernel, dim3(s->blocks), SAMPLE_THREADS, 0, *s);
-    launch_early(sample_draw_kernel, dim3(1), SAMPLE_THREADS, 0, *s);
+        launch_early(sample_narrow_kernel<several>, grid, SAMPLE_THREADS, 0, *s, step);
+    launch_early(sample_weigh_kernel<several>, grid, SAMPLE_THREADS, 0, *s);
+    launch_early(sample_draw_kernel<several>, dim3(1, 1, contexts), SAMPLE_THREADS, 0, *s);
 }
 
 // Queues a step and the next draw: the token drawn last goes in.
@@ -4055,6 +4697,80 @@ static int sampler_result(const Sampler *s) {
     CUDA_CHECK(cudaGetLastError());
     if (*s->drawn < 0) die(3, "the logits are not finite: there is nothing to draw from");
     return *s->drawn;
+}
+
+// ---- several contexts at once ----
+
+// Of each of a batch's contexts, how it draws. The ids come to `drawn` (contexts), on the host.
+typedef struct Samplers {
+    Infer *batch;
+    Sampler *each, *device_each; // (contexts)
+    int *drawn;
+    // [1]: of steps where a context has a cut to be found; see batch_step
+    Recording recordings[2][2];
+} Samplers;
+
+// The slot's context draws in this way from now on.
+static void samplers_set(Samplers *s, int slot, const Sampling *how) {
+    sampler_set(&s->each[slot], how);
+    CUDA_CHECK(cudaMemcpyAsync(s->device_each + slot, &s->each[slot], sizeof(Sampler), cudaMemcpyHostToDevice, stream));
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+}
+
+// Queues a step of all contexts and their next draws.
+static void batch_queue(const Samplers *s, bool searches) {
+    Sampler all = s->each[0];
+    all.each = s->device_each, all.searches = searches;
+    queue_step(s->batch, &s->batch->state->drawn);
+    sampler_queue<true>(&all, nullptr, s->batch->contexts);
+}
+
+// kinds (V): see token_kinds
+static void samplers_open(Samplers *s, Infer *batch, const uint8_t *kinds) {
+    const int n = batch->contexts;
+    const Sampling greedy = {0, 1, 0, 0, 1, 0, 0};
+    memset(s, 0, sizeof(*s));
+    s->batch = batch;
+    s->each = (Sampler *)calloc(n, sizeof(Sampler));
+    device_alloc((void **)&s->device_each, n * sizeof(Sampler));
+    CUDA_CHECK(cudaMallocHost((void **)&s->drawn, n * sizeof(int)));
+    for (int i = 0; i < n; i++) {
+        Sampler *own = &s->each[i];
+        sampler_allocate(own, batch->m.d.V, &greedy, kinds);
+        CUDA_CHECK(cudaFree(own->state));
+        CUDA_CHECK(cudaFreeHost(own->drawn));
+        SampleState *state = batch->state;
+        const float *logits = batch->logits;
+        move_each(i * batch->apart, state, logits);
+        own->state = state, own->source = logits, own->drawn = s->drawn + i;
+        samplers_set(s, i, &greedy);
+    }
+    for (int searches = 0; searches < 2; searches++)
+        batch_rehearse(batch, s->recordings[searches], [=] { batch_queue(s, searches); });
+}
+
+static void samplers_close(Samplers *s) {
+    for (auto &row : s->recordings)
+        for (Recording &r : row) recording_free(&r);
+    for (int i = 0; i < s->batch->contexts; i++) sampler_free(&s->each[i]);
+    CUDA_CHECK(cudaFree(s->device_each));
+    CUDA_CHECK(cudaFreeHost(s->drawn));
+    free(s->each);
+}
+
+// A context that has just come to a slot draws its first token, as `how` says.
+static void samplers_begin(Samplers *s, int slot, const Sampling *how) {
+    samplers_set(s, slot, how);
+    sampler_begin(&s->each[slot], s->batch->slots[slot].position, -1);
+    sampler_queue(&s->each[slot], s->each[slot].source);
+}
+
+// The tokens drawn last go in, and each context draws the next one.
+static void samplers_step(Samplers *s) {
+    bool searches = false;
+    for (int i = 0; i < s->batch->contexts; i++)
+        searches = searches || (s->batch->slots[i].used && s->each[i].searches);
+    batch_step(s->batch, s->recordings[searches], [=] { batch_queue(s, searches); });
 }
 
 #ifdef GOLDFINCH_TEST
@@ -4080,7 +4796,7 @@ void gf_sample_probabilities(const float *logits, int V, const int *history, int
     sampler_begin(&s, 0, uniform);
     for (int i = 0; i < n_history; i++) { // as if each of these had been drawn
         CUDA_CHECK(cudaMemcpy(&s.state->drawn, &history[i], sizeof(int), cudaMemcpyHostToDevice));
-        if (i + 1 < n_history) sample_adjust_kernel<<<s.blocks, SAMPLE_THREADS, 0, stream>>>(s, device_logits);
+        if (i + 1 < n_history) sample_adjust_kernel<false><<<s.blocks, SAMPLE_THREADS, 0, stream>>>(s, device_logits);
         CUDA_CHECK(cudaStreamSynchronize(stream));
     }
     sampler_queue(&s, device_logits);
@@ -4090,9 +4806,8 @@ void gf_sample_probabilities(const float *logits, int V, const int *history, int
     CUDA_CHECK(cudaMemcpy(weights, s.weights, V * sizeof(Mass), cudaMemcpyDeviceToHost));
     for (int i = 0; i < V; i++) total += (double)weights[i];
     for (int i = 0; i < V; i++) probabilities[i] = (float)((double)weights[i] / total);
-    for (void *p : {(void *)s.logits, (void *)s.counts, (void *)s.kinds, (void *)s.tops, (void *)s.bins, (void *)s.cuts,
-                    (void *)s.weights, (void *)s.sums, (void *)s.state, (void *)device_logits})
-        cudaFree(p);
+    sampler_free(&s);
+    for (void *p : {(void *)s.state, (void *)device_logits}) cudaFree(p);
     cudaFreeHost(s.drawn);
     free(kinds);
     free(weights);
@@ -4126,6 +4841,7 @@ typedef bool SWITCH;
       "score: start afresh every N tokens, as the trainer's validation (0: one context)") \
     X("--requests", TEXT, requests, nullptr, 0, 0, "FILE", \
       "answer JSON objects, one a line (- for stdin): scores and continuations (README.md)") \
+    X("--batch", INT, batch, "1", 1, MOST_CONTEXTS, "N", "requests: go on with up to N contexts at once") \
     X("--prefix-ids", TEXT, prefix_ids, "0", 0, 0, "IDS", "requests: what an empty context stands for: 0 or 0,11") \
     X("--save-state", TEXT, save_state, nullptr, 0, 0, "FILE", "write the state after the prompt") \
     X("--load-state", TEXT, load_state, nullptr, 0, 0, "FILE", "go on from such a state") \
@@ -4223,6 +4939,7 @@ void options_parse(Options *o, int argc, char **argv) { // argv without the prog
         die(2, "--score: expected no prompt and no state beside it");
     if (o->requests && (prompt || o->interactive || o->score || o->save_state || o->load_state || o->cache_table))
         die(2, "--requests: expected nothing else to do beside it");
+    if (o->batch > 1 && !o->requests) die(2, "--batch: expected --requests beside it");
     if (o->window && !o->score) die(2, "--window: expected only with --score");
     if (o->save_state && !prompt && !o->load_state) die(2, "--save-state: expected a prompt to read before");
     if (!prompt && !o->interactive && !o->load_state && !o->score && !o->cache_table && !o->requests)
@@ -4541,6 +5258,10 @@ void cache_table(void) { // the families of the paper at its sizes
 // line that asks for nothing sensible is answered with "error", and the next one is read. "temperature" (0, unless
 // given), "top_p" (1), "top_k" (0) and "seed" are those of a continuation that is drawn; nothing is penalized.
 //
+// With --batch N, continuations of up to N lines are drawn at once: a line takes a free slot as soon as it is there,
+// and answers wait for those of the lines before them. What is drawn for a line depends neither on the others nor on N,
+// for N > 1; it may differ from --batch 1 where two tokens are as likely up to rounding.
+//
 // A token may lie across the end of the context. Then the context's own tokens are taken, and of the tokens of both
 // texts together those after as many: what evaluation harnesses do.
 
@@ -4566,7 +5287,10 @@ typedef struct Request {
     // the answer: of what was scored; of what was drawn, its tokens and bytes
     double logprob;
     bool greedy;
-    int64_t drawn, n_written;
+    int64_t drawn, n_written, room; // drawn: -1 if there was nothing to draw from
+    char *written;
+    int64_t line, number; // its line; number of its answer
+    char *text_of_line;   // where its texts lie, in a batch
 } Request;
 
 // A context that was read, with what is carried after it: it stays while requests have it in common.
@@ -4582,16 +5306,23 @@ typedef struct Requests {
     Tokenizer tokenizer;
     Sampler sampler;
     KeptContext kept;
+    Infer *batch; // null: one request after the other
+    Samplers samplers;
+    Request *running; // (contexts of the batch), by slot
+    int n_running;
+    // of a batch: answers that wait for those before them, the first of them number first_answer; null: not there yet
+    char **answers;
+    int64_t first_answer, n_answers, answers_room;
     JsonError error;
     Json json;
-    char part[32]; // "line 12, "
-    int64_t vocab_size, lines, errors, tokens;
-    int *prefix; // what an empty context stands for
+    char part[32];                                   // "line 12, "
+    int64_t vocab_size, lines, line, errors, tokens; // line: number of the one at hand
+    int *prefix;                                     // what an empty context stands for
     int64_t n_prefix;
     // Of a line's length: nothing has more tokens than bytes, but for the prefix.
     int64_t room;
     int *ids, *whole, *list;
-    char *joined, *written;
+    char *joined;
     const char **until;
     float *logits, *logprobs; // on the device: (SCORE_ROWS, V), (SCORE_ROWS)
     int *greedy, *targets;
@@ -4604,7 +5335,7 @@ static const int SCORE_STEPS = 4;  // tokens of a continuation that are better f
 
 [[noreturn]] __attribute__((format(printf, 2, 3))) static void request_fail(Requests *q, const char *format, ...) {
     JsonError *error = &q->error;
-    const int n = snprintf(error->message, sizeof(error->message), "%s: line %ld: ", q->json.path, q->lines);
+    const int n = snprintf(error->message, sizeof(error->message), "%s: line %ld: ", q->json.path, q->line);
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(error->message + n, sizeof(error->message) - (size_t)n, format, arguments);
@@ -4749,7 +5480,8 @@ static void request_read(Requests *q, Request *r, const char *end) {
         request_fail(q, "expected one of: text; context and continuation; context, with until, max_tokens, ..");
     r->kind = text ? REQUEST_ROLLING : continuation ? REQUEST_SCORE : REQUEST_WRITE;
     request_tokens(q, r);
-    const int64_t most = cache_bytes_per_token(q->m) > 0 ? q->m->capacity : INT64_MAX;
+    const Infer *f = q->batch && r->kind == REQUEST_WRITE ? q->batch : q->m;
+    const int64_t most = cache_bytes_per_token(f) > 0 ? f->capacity : INT64_MAX;
     const int64_t more = r->kind == REQUEST_WRITE ? r->max_tokens : 0;
     if (r->n > most || more > most - r->n)
         request_fail(q, "expected at most %ld tokens, found %ld and %ld more to come", most, r->n, more);
@@ -4884,33 +5616,37 @@ static int64_t find_stop(const Request *r, const uint8_t *text, int64_t n, int64
     return first;
 }
 
-// Draws tokens until the text ends, stops or is long enough. Returns their number, -1 if there was nothing to draw
-// from; n: the bytes before the stop, in q->written.
-static int64_t write_text(Requests *q, const Request *r, int64_t *n) {
+// A token that was drawn for r: its text is added, or what of it comes before a text to stop at. Returns whether r has
+// all that it asked for.
+static bool request_take(const Requests *q, Request *r, int id) {
+    if (id < 0) r->drawn = -1;
+    if (id <= 0) return true;
+    const int length = text_length(&q->tokenizer, id);
+    if (r->n_written + length > r->room)
+        r->written = (char *)realloc(r->written, (size_t)(r->room = 2 * (r->n_written + length)));
+    memcpy(r->written + r->n_written, q->tokenizer.texts + q->tokenizer.starts[id], (size_t)length);
+    r->n_written += length;
+    r->drawn++;
+    const int64_t stop = find_stop(r, (const uint8_t *)r->written, r->n_written, length);
+    if (stop == r->n_written) return r->drawn == r->max_tokens;
+    r->n_written = stop;
+    return true;
+}
+
+// Draws tokens until the text ends, stops or is long enough.
+static void write_text(Requests *q, Request *r) {
     Infer *f = q->m;
-    int64_t drawn = 0, room = 0;
-    *n = 0;
-    if (r->max_tokens == 0) return 0;
+    if (r->max_tokens == 0) return;
     context_begin(q, q->ids, r->n, r->max_tokens);
     sampler_set(&q->sampler, &r->how);
     sampler_begin(&q->sampler, infer_position(f), -1);
-    for (; drawn < r->max_tokens; drawn++) {
+    for (;;) {
         sampler_queue(&q->sampler, infer_logits(f));
         CUDA_CHECK(cudaStreamSynchronize(stream));
         const int id = *q->sampler.drawn;
-        if (id <= 0) return id < 0 ? -1 : drawn;
-        const int length = text_length(&q->tokenizer, id);
-        if (*n + length > room) q->written = (char *)realloc(q->written, (size_t)(room = 2 * (*n + length)));
-        memcpy(q->written + *n, q->tokenizer.texts + q->tokenizer.starts[id], (size_t)length);
-        *n += length;
-        const int64_t stop = find_stop(r, (const uint8_t *)q->written, *n, length);
-        if (stop < *n) {
-            *n = stop;
-            return drawn + 1;
-        }
-        if (drawn + 1 < r->max_tokens) infer_feed(f, &id, 1);
+        if (request_take(q, r, id)) return;
+        infer_feed(f, &id, 1);
     }
-    return drawn;
 }
 
 // ---------------------------------------- answers
@@ -4928,19 +5664,23 @@ static void answer_text(FILE *out, const char *name, const char *text, int64_t n
     fputc('"', out);
 }
 
+static void request_written(Requests *q, const Request *r) {
+    if (r->drawn < 0) request_fail(q, "the logits are not finite: there is nothing to draw from");
+    q->tokens += r->drawn;
+}
+
 // Does what a line asks for, or longjmp to q->error.back.
 static void request_run(Requests *q, Request *r) {
     if (r->kind == REQUEST_WRITE) {
-        r->drawn = write_text(q, r, &r->n_written);
-        if (r->drawn < 0) request_fail(q, "the logits are not finite: there is nothing to draw from");
-        q->tokens += r->drawn;
+        write_text(q, r);
+        request_written(q, r);
         return;
     }
     score_ids(q, q->ids, r->n_context, r->n, &r->logprob, &r->greedy);
     if (!isfinite(r->logprob)) request_fail(q, "the logits are not finite: there is no probability");
 }
 
-static void answer_write(const Requests *q, const Request *r, FILE *out, const char *error) {
+static void answer_print(const Request *r, FILE *out, const char *error) {
     fputc('{', out);
     if (r->id_text) answer_text(out, "id", r->id_text, (int64_t)strlen(r->id_text));
     else if (r->id_number[0]) fprintf(out, "\"id\": %s", r->id_number);
@@ -4948,7 +5688,7 @@ static void answer_write(const Requests *q, const Request *r, FILE *out, const c
     if (error) {
         answer_text(out, "error", error, (int64_t)strlen(error));
     } else if (r->kind == REQUEST_WRITE) {
-        answer_text(out, "text", q->written, r->n_written);
+        answer_text(out, "text", r->written, r->n_written);
         fprintf(out, ", \"tokens\": %ld", r->drawn);
     } else {
         fprintf(out, "\"logprob\": %.10g", r->logprob);
@@ -4958,21 +5698,98 @@ static void answer_write(const Requests *q, const Request *r, FILE *out, const c
     fputs("}\n", out);
 }
 
-// Whatever is wrong with a line comes back to setjmp: no more is lost than this answer. What is written after setjmp
-// and read after an error lies in memory, not in a local variable.
-static void answer_line(Requests *q, Request *r, char *line, int64_t length) {
+// The answer of a request, which is over: printed, or, in a batch, when those before it are.
+static void answer_write(Requests *q, Request *r, const char *error) {
+    q->errors += error != nullptr;
+    if (!q->batch) {
+        answer_print(r, stdout, error);
+    } else {
+        size_t length;
+        FILE *text = open_memstream(&q->answers[r->number - q->first_answer], &length);
+        answer_print(r, text, error);
+        fclose(text);
+        int64_t n = 0;
+        for (; n < q->n_answers && q->answers[n]; n++) {
+            fputs(q->answers[n], stdout);
+            free(q->answers[n]);
+        }
+        memmove(q->answers, q->answers + n, (size_t)(q->n_answers - n) * sizeof(char *));
+        q->first_answer += n, q->n_answers -= n;
+    }
+    free(r->written);
+    r->written = nullptr;
+    if (fflush(stdout) != 0) die(1, "stdout: %s", strerror(errno)); // whoever asked may be waiting
+}
+
+// ---------------------------------------- a batch
+
+// The answer of the request in a slot, whose place becomes free.
+static void slot_end(Requests *q, int slot) {
+    Request *r = &q->running[slot];
+    batch_rest(q->batch, slot);
+    q->n_running--;
+    q->line = r->line;
+    if (setjmp(q->error.back) == 0) {
+        request_written(q, r);
+        answer_write(q, r, nullptr);
+    } else {
+        answer_write(q, r, q->error.message);
+    }
+    free(r->until);
+    free(r->text_of_line);
     memset(r, 0, sizeof(*r));
+}
+
+// r goes on in a slot, which there must be; its line is the slot's from now on.
+static void slot_begin(Requests *q, const Request *r, char *line) {
+    int slot = 0;
+    while (q->batch->slots[slot].used) slot++;
+    Request *own = &q->running[slot];
+    context_begin(q, q->ids, r->n, 0);
+    *own = *r;
+    own->text_of_line = line;
+    own->until = (const char **)malloc((size_t)(r->n_until + 1) * sizeof(char *));
+    memcpy(own->until, r->until, (size_t)r->n_until * sizeof(char *));
+    batch_take(q->batch, slot, q->m);
+    q->n_running++;
+    samplers_begin(&q->samplers, slot, &own->how);
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    if (request_take(q, own, q->samplers.drawn[slot])) slot_end(q, slot);
+}
+
+// A token more for each
+static void slots_step(Requests *q) {
+    samplers_step(&q->samplers);
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaGetLastError());
+    for (int i = 0; i < q->batch->contexts; i++)
+        if (q->batch->slots[i].used && request_take(q, &q->running[i], q->samplers.drawn[i])) slot_end(q, i);
+}
+
+// Whatever is wrong with a line comes back to setjmp: no more is lost than this answer. What is written after setjmp
+// and read after an error lies in memory, not in a local variable. Returns whether a slot has taken the line over.
+static bool answer_line(Requests *q, Request *r, char *line, int64_t length) {
+    memset(r, 0, sizeof(*r));
+    r->line = q->line = q->lines, r->number = q->first_answer + q->n_answers;
+    if (q->batch && ++q->n_answers > q->answers_room) {
+        q->answers_room = 2 * q->n_answers;
+        q->answers = (char **)realloc(q->answers, (size_t)q->answers_room * sizeof(char *));
+    }
+    if (q->batch) q->answers[q->n_answers - 1] = nullptr;
     snprintf(q->part, sizeof(q->part), "line %ld, ", q->lines);
     q->json.at = q->json.start = line;
     if (setjmp(q->error.back) == 0) {
         request_read(q, r, line + length);
+        if (q->batch && r->kind == REQUEST_WRITE && r->max_tokens > 0) {
+            slot_begin(q, r, line);
+            return true;
+        }
         request_run(q, r);
-        answer_write(q, r, stdout, nullptr);
+        answer_write(q, r, nullptr);
     } else {
-        q->errors++;
-        answer_write(q, r, stdout, q->error.message);
+        answer_write(q, r, q->error.message);
     }
-    if (fflush(stdout) != 0) die(1, "stdout: %s", strerror(errno)); // whoever asked may be waiting
+    return false;
 }
 
 // ---------------------------------------- a file of them
@@ -5008,34 +5825,87 @@ static void requests_open(Requests *q, const Options *o, SafeTensors *model, KvK
     device_alloc((void **)&q->greedy, SCORE_ROWS * sizeof(int));
     device_alloc((void **)&q->targets, SCORE_ROWS * sizeof(int));
     sampler_open(&q->sampler, (int)q->vocab_size, &how, &q->tokenizer, false);
+    if (o->batch == 1) return;
+    uint8_t *kinds = token_kinds((int)q->vocab_size, &q->tokenizer, false);
+    q->batch = batch_open(q->m, (int)o->batch);
+    samplers_open(&q->samplers, q->batch, kinds);
+    q->running = (Request *)calloc((size_t)o->batch, sizeof(Request));
+    free(kinds);
 }
 
-static int64_t answer_lines(Requests *q, FILE *file) { // returns how many
-    static Request request;
-    char *line = nullptr;
-    size_t room = 0;
-    ssize_t n;
-    int64_t answers = 0;
-    while ((n = getline(&line, &room, file)) > 0) {
-        q->lines++;
-        if (strspn(line, " \t\r\n") == (size_t)n) continue;
-        requests_make_room(q, n);
-        answer_line(q, &request, line, n);
-        answers++;
+// Lines of a file, as they come. While contexts go on nobody may wait for a line, and of a FILE's buffer getline cannot
+// be asked whether the rest of one is there.
+typedef struct Lines {
+    int fd;
+    char *text; // what was read, from begin to end; without a line's end up to `seen`
+    int64_t begin, seen, end, room;
+    bool ended;
+} Lines;
+
+// The next line, '\0' behind it, which is the caller's then, or null: there is none, or, unless `waits`, not yet.
+static char *next_line(const Requests *q, Lines *l, bool waits, int64_t *length) {
+    for (;;) {
+        const char *newline = (const char *)memchr(l->text + l->seen, '\n', (size_t)(l->end - l->seen));
+        l->seen = newline ? newline + 1 - l->text : l->end;
+        if (newline || (l->ended && l->begin < l->end)) {
+            *length = l->seen - l->begin;
+            char *line = (char *)malloc((size_t)*length + 1);
+            memcpy(line, l->text + l->begin, (size_t)*length);
+            line[*length] = '\0';
+            l->begin = l->seen;
+            return line;
+        }
+        struct pollfd ready = {l->fd, POLLIN, 0};
+        if (l->ended || (!waits && poll(&ready, 1, 0) < 1)) return nullptr;
+        if (l->room - l->end < 1 << 16) {
+            memmove(l->text, l->text + l->begin, (size_t)(l->end - l->begin));
+            l->end -= l->begin, l->seen -= l->begin, l->begin = 0;
+            l->room = 2 * l->end + (1 << 17);
+            l->text = (char *)realloc(l->text, (size_t)l->room);
+        }
+        const ssize_t n = read(l->fd, l->text + l->end, (size_t)(l->room - l->end));
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) die(2, "%s: %s", q->json.path, strerror(errno));
+        l->ended = n == 0;
+        l->end += n;
     }
-    if (ferror(file)) die(2, "%s: %s", q->json.path, strerror(errno));
-    free(line);
+}
+
+static int64_t answer_lines(Requests *q, int fd) { // returns how many
+    static Request request;
+    const int slots = q->batch ? q->batch->contexts : 1;
+    Lines lines = {};
+    int64_t answers = 0;
+    lines.fd = fd;
+    lines.text = (char *)malloc(lines.room = 1 << 17);
+    for (;;) {
+        int64_t n;
+        char *line;
+        while (q->n_running < slots && (line = next_line(q, &lines, q->n_running == 0, &n))) {
+            q->lines++;
+            bool taken = false;
+            if (strspn(line, " \t\r\n") < (size_t)n) {
+                requests_make_room(q, n);
+                taken = answer_line(q, &request, line, n);
+                answers++;
+            }
+            if (!taken) free(line);
+        }
+        if (q->n_running == 0) break;
+        slots_step(q);
+    }
+    free(lines.text);
     return answers;
 }
 
 static void answer_requests(const Options *o, SafeTensors *model, KvKind kv, WeightsKind weights) {
     static Requests requests; // zeros
     Requests *q = &requests;
-    FILE *file = strcmp(o->requests, "-") == 0 ? stdin : fopen(o->requests, "rb");
-    if (!file) die(2, "%s: %s", o->requests, strerror(errno));
+    const int fd = strcmp(o->requests, "-") == 0 ? STDIN_FILENO : open(o->requests, O_RDONLY);
+    if (fd < 0) die(2, "%s: %s", o->requests, strerror(errno));
     requests_open(q, o, model, kv, weights, 0); // as large a context as fits
     const double begin = seconds_now();
-    const int64_t answers = answer_lines(q, file);
+    const int64_t answers = answer_lines(q, fd);
     fprintf(stderr, "%ld requests, %ld of them in error | %ld tokens | %.1f s\n", answers, q->errors, q->tokens,
             seconds_now() - begin);
 }

@@ -1794,6 +1794,12 @@ void gf_infer_free(Infer *f);
 void gf_infer_reset(Infer *f);
 void gf_infer_feed(Infer *f, const int *ids, int64_t n, int all, float *logits); // logits (V) of the last, all: (n, V)
 double gf_infer_score(Infer *f, const int *ids, int64_t n, int64_t window, int chunk); // mean loss of a text's tokens
+// several contexts at once, which f reads; ids (contexts), logits (contexts, V)
+Infer *gf_batch_create(Infer *f, int contexts, int64_t capacity, int64_t window);
+void gf_batch_take(Infer *b, int slot, Infer *f); // the context that f has read goes on in this slot
+void gf_batch_rest(Infer *b, int slot);           // the slot's context is forgotten
+void gf_batch_step(Infer *b, const int *ids, float *logits);
+void gf_batch_free(Infer *b);
 // w (rows, columns) in 8 bits; y (3, rows): its product with x as a step makes it, by its kernel, as pre-fill makes it
 void gf_int8(int rows, int columns, const float *w, const float *x, signed char *whole, float *scales, float *y);
 // vocab: path of the World vocabulary, NULL for bytes. ids has room for n + 1, text for 3 n; both return a length
@@ -3126,6 +3132,95 @@ static void check_int8_model(const char *settings, int B, int T) {
     free_both(m, k);
 }
 
+// Contexts of different lengths that step together. One (number 5) takes the slot of another (1) that has ended.
+enum { CONTEXTS = 6, BATCH_STEPS = 10 };
+static const int context_length[CONTEXTS] = {1, 3, 9, 16, 20, 5}, context_begin[CONTEXTS] = {0, 0, 0, 2, 0, 5},
+                 context_end[CONTEXTS] = {10, 4, 10, 10, 10, 10}, context_slot[CONTEXTS] = {0, 1, 2, 3, 4, 1};
+
+// Token number i of a context
+static int context_token(int context, int i) { return inputs[5 * context + i]; }
+
+static void feed_context(Infer *f, int context, float *logits) {
+    int ids[32];
+    for (int i = 0; i < context_length[context]; i++) ids[i] = context_token(context, i);
+    gf_infer_reset(f);
+    gf_infer_feed(f, ids, context_length[context], 0, logits);
+}
+
+// Logits (CONTEXTS, BATCH_STEPS, V) after each step of those contexts whose bit is in `who`; slots in the order of the
+// contexts, or turned around.
+static void run_batch(Infer *f, int V, int slots, int window, unsigned who, int turned, float *got) {
+    Infer *b = gf_batch_create(f, slots, 32, window);
+    int *ids = zeros(slots, sizeof(int));
+    float *logits = zeros((int64_t)slots * V, sizeof(float));
+    for (int step = 0; step < BATCH_STEPS; step++) {
+        for (int i = 0; i < CONTEXTS; i++) {
+            int slot = turned ? slots - 1 - context_slot[i] : context_slot[i], at = step - context_begin[i];
+            if (!(who >> i & 1)) continue;
+            if (at == 0) feed_context(f, i, logits), gf_batch_take(b, slot, f);
+            if (step == context_end[i]) gf_batch_rest(b, slot);
+            ids[slot] = step < context_end[i] && at >= 0 ? context_token(i, context_length[i] + at) : ids[slot];
+        }
+        gf_batch_step(b, ids, logits);
+        for (int i = 0; i < CONTEXTS; i++) {
+            int slot = turned ? slots - 1 - context_slot[i] : context_slot[i];
+            if ((who >> i & 1) && step >= context_begin[i] && step < context_end[i])
+                memcpy(got + ((int64_t)i * BATCH_STEPS + step) * V, logits + (int64_t)slot * V, V * sizeof(float));
+        }
+    }
+    gf_batch_free(b);
+    free(ids), free(logits);
+}
+
+// Several contexts at once: the logits of each are those of the context by itself but for rounding, and the same bits
+// whoever is beside it, in whichever slot, in a batch of whatever size.
+static void check_batch(const char *settings, int kv, int window, int small, int int8) {
+    Model *k;
+    Ref *m = small_model(settings, settings, 1, 64, &k);
+    const int V = m->V;
+    const int64_t n = (int64_t)BATCH_STEPS * V, all = CONTEXTS * n;
+    float *want = zeros(all, sizeof(float)), *got = zeros(all, sizeof(float)), *other = zeros(all, sizeof(float));
+    Infer *f = gf_infer_create(k, kv, 32, 16, window, small, int8);
+    double apart = 0;
+    for (int i = 0; i < CONTEXTS; i++) {
+        feed_context(f, i, other);
+        for (int step = context_begin[i]; step < context_end[i]; step++) {
+            const int id = context_token(i, context_length[i] + step - context_begin[i]);
+            gf_infer_feed(f, &id, 1, 0, want + i * n + (int64_t)step * V);
+        }
+    }
+    run_batch(f, V, 5, window, 63, 0, got);
+    for (int i = 0; i < CONTEXTS; i++) {
+        const int64_t at = i * n + (int64_t)context_begin[i] * V;
+        apart = fmax(apart, rows_error(got + at, want + at, context_end[i] - context_begin[i], V));
+    }
+    // In BF16 a last bit of what a product multiplies is 4e-3 of it; in FP32 what is left is the order of sums.
+    const double limit = gf_precision() == 16 ? 2e-2 : 1e-5;
+    check(apart <= limit, "%s%s: several contexts at once against one by one, logits %.1e apart, allowed %.0e",
+          settings, int8 ? ", int8" : "", apart, limit);
+    run_batch(f, V, 11, window, 63, 1, other);
+    int same = memcmp(got, other, all * sizeof(float)) == 0;
+    check(same, "%s%s: the same bits in other slots of a larger batch", settings, int8 ? ", int8" : "");
+    same = 1;
+    for (int i = 0; i < CONTEXTS; i += 3) {
+        run_batch(f, V, 5, window, 1u << i, 1, other);
+        same = same && memcmp(got + i * n, other + i * n, n * sizeof(float)) == 0;
+    }
+    check(same, "%s%s: and of a context by itself", settings, int8 ? ", int8" : "");
+    gf_infer_free(f);
+    free(want), free(got), free(other);
+    free_both(m, k);
+}
+
+static void check_batches(void) {
+    const char *plain = "n_layer=3 tmix2=gold";
+    check_batch(plain, 0, 32, 0, 0);
+    check_batch(plain, 1, 8, 1, 1);
+    check_batch("n_layer=3 tmix2=gold n_embd=192 kv_cache_compression_ratio=64 vocab_size=264 dim_ffn=96", 2, 32, 0, 0);
+    check_batch("n_layer=3 tmix2=gold use_v2=0 rope.base=100", 0, 8, 0, 0);
+    check_batch("n_layer=2 parallel=1", 0, 32, 0, 0);
+}
+
 static void check_int8(void) {
     check_int8_matrix(5, 32);
     check_int8_matrix(1201, 96); // more than 32 rows a warp on a small machine
@@ -3545,6 +3640,7 @@ int main(int argc, char **argv) {
             check_mask("n_layer=2 tmix=llama cmix=llama vocab_size=4096", 2, 9);
             check_shapes();
             check_int8();
+            check_batches();
         } else {
             skip("everything but tables: x060c2 + gold are not built into the kernels");
         }

@@ -4,10 +4,11 @@
 //     make dev/bench_infer && dev/bench_infer [-o FILE.csv] [LAYERS WIDTH VOCABULARY CONTEXT..]
 //
 // First it checks what only the machine at hand can show: that the three caches, and pre-fill and decode, give the same
-// logits, and weights in 8 bits nearly so; that a saved state goes on with the same tokens; that nothing is allocated
-// on the way. Then, for each context: pre-fill of a prompt of so many random tokens, and decode right after it,
-// sampling included. `share` is the time that the bytes of the weights would take at the speed of a copy, measured in
-// the same run, over the time of a token.
+// logits, and weights in 8 bits nearly so; that a saved state goes on with the same tokens; that several contexts at
+// once have the logits of each by itself, and the same bits among 8 and among 32; that nothing is allocated on the way.
+// Then, for each context: pre-fill of a prompt of so many random tokens, and decode right after it, sampling included;
+// in the end decode of 8 and of 32 short contexts at once. `share` is the time that the bytes of the weights would take
+// at the speed of a copy, measured in the same run, over the time of a step.
 
 #define GOLDFINCH_INFER_NO_MAIN
 #include "../infer_goldfinch.cu"
@@ -182,6 +183,67 @@ static void check_state(Bench *b, const Kind &kind, int64_t T) {
     say(same == n, text, same, "16");
 }
 
+// ---- several contexts at once ----
+
+static const int BATCHES[2] = {8, 32}, BATCH_STEPS = 8, ROOM = 256; // tokens that may follow a prompt
+static int batch_tokens(int64_t longest) { return longest < 256 ? (int)longest / 2 : 256; }
+
+static const int *batch_ids(const Bench *b, int context) { return b->ids + context; } // its prompt, and what follows
+
+// Context number i has T - i % 5 tokens.
+static void batch_read(Bench *b, int i, int64_t T) {
+    infer_reset(b->f);
+    infer_feed(b->f, batch_ids(b, i), T - i % 5);
+}
+
+// Logits (n, V) after BATCH_STEPS tokens more
+static void batch_logits(Bench *b, int n, int64_t T, float *to) {
+    const int V = b->f->m.d.V;
+    Infer *batch = batch_create(b->f, n, T + ROOM, b->f->window);
+    batch_rehearse(batch, batch->recordings, [=] { queue_step(batch, batch->token); });
+    for (int i = 0; i < n; i++) {
+        batch_read(b, i, T);
+        batch_take(batch, i, b->f);
+    }
+    for (int step = 0; step < BATCH_STEPS; step++) {
+        for (int i = 0; i < n; i++)
+            CUDA_CHECK(cudaMemcpyAsync((char *)batch->token + i * batch->apart, batch_ids(b, i) + T - i % 5 + step,
+                                       sizeof(int), cudaMemcpyHostToDevice, stream));
+        batch_step(batch, batch->recordings, [=] { queue_step(batch, batch->token); });
+    }
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    for (int i = 0; i < n; i++)
+        CUDA_CHECK(cudaMemcpy(to + (int64_t)i * V, (char *)batch->logits + i * batch->apart, V * sizeof(float),
+                              cudaMemcpyDeviceToHost));
+    batch_free(batch);
+}
+
+static void check_batches(Bench *b, const Kind &kind, int64_t T) {
+    const int V = b->f->m.d.V, most = BATCHES[1];
+    float *batch[2], *alone = (float *)malloc(V * sizeof(float));
+    char text[120];
+    double worst = 0;
+    for (int i = 0; i < 2; i++) {
+        batch[i] = (float *)malloc((int64_t)BATCHES[i] * V * sizeof(float));
+        batch_logits(b, BATCHES[i], T, batch[i]);
+    }
+    for (int i = 0; i < most; i++) {
+        batch_read(b, i, T);
+        for (int step = 0; step < BATCH_STEPS; step++) infer_feed(b->f, batch_ids(b, i) + T - i % 5 + step, 1);
+        copy_logits(b, alone);
+        const double error = distance(batch[1] + (int64_t)i * V, alone, V);
+        if (!(error <= worst)) worst = error;
+    }
+    // as between pre-fill and decode: sums in another order, then roundings to bf16
+    snprintf(text, sizeof(text), "%s: logits of %d contexts at once after %d steps, against one by one", kind.name,
+             most, BATCH_STEPS);
+    say(worst < (PRECISION_BF16 ? 5e-2 : 1e-3), text, worst, PRECISION_BF16 ? "below 5e-2" : "below 1e-3");
+    const bool same = memcmp(batch[0], batch[1], (size_t)BATCHES[0] * V * sizeof(float)) == 0;
+    snprintf(text, sizeof(text), "%s: the same bits among %d contexts and among %d", kind.name, BATCHES[0], most);
+    say(same, text, same, "1");
+    for (float *p : {batch[0], batch[1], alone}) free(p);
+}
+
 // ---- figures ----
 
 static double copy_bandwidth(void) { // bytes/s, read and written
@@ -218,7 +280,51 @@ static double weight_bytes(const Infer *f) {
     return all_weight_bytes(f) - (double)(unread + room) * sizeof(floatX);
 }
 
-static void figures(Bench *b, const Kind &kind, int64_t T, double bandwidth, FILE *csv) {
+static void csv_line(FILE *csv, const Infer *f, const Kind &kind, int64_t T, int contexts, int64_t cache,
+                     double per_token, double prefill, double ms, double rate, double share, double bandwidth) {
+    const Dims &d = f->m.d;
+    const double grows = per_token * T;
+    if (csv)
+        fprintf(csv, "%s,%s,%d,%d,%d,%s,%s,%ld,%ld,%d,%.0f,%.0f,%.0f,%.0f,%.4f,%.1f,%.4f,%.0f\n", machine_name(),
+                PRECISION_BF16 ? "BF16" : "FP32", d.L, d.C, d.V, weights_names[kind.weights], kind.cache, f->window, T,
+                contexts, grows, cache - grows, per_token, prefill, ms, rate, share, bandwidth * 1e-9);
+}
+
+// n contexts of T tokens or up to 4 less, each drawing its own; `one`: tokens/s of one
+static void batch_figures(Bench *b, const Kind &kind, int n, int64_t T, double one, double bandwidth, FILE *csv) {
+    const int steps = GPU_HERE ? 192 : 4;
+    const Sampling how = {0, 1, 0, 0, 1, 0, 1};
+    uint8_t *types = (uint8_t *)calloc(b->f->m.d.V, 1);
+    Samplers samplers;
+    Infer *batch = batch_create(b->f, n, T + ROOM, b->f->window);
+    samplers_open(&samplers, batch, types);
+    for (int i = 0; i < n; i++) {
+        batch_read(b, i, T);
+        batch_take(batch, i, b->f);
+        samplers_begin(&samplers, i, &how);
+    }
+    double begin = 0;
+    for (int i = -3; i < steps; i++) {
+        if (i <= 0) begin = wait_seconds();
+        samplers_step(&samplers);
+        CUDA_CHECK(cudaStreamSynchronize(stream)); // whoever serves looks at what was drawn
+    }
+    const double seconds = (wait_seconds() - begin) / steps, rate = n / seconds;
+    const double share = weight_bytes(b->f) / bandwidth / seconds;
+    int64_t cache;
+    double per_token, transformer;
+    infer_cache_bytes(b->f, &cache, &per_token, &transformer);
+    printf("%-12s %9ld %9d contexts %12.3f ms a step %10.1f tok/s, %.2f times one's\n", kind.name, T, n, seconds * 1e3,
+           rate, rate / one);
+    csv_line(csv, b->f, kind, T, n, cache, per_token, 0, seconds * 1e3, rate, share, bandwidth);
+    fflush(stdout);
+    samplers_close(&samplers);
+    batch_free(batch);
+    free(types);
+}
+
+// Returns tokens/s of decoding.
+static double figures(Bench *b, const Kind &kind, int64_t T, double bandwidth, FILE *csv) {
     Infer *f = b->f;
     const int steps = !GPU_HERE ? 4 : T > 500000 ? 12 : T > 10000 ? 48 : 192, repeats = !GPU_HERE || T > 10000 ? 1 : 4;
     double prefill = 1e30, per_token, transformer;
@@ -233,15 +339,12 @@ static void figures(Bench *b, const Kind &kind, int64_t T, double bandwidth, FIL
     infer_cache_bytes(f, &cache, &per_token, &transformer);
     const double seconds = decode(b, steps, nullptr), share = weight_bytes(f) / bandwidth / seconds;
     const double ms = seconds * 1e3, rate = 1 / seconds;
-    const Dims &d = f->m.d;
     const double grows = per_token * T; // what is left of `cache` are states
     printf("%-12s %9ld %10.4f %10.1f %12.0f %15.0f %12.3f %8.1f %8.1f %%\n", kind.name, T, grows * 1e-9,
            (cache - grows) * 1e-6, per_token, T / prefill, ms, rate, 100 * share);
-    if (csv)
-        fprintf(csv, "%s,%s,%d,%d,%d,%s,%s,%ld,%ld,%.0f,%.0f,%.0f,%.0f,%.4f,%.1f,%.4f,%.0f\n", machine_name(),
-                PRECISION_BF16 ? "BF16" : "FP32", d.L, d.C, d.V, weights_names[kind.weights], kind.cache, f->window, T,
-                grows, cache - grows, per_token, T / prefill, ms, rate, share, bandwidth * 1e-9);
+    csv_line(csv, f, kind, T, 1, cache, per_token, T / prefill, ms, rate, share, bandwidth);
     fflush(stdout);
+    return rate;
 }
 
 int main(int argc, char **argv) {
@@ -272,14 +375,14 @@ int main(int argc, char **argv) {
     s.n_layer = numbers[0], s.n_embd = numbers[1], s.vocab_size = numbers[2];
     settings_check(&s);
     machine_start();
-    const int64_t longest = numbers[n - 1], most_full = GPU_HERE ? 65536 : 300, room = 256;
+    const int64_t longest = numbers[n - 1], most_full = GPU_HERE ? 65536 : 300;
     FILE *csv = path ? fopen(path, "w") : nullptr;
     if (path && !csv) die(1, "%s: %s", path, strerror(errno));
     static Bench benches[n_kinds];
     for (int kind = 0; kind < n_kinds; kind++) {
         const int64_t most = kind == full && longest > most_full ? most_full : longest;
         const int64_t on_cpu = kinds[kind].least ? 32 : 64, window = kinds[kind].least ? LEAST_WINDOW : 0;
-        bench_open(&benches[kind], &s, kinds[kind], most + room, GPU_HERE ? window : on_cpu);
+        bench_open(&benches[kind], &s, kinds[kind], most + ROOM, GPU_HERE ? window : on_cpu);
     }
     const double bandwidth = copy_bandwidth();
     const Infer *f = benches[0].f;
@@ -296,18 +399,26 @@ int main(int argc, char **argv) {
     check_logits(benches, longest < 5000 ? longest : 5000);
     for (int kind = 0; kind < n_kinds; kind++)
         if (kind != full) check_state(&benches[kind], kinds[kind], longest < 100000 ? longest : 100000);
+    for (int kind : {0, in_8_bits}) check_batches(&benches[kind], kinds[kind], batch_tokens(longest));
     size_t before, after, total;
     CUDA_CHECK(cudaMemGetInfo(&before, &total));
     printf("\n%-12s %9s %10s %10s %12s %15s %12s %8s %10s\n", "", "context", "cache, GB", "states, MB", "bytes/token",
            "pre-fill tok/s", "decode, ms", "tok/s", "share");
     if (csv)
-        fprintf(csv, "gpu,precision,layers,width,vocabulary,weights,cache,window,context,cache_bytes,state_bytes,"
-                     "bytes_per_token,prefill_tok_s,decode_ms,decode_tok_s,share,copy_gb_s\n");
+        fprintf(csv,
+                "gpu,precision,layers,width,vocabulary,weights,cache,window,context,contexts,cache_bytes,state_bytes,"
+                "bytes_per_token,prefill_tok_s,decode_ms,decode_tok_s,share,copy_gb_s\n");
     for (int kind = 0; kind < n_kinds; kind++)
         for (int64_t i = 3; i < n; i++)
             if (kind != full || numbers[i] <= most_full)
                 figures(&benches[kind], kinds[kind], numbers[i], bandwidth, csv);
     CUDA_CHECK(cudaMemGetInfo(&after, &total));
+    printf("\n");
+    for (int kind : {0, in_8_bits}) {
+        const int64_t T = batch_tokens(longest);
+        const double one = figures(&benches[kind], kinds[kind], T, bandwidth, nullptr);
+        for (int n : BATCHES) batch_figures(&benches[kind], kinds[kind], n, T, one, bandwidth, csv);
+    }
     printf("\n");
     if (GPU_HERE) say(after == before, "bytes allocated while measuring", (double)before - (double)after, "0");
     else printf("This is no GPU: the times say nothing.\n");

@@ -424,16 +424,19 @@ static void attempt_config(void) {
     if (memcmp(&s, &again, sizeof(s)) != 0) abort();
 }
 
-static Requests requests;
+static Requests requests[2]; // one by one; two continuations at once
 
 static void make_requests(void) {
-    static Options options;
-    static char flag[] = "--requests", from_stdin[] = "-", *arguments[] = {flag, from_stdin};
-    SafeTensors file;
+    static Options options[2];
+    static char flag[] = "--requests", from_stdin[] = "-", batch[] = "--batch", two[] = "2";
+    static char *arguments[] = {flag, from_stdin, batch, two};
     make_checkpoint();
-    safetensors_open(&file, "run/model_000005.safetensors");
-    options_parse(&options, 2, arguments);
-    requests_open(&requests, &options, &file, KV_COMPRESSED, WEIGHTS_FLOAT, 48);
+    for (int i = 0; i < 2; i++) {
+        SafeTensors file;
+        safetensors_open(&file, "run/model_000005.safetensors");
+        options_parse(&options[i], i ? 4 : 2, arguments);
+        requests_open(&requests[i], &options[i], &file, KV_COMPRESSED, WEIGHTS_FLOAT, 48);
+    }
 }
 
 // Up to four lines, whose contexts are often the same
@@ -458,10 +461,11 @@ static void attempt_requests(void) {
     }
     write_file("requests", input, length);
     if (setjmp(rejected)) abort(); // no line ends the program
-    FILE *file = fopen("requests", "rb");
-    requests.kept.n = -1;
-    answer_lines(&requests, file);
-    fclose(file);
+    const int file = open("requests", O_RDONLY);
+    Requests *q = &requests[draw(2)];
+    q->kept.n = -1;
+    answer_lines(q, file);
+    close(file);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

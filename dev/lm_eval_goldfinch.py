@@ -11,7 +11,8 @@
   python3 dev/lm_eval_goldfinch.py run --model goldfinch --model_args path=MODEL,prefix_ids=11 --tasks ..
   python3 dev/lm_eval_goldfinch.py ls tasks
 
-Everything after MODEL is the harness's own. The last two lines are its whole command line, with our model known to it.
+Everything after MODEL is the harness's own; with `--batch_size N`, up to 32 (`auto`), tasks that generate go on with N
+contexts at once. The last two lines are its whole command line, with our model known to it.
 model_args: path; program (./infer_goldfinch), prefix_ids (0: what precedes a text without a context), kv, vocab.
 """
 
@@ -44,9 +45,11 @@ except ImportError as error:
 class GoldFinch(LM):
     tokenizer_name = "goldfinch"                        # the harness names its cache of requests after it
 
-    def __init__(self, path, program=PROGRAM, prefix_ids="0", kv="bf16", vocab=None, **unused):
+    def __init__(self, path, program=PROGRAM, prefix_ids="0", kv="bf16", vocab=None, batch_size=1, **unused):
         super().__init__()
-        flags = ["--requests", "-", "--prefix-ids", str(prefix_ids), "--kv", kv] + (["--vocab", vocab] if vocab else [])
+        batch = 32 if str(batch_size).startswith("auto") else batch_size
+        flags = ["--requests", "-", "--prefix-ids", str(prefix_ids), "--kv", kv, "--batch", str(batch)]
+        flags += ["--vocab", vocab] if vocab else []
         self.messages = tempfile.TemporaryFile()        # what the child says on stderr
         try:
             self.child = subprocess.Popen([program, path, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE,

@@ -167,6 +167,17 @@ def test_tasks(model, folder):
               (sample["filtered_resps"], value))
 
 
+def test_batch(model, folder):
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+    from lm_eval_goldfinch import GoldFinch
+    tasks = ["local_choice", "local_writing"]
+    found = [simple_evaluate(model=GoldFinch(model, batch_size=n), tasks=tasks, bootstrap_iters=0,
+                             task_manager=TaskManager(include_path=folder))["samples"] for n in (1, 3, "auto")]
+    one, three, auto = ([s["filtered_resps"] for task in tasks for s in samples[task]] for samples in found)
+    check("batch_size 3 and auto: the same answers as one by one", one == three == auto, (one, three, auto))
+
+
 def test_command_line(model, folder):
     script = os.path.join(HERE, "lm_eval_goldfinch.py")
     flags = ["--tasks", "local_choice", "--include_path", folder]
@@ -183,6 +194,8 @@ def test_command_line(model, folder):
               "Traceback" not in done.stderr, done.stderr[-800:])
     fails("a model that is not there is one clear error", "(exit code 2) after 0 of 80 answers: infer_goldfinch: nowhere",
           "nowhere.safetensors")
+    fails("--batch_size reaches the program, which says that this model goes on with one context at a time",
+          "answers: infer_goldfinch: --batch: expected a model of x060c2", model, "--batch_size", "3")
     fails("a program that is not there, too", "No such file", "run", "--model", "goldfinch", "--model_args",
           f"path={model},program=./nowhere")
     slow = os.path.join(folder, "slow.sh")                              # answers ten, then is killed
@@ -204,6 +217,9 @@ def main():
         check("the Llama in numpy has the golden table's loss", abs(mean - loss) < 1e-8, (mean, loss))         # weights rounded to fp32
         write_tasks(folder)
         test_tasks(model, folder)
+        goldfinch = os.path.join(folder, "goldfinch.safetensors")
+        golden_model("goldfinch", goldfinch)
+        test_batch(goldfinch, folder)
         test_command_line(model, folder)
     print(f"{counts['passed']} passed, {counts['failed']} failed")
     sys.exit(counts["failed"] > 0)

@@ -231,7 +231,42 @@ def test_split(model, folder):
     check("nothing left for the continuation is an error", "tokens of its own" in found[4].get("error", ""), found)
 
 
-def test_errors(model, folder):
+def test_batch(model, rows):
+    """Several continuations at once: what a line is answered with depends on nobody beside it."""
+    window = ("--kv-window", "24")                                      # some contexts are longer, some become so
+    random.seed(7)
+    lines = []
+    for number in range(24):
+        line = {"id": number, "context_ids": (rows[number % 2] * 2)[:3 + number * 5 % 41], "max_tokens": 1 + number * 7 % 30}
+        if number % 3 == 1:
+            line.update(temperature=1, seed=number, top_p=0.9 if number % 2 else 1, top_k=number % 5 * 3)
+        if number % 4 == 2:
+            line["until"] = ["e", "\n", bytes([65 + number]).decode()]
+        if number % 6 == 5:
+            line = {"id": number, "context_ids": [1, 2, number], "continuation_ids": [3]}
+        if number % 8 == 7:
+            line = {"id": number, "context": 1}
+        lines.append(line)
+    lines.append({"id": 24, "context_ids": [5], "max_tokens": 0})
+    one = answers(lines, *window, model=model)
+    found = {n: answers(lines, *window, "--batch", str(n), model=model) for n in (2, 5, 32)}
+    check("--batch: answers in the order of the lines", all([a["id"] for a in f] == list(range(25)) for f in found.values()))
+    check("--batch: the same texts for 2, 5 and 32 at once", found[2] == found[5] == found[32],
+          [pair for pair in zip(found[2], found[5], found[32]) if not pair[0] == pair[1] == pair[2]])
+    same = sum(a == b for a, b in zip(one, found[5]))                   # but for tokens that are as likely up to rounding
+    check("--batch: and as one by one", same == 25 or (args.bf16 and same > 12),
+          [pair for pair in zip(one, found[5]) if pair[0] != pair[1]])
+    drawn = [a["tokens"] for a, line in zip(found[5], lines) if "max_tokens" in line]
+    check("--batch: continuations of many lengths", len(set(drawn)) > 5, drawn)
+    mixed = random.sample(lines, len(lines))
+    by_id = {a["id"]: a for a in answers(mixed, *window, "--batch", "5", model=model)}
+    differing = [(a, by_id[a["id"]]) for a in found[5] if "error" not in a and by_id[a["id"]] != a]
+    check("--batch: the same texts in another order of the lines", not differing, differing)
+    alone = [answers([line], *window, "--batch", "5", model=model)[0] for line in lines[:15:5]]
+    check("--batch: and of lines alone", alone == found[5][:15:5], (alone, found[5][:15:5]))
+
+
+def test_errors(model, llama, folder):
     good = b'{"id": "x", "context": "a", "continuation": "b"}\n'
     bad = [(b'{"context": "a", "continuation": "b"\n', "byte 37: expected '}', found the end"),
            (b'[1]\n', "expected '{'"), (b'{} \n', "expected one of"), (b'nonsense\n', "expected '{'"),
@@ -268,14 +303,19 @@ def test_errors(model, folder):
     for flags, expected in ((["--requests", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
                             (["--requests", path, "-p", "x"], "--requests: expected nothing else"),
                             (["--requests", path, "--prefix-ids", "0,320"], "--prefix-ids: expected ids from 0 to 319"),
-                            (["--requests", path, "--prefix-ids", ""], "--prefix-ids: expected ids")):
+                            (["--requests", path, "--prefix-ids", ""], "--prefix-ids: expected ids"),
+                            (["-p", "x", "--batch", "2"], "--batch: expected --requests beside it"),
+                            (["--requests", path, "--batch", "33"], "--batch: expected a whole number from 1 to 32, found")):
         done = subprocess.run([args.program, model, *flags], capture_output=True, text=True)
         check(f"exit 2, {expected!r}", done.returncode == 2 and done.stderr.startswith("infer_goldfinch: " + expected) and
               done.stderr.count("\n") == 1, done)
+    done = subprocess.run([args.program, llama, "--requests", path, "--batch", "2"], capture_output=True, text=True)
+    check("--batch needs a model that decodes step by step", done.returncode == 2 and
+          done.stderr.splitlines()[-1].startswith("infer_goldfinch: --batch: expected a model of x060c2"), done)
 
 
-def test_conversation(model):
-    child = subprocess.Popen([args.program, model, "--requests", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+def test_conversation(model, *flags):
+    child = subprocess.Popen([args.program, model, "--requests", "-", *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                              stderr=subprocess.DEVNULL)
     context, right = "Hello", True
     for turn in range(4):
@@ -285,7 +325,29 @@ def test_conversation(model):
         right = right and answer["id"] == turn
         context += answer["text"] + "\nAnd?"
     child.stdin.close()
-    check("a conversation through pipes", right and child.wait() == 0)
+    check(f"a conversation through pipes {' '.join(flags)}", right and child.wait() == 0)
+
+
+def test_reader(model, *flags):
+    """Lines in pieces, with what other systems put at their ends, or with nothing."""
+    line = b'{"context": "Hello", "max_tokens": 3}'
+    plain, = answers([line + b"\n"], *flags, model=model)
+    found = answers([line + b"\r\n", b" \t\r\n\n", b" " * 3_000_000 + line + b"\n", line], *flags, model=model)
+    check(f"CRLF, blank lines, 3 MB in a line, an end without newline {' '.join(flags)}", found == 3 * [plain], found)
+    none = answers([], *flags, model=model) + answers([b"\n"], *flags, model=model) + answers([b" "], *flags, model=model)
+    cut, = answers([line[:20]], *flags, model=model)
+    check(f"an end within a line {' '.join(flags)}", "found the end" in cut.get("error", "") and none == [], (cut, none))
+    child = subprocess.Popen([args.program, model, "--requests", "-", *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             stderr=subprocess.DEVNULL)
+    got = []
+    for piece in (line[:9], line[9:] + b"\n" + line[:9], line[9:] + b"\n"):
+        child.stdin.write(piece)
+        child.stdin.flush()
+        if b"\n" in piece:
+            got.append(json.loads(child.stdout.readline()))             # would hang if half a line were waited for
+    rest, _ = child.communicate(line)
+    check(f"a line is answered although half of the next one is there {' '.join(flags)}",
+          got + [json.loads(rest)] == 3 * [plain] and child.returncode == 0, (got, rest))
 
 
 def test_noise(model):
@@ -300,8 +362,10 @@ def test_noise(model):
             at = random.randrange(len(line))
             line[at:at + random.randrange(2)] = random.choice([bytes([random.randrange(256)]), b"9", b'"', b"\\", b"[", b"]"])
         lines.append(bytes(line) + b"\n")
-    for what, text in (("10 million random bytes", random.randbytes(10_000_000)), ("changed requests", b"".join(lines))):
-        done = subprocess.run([args.program, model, "--requests", "-"], input=text, capture_output=True)
+    for what, text, flags in (("10 million random bytes", random.randbytes(10_000_000), ()),
+                              ("changed requests", b"".join(lines), ()),
+                              ("changed requests, --batch 3", b"".join(lines), ("--batch", "3"))):
+        done = subprocess.run([args.program, model, "--requests", "-", *flags], input=text, capture_output=True)
         asked = sum(1 for line in text.split(b"\n") if line.split(b"\0")[0].strip(b" \t\r") or b"\0" in line)
         valid = True
         try:
@@ -328,8 +392,12 @@ def main():
         test_text(path, folder)
         test_writing(path, rows)
         test_split(path, folder)
-        test_errors(path, folder)
+        test_errors(path, models["llama"][0], folder)
+        test_batch(path, rows)
         test_conversation(path)
+        test_conversation(path, "--batch", "4")
+        test_reader(path)
+        test_reader(path, "--batch", "4")
         test_noise(path)
         test_long(path, rows)
     print(f"{counts['passed']} passed, {counts['failed']} failed")
