@@ -2837,9 +2837,9 @@ __device__ inline void wkv_backward_levels(WkvTile &t, TileC (&a)[2], WkvScratch
         mma_transposed(z, to_a2(x[0], x[1]), to_a2(pairs[0], pairs[1]));
         EACH(n, i) {
             const bool has = wkv_has_bit(L, n, i);
-            const float own = z[n].x[i] * factor[n].x[i];
-            t.dr[n].x[i] += has ? own : 0;
-            t.dk[n].x[i] += has ? 0 : own;
+            const float sum = (has ? t.dr : t.dk)[n].x[i] + z[n].x[i] * factor[n].x[i];
+            t.dr[n].x[i] = has ? sum : t.dr[n].x[i];
+            t.dk[n].x[i] = has ? t.dk[n].x[i] : sum;
             z[n].x[i] *= x[n].x[i];
         }
         if (L == 8) wkv_pass(t.passing, z, pass.downward, pass.none, pass.none, pass.upward);
@@ -2976,17 +2976,21 @@ __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1) wkv_backw
 
 #ifdef CUDA_ON_CPU // in dev/cpu/twins.h
 static void wkv_forward_in_loops(floatX *y, const Wkv &p, int B);
+static void wkv_backward_in_loops(const WkvGradients &g, const Wkv &p, int B);
 #endif
 
 static void wkv_forward(floatX *y, const Wkv &p, int B) {
 #ifdef CUDA_ON_CPU
-    if (cuda_on_cpu::twins && !p.states) return wkv_forward_in_loops(y, p, B);
+    if (cuda_on_cpu::twins) return wkv_forward_in_loops(y, p, B);
 #endif
     allow_smem(wkv_forward_kernel, sizeof(WkvForward));
     wkv_forward_kernel<<<dim3(p.H, B), WKV_THREADS, sizeof(WkvForward), stream>>>(y, p);
 }
 
 static void wkv_backward(const WkvGradients &g, const Wkv &p, int B) {
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) return wkv_backward_in_loops(g, p, B);
+#endif
     allow_smem(wkv_backward_kernel, sizeof(WkvBackward));
     wkv_backward_kernel<<<dim3(p.H, B), WKV_THREADS, sizeof(WkvBackward), stream>>>(g, p);
 }
