@@ -1551,13 +1551,24 @@ __global__ void __launch_bounds__(PRECISION_BF16 ? 768 : MAX_C / 8)
     store(partial + (int64_t)part * 2 * C + C + c, dbias);
 }
 
+#ifdef CUDA_ON_CPU // in dev/cpu/twins.h
+template <bool accumulate>
+static void layernorm_backward_in_loops(floatX *dx, float *partial, const floatX *dout, const floatX *x,
+                                        const int *index, const floatX *gain, int rows, int per, int C);
+#endif
+
 template <bool accumulate>
 static void layernorm_backward_launch(floatX *dx, const floatX *dout, const floatX *x, const int *index,
                                       const LayerNorm &ln, float *partial, int rows) {
     const int C = ln.gain.columns, parts = row_blocks(rows, C), per = rows_per_block(rows, C);
     const dim3 block = row_block(C);
-    layernorm_backward_kernel<accumulate>
-        <<<(int)ceil_div(parts, block.y), block, 0, stream>>>(dx, partial, dout, x, index, ln.gain.w, rows, per, C);
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins)
+        layernorm_backward_in_loops<accumulate>(dx, partial, dout, x, index, ln.gain.w, rows, per, C);
+    else
+#endif
+        layernorm_backward_kernel<accumulate>
+            <<<(int)ceil_div(parts, block.y), block, 0, stream>>>(dx, partial, dout, x, index, ln.gain.w, rows, per, C);
     add_partials({{ln.gain.g, ln.bias.g}}, partial, parts, 2, C);
 }
 
@@ -2837,9 +2848,9 @@ __device__ inline void wkv_backward_levels(WkvTile &t, TileC (&a)[2], WkvScratch
         mma_transposed(z, to_a2(x[0], x[1]), to_a2(pairs[0], pairs[1]));
         EACH(n, i) {
             const bool has = wkv_has_bit(L, n, i);
-            const float sum = (has ? t.dr : t.dk)[n].x[i] + z[n].x[i] * factor[n].x[i];
-            t.dr[n].x[i] = has ? sum : t.dr[n].x[i];
-            t.dk[n].x[i] = has ? t.dk[n].x[i] : sum;
+            const float own = z[n].x[i] * factor[n].x[i];
+            t.dr[n].x[i] += has ? own : 0;
+            t.dk[n].x[i] += has ? 0 : own;
             z[n].x[i] *= x[n].x[i];
         }
         if (L == 8) wkv_pass(t.passing, z, pass.downward, pass.none, pass.none, pass.upward);
@@ -5937,6 +5948,11 @@ static void head_and_loss(Model *m, const floatX *xf, const int *targets, int64_
     const Dims &d = m->d;
     const int threads = d.V < 4096 ? 64 : 1024;
     linear_forward(m->logits, xf, m->top.head, count);
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins)
+        return classifier_in_loops(m->logits, m->losses + row, m->right + row, targets + row, scale, d.V, count,
+                                   threads);
+#endif
     classifier_kernel<<<count, threads, 0, stream>>>(m->logits, m->losses + row, m->right + row, targets + row, scale,
                                                      d.V);
 }
@@ -6076,7 +6092,12 @@ static void model_update(Model *m, int64_t step, double lr, double weight_decay)
     const Settings &s = m->s;
     NamedRange range("optimizer");
     gradients_finish(m);
-    if (m->n_pieces) squares_of_pieces_kernel<<<m->n_pieces, 256, 0, stream>>>(m->squares, m->grads, m->pieces);
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) squares_of_pieces_in_loops(m->squares, m->grads, m->pieces, m->n_pieces);
+    else
+#endif
+        if (m->n_pieces)
+        squares_of_pieces_kernel<<<m->n_pieces, 256, 0, stream>>>(m->squares, m->grads, m->pieces);
     sum_over_ranks(m->squares, m->n_squares + 2); // a piece's from its rank; and of m->totals
     const float per_target = (float)(1.0 / m->targets_in_step),
                 limit = s.gradient_clip_val > 0 ? (float)s.gradient_clip_val : FLT_MAX;

@@ -2,6 +2,8 @@
 // here). train_goldfinch.cu includes this behind its kernels, whose words and equations it shares.
 #pragma once
 
+using cuda_on_cpu::fused;
+
 // The kernel's twin for the CPU, to the bit
 static void add_partials_in_loops(Targets to, float *matrix, const float *partial, int P, int rows, int n, int C,
                                   int parts) {
@@ -17,8 +19,8 @@ static void add_partials_in_loops(Targets to, float *matrix, const float *partia
     });
 }
 
-// What the kernel's block_sum is of a row. Not inlined: squares are rounded before they are added, as in the kernel.
-__attribute__((noinline)) static float sum_of_row(float *x, int C) {
+// What the kernel's block_sum is of a row
+static float sum_of_row(float *x, int C) {
     float sums[MAX_C / 8] = {}; // of each thread
     for (int t = 0; t < C / 8; t++)
         for (int i = 0; i < 8; i++) sums[t] += x[8 * t + i];
@@ -48,6 +50,45 @@ static void layernorm_forward_in_loops(floatX *out, floatX *sum, const floatX *x
         });
 }
 
+// The same of x y
+static float product_of_rows(const float *x, const float *y, int C) {
+    float sums[MAX_C / 8] = {};
+    for (int t = 0; t < C / 8; t++)
+        for (int i = 0; i < 8; i++) sums[t] += x[8 * t + i] * y[8 * t + i];
+    return cuda_on_cpu::sum_as_block(sums, row_threads(C));
+}
+
+template <bool accumulate> // to the bit
+static void layernorm_backward_in_loops(floatX *dx, float *partial, const floatX *dout, const floatX *x,
+                                        const int *index, const floatX *gain, int rows, int per, int C) {
+    const float per_channel = 1.f / C;
+    cuda_on_cpu::for_each(ceil_div(rows, per), 8 * per * C, [&](int64_t part) {
+        float n[MAX_C], dy[MAX_C], dn[MAX_C], *dgain = partial + part * 2 * C, *dbias = dgain + C;
+        memset(dgain, 0, 2 * C * sizeof(float));
+        for (int64_t row = part * per; row < rows && row < (part + 1) * per; row++) {
+            const floatX *from = x + (index ? index[row] : row) * C;
+            floatX *to = dx + row * C;
+            for (int c = 0; c < C; c++) n[c] = (float)from[c];
+            const float mean = sum_of_row(n, C) * per_channel;
+            for (int c = 0; c < C; c++) {
+                n[c] -= mean;
+                dy[c] = (float)dout[row * C + c];
+                dn[c] = dy[c] * (float)gain[c];
+            }
+            const float rstd = rsqrtf(product_of_rows(n, n, C) * per_channel + 1e-5f);
+            const float dn_mean = sum_of_row(dn, C) * per_channel;
+            const float dn_n_mean = product_of_rows(dn, n, C) * rstd * per_channel;
+            for (int c = 0; c < C; c++) {
+                n[c] *= rstd;
+                dgain[c] += dy[c] * n[c];
+                dbias[c] += dy[c];
+                const float here = rstd * (dy[c] * (float)gain[c] - dn_mean - n[c] * dn_n_mean);
+                to[c] = (floatX)(accumulate ? (float)to[c] + here : here);
+            }
+        }
+    });
+}
+
 static void rms_norm_forward_in_loops(floatX *out, const floatX *x, int rows, int C) { // to the bit
     cuda_on_cpu::for_each(
         rows, 2 * C,
@@ -56,6 +97,53 @@ static void rms_norm_forward_in_loops(floatX *out, const floatX *x, int rows, in
             for (int c = 0; c < C; c++) squares[c] = (float)x[row * C + c] * (float)x[row * C + c];
             const float scale = 1 / (sqrtf(sum_of_row(squares, C) / C) + 1e-8f);
             for (int c = 0; c < C; c++) out[row * C + c] = (floatX)((float)x[row * C + c] * scale);
+        });
+}
+
+// to the bit
+static void classifier_in_loops(floatX *logits, float *losses, int *right, const int *targets, float scale, int V,
+                                int count, int threads) {
+    cuda_on_cpu::for_each(
+        count, 32 * V,
+        [&](int64_t row) {
+            floatX *z = logits + row * V;
+            const int target = targets[row];
+            losses[row] = 0, right[row] = 0;
+            if (target < 0) {
+                for (int c = 0; c < V && scale != 0; c++) z[c] = (floatX)0.f;
+                return;
+            }
+            const float of_target = (float)z[target];
+            float top = -INFINITY, sums[1024] = {}, x[8 * 1024];
+            for (int c = 0; c < V; c++) top = (float)z[c] > top ? (float)z[c] : top;
+            int at = 0;
+            while (at < V - 1 && (float)z[at] != top) at++;
+            for (int begin = 0; begin < V; begin += 8 * threads) {
+                const int n = min(8 * threads, V - begin);
+                for (int i = 0; i < n; i++) x[i] = fast_exp((float)z[begin + i] - top);
+                for (int i = 0; i < n; i++) sums[i / 8] += x[i];
+            }
+            const float sum = cuda_on_cpu::sum_as_block(sums, threads);
+            losses[row] = logf(sum) + top - of_target;
+            right[row] = at == target;
+            if (scale == 0) return;
+            const float inverse = 1 / sum, factor = scale * inverse;
+            for (int c = 0; c < V; c++) z[c] = (floatX)(fast_exp((float)z[c] - top) * factor);
+            const float of_top = inverse + 1e-4f * top, p = fast_exp(of_target - top) * inverse;
+            z[at] = (floatX)(scale * of_top);
+            z[target] = (floatX)(scale * ((at == target ? of_top : p) - 1));
+        });
+}
+
+static void squares_of_pieces_in_loops(double *squares, const float *grads, const Piece *pieces, int n) { // to the bit
+    cuda_on_cpu::for_each(
+        n, PIECE,
+        [&](int64_t i) {
+            const float *g = grads + pieces[i].offset;
+            float sums[256] = {};
+            for (int at = 0; at < pieces[i].count; at += 8)
+                for (int j = 0; j < 8; j++) sums[at / 8 % 256] += g[at + j] * g[at + j];
+            squares[pieces[i].number] = cuda_on_cpu::sum_as_block(sums, 256);
         });
 }
 
@@ -69,7 +157,7 @@ static void ddlerp_amounts_in_loops(float *amount, const MixTask<n> &mix, int i,
     for (int k = MIX_RANK * i; k < MIX_RANK * (i + 1); k++) {
         const float h = (float)mix.low.h[row * mix.low.ld + k];
         const floatX *w2 = mix.low.w2 + (int64_t)k * C + first;
-        for (int c = 0; c < MIX_CHANNELS; c++) amount[c] += h * (float)w2[c];
+        for (int c = 0; c < MIX_CHANNELS; c++) amount[c] = fused(h, (float)w2[c], amount[c]);
     }
 }
 
@@ -121,7 +209,7 @@ static void ddlerp_backward_x_in_loops(const MixTask<n> &mix, TX *dx, floatX *dh
                     float *to = dhidden[row - begin] + MIX_RANK * i;
                     for (int c = 0; c < MIX_CHANNELS; c++)
                         for (int k = 0; k < MIX_RANK; k++)
-                            to[k] += dm[c] * w2[(int64_t)(first + c) * hidden + MIX_RANK * i + k];
+                            to[k] = fused(dm[c], w2[(int64_t)(first + c) * hidden + MIX_RANK * i + k], to[k]);
                 }
                 for (int c = 0; c < MIX_CHANNELS && row < end; c++) {
                     float out = accumulate ? (float)dx[at + c] : 0;
@@ -160,7 +248,7 @@ static void ddlerp_backward_w2_in_loops(const MixTask<n> &mix, float *partial, c
                 for (int c = 0; c < MIX_CHANNELS; c++) dm[c] = (float)(floatX)dm[c];
                 for (int k = 0; k < MIX_RANK; k++) {
                     const float h = (float)mix.low.h[row * mix.low.ld + MIX_RANK * i + k];
-                    for (int c = 0; c < MIX_CHANNELS; c++) dw2[k][c] += h * dm[c];
+                    for (int c = 0; c < MIX_CHANNELS; c++) dw2[k][c] = fused(h, dm[c], dw2[k][c]);
                 }
             }
             for (int k = 0; k < MIX_RANK; k++) memcpy(to + (MIX_RANK * i + k) * C + first, dw2[k], sizeof(dw2[k]));
@@ -190,7 +278,8 @@ static void add_product(float (*c)[n], const float *a, int si, int sk, const flo
                 for (int v = 0; v < wide; v++) {
                     const Vector right = cuda_on_cpu::load_floats<Vector>(&b[k][j + v * VL]);
 #pragma GCC unroll 4
-                    for (int r = 0; r < 4; r++) sums[r][v] += a[(i + r) * si + k * sk] * right;
+                    for (int r = 0; r < 4; r++)
+                        sums[r][v] = fused(Vector{} + a[(i + r) * si + k * sk], right, sums[r][v]);
                 }
             for (int r = 0; r < 4; r++)
                 for (int v = 0; v < wide; v++) memcpy(&c[i + r][j + v * VL], &sums[r][v], sizeof(Vector));
@@ -208,20 +297,19 @@ template <typename X, int rows, int columns> static void transpose(float (*to)[r
         }
 }
 
-// What a sum over the lanes of a channel is. Not inlined: what is added is rounded before, as in the kernels.
-__attribute__((noinline)) static void add_lanes(float *sum, const float (*lanes)[N]) {
+// A sum over the lanes of a channel
+static void add_lanes(float *sum, const float (*lanes)[N]) {
     for (int c = 0; c < N; c++) sum[c] = (lanes[0][c] + lanes[2][c]) + (lanes[1][c] + lanes[3][c]);
 }
 
-// Not inlined: rounded before anything is added to it
-__attribute__((noinline)) static void multiply(WkvRows &to, const WkvRows &a, const WkvRows &b) {
+static void multiply(WkvRows &to, const WkvRows &a, const WkvRows &b) {
     for (int t = 0; t < TILE; t++)
         for (int c = 0; c < N; c++) to[t][c] = a[t][c] * b[t][c];
 }
 
-struct WkvTileInLoops {                       // a tile and what belongs to it
-    WkvRows r, k, v, e, d;                    // k times 1 - exp(-e) if one_minus_w
-    WkvRows before, after;                    // decays to the tile's beginning and end
+struct WkvTileInLoops {                        // a tile and what belongs to it
+    WkvRows r, k, v, e, d;                     // k times 1 - exp(-e) if one_minus_w
+    WkvRows before, after;                     // decays to the tile's beginning and end
     float twos[8][N], fours[8][N], half[2][N]; // products of d: of two tokens (2 i, 2 i + 1), of four, of eight
     float D[N], D_minus_1[N];
 
@@ -278,8 +366,7 @@ struct WkvTileInLoops {                       // a tile and what belongs to it
         factors(after, 0);
         float lanes[4][N], sum[N];
         for (int l = 0; l < 4; l++)
-            for (int c = 0; c < N; c++)
-                lanes[l][c] = e[2 * l][c] + e[2 * l + 1][c] + e[2 * l + 8][c] + e[2 * l + 9][c];
+            for (int c = 0; c < N; c++) lanes[l][c] = e[2 * l][c] + e[2 * l + 1][c] + e[2 * l + 8][c] + e[2 * l + 9][c];
         add_lanes(sum, lanes);
         for (int c = 0; c < N; c++) D[c] = fast_exp(-sum[c]);
         for (int c = 0; c < N; c++) D_minus_1[c] = -one_minus(D[c], sum[c]);
@@ -307,7 +394,7 @@ struct WkvTileInLoops {                       // a tile and what belongs to it
             cuda_on_cpu::Vector4 sums[L] = {};
             for (int i = 0; i < 16; i++) { // of a warp's channels, the even ones first: see Share
                 const int c = i % 8 * 2 + i / 8;
-                for (int s = 0; s < L; s++) sums[s] += warps[t][c] * warps[first + s][c];
+                for (int s = 0; s < L; s++) sums[s] = fused(warps[t][c], warps[first + s][c], sums[s]);
             }
             for (int s = 0; s < L; s++) a[t][first + s] = (sums[s][0] + sums[s][1]) + (sums[s][2] + sums[s][3]);
         }
@@ -318,7 +405,8 @@ struct WkvTileInLoops {                       // a tile and what belongs to it
         for (int t = 0; t < TILE; t++) {
             float x[N / 2];
             for (int c = 0; c < N / 2; c++)
-                x[c] = (float)u[2 * c] * r[t][2 * c] * k[t][2 * c] + (float)u[2 * c + 1] * r[t][2 * c + 1] * k[t][2 * c + 1];
+                x[c] = (float)u[2 * c] * r[t][2 * c] * k[t][2 * c] +
+                       (float)u[2 * c + 1] * r[t][2 * c + 1] * k[t][2 * c + 1];
             for (int n = N / 4; n > 0; n /= 2)
                 for (int c = 0; c < n; c++) x[c] = x[2 * c] + x[2 * c + 1];
             a[t][t] = x[0];
@@ -332,7 +420,6 @@ struct WkvTileInLoops {                       // a tile and what belongs to it
         add_product<N, N, TILE>(S, rows[0], 1, N, left);
     }
 };
-
 
 static void wkv_forward_in_loops(floatX *y, const Wkv &p, int B) {
     const int A = p.H * N, chunks = ceil_div(p.T, CHUNK);
@@ -382,7 +469,7 @@ static void wkv_backward_level_in_loops(const WkvTileInLoops &t, float (&a)[TILE
     for (int i = 0; i < TILE; i++) {
         const int first = (i & -2 * L) + (i & L ? 0 : L); // of those that i has pairs with
         for (int s = first; s < first + L; s++)
-            for (int c = 0; c < N; c++) z[i][c] += da[i > s ? i : s][i > s ? s : i] * x[s][c];
+            for (int c = 0; c < N; c++) z[i][c] = fused(da[i > s ? i : s][i > s ? s : i], x[s][c], z[i][c]);
     }
     for (int i = 0; i < TILE; i++)
         for (int c = 0; c < N; c++) (i & L ? dr : dk)[i][c] += z[i][c] * factor[i][c];
