@@ -3326,8 +3326,18 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     attention_store(g.dq + head, dq, scale, mine, T, A);
 }
 
+#ifdef CUDA_ON_CPU // in dev/cpu/twins.h
+static void attention_forward_in_loops(floatX *y, float *log_sum, const floatX *q, const floatX *k, const floatX *v,
+                                       int B, int T, int H);
+static void attention_backward_in_loops(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int B,
+                                        int T, int H);
+#endif
+
 static void attention_forward_by_warps(floatX *y, float *log_sum, const floatX *q, const floatX *k, const floatX *v,
                                        int B, int T, int H) {
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) return attention_forward_in_loops(y, log_sum, q, k, v, B, T, H);
+#endif
     allow_smem(attention_forward_kernel, ATTENTION_SMEM);
     const dim3 grid((int)ceil_div(T, ATTENTION_ROWS), H, B);
     attention_forward_kernel<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(y, log_sum, q, k, v, T, H);
@@ -3335,6 +3345,9 @@ static void attention_forward_by_warps(floatX *y, float *log_sum, const floatX *
 
 static void attention_backward_by_warps(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int B,
                                         int T, int H) {
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) return attention_backward_in_loops(g, q, k, v, B, T, H);
+#endif
     const dim3 grid((int)ceil_div(T, ATTENTION_ROWS), H, B);
     allow_smem(attention_backward_kv_kernel, ATTENTION_SMEM);
     attention_backward_kv_kernel<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(g, q, k, v, T, H);

@@ -573,3 +573,111 @@ static void wkv_backward_in_loops(const WkvGradients &g, const Wkv &p, int B) {
         add_lanes(g.du + at, du);
     });
 }
+
+// ---- attention's twins for the CPU, to the bit: squares of 32 queries by 32 keys as in the kernels ----
+
+static const int ATTENTION_SQUARE = 32;
+typedef float HeadRows[ATTENTION_SQUARE][N]; // so many tokens of a head
+typedef float AttentionSquare[ATTENTION_SQUARE][ATTENTION_SQUARE];
+
+static void head_rows(HeadRows &to, const floatX *from, int t0, int T, int A) { // zeros past the end
+    for (int i = 0; i < ATTENTION_SQUARE; i++)
+        for (int c = 0; c < N; c++) to[i][c] = t0 + i < T ? (float)from[(int64_t)(t0 + i) * A + c] : 0;
+}
+
+static void attention_square(AttentionSquare &p, const HeadRows &a, const HeadRows &b) { // p = a b^T
+    float b_t[N][ATTENTION_SQUARE];
+    transpose<float, ATTENTION_SQUARE, N>(b_t, b);
+    memset(p, 0, sizeof(p));
+    add_product<ATTENTION_SQUARE, ATTENTION_SQUARE, N>(p, a[0], N, 1, b_t);
+}
+
+static void attention_forward_in_loops(floatX *y, float *log_sum, const floatX *q, const floatX *k, const floatX *v,
+                                       int B, int T, int H) {
+    const int A = H * N, squares = ceil_div(T, ATTENTION_SQUARE);
+    cuda_on_cpu::for_each((int64_t)B * H * squares, T * ATTENTION_SQUARE * N, [&](int64_t i) {
+        const int t0 = (squares - 1 - i % squares) * ATTENTION_SQUARE;
+        const int64_t bh = i / squares, head = bh / H * T * A + bh % H * N;
+        HeadRows queries, rows, out = {};
+        AttentionSquare p;
+        float top[ATTENTION_SQUARE], sum[ATTENTION_SQUARE][4] = {}; // sums: of the lanes that share a row
+        for (float &x : top) x = -INFINITY;
+        head_rows(queries, q + head, t0, T, A);
+        for (int s0 = 0; s0 <= t0; s0 += ATTENTION_SQUARE) {
+            auto keys = [&](int row) { return s0 == t0 ? row + 1 : ATTENTION_SQUARE; }; // that the row has
+            float high[ATTENTION_SQUARE];
+            bool grows = false;
+            head_rows(rows, k + head, s0, T, A);
+            attention_square(p, queries, rows);
+            for (int r = 0; r < ATTENTION_SQUARE; r++) {
+                high[r] = -INFINITY;
+                for (int s = 0; s < keys(r); s++) high[r] = p[r][s] > high[r] ? p[r][s] : high[r];
+                grows |= high[r] * SCALE_LOG2 > top[r] + ATTENTION_MARGIN;
+            }
+            for (int r = 0; r < ATTENTION_SQUARE && grows; r++) {
+                const float now = fmaxf(top[r], high[r] * SCALE_LOG2), shrink = exp2_fast(top[r] - now);
+                top[r] = now;
+                for (float &x : sum[r]) x *= shrink;
+                for (float &x : out[r]) x *= shrink;
+            }
+            for (int r = 0; r < ATTENTION_SQUARE; r++) {
+                float x[ATTENTION_SQUARE] = {};
+                for (int s = 0; s < keys(r); s++) x[s] = exp2_fast(p[r][s] * SCALE_LOG2 - top[r]);
+                for (int s = 0; s < ATTENTION_SQUARE; s += 8)
+                    for (int l = 0; l < 4; l++) sum[r][l] = sum[r][l] + x[s + 2 * l] + x[s + 2 * l + 1];
+                for (int s = 0; s < ATTENTION_SQUARE; s++) p[r][s] = (float)(floatX)x[s];
+            }
+            head_rows(rows, v + head, s0, T, A);
+            add_product<ATTENTION_SQUARE, N, ATTENTION_SQUARE>(out, p[0], ATTENTION_SQUARE, 1, rows);
+        }
+        for (int r = 0; r < ATTENTION_SQUARE && t0 + r < T; r++) {
+            const float all = (sum[r][0] + sum[r][2]) + (sum[r][1] + sum[r][3]), inverse = 1 / all;
+            log_sum[bh * T + t0 + r] = top[r] + log2f(all);
+            for (int c = 0; c < N; c++) y[head + (int64_t)(t0 + r) * A + c] = (floatX)(out[r][c] * inverse);
+        }
+    });
+}
+
+static void attention_backward_in_loops(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int B,
+                                        int T, int H) {
+    const int A = H * N, squares = ceil_div(T, ATTENTION_SQUARE);
+    HeadRows *dkv = (HeadRows *)calloc((size_t)B * H * squares * 2, sizeof(HeadRows)); // dk, dv
+    cuda_on_cpu::for_each((int64_t)B * H, (int64_t)T * T * N, [&](int64_t bh) {
+        const int64_t head = bh / H * T * A + bh % H * N;
+        HeadRows *const dk = dkv + bh * squares * 2, *const dv = dk + squares;
+        auto store = [&](floatX *to, const HeadRows &x, float scale, int t0) {
+            for (int r = 0; r < ATTENTION_SQUARE && t0 + r < T; r++)
+                for (int c = 0; c < N; c++) to[head + (int64_t)(t0 + r) * A + c] = (floatX)(x[r][c] * scale);
+        };
+        for (int i = 0; i < squares; i++) {
+            const int t0 = i * ATTENTION_SQUARE;
+            HeadRows queries, dy, keys, values, dq = {};
+            head_rows(queries, q + head, t0, T, A);
+            head_rows(dy, g.dy + head, t0, T, A);
+            for (int j = 0; j <= i; j++) {
+                AttentionSquare p, ds;
+                head_rows(keys, k + head, j * ATTENTION_SQUARE, T, A);
+                head_rows(values, v + head, j * ATTENTION_SQUARE, T, A);
+                attention_square(p, queries, keys);
+                attention_square(ds, dy, values);
+                for (int r = 0; r < ATTENTION_SQUARE; r++)
+                    for (int s = 0; s < ATTENTION_SQUARE; s++) {
+                        const bool here = t0 + r < T && (j < i || s <= r);
+                        const int64_t row = bh * T + t0 + r;
+                        const float weight = here ? exp2_fast(p[r][s] * SCALE_LOG2 - g.log_sum[row]) : 0;
+                        ds[r][s] = here ? (float)(floatX)(weight * (ds[r][s] - g.delta[row])) : 0;
+                        p[r][s] = (float)(floatX)weight;
+                    }
+                add_product<ATTENTION_SQUARE, N, ATTENTION_SQUARE>(dv[j], p[0], 1, ATTENTION_SQUARE, dy);
+                add_product<ATTENTION_SQUARE, N, ATTENTION_SQUARE>(dk[j], ds[0], 1, ATTENTION_SQUARE, queries);
+                add_product<ATTENTION_SQUARE, N, ATTENTION_SQUARE>(dq, ds[0], ATTENTION_SQUARE, 1, keys);
+            }
+            store(g.dq, dq, SCALE, t0);
+        }
+        for (int j = 0; j < squares; j++) {
+            store(g.dk, dk[j], SCALE, j * ATTENTION_SQUARE);
+            store(g.dv, dv[j], 1, j * ATTENTION_SQUARE);
+        }
+    });
+    free(dkv);
+}
