@@ -1222,6 +1222,10 @@ __global__ void __launch_bounds__(256)
     y[(int64_t)m * g.C + channel] = (T)(out / (sum + past_sum.x));
 }
 
+#ifdef CUDA_ON_CPU // in dev/cpu/twins_infer.h
+static void window_attention_in_loops(const WindowTask &p, int splits);
+#endif
+
 // y (M, C) = causal attention of queries m0.. of M over all that is in the cache. task: what the caller knows of them.
 // y null, for a context that fits the window: the window's splits are left as they are.
 template <typename T> static void gold_attention(Infer *f, const GoldSource &g, T *y, WindowTask task, int m0, int M) {
@@ -1233,7 +1237,11 @@ template <typename T> static void gold_attention(Infer *f, const GoldSource &g, 
         WindowTask part = task;
         part.m0 = m, part.M = here;
         if (task.query.q) part.query.q += (int64_t)m * g.C;
-        launch_early(window_attention_kernel, dim3(g.H, f->window_splits, here), WINDOW_THREADS, 0, part);
+#ifdef CUDA_ON_CPU
+        if (cuda_on_cpu::twins) window_attention_in_loops(part, f->window_splits);
+        else
+#endif
+            launch_early(window_attention_kernel, dim3(g.H, f->window_splits, here), WINDOW_THREADS, 0, part);
         if (y == nullptr && splits == 0) continue; // the caller combines
         if (splits > 0) {
             const PastTask past = {f->past_query, f->past_sums, f->place, m, here};
@@ -2036,6 +2044,10 @@ __global__ void __launch_bounds__(128) wkv_step_kernel(WkvStep p) {
     if (thread % 8 == 0) p.y[j0 + j] = y + v2[j];
 }
 
+#ifdef CUDA_ON_CPU
+#include "dev/cpu/twins_infer.h"
+#endif
+
 // ---- the new token's entry in the cache, and its keys and values for the window, all GOLD layers at once ----
 
 // z = id_k0[id] + w_c c, K0 before its norm, of this token and the one before. Block 0 writes c to the cache; what
@@ -2202,6 +2214,13 @@ static void mix_hidden_decode(Infer *f, Layer *layer, int mixes) {
     matvec(job, job.mix.vectors(d.C));
 }
 
+static void decode_mixes(const Mixed &mixed, int mixes, int C) {
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) return decode_mixes_in_loops(mixed, mixes, C);
+#endif
+    launch_early(decode_mixes_kernel, dim3((int)ceil_div(C, 256), mixes), 128, 0, mixed, C);
+}
+
 static void finch_c2_decode(Infer *f, Layer *layer) {
     const Dims &d = f->m.d;
     const Params &p = layer->p;
@@ -2216,7 +2235,7 @@ static void finch_c2_decode(Infer *f, Layer *layer) {
                          p.time_maa_w2.w,
                          row.hidden,
                          row.xs};
-    launch_early(decode_mixes_kernel, dim3((int)ceil_div(d.C, 256), mixes), 128, 0, mixed, d.C);
+    decode_mixes(mixed, mixes, d.C);
     FinchProducts products = {};
     products.xs = row.xs, products.value = step_matrix(p.value), products.receptance = step_matrix(p.receptance),
     products.key = step_matrix(p.key);
@@ -2240,7 +2259,11 @@ static void finch_c2_decode(Infer *f, Layer *layer) {
                           v2,
                           f->m.s.use_one_minus_w != 0,
                           d.H};
-    launch_early(wkv_step_kernel, dim3(d.H, 4), 128, 0, step);
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) wkv_step_in_loops(step);
+    else
+#endif
+        launch_early(wkv_step_kernel, dim3(d.H, 4), 128, 0, step);
     tmix_out_decode(f, layer, TmixOut());
 }
 
@@ -2276,7 +2299,7 @@ static void gold_decode(Infer *f, Layer *layer) {
     const GoldSource &g = f->sources[layer->index - d.G0];
     mix_hidden_decode(f, layer, 1);
     const Mixed mixed = {row.ln, layer->tmix_shift, {p.time_maa_q.w}, p.time_maa_q_w2.w, row.hidden, row.xs};
-    launch_early(decode_mixes_kernel, dim3((int)ceil_div(d.C, 256), 1), 128, 0, mixed, d.C);
+    decode_mixes(mixed, 1, d.C);
     Product<floatX> query = {};
     query.x = row.xs, query.w = step_matrix(p.query), query.out = row.q, query.rows = d.C, query.K = d.C;
     matvec_large(f, query, d.C);
