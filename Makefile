@@ -169,7 +169,7 @@ else
     DEFINES += -DCUDA_ON_CPU_SANITIZE
   endif
   # No kernel asks for errno or for traps; without them g++ works on several numbers at once in more places.
-  CUFLAGS := $(OPTIMIZE) $(SYMBOLS) -std=c++17 -fno-strict-aliasing -fno-math-errno -fno-trapping-math -fopenmp $(WARN) \
+  CUFLAGS := $(OPTIMIZE) $(SYMBOLS) -std=c++17 -fno-strict-aliasing -fno-math-errno -fno-trapping-math -ffp-contract=off -fopenmp $(WARN) \
              $(PARTLY_USED) -Wno-unknown-pragmas -Wno-attributes $(if $(findstring clang,$(CXX)),-Wno-pass-failed) \
              -iquote . -iquote build/cpp -Idev/cpu \
              -DCUDA_ON_CPU -DGOLDFINCH_NCCL=1 $(DEFINES)

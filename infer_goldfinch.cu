@@ -391,6 +391,10 @@ struct WindowTask {
     int64_t window;
     int m0, M, C, H;    // m0: number of the first query here
     int64_t apart, far; // 0, or several contexts, of one query each
+    __device__ void move(int64_t context) {
+        move_each(context * apart, query.q0, query.place, place, to.out, to.top, to.sum);
+        move_each(context * far, keys, values);
+    }
 };
 
 // Mean and 1/deviation of C numbers over the block, of so many threads. pack(c) gives eight of them; own: the thread's,
@@ -433,8 +437,7 @@ __global__ void __launch_bounds__(WINDOW_THREADS, 2) window_attention_kernel(Win
     __shared__ __align__(16) float outs[WINDOW_WARPS][N];
     const int group = threadIdx.x / 8, lane = threadIdx.x % 8, h = blockIdx.x, split = blockIdx.y,
               m = p.apart ? 0 : blockIdx.z;
-    if (p.apart) move_each(blockIdx.z * p.apart, p.query.q0, p.query.place, p.place, p.to.out, p.to.top, p.to.sum);
-    move_each(p.apart ? blockIdx.z * p.far : 0, p.keys, p.values);
+    if (p.apart) p.move(blockIdx.z);
     const int c = h * N + lane * 8, step = WINDOW_GROUPS * gridDim.y;
     RawPack<floatX> k[4], v[4];
     let_next_start();
@@ -1258,6 +1261,10 @@ __global__ void __launch_bounds__(256)
     y[(int64_t)m * g.C + channel] = (T)(out / (sum + past_sum.x));
 }
 
+#ifdef CUDA_ON_CPU // in dev/cpu/twins_infer.h
+static void window_attention_in_loops(const WindowTask &p, int splits);
+#endif
+
 // y (M, C) = causal attention of queries m0.. of M over all that is in the cache. task: what the caller knows of them.
 // y null, for a context that fits the window: the window's splits are left as they are.
 template <typename T> static void gold_attention(Infer *f, const GoldSource &g, T *y, WindowTask task, int m0, int M) {
@@ -1269,8 +1276,16 @@ template <typename T> static void gold_attention(Infer *f, const GoldSource &g, 
         WindowTask part = task;
         part.m0 = m, part.M = here;
         if (task.query.q) part.query.q += (int64_t)m * g.C;
-        launch_early(window_attention_kernel, dim3(g.H, f->window_splits, f->apart ? f->contexts : here),
-                     WINDOW_THREADS, 0, part);
+#ifdef CUDA_ON_CPU
+        for (int context = 0; cuda_on_cpu::twins && context < f->contexts; context++) {
+            WindowTask own = part;
+            own.move(context);
+            window_attention_in_loops(own, f->window_splits);
+        }
+        if (!cuda_on_cpu::twins)
+#endif
+            launch_early(window_attention_kernel, dim3(g.H, f->window_splits, f->apart ? f->contexts : here),
+                         WINDOW_THREADS, 0, part);
         if (y == nullptr && splits == 0) continue;                // the caller combines
         for (int context = 0; context < f->contexts; context++) { // one after the other
             GoldSource own = g;
@@ -2318,13 +2333,14 @@ struct Mixed {
     const floatX *ln, *shift, *mu[5], *w; // w (mixes, 32, C)
     const float *hidden;                  // (mixes, 32)
     floatX *xs;                           // (mixes, C)
+    __device__ void move(int64_t bytes) { move_each(bytes, ln, shift, hidden, xs); }
 };
 
 __global__ void __launch_bounds__(128) decode_mixes_kernel(Mixed p, int C, int64_t apart) {
     __shared__ __align__(16) float parts[4][256];
     const int i = blockIdx.y, c = blockIdx.x * 256 + threadIdx.x % 32 * 8;
     MixSum mix = {};
-    move_each(blockIdx.z * apart, p.ln, p.shift, p.hidden, p.xs);
+    p.move(blockIdx.z * apart);
     let_next_start();
     mix.request(p.w + (int64_t)i * 32 * C, c, C);
     // no mu[i]: that would copy the parameters to the stack
@@ -2346,6 +2362,10 @@ struct WkvStep {
     float *state, *y;                                    // (H, N values, N keys), (A)
     bool use_v2, one_minus_w;
     int H;
+    __device__ void move(int64_t bytes, int64_t far) {
+        move_each(bytes, r, k, v, v2, hidden, y);
+        move_each(far, state);
+    }
 };
 
 __global__ void __launch_bounds__(128) wkv_step_kernel(WkvStep p, int64_t apart, int64_t far) {
@@ -2358,8 +2378,7 @@ __global__ void __launch_bounds__(128) wkv_step_kernel(WkvStep p, int64_t apart,
     __shared__ float v2[16];
     const int thread = threadIdx.x, h = blockIdx.x, A = p.H * N, head = h * N, j0 = head + 16 * blockIdx.y,
               j = thread / 8, i0 = thread % 8 * 8;
-    move_each(blockIdx.z * apart, p.r, p.k, p.v, p.v2, p.hidden, p.y);
-    move_each(blockIdx.z * far, p.state);
+    p.move(blockIdx.z * apart, blockIdx.z * far);
     float *at = p.state + ((int64_t)j0 + j) * N + i0;
     RawPack<floatX> w[4], w2 = {};
     let_next_start();
@@ -2403,6 +2422,10 @@ __global__ void __launch_bounds__(128) wkv_step_kernel(WkvStep p, int64_t apart,
     y = warp_sum(y, 8);
     if (thread % 8 == 0) p.y[j0 + j] = y + v2[j];
 }
+
+#ifdef CUDA_ON_CPU
+#include "dev/cpu/twins_infer.h"
+#endif
 
 // ---- the new token's entry in the cache, and its keys and values for the window, all GOLD layers at once ----
 
@@ -2590,6 +2613,19 @@ static void mix_hidden_decode(Infer *f, Layer *layer, int mixes) {
     step_product(f, job, job.mix.vectors(d.C));
 }
 
+static void decode_mixes(const Infer *f, const Mixed &mixed, int mixes) {
+    const int C = f->m.d.C;
+#ifdef CUDA_ON_CPU
+    for (int context = 0; cuda_on_cpu::twins && context < f->contexts; context++) {
+        Mixed own = mixed;
+        own.move(context * f->apart);
+        decode_mixes_in_loops(own, mixes, C);
+    }
+    if (cuda_on_cpu::twins) return;
+#endif
+    launch_early(decode_mixes_kernel, dim3((int)ceil_div(C, 256), mixes, f->contexts), 128, 0, mixed, C, f->apart);
+}
+
 static void finch_c2_decode(Infer *f, Layer *layer) {
     const Dims &d = f->m.d;
     const Params &p = layer->p;
@@ -2604,7 +2640,7 @@ static void finch_c2_decode(Infer *f, Layer *layer) {
                          p.time_maa_w2.w,
                          row.hidden,
                          row.xs};
-    launch_early(decode_mixes_kernel, dim3((int)ceil_div(d.C, 256), mixes, f->contexts), 128, 0, mixed, d.C, f->apart);
+    decode_mixes(f, mixed, mixes);
     FinchProducts products = {};
     products.xs = row.xs, products.value = step_matrix(p.value), products.receptance = step_matrix(p.receptance),
     products.key = step_matrix(p.key);
@@ -2628,7 +2664,15 @@ static void finch_c2_decode(Infer *f, Layer *layer) {
                           v2,
                           f->m.s.use_one_minus_w != 0,
                           d.H};
-    launch_early(wkv_step_kernel, dim3(d.H, 4, f->contexts), 128, 0, step, f->apart, f->far);
+#ifdef CUDA_ON_CPU
+    for (int context = 0; cuda_on_cpu::twins && context < f->contexts; context++) {
+        WkvStep own = step;
+        own.move(context * f->apart, context * f->far);
+        wkv_step_in_loops(own);
+    }
+    if (!cuda_on_cpu::twins)
+#endif
+        launch_early(wkv_step_kernel, dim3(d.H, 4, f->contexts), 128, 0, step, f->apart, f->far);
     tmix_out_decode(f, layer, TmixOut());
 }
 
@@ -2666,7 +2710,7 @@ static void gold_decode(Infer *f, Layer *layer) {
     const GoldSource &g = f->sources[layer->index - d.G0];
     mix_hidden_decode(f, layer, 1);
     const Mixed mixed = {row.ln, layer->tmix_shift, {p.time_maa_q.w}, p.time_maa_q_w2.w, row.hidden, row.xs};
-    launch_early(decode_mixes_kernel, dim3((int)ceil_div(d.C, 256), 1, f->contexts), 128, 0, mixed, d.C, f->apart);
+    decode_mixes(f, mixed, 1);
     Product<floatX> query = {};
     query.x = row.xs, query.w = step_matrix(p.query), query.out = row.q, query.rows = d.C, query.K = d.C;
     step_product_large(f, query, d.C);
@@ -3751,7 +3795,7 @@ static Infer *batch_describe(const Infer *f, int contexts, int64_t capacity, int
     b->m.layers = (Layer *)memcpy(malloc(layers), f->m.layers, layers);
     if (f->G) b->sources = (GoldSource *)memcpy(malloc(sources), f->sources, sources);
     // contexts are as good as shares of one
-    const int64_t splits = ceil_div(256, (int64_t)contexts * d.H);
+    const int64_t splits = ceil_div(256, (int64_t)contexts * f->m.d.H);
     b->window_splits = splits < f->window_splits ? (int)splits : f->window_splits;
     b->slots = (Slot *)calloc(contexts, sizeof(Slot));
     b->memory = nullptr, b->device_sources = nullptr;

@@ -1551,13 +1551,24 @@ __global__ void __launch_bounds__(PRECISION_BF16 ? 768 : MAX_C / 8)
     store(partial + (int64_t)part * 2 * C + C + c, dbias);
 }
 
+#ifdef CUDA_ON_CPU // in dev/cpu/twins.h
+template <bool accumulate>
+static void layernorm_backward_in_loops(floatX *dx, float *partial, const floatX *dout, const floatX *x,
+                                        const int *index, const floatX *gain, int rows, int per, int C);
+#endif
+
 template <bool accumulate>
 static void layernorm_backward_launch(floatX *dx, const floatX *dout, const floatX *x, const int *index,
                                       const LayerNorm &ln, float *partial, int rows) {
     const int C = ln.gain.columns, parts = row_blocks(rows, C), per = rows_per_block(rows, C);
     const dim3 block = row_block(C);
-    layernorm_backward_kernel<accumulate>
-        <<<(int)ceil_div(parts, block.y), block, 0, stream>>>(dx, partial, dout, x, index, ln.gain.w, rows, per, C);
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins)
+        layernorm_backward_in_loops<accumulate>(dx, partial, dout, x, index, ln.gain.w, rows, per, C);
+    else
+#endif
+        layernorm_backward_kernel<accumulate>
+            <<<(int)ceil_div(parts, block.y), block, 0, stream>>>(dx, partial, dout, x, index, ln.gain.w, rows, per, C);
     add_partials({{ln.gain.g, ln.bias.g}}, partial, parts, 2, C);
 }
 
@@ -2976,17 +2987,21 @@ __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1) wkv_backw
 
 #ifdef CUDA_ON_CPU // in dev/cpu/twins.h
 static void wkv_forward_in_loops(floatX *y, const Wkv &p, int B);
+static void wkv_backward_in_loops(const WkvGradients &g, const Wkv &p, int B);
 #endif
 
 static void wkv_forward(floatX *y, const Wkv &p, int B) {
 #ifdef CUDA_ON_CPU
-    if (cuda_on_cpu::twins && !p.states) return wkv_forward_in_loops(y, p, B);
+    if (cuda_on_cpu::twins) return wkv_forward_in_loops(y, p, B);
 #endif
     allow_smem(wkv_forward_kernel, sizeof(WkvForward));
     wkv_forward_kernel<<<dim3(p.H, B), WKV_THREADS, sizeof(WkvForward), stream>>>(y, p);
 }
 
 static void wkv_backward(const WkvGradients &g, const Wkv &p, int B) {
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) return wkv_backward_in_loops(g, p, B);
+#endif
     allow_smem(wkv_backward_kernel, sizeof(WkvBackward));
     wkv_backward_kernel<<<dim3(p.H, B), WKV_THREADS, sizeof(WkvBackward), stream>>>(g, p);
 }
@@ -3311,8 +3326,18 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     attention_store(g.dq + head, dq, scale, mine, T, A);
 }
 
+#ifdef CUDA_ON_CPU // in dev/cpu/twins.h
+static void attention_forward_in_loops(floatX *y, float *log_sum, const floatX *q, const floatX *k, const floatX *v,
+                                       int B, int T, int H);
+static void attention_backward_in_loops(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int B,
+                                        int T, int H);
+#endif
+
 static void attention_forward_by_warps(floatX *y, float *log_sum, const floatX *q, const floatX *k, const floatX *v,
                                        int B, int T, int H) {
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) return attention_forward_in_loops(y, log_sum, q, k, v, B, T, H);
+#endif
     allow_smem(attention_forward_kernel, ATTENTION_SMEM);
     const dim3 grid((int)ceil_div(T, ATTENTION_ROWS), H, B);
     attention_forward_kernel<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(y, log_sum, q, k, v, T, H);
@@ -3320,6 +3345,9 @@ static void attention_forward_by_warps(floatX *y, float *log_sum, const floatX *
 
 static void attention_backward_by_warps(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int B,
                                         int T, int H) {
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) return attention_backward_in_loops(g, q, k, v, B, T, H);
+#endif
     const dim3 grid((int)ceil_div(T, ATTENTION_ROWS), H, B);
     allow_smem(attention_backward_kv_kernel, ATTENTION_SMEM);
     attention_backward_kv_kernel<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(g, q, k, v, T, H);
@@ -5933,6 +5961,11 @@ static void head_and_loss(Model *m, const floatX *xf, const int *targets, int64_
     const Dims &d = m->d;
     const int threads = d.V < 4096 ? 64 : 1024;
     linear_forward(m->logits, xf, m->top.head, count);
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins)
+        return classifier_in_loops(m->logits, m->losses + row, m->right + row, targets + row, scale, d.V, count,
+                                   threads);
+#endif
     classifier_kernel<<<count, threads, 0, stream>>>(m->logits, m->losses + row, m->right + row, targets + row, scale,
                                                      d.V);
 }
@@ -6072,7 +6105,12 @@ static void model_update(Model *m, int64_t step, double lr, double weight_decay)
     const Settings &s = m->s;
     NamedRange range("optimizer");
     gradients_finish(m);
-    if (m->n_pieces) squares_of_pieces_kernel<<<m->n_pieces, 256, 0, stream>>>(m->squares, m->grads, m->pieces);
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) squares_of_pieces_in_loops(m->squares, m->grads, m->pieces, m->n_pieces);
+    else
+#endif
+        if (m->n_pieces)
+        squares_of_pieces_kernel<<<m->n_pieces, 256, 0, stream>>>(m->squares, m->grads, m->pieces);
     sum_over_ranks(m->squares, m->n_squares + 2); // a piece's from its rank; and of m->totals
     const float per_target = (float)(1.0 / m->targets_in_step),
                 limit = s.gradient_clip_val > 0 ? (float)s.gradient_clip_val : FLT_MAX;

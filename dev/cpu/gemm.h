@@ -112,8 +112,9 @@ inline void multiply_panels(float *sums, const float *a, const float *b, int64_t
         const Vector a0 = *reinterpret_cast<const Vector *>(a), a1 = *reinterpret_cast<const Vector *>(a + VL);
 #pragma GCC unroll 12
         for (int j = 0; j < NR; j++) {
-            s[j][0] += a0 * b[j];
-            s[j][1] += a1 * b[j];
+            const Vector right = Vector{} + b[j];
+            s[j][0] = fused(a0, right, s[j][0]);
+            s[j][1] = fused(a1, right, s[j][1]);
         }
     }
     memcpy(sums, s, sizeof(s));
@@ -139,16 +140,18 @@ template <int COLUMNS, typename T> void dots(float *sums, const T *a, const floa
         for (int part = 0; part < PARTS; part++) {
             const Vector x = load_floats<Vector>(a + k + part * VL);
 #pragma GCC unroll 4
-            for (int j = 0; j < COLUMNS; j++) s[j][part] += x * load_floats<Vector>(b + j * ldb + k + part * VL);
+            for (int j = 0; j < COLUMNS; j++)
+                s[j][part] = fused(x, load_floats<Vector>(b + j * ldb + k + part * VL), s[j][part]);
         }
     for (; k + VL <= K; k += VL)
-        for (int j = 0; j < COLUMNS; j++) s[j][0] += load_floats<Vector>(a + k) * load_floats<Vector>(b + j * ldb + k);
+        for (int j = 0; j < COLUMNS; j++)
+            s[j][0] = fused(load_floats<Vector>(a + k), load_floats<Vector>(b + j * ldb + k), s[j][0]);
     for (int j = 0; j < COLUMNS; j++) {
         Vector all = s[j][0];
         for (int part = 1; part < PARTS; part++) all += s[j][part];
         float sum = 0;
         for (int i = 0; i < VL; i++) sum += all[i];
-        for (int64_t i = k; i < K; i++) sum += static_cast<float>(a[i]) * b[j * ldb + i];
+        for (int64_t i = k; i < K; i++) sum = fused(static_cast<float>(a[i]), b[j * ldb + i], sum);
         sums[j] = sum;
     }
 }
@@ -238,13 +241,14 @@ void multiply_columns(float (*sums)[column_rows], const void *A, int64_t ld, con
                 Vector4 column[4];
                 transpose_4x4(column, four + k - k0, ld);
                 for (int j = 0; j < COLUMNS; j++)
-                    for (int l = 0; l < 4; l++) s[j][i] += column[l] * b[j * K + k + l];
+                    for (int l = 0; l < 4; l++) s[j][i] = fused(column[l], Vector4{} + b[j * K + k + l], s[j][i]);
             }
         }
     memcpy(sums, s, sizeof(s));
     for (int64_t k = whole; k < K; k++)
         for (int j = 0; j < COLUMNS; j++)
-            for (int64_t i = 0; i < rows; i++) sums[j][i] += static_cast<float>(a[i * ld + k]) * b[j * K + k];
+            for (int64_t i = 0; i < rows; i++)
+                sums[j][i] = fused(static_cast<float>(a[i * ld + k]), b[j * K + k], sums[j][i]);
 }
 
 inline void gemm_of_columns(bool transB, int64_t M, int64_t N, int64_t K, float alpha, const Matrix &A, const Matrix &B,

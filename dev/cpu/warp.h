@@ -3,6 +3,11 @@
 #pragma once
 
 #include "block.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 namespace cuda_on_cpu {
 
@@ -158,6 +163,31 @@ using Vector = float __attribute__((vector_size(VL * 4)));
 using VectorOfPairs = int64_t __attribute__((vector_size(VL * 4))); // the same register, two floats at a time
 using Vector4 = float __attribute__((vector_size(16)));
 
+// a b + c, rounded once where the CPU has an instruction for it. g++ makes none of a product and a sum by itself
+// (-ffp-contract=off): which it would take depends on what it inlines.
+template <typename V> V fused(V a, V b, V c) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) == 64) return _mm512_fmadd_ps(a, b, c);
+    else
+#endif
+#if defined(__FMA__)
+        if constexpr (sizeof(V) == 32)
+        return _mm256_fmadd_ps(a, b, c);
+    else return _mm_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+    return vfmaq_f32(c, a, b);
+#else
+    return a * b + c;
+#endif
+}
+inline float fused(float a, float b, float c) {
+#ifdef __FP_FAST_FMAF
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 // The numbers `which` of x and, from its length on, of y: one instruction
 #if defined(__clang__) || __GNUC__ >= 12
 template <int... which, typename V> auto pick(V x, V y) { return __builtin_shufflevector(x, y, which...); }
@@ -244,7 +274,7 @@ inline void mma_product(int n, float *const *c, const float *const *a, const flo
                     memcpy(&pair, reinterpret_cast<const char *>(&B[k / 8][k % 8 / 2][t + q]) + 8 * (k % 2), 8);
                     const Vector bk = reinterpret_cast<Vector>(VectorOfPairs{} + pair);
 #pragma GCC unroll 8
-                    for (int p = 0; p < parts; p++) d[q][p] += A[k][p] * bk;
+                    for (int p = 0; p < parts; p++) d[q][p] = fused(A[k][p], bk, d[q][p]);
                 }
             for (int q = 0; q < pairs; q++)
                 for (int p = 0; p < parts; p++) squares_out(d[q][p], square(q, p));
