@@ -21,7 +21,8 @@ static void add_partials_in_loops(Targets to, float *matrix, const float *partia
 
 // What the kernel's block_sum is of a row
 static float sum_of_row(float *x, int C) {
-    float sums[MAX_C / 8] = {}; // of each thread
+    float sums[MAX_C / 8]; // of each thread
+    memset(sums, 0, row_threads(C) * sizeof(float));
     for (int t = 0; t < C / 8; t++)
         for (int i = 0; i < 8; i++) sums[t] += x[8 * t + i];
     return cuda_on_cpu::sum_as_block(sums, row_threads(C));
@@ -52,7 +53,8 @@ static void layernorm_forward_in_loops(floatX *out, floatX *sum, const floatX *x
 
 // The same of x y
 static float product_of_rows(const float *x, const float *y, int C) {
-    float sums[MAX_C / 8] = {};
+    float sums[MAX_C / 8];
+    memset(sums, 0, row_threads(C) * sizeof(float));
     for (int t = 0; t < C / 8; t++)
         for (int i = 0; i < 8; i++) sums[t] += x[8 * t + i] * y[8 * t + i];
     return cuda_on_cpu::sum_as_block(sums, row_threads(C));
@@ -114,7 +116,8 @@ static void classifier_in_loops(floatX *logits, float *losses, int *right, const
                 return;
             }
             const float of_target = (float)z[target];
-            float top = -INFINITY, sums[1024] = {}, x[8 * 1024];
+            float top = -INFINITY, sums[1024], x[8 * 1024];
+            memset(sums, 0, threads * sizeof(float));
             for (int c = 0; c < V; c++) top = (float)z[c] > top ? (float)z[c] : top;
             int at = 0;
             while (at < V - 1 && (float)z[at] != top) at++;
@@ -279,7 +282,7 @@ static void add_product(float (*c)[n], const float *a, int si, int sk, const flo
                     const Vector right = cuda_on_cpu::load_floats<Vector>(&b[k][j + v * VL]);
 #pragma GCC unroll 4
                     for (int r = 0; r < 4; r++)
-                        sums[r][v] = fused(Vector{} + a[(i + r) * si + k * sk], right, sums[r][v]);
+                        sums[r][v] = fused(a[(i + r) * si + k * sk] - Vector{}, right, sums[r][v]);
                 }
             for (int r = 0; r < 4; r++)
                 for (int v = 0; v < wide; v++) memcpy(&c[i + r][j + v * VL], &sums[r][v], sizeof(Vector));
