@@ -153,15 +153,25 @@ static void squares_of_pieces_in_loops(double *squares, const float *grads, cons
 // ---- ddlerp's twins for the CPU: 64 channels of a row at a time, each number by the same operations in the same order
 // as in the kernels ----
 
+// to (wide) += h (K) w (K, wide), one row of tile products: sums in ascending k
+template <int wide, int K, typename H, typename W>
+static void add_row_product(float *to, const H *h, const W *w, int64_t ld) {
+    using cuda_on_cpu::Vector, cuda_on_cpu::VL, cuda_on_cpu::load_floats;
+    Vector sums[wide / VL];
+    memcpy(sums, to, sizeof(sums));
+    for (int k = 0; k < K; k++)
+#pragma GCC unroll 16
+        for (int v = 0; v < wide / VL; v++)
+            sums[v] = fused((float)h[k] - Vector{}, load_floats<Vector>(w + k * ld + v * VL), sums[v]);
+    memcpy(to, sums, sizeof(sums));
+}
+
 // c_i = mu_i + h_i w2_i
 template <int n>
 static void ddlerp_amounts_in_loops(float *amount, const MixTask<n> &mix, int i, int64_t row, int first, int C) {
     for (int c = 0; c < MIX_CHANNELS; c++) amount[c] = (float)mix.mu[i][first + c];
-    for (int k = MIX_RANK * i; k < MIX_RANK * (i + 1); k++) {
-        const float h = (float)mix.low.h[row * mix.low.ld + k];
-        const floatX *w2 = mix.low.w2 + (int64_t)k * C + first;
-        for (int c = 0; c < MIX_CHANNELS; c++) amount[c] = fused(h, (float)w2[c], amount[c]);
-    }
+    add_row_product<MIX_CHANNELS, MIX_RANK>(amount, mix.low.h + row * mix.low.ld + MIX_RANK * i,
+                                            mix.low.w2 + (int64_t)MIX_RANK * i * C + first, C);
 }
 
 // shift(x) - x
@@ -209,10 +219,8 @@ static void ddlerp_backward_x_in_loops(const MixTask<n> &mix, TX *dx, floatX *dh
                     for (int c = 0; c < MIX_CHANNELS; c++) now[c] += (float)g[c] * amount[c];
                     if (row == end) continue;
                     for (int c = 0; c < MIX_CHANNELS; c++) dm[c] = (float)(floatX)((float)g[c] * diff[c]);
-                    float *to = dhidden[row - begin] + MIX_RANK * i;
-                    for (int c = 0; c < MIX_CHANNELS; c++)
-                        for (int k = 0; k < MIX_RANK; k++)
-                            to[k] = fused(dm[c], w2[(int64_t)(first + c) * hidden + MIX_RANK * i + k], to[k]);
+                    add_row_product<MIX_RANK, MIX_CHANNELS>(dhidden[row - begin] + MIX_RANK * i, dm,
+                                                            w2 + (int64_t)first * hidden + MIX_RANK * i, hidden);
                 }
                 for (int c = 0; c < MIX_CHANNELS && row < end; c++) {
                     float out = accumulate ? (float)dx[at + c] : 0;
