@@ -198,11 +198,11 @@ infer: infer_goldfinch
 train_goldfinch infer_goldfinch test_goldfinch: %: $(DIR)/%
 	@$(TO_THE_TOP)
 
+# The scripts keep one core busy, so they run beside ./test_goldfinch; what they print comes after it.
 test: train_goldfinch infer_goldfinch test_goldfinch
-	./test_goldfinch
-	dev/test.sh
-	dev/test_infer.sh
-	dev/test_make.sh
+	@(dev/test.sh && dev/test_infer.sh && dev/test_make.sh) >$(DIR)/scripts.txt 2>&1 & scripts=$$!; \
+	trap 'trap - TERM; kill 0' INT TERM; \
+	./test_goldfinch; code=$$?; wait $$scripts || code=1; cat $(DIR)/scripts.txt; exit $$code
 
 cache-table: $(DIR)/infer_goldfinch
 	@$< --cache-table

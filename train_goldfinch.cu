@@ -5734,35 +5734,24 @@ __global__ void __launch_bounds__(1024) orthonormalize_panel_kernel(float *panel
 }
 
 #ifdef CUDA_ON_CPU
-// Rounds the squares before it adds them, as g++ compiles the kernel
-__attribute__((noinline, optimize("fp-contract=off"))) static void add_squares(float *sums, const float *x, int64_t n) {
-    for (int64_t i = 0; i < n; i++) sums[i] += x[i] * x[i];
-}
-
-// The kernel's twin for the CPU, to the bit: slices of 64 threads, each in a loop.
+// The kernel's twin for the CPU, to the bit. Rows are read one after the other, from end to end, or 2048 numbers of each:
+// they lie a power of two apart, and caches have little room for numbers that do.
 static void orthonormalize_panel_in_loops(float *panel, int count, int64_t n, int threads) {
-    float sums[PANEL][1024], dots[PANEL];
-    auto for_each_thread = [&](const auto &work) { // work(first number, how many, first thread) for a slice's rounds
-        cuda_on_cpu::for_each(ceil_div(threads, 64), 16 * n / threads * 64, [&](int64_t slice) {
-            const int64_t t = slice * 64, width = threads - t < 64 ? threads - t : 64;
-            for (int64_t at = t; at < n; at += threads) work(at, n - at < width ? n - at : width, t);
-        });
+    auto product = [=](const float *x, const float *y) {
+        float sums[1024] = {};
+        for (int64_t at = 0; at < n; at += threads)
+            for (int64_t i = 0; i < threads && at + i < n; i++) sums[i] += x[at + i] * y[at + i];
+        return cuda_on_cpu::sum_as_block(sums, threads);
     };
     for (int row = 0; row < count; row++) {
-        float *x = panel + row * n;
-        memset(sums, 0, sizeof(sums));
-        for_each_thread([&](int64_t at, int64_t m, int64_t t) {
+        float *x = panel + row * n, dots[PANEL];
+        cuda_on_cpu::for_each(
+            row, n, [&](int64_t j) { dots[j] = product(x, panel + j * n); });
+        cuda_on_cpu::for_each(ceil_div(n, 2048), 2048 * row, [&](int64_t part) {
             for (int j = 0; j < row; j++)
-                for (int64_t i = 0; i < m; i++) sums[j][t + i] += x[at + i] * panel[j * n + at + i];
+                for (int64_t i = part * 2048; i < n && i < (part + 1) * 2048; i++) x[i] -= dots[j] * panel[j * n + i];
         });
-        for (int j = 0; j < row; j++) dots[j] = cuda_on_cpu::sum_as_block(sums[j], threads);
-        memset(sums[0], 0, sizeof(sums[0]));
-        for_each_thread([&](int64_t at, int64_t m, int64_t t) {
-            for (int j = 0; j < row; j++)
-                for (int64_t i = 0; i < m; i++) x[at + i] -= dots[j] * panel[j * n + at + i];
-            add_squares(&sums[0][t], x + at, m);
-        });
-        const float scale = rsqrtf(cuda_on_cpu::sum_as_block(sums[0], threads));
+        const float scale = rsqrtf(product(x, x));
         for (int64_t i = 0; i < n; i++) x[i] *= scale;
     }
 }

@@ -104,7 +104,9 @@ head -c 200 "$text" >start.txt; infer -f start.txt -n 30 -t 0; cp out.txt want.t
 infer -f start.txt -n 30 -t 0 --kv-window 16; cmp -s out.txt want.txt; check "16 of 230: the same text" $?
 declined 2 '--kv-window: expected no --kv full beside it' -p a --kv full --kv-window 16
 if command -v script >/dev/null; then
-    script -qec "'$program' --score part.txt --window 8" /dev/null >out.txt 2>&1; grep -aqE 'score: [0-9]+ of 53[0-9]+ tokens, [0-9]+:[0-9]+ left' out.txt
+    for ((i = 0; i < 100; i++)); do cat part.txt; done >long.txt        # 3 s are enough: the line comes after one
+    script -qec "timeout --foreground -s INT 3 '$program' --score long.txt --window 8" /dev/null >out.txt 2>&1
+    grep -aqE 'score: [0-9]+ of 53[0-9]+ tokens, [0-9]+:[0-9]+ left' out.txt
     check "a terminal sees how long it takes" $?
 fi
 

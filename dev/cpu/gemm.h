@@ -112,7 +112,7 @@ inline void multiply_panels(float *sums, const float *a, const float *b, int64_t
         const Vector a0 = *reinterpret_cast<const Vector *>(a), a1 = *reinterpret_cast<const Vector *>(a + VL);
 #pragma GCC unroll 12
         for (int j = 0; j < NR; j++) {
-            const Vector right = Vector{} + b[j];
+            const Vector right = b[j] - Vector{};
             s[j][0] = fused(a0, right, s[j][0]);
             s[j][1] = fused(a1, right, s[j][1]);
         }
@@ -199,7 +199,7 @@ inline void gemm_of_panels(bool transA, bool transB, int64_t M, int64_t N, int64
             const int64_t batch = tile / (a_tiles * b_tiles), ta = tile % a_tiles, tb = tile / a_tiles % b_tiles;
             const int64_t pa = ta * tile_a, a_here = std::min(tile_a, a_panels - pa);
             const int64_t pb = tb * tile_b, b_here = std::min(tile_b, b_panels - pb);
-            memset(sums, 0, static_cast<size_t>(b_here) * sizeof(sums[0]));
+            for (int64_t j = 0; j < b_here; j++) memset(sums[j], 0, static_cast<size_t>(a_here) * sizeof(sums[j][0]));
             for (int64_t k = 0; k < K; k += part) {
                 const int64_t ks = std::min(part, K - k);
                 const int64_t step = transA ? ks : 16; // so that what lies side by side is read together
@@ -241,7 +241,7 @@ void multiply_columns(float (*sums)[column_rows], const void *A, int64_t ld, con
                 Vector4 column[4];
                 transpose_4x4(column, four + k - k0, ld);
                 for (int j = 0; j < COLUMNS; j++)
-                    for (int l = 0; l < 4; l++) s[j][i] = fused(column[l], Vector4{} + b[j * K + k + l], s[j][i]);
+                    for (int l = 0; l < 4; l++) s[j][i] = fused(column[l], b[j * K + k + l] - Vector4{}, s[j][i]);
             }
         }
     memcpy(sums, s, sizeof(s));

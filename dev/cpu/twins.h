@@ -21,7 +21,8 @@ static void add_partials_in_loops(Targets to, float *matrix, const float *partia
 
 // What the kernel's block_sum is of a row
 static float sum_of_row(float *x, int C) {
-    float sums[MAX_C / 8] = {}; // of each thread
+    float sums[MAX_C / 8]; // of each thread
+    memset(sums, 0, row_threads(C) * sizeof(float));
     for (int t = 0; t < C / 8; t++)
         for (int i = 0; i < 8; i++) sums[t] += x[8 * t + i];
     return cuda_on_cpu::sum_as_block(sums, row_threads(C));
@@ -52,7 +53,8 @@ static void layernorm_forward_in_loops(floatX *out, floatX *sum, const floatX *x
 
 // The same of x y
 static float product_of_rows(const float *x, const float *y, int C) {
-    float sums[MAX_C / 8] = {};
+    float sums[MAX_C / 8];
+    memset(sums, 0, row_threads(C) * sizeof(float));
     for (int t = 0; t < C / 8; t++)
         for (int i = 0; i < 8; i++) sums[t] += x[8 * t + i] * y[8 * t + i];
     return cuda_on_cpu::sum_as_block(sums, row_threads(C));
@@ -114,7 +116,8 @@ static void classifier_in_loops(floatX *logits, float *losses, int *right, const
                 return;
             }
             const float of_target = (float)z[target];
-            float top = -INFINITY, sums[1024] = {}, x[8 * 1024];
+            float top = -INFINITY, sums[1024], x[8 * 1024];
+            memset(sums, 0, threads * sizeof(float));
             for (int c = 0; c < V; c++) top = (float)z[c] > top ? (float)z[c] : top;
             int at = 0;
             while (at < V - 1 && (float)z[at] != top) at++;
@@ -150,15 +153,25 @@ static void squares_of_pieces_in_loops(double *squares, const float *grads, cons
 // ---- ddlerp's twins for the CPU: 64 channels of a row at a time, each number by the same operations in the same order
 // as in the kernels ----
 
+// to (wide) += h (K) w (K, wide), one row of tile products: sums in ascending k
+template <int wide, int K, typename H, typename W>
+static void add_row_product(float *to, const H *h, const W *w, int64_t ld) {
+    using cuda_on_cpu::Vector, cuda_on_cpu::VL, cuda_on_cpu::load_floats;
+    Vector sums[wide / VL];
+    memcpy(sums, to, sizeof(sums));
+    for (int k = 0; k < K; k++)
+#pragma GCC unroll 16
+        for (int v = 0; v < wide / VL; v++)
+            sums[v] = fused((float)h[k] - Vector{}, load_floats<Vector>(w + k * ld + v * VL), sums[v]);
+    memcpy(to, sums, sizeof(sums));
+}
+
 // c_i = mu_i + h_i w2_i
 template <int n>
 static void ddlerp_amounts_in_loops(float *amount, const MixTask<n> &mix, int i, int64_t row, int first, int C) {
     for (int c = 0; c < MIX_CHANNELS; c++) amount[c] = (float)mix.mu[i][first + c];
-    for (int k = MIX_RANK * i; k < MIX_RANK * (i + 1); k++) {
-        const float h = (float)mix.low.h[row * mix.low.ld + k];
-        const floatX *w2 = mix.low.w2 + (int64_t)k * C + first;
-        for (int c = 0; c < MIX_CHANNELS; c++) amount[c] = fused(h, (float)w2[c], amount[c]);
-    }
+    add_row_product<MIX_CHANNELS, MIX_RANK>(amount, mix.low.h + row * mix.low.ld + MIX_RANK * i,
+                                            mix.low.w2 + (int64_t)MIX_RANK * i * C + first, C);
 }
 
 // shift(x) - x
@@ -206,10 +219,8 @@ static void ddlerp_backward_x_in_loops(const MixTask<n> &mix, TX *dx, floatX *dh
                     for (int c = 0; c < MIX_CHANNELS; c++) now[c] += (float)g[c] * amount[c];
                     if (row == end) continue;
                     for (int c = 0; c < MIX_CHANNELS; c++) dm[c] = (float)(floatX)((float)g[c] * diff[c]);
-                    float *to = dhidden[row - begin] + MIX_RANK * i;
-                    for (int c = 0; c < MIX_CHANNELS; c++)
-                        for (int k = 0; k < MIX_RANK; k++)
-                            to[k] = fused(dm[c], w2[(int64_t)(first + c) * hidden + MIX_RANK * i + k], to[k]);
+                    add_row_product<MIX_RANK, MIX_CHANNELS>(dhidden[row - begin] + MIX_RANK * i, dm,
+                                                            w2 + (int64_t)first * hidden + MIX_RANK * i, hidden);
                 }
                 for (int c = 0; c < MIX_CHANNELS && row < end; c++) {
                     float out = accumulate ? (float)dx[at + c] : 0;
@@ -279,7 +290,7 @@ static void add_product(float (*c)[n], const float *a, int si, int sk, const flo
                     const Vector right = cuda_on_cpu::load_floats<Vector>(&b[k][j + v * VL]);
 #pragma GCC unroll 4
                     for (int r = 0; r < 4; r++)
-                        sums[r][v] = fused(Vector{} + a[(i + r) * si + k * sk], right, sums[r][v]);
+                        sums[r][v] = fused(a[(i + r) * si + k * sk] - Vector{}, right, sums[r][v]);
                 }
             for (int r = 0; r < 4; r++)
                 for (int v = 0; v < wide; v++) memcpy(&c[i + r][j + v * VL], &sums[r][v], sizeof(Vector));
