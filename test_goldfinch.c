@@ -3173,14 +3173,14 @@ static void run_batch(Infer *f, int V, int slots, int window, unsigned who, int 
 }
 
 // Several contexts at once: the logits of each are those of the context by itself but for rounding, and the same bits
-// whoever is beside it, in whichever slot, in a batch of whatever size.
-static void check_batch(const char *settings, int kv, int window, int small, int int8) {
+// whoever is beside it, in whichever slot, in a batch of whatever size. read_window: of what reads the prompts
+static void check_batch(const char *settings, int kv, int window, int read_window, int small, int int8) {
     Model *k;
     Ref *m = small_model(settings, settings, 1, 64, &k);
     const int V = m->V;
     const int64_t n = (int64_t)BATCH_STEPS * V, all = CONTEXTS * n;
     float *want = zeros(all, sizeof(float)), *got = zeros(all, sizeof(float)), *other = zeros(all, sizeof(float));
-    Infer *f = gf_infer_create(k, kv, 32, 16, window, small, int8);
+    Infer *f = gf_infer_create(k, kv, 32, 16, read_window, small, int8);
     double apart = 0;
     for (int i = 0; i < CONTEXTS; i++) {
         feed_context(f, i, other);
@@ -3214,11 +3214,12 @@ static void check_batch(const char *settings, int kv, int window, int small, int
 
 static void check_batches(void) {
     const char *plain = "n_layer=3 tmix2=gold";
-    check_batch(plain, 0, 32, 0, 0);
-    check_batch(plain, 1, 8, 1, 1);
-    check_batch("n_layer=3 tmix2=gold n_embd=192 kv_cache_compression_ratio=64 vocab_size=264 dim_ffn=96", 2, 32, 0, 0);
-    check_batch("n_layer=3 tmix2=gold use_v2=0 rope.base=100", 0, 8, 0, 0);
-    check_batch("n_layer=2 parallel=1", 0, 32, 0, 0);
+    check_batch(plain, 0, 32, 32, 0, 0);
+    check_batch(plain, 1, 8, 20, 1, 1);
+    check_batch("n_layer=3 tmix2=gold n_embd=192 kv_cache_compression_ratio=64 vocab_size=264 dim_ffn=96", 2, 32, 32, 0,
+                0);
+    check_batch("n_layer=3 tmix2=gold use_v2=0 rope.base=100", 0, 24, 8, 0, 0);
+    check_batch("n_layer=2 parallel=1", 0, 32, 32, 0, 0);
 }
 
 static void check_int8(void) {
