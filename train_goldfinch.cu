@@ -5734,8 +5734,8 @@ __global__ void __launch_bounds__(1024) orthonormalize_panel_kernel(float *panel
 }
 
 #ifdef CUDA_ON_CPU
-// The kernel's twin for the CPU, to the bit. Rows are read one after the other, from end to end, or 2048 numbers of each:
-// they lie a power of two apart, and caches have little room for numbers that do.
+// The kernel's twin for the CPU, to the bit. Rows are read one after the other, from end to end, or 2048 numbers of
+// each: they lie a power of two apart, and caches have little room for numbers that do.
 static void orthonormalize_panel_in_loops(float *panel, int count, int64_t n, int threads) {
     auto product = [=](const float *x, const float *y) {
         float sums[1024] = {};
@@ -6094,12 +6094,11 @@ static void model_update(Model *m, int64_t step, double lr, double weight_decay)
     const Settings &s = m->s;
     NamedRange range("optimizer");
     gradients_finish(m);
+    bool launch = m->n_pieces > 0;
 #ifdef CUDA_ON_CPU
-    if (cuda_on_cpu::twins) squares_of_pieces_in_loops(m->squares, m->grads, m->pieces, m->n_pieces);
-    else
+    if (cuda_on_cpu::twins) squares_of_pieces_in_loops(m->squares, m->grads, m->pieces, m->n_pieces), launch = false;
 #endif
-        if (m->n_pieces)
-        squares_of_pieces_kernel<<<m->n_pieces, 256, 0, stream>>>(m->squares, m->grads, m->pieces);
+    if (launch) squares_of_pieces_kernel<<<m->n_pieces, 256, 0, stream>>>(m->squares, m->grads, m->pieces);
     sum_over_ranks(m->squares, m->n_squares + 2); // a piece's from its rank; and of m->totals
     const float per_target = (float)(1.0 / m->targets_in_step),
                 limit = s.gradient_clip_val > 0 ? (float)s.gradient_clip_val : FLT_MAX;
