@@ -80,6 +80,13 @@ static void launch_early(void (*kernel)(P...), dim3 grid, int threads, size_t sm
 #endif
 }
 
+// A kernel that plain loops stand in for on the CPU (dev/cpu/README.md): compiled for size there, which is quick
+#ifdef CUDA_ON_CPU
+#define HAS_TWIN __attribute__((cold))
+#else
+#define HAS_TWIN
+#endif
+
 // Contexts that step together have memory of their own, all laid out alike: vectors `apart` bytes from one context's to
 // the next one's, states and caches `far` bytes. Were all as far apart, a product would read its 32 vectors from as
 // many pages, and wait for these to be looked up (23 us in place of 17, H200, K 7168). Kernels get pointers into the
@@ -1608,7 +1615,7 @@ template <typename W> constexpr bool MV_ON_TENSOR_CORES = PRECISION_BF16 && size
 // `after` needs. Grid: (any number of blocks, problems). W: floatX or int8_t. vectors: floatX that `early` and `before`
 // use; used: slots that a warp fills.
 template <typename W, typename Job>
-__global__ void __launch_bounds__(MV_THREADS, MV_ON_TENSOR_CORES<W> ? 2 : 1)
+HAS_TWIN __global__ void __launch_bounds__(MV_THREADS, MV_ON_TENSOR_CORES<W> ? 2 : 1)
     matvec_kernel(Job job, int vectors, int n_slots, int used) {
     floatX *x = dynamic_smem<floatX>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32 * 8, step = gridDim.x * MV_WARPS;
@@ -1836,7 +1843,7 @@ __device__ inline void multiply_rows(TileC (&sums)[groups], const RawPack<floatX
 // matvec_kernel for up to 8 groups contexts. x: (problems, vectors) of the first. Grid: (any number of blocks,
 // problems)
 template <typename W, int groups, typename Job>
-__global__ void __launch_bounds__(MV_THREADS, 1)
+HAS_TWIN __global__ void __launch_bounds__(MV_THREADS, 1)
     step_product_kernel(Job job, const floatX *x, int vectors, int64_t apart, int64_t far, int contexts) {
     constexpr int PER = MV_COPIED<W>, n_slots = STEP_SLOTS<W, groups>, apart_sums = STEP_SUMS_APART<groups>,
                   n_sums = 8 * groups * apart_sums, added = STEP_ADDED<groups>, most_tiles = STEP_TILES<W, groups>;
