@@ -1678,34 +1678,56 @@ __global__ void __launch_bounds__(MV_THREADS) matvec_input_kernel(Job job, float
     job.before(x);
 }
 
-// The kernel's twin for the CPU: a block makes x, then each row is a dot product, its sum in another order.
-template <typename W, typename Job> static void matvec_in_loops(const Job &job, int vectors, int problems) {
-    static floatX *x = nullptr;
+// The twin, for the CPU, of the kernels that multiply: each number is a dot product, its sum in another order. x:
+// (problems, vectors) of the first of the contexts
+template <typename W, typename Job>
+static void products_in_loops(const Job &job, const floatX *x, int vectors, int problems, int64_t apart, int64_t far,
+                              int contexts) {
     static float *floats = nullptr;
     static int64_t capacity = 0;
-    const int64_t n = (int64_t)vectors * problems;
+    const int64_t of_context = (int64_t)vectors * problems, n = of_context * contexts;
     if (n > capacity) {
-        for (void *p : {(void *)x, (void *)floats}) CUDA_CHECK(cudaFree(p));
-        CUDA_CHECK(cudaMalloc(&x, n * sizeof(floatX)));
+        CUDA_CHECK(cudaFree(floats));
         CUDA_CHECK(cudaMalloc(&floats, n * sizeof(float)));
         capacity = n;
     }
-    matvec_input_kernel<Job><<<dim3(1, problems), MV_THREADS, 0, stream>>>(job, x, vectors);
-    for (int64_t i = 0; i < n; i++) floats[i] = (float)x[i];
-    cuda_on_cpu::for_each((int64_t)problems * job.rows, job.K, [&](int64_t i) {
+    for (int64_t context = 0; context < contexts; context++) {
+        const floatX *from = x;
+        move_each(context * apart, from);
+        for (int64_t i = 0; i < of_context; i++) floats[context * of_context + i] = (float)from[i];
+    }
+    cuda_on_cpu::for_each((int64_t)problems * job.rows, (int64_t)job.K * contexts, [&](int64_t i) {
         const int row = (int)(i % job.rows);
         blockIdx.y = (unsigned)(i / job.rows);
-        const float *first = floats + (int64_t)blockIdx.y * vectors + job.first(row);
-        const int apart = job.second(row) ? job.second(row) - job.first(row) : 0;
-        const StepRow own = job.weights(row);
-        const W *w = (const W *)own.matrix.w + (int64_t)own.row * job.K;
-        float2 sum = make_float2(0, 0);
-        if (apart) cuda_on_cpu::dots<2>(&sum.x, w, first, apart, job.K);
-        else cuda_on_cpu::dots<1>(&sum.x, w, first, 0, job.K);
-        const float scale = sizeof(W) == 1 ? own.matrix.scales[own.row] : 1;
-        job.after(row, sum.x * scale, job.beside(row), 0);
-        if (apart) job.after(row, sum.y * scale, job.beside(row), 1);
+        const StepRow from = job.weights(row);
+        const W *w = (const W *)from.matrix.w + (int64_t)from.row * job.K;
+        const float scale = sizeof(W) == 1 ? from.matrix.scales[from.row] : 1;
+        const int to_second = job.second(row) ? job.second(row) - job.first(row) : 0;
+        for (int64_t context = 0; context < contexts; context++) {
+            const float *first = floats + context * of_context + (int64_t)blockIdx.y * vectors + job.first(row);
+            Job own = job;
+            own.move(context * apart, context * far);
+            float2 sum = make_float2(0, 0);
+            if (to_second) cuda_on_cpu::dots<2>(&sum.x, w, first, to_second, job.K);
+            else cuda_on_cpu::dots<1>(&sum.x, w, first, 0, job.K);
+            const float4 beside = own.beside(row);
+            own.after(row, sum.x * scale, beside, 0);
+            if (to_second) own.after(row, sum.y * scale, beside, 1);
+        }
     });
+}
+
+template <typename W, typename Job> static void matvec_in_loops(const Job &job, int vectors, int problems) {
+    static floatX *x = nullptr;
+    static int64_t capacity = 0;
+    const int64_t n = (int64_t)vectors * problems;
+    if (n > capacity) {
+        CUDA_CHECK(cudaFree(x));
+        CUDA_CHECK(cudaMalloc(&x, n * sizeof(floatX)));
+        capacity = n;
+    }
+    matvec_input_kernel<Job><<<dim3(1, problems), MV_THREADS, 0, stream>>>(job, x, vectors);
+    products_in_loops<W>(job, x, vectors, problems, 0, 0, 1);
 }
 #endif
 
@@ -1931,44 +1953,6 @@ HAS_TWIN __global__ void __launch_bounds__(MV_THREADS, 1)
     }
 }
 
-#ifdef CUDA_ON_CPU
-// The kernel's twin for the CPU: each number is a dot product, its sum in another order.
-template <typename W, typename Job>
-static void step_product_in_loops(const Job &job, const floatX *x, int vectors, int problems, int64_t apart,
-                                  int64_t far, int contexts) {
-    static float *floats = nullptr;
-    static int64_t capacity = 0;
-    const int64_t of_context = (int64_t)vectors * problems, n = of_context * contexts;
-    if (n > capacity) {
-        CUDA_CHECK(cudaFree(floats));
-        CUDA_CHECK(cudaMalloc(&floats, n * sizeof(float)));
-        capacity = n;
-    }
-    for (int64_t context = 0; context < contexts; context++) {
-        const floatX *from = x;
-        move_each(context * apart, from);
-        for (int64_t i = 0; i < of_context; i++) floats[context * of_context + i] = (float)from[i];
-    }
-    cuda_on_cpu::for_each((int64_t)problems * job.rows, (int64_t)job.K * contexts, [&](int64_t i) {
-        const int row = (int)(i % job.rows);
-        blockIdx.y = (unsigned)(i / job.rows);
-        const StepRow from = job.weights(row);
-        const W *w = (const W *)from.matrix.w + (int64_t)from.row * job.K;
-        const float scale = sizeof(W) == 1 ? from.matrix.scales[from.row] : 1;
-        for (int64_t context = 0; context < contexts; context++) {
-            const float *of_x = floats + context * of_context + (int64_t)blockIdx.y * vectors;
-            Job own = job;
-            own.move(context * apart, context * far);
-            float2 sum = make_float2(0, 0);
-            cuda_on_cpu::dots<1>(&sum.x, w, of_x + job.first(row), 0, job.K);
-            if (job.second(row)) cuda_on_cpu::dots<1>(&sum.y, w, of_x + job.second(row), 0, job.K);
-            own.after(row, sum.x * scale, own.beside(row), 0);
-            if (job.second(row)) own.after(row, sum.y * scale, own.beside(row), 1);
-        }
-    });
-}
-#endif
-
 template <typename W, int groups, typename Job>
 static void step_product_launch(const Infer *f, const Job &job, const floatX *x, int vectors, int problems) {
     const int64_t tiles = ceil_div(job.rows + job.pairs(), 8), grid = tiles < multiprocessors ? tiles : multiprocessors;
@@ -1998,7 +1982,7 @@ static void step_product(const Infer *f, const Job &job, int vectors, int proble
     }
 #ifdef CUDA_ON_CPU
     if (cuda_on_cpu::twins) {
-        step_product_in_loops<W>(job, x, vectors, problems, f->apart, f->far, f->contexts);
+        products_in_loops<W>(job, x, vectors, problems, f->apart, f->far, f->contexts);
         return;
     }
 #endif
