@@ -1986,8 +1986,9 @@ static void step_product(const Infer *f, const Job &job, int vectors, int proble
         return;
     }
 #endif
-    if (f->contexts <= 8) step_product_launch<W, 1>(f, job, x, vectors, problems);
-    else step_product_launch<W, 4>(f, job, x, vectors, problems);
+    if constexpr (!Job::rare)
+        if (f->contexts <= 8) return step_product_launch<W, 1>(f, job, x, vectors, problems);
+    step_product_launch<W, 4>(f, job, x, vectors, problems);
 }
 
 // with one of the matrices that may be in 8 bits
@@ -2006,6 +2007,7 @@ struct OneVector { // what most jobs have in common
     // they are
     static const int inputs = 1;
     static const bool makes = true;
+    static const bool rare = false; // once a step: not worth a kernel of its own for few contexts
     __device__ int first(int) const { return 0; }
     __device__ int second(int) const { return 0; }          // 0: there is none
     __host__ __device__ int pairs(void) const { return 0; } // of the first so many rows there is one
@@ -2149,7 +2151,7 @@ template <typename T> struct Product : OneVector { // out = w x
     StepMatrix w;
     float *out;
     int rows, K;
-    static const bool makes = !std::is_same_v<T, floatX>;
+    static const bool makes = !std::is_same_v<T, floatX>, rare = makes;
     const floatX *ready(void) const { return x; }
     __device__ void move(int64_t bytes, int64_t) { move_each(bytes, x, out); }
     __device__ StepRow weights(int row) const { return {w, row}; }
@@ -2171,27 +2173,22 @@ struct NormProduct : OneVector { // w LayerNorm(x)
     __device__ void before(floatX *v) const { norm_vector(v, x, v, v + K, K); }
 };
 
-struct TmixOut : NormProduct { // out = residual + w LayerNorm_x(x)
+// out = residual + w LayerNorm_x(x); of a GOLD layer x may still lie in the window's splits
+struct TmixOut : NormProduct {
     MixerEnd end;
-    __device__ void move(int64_t bytes, int64_t far) {
-        NormProduct::move(bytes, far);
-        end.move(bytes, far);
-    }
-    __device__ float4 beside(int row) const { return end.beside(row); }
-    __device__ void after(int row, float sum, float4 beside, int) const { end.after(row, sum, beside); }
-};
-
-struct GoldOut : TmixOut { // the same, x still in the window's splits
-    SplitSums window;
+    SplitSums window; // or nulls
     int splits;
     const Place *place; // of several contexts: x is there of those that are longer than the window; null: of none
     __device__ void move(int64_t bytes, int64_t far) {
-        TmixOut::move(bytes, far);
+        NormProduct::move(bytes, far);
+        end.move(bytes, far);
         move_each(bytes, window.out, window.top, window.sum, place);
     }
+    __device__ float4 beside(int row) const { return end.beside(row); }
+    __device__ void after(int row, float sum, float4 beside, int) const { end.after(row, sum, beside); }
     __device__ void before(floatX *v) const {
-        if (place && place->begin > 0) {
-            TmixOut::before(v);
+        if (!window.out || (place && place->begin > 0)) {
+            NormProduct::before(v);
             return;
         }
         norm_packs(
@@ -2432,6 +2429,7 @@ struct KeySums : OneVector {
     const Place *place;
     int rows, K; // C, R32
     static const int inputs = 2;
+    static const bool rare = true;
     __device__ void move(int64_t bytes, int64_t far) {
         move_each(bytes, c, z, place);
         move_each(far, g.ids, cache, cache8, scales);
@@ -2526,7 +2524,7 @@ struct KvHidden : OneVector { // u = tanh(w1 x), x: k1 or v1 of a layer
     const floatX *kv1;
     floatX *u;
     int rows, K;
-    static const bool makes = false;
+    static const bool makes = false, rare = true;
     const floatX *ready(void) const { return kv1; }
     __device__ void move(int64_t bytes, int64_t) { move_each(bytes, kv1, u); }
     __device__ const GoldSource::Side &side(void) const {
@@ -2587,7 +2585,7 @@ __global__ void __launch_bounds__(MV_THREADS)
 // ---- layers ----
 
 // A time mixer's last step: row.x_mid = row.x + output ln_x(what `before` makes)
-template <typename Job> static void tmix_out_decode(Infer *f, Layer *layer, Job job) {
+static void tmix_out_decode(Infer *f, Layer *layer, TmixOut job) {
     const Params &p = layer->p;
     const Row &row = f->row;
     job.x = row.y, job.gain = p.ln_x.gain.w, job.bias = p.ln_x.bias.w, job.w = step_matrix(p.output);
@@ -2709,11 +2707,10 @@ static void gold_decode(Infer *f, Layer *layer) {
     task.query = {nullptr, row.q, p.ln_q.gain.w, p.ln_q.bias.w, &f->device_sources[layer->index - d.G0].rope, f->place};
     const bool in_splits = f->window_begin == 0;
     gold_attention(f, g, in_splits ? nullptr : row.y, task, 0, 1);
-    GoldOut out = {};
-    out.window = f->sums, out.splits = f->window_splits;
+    TmixOut out = {};
+    if (in_splits || f->contexts > 1) out.window = f->sums, out.splits = f->window_splits;
     if (!in_splits) out.place = f->place;
-    if (in_splits || f->contexts > 1) tmix_out_decode(f, layer, out);
-    else tmix_out_decode(f, layer, TmixOut());
+    tmix_out_decode(f, layer, out);
 }
 
 static void cmix_decode(Infer *f, Layer *layer) { // row.x = row.x_mid + ..

@@ -8,6 +8,7 @@
     dev/scaling.py --peer FOLDER --gpus 1,2 --models L12    # the authors' code (a checkout of recursal/GoldFinch-paper) in
                                             # PyTorch: DDP, compiled, flash-linear-attention where it is installed
     dev/scaling.py --computed               # no GPU: the table of dev/README.md, 1 to 512 GPUs
+    dev/scaling.py --plot TABLE.csv OUT.png # no GPU: a picture of what --csv wrote
 
 Each run trains on random tokens (or --data PREFIX) and is stopped after its steps, before it would save. A step's time is
 the median of the second half of the steps. `not hidden` is what a step takes longer than one GPU's, as a part of what the
@@ -337,31 +338,57 @@ def checks(a, data, folder):
 
 
 def computed():
-    """Step time and memory for 1 to 512 GPUs. Measured: a step and its memory on one H100, of which the backward pass takes 62 %;
-    NCCL's bus bandwidth on 2, 4 and 8 H100 of a host (all-reduce of 1 GiB); how much longer a step takes where the sums run
-    beside the backward pass (two H200, NVLink). Assumed: 40 GB/s a GPU between hosts (400 Gb/s each); machines of 8 GPUs. All
-    else is computed: a ring sends (n - 1) / n of a block, 4 bytes a parameter for the sums and 2 for the weights."""
-    gib, bandwidths, between, slower = 2**30, {2: 329e9, 4: 355e9, 8: 361e9}, 40e9, 4 / 83
-    measured = {"L12": (84.0, 19.0, 12, 768), "L24": (314.0, 55.0, 24, 2048)}     # ms, GiB, layers, channels
+    """Step time and memory for 1 to 512 GPUs. Measured on H200 of one host: a step and its memory on one; the sums of L12's
+    gradients on 2 and 4, after the backward pass; how much longer the slowest of the cards takes than the first; AdamW; how
+    much longer a step takes whose sums run beside the backward pass, which is 62 % of it; what NCCL keeps for itself. Assumed:
+    8 GPUs of a host are as 4; 40 GB/s a GPU between hosts (400 Gb/s each); machines of 8 GPUs. All else is computed: a ring
+    sends (n - 1) / n of a block, 4 bytes a parameter for the sums and 2 for the weights."""
+    gib, bandwidths, between, beside, nccl = 2**30, {2: 263e9, 4: 313e9, 8: 313e9}, 40e9, 4 / 83, 0.85
+    measured = {"L12": (77.1, 19.6, 12, 768), "L24": (293.1, 55.0, 24, 2048)}     # ms, GiB, layers, channels
     print("| model | GPUs | sums, ms | weights, ms | step, ms | tokens/s | efficiency | GiB a GPU |\n|---|---|---|---|---|---|---|---|")
     for name, (ms, memory, layers, channels) in measured.items():
         parameters, head = MODELS[name]["parameters"], 65536 * channels
         for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
             sums, weights = (parameters * width * (n - 1) / n / bandwidths.get(n, between) * 1e3 for width in (4, 2))
-            backward, last = 0.62 * ms, sums * head / parameters        # the embedding's gradients come last: nothing hides them
-            if n == 1:
-                step = ms
-            elif n <= 8:                                                # after the backward pass
-                step = ms + sums
-            else:                                                       # beside it
-                step = ms * (1 + slower) + max(last, sums - backward)
-            step -= 1.32 / 124e6 * parameters * (1 - 1 / n)         # AdamW on a share: 1.32 ms for 124 M parameters on an H100
+            step = ms * (1 + (0 if n == 1 else 0.01 if n == 2 else 0.02))         # the slowest card sets the pace
+            backward, last = 0.62 * step, sums * head / parameters      # the embedding's gradients come last: nothing hides them
+            if n > 8:
+                step += ms * beside + max(last, sums - backward)
+            else:
+                step += sums
+            step -= 1.48 / 187e6 * parameters * (1 - 1 / n)             # AdamW on a share
             step += max(0, weights - (ms - backward))                   # beside the update and the next forward pass
             # two or more: masters and moments sharded; gradients where activations were, but for the head's and a layer's
             freed = 0 if n == 1 else parameters * (12 * (1 - 1 / n) + 4) - 4 * (head + (parameters - 2 * head) / layers)
             tokens = n * MODELS[name]["micro_bsz"] * MODELS[name]["ctx_len"] / step * 1e3
             print(f"| {name} | {n} | {sums:.1f} | {weights:.1f} | {step:.1f} | {tokens:,.0f} | {100 * ms / step:.1f} % | "
-                  f"{memory - freed / gib:.1f} |")
+                  f"{memory - freed / gib + (nccl if n > 1 else 0):.1f} |")
+
+
+def plot(path, output):
+    """Efficiency over GPUs from a table that --csv wrote."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    with open(path) as f:
+        rows = [r for r in csv.DictReader(f) if r["sockets"] == "0"]
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.6))
+    for i, name in enumerate(dict.fromkeys(r["model"] for r in rows)):
+        mine = [r for r in rows if r["model"] == name]
+        line, = axes.plot([int(r["gpus"]) for r in mine], [100 * float(r["times"]) / int(r["gpus"]) for r in mine], "o-", label=name)
+        for r in mine:
+            axes.annotate(f"{int(r['tok_s']):,}", (int(r["gpus"]), 100 * float(r["times"]) / int(r["gpus"])), xytext=(4, 5 - 18 * i),
+                          textcoords="offset points", fontsize=8, color=line.get_color())
+    ticks = sorted({int(r["gpus"]) for r in rows})
+    axes.set(xscale="log", xticks=ticks, xticklabels=ticks, ylim=(90, 101.5), xlabel=f"GPUs ({rows[0]['card']}, one host)",
+             ylabel="tokens/s of one GPU, %", title="Tokens/s, and each GPU's part of what one does alone")
+    axes.set_xlim(ticks[0] * 0.9, ticks[-1] * 1.3)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+    figure.tight_layout()
+    with replacing(output) as name:
+        figure.savefig(name, dpi=120, format=os.path.splitext(output)[1][1:] or "png")
 
 
 def main():
@@ -377,10 +404,14 @@ def main():
     p.add_argument("--checks", action="store_true", help="same bits, resume, the paper's settings, in place of the table")
     p.add_argument("--peer", metavar="FOLDER", help="a checkout of the authors' code, timed in place of ours")
     p.add_argument("--computed", action="store_true", help="the computed table")
+    p.add_argument("--plot", nargs=2, metavar=("CSV", "PNG"), help="a picture of a table that --csv wrote")
     p.add_argument("flags", nargs="*", help="behind --: more flags of the trainer")
     a = p.parse_args()
     if a.computed:
         computed()
+        return
+    if a.plot:
+        plot(*a.plot)
         return
     available = len(cards()) or int(os.environ.get("CUDA_ON_CPU_DEVICES", os.cpu_count()))
     a.gpus = [int(n) for n in a.gpus.split(",") if int(n) <= available]
