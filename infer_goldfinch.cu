@@ -80,13 +80,6 @@ static void launch_early(void (*kernel)(P...), dim3 grid, int threads, size_t sm
 #endif
 }
 
-// A kernel that plain loops stand in for on the CPU (dev/cpu/README.md): compiled for size there, which is quick
-#ifdef CUDA_ON_CPU
-#define HAS_TWIN __attribute__((cold))
-#else
-#define HAS_TWIN
-#endif
-
 // Contexts that step together have memory of their own, all laid out alike: vectors `apart` bytes from one context's to
 // the next one's, states and caches `far` bytes. Were all as far apart, a product would read its 32 vectors from as
 // many pages, and wait for these to be looked up (23 us in place of 17, H200, K 7168). Kernels get pointers into the

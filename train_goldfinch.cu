@@ -457,6 +457,13 @@ static double machine_peak_flops(void) {
     return 0;
 }
 
+// A kernel that plain loops stand in for on the CPU (dev/cpu/README.md): compiled for size there, which is quick
+#ifdef CUDA_ON_CPU
+#define HAS_TWIN __attribute__((cold))
+#else
+#define HAS_TWIN
+#endif
+
 // ---- matrix products ----
 
 // A matrix in memory, row-major: element (i, j) at p[i * ld + j], or at p[j * ld + i] if t (it is used transposed).
@@ -1388,7 +1395,7 @@ struct Targets {
 // Sums over the P parts of partial (P, rows + n, C), always in the same order: of the first `rows` rows to matrix
 // (rows, C), which adds them up, of the others to g[0..n-1]. Blocks of 32 columns x 32 parts, or x 8 or x 2 where there
 // are few.
-__global__ void __launch_bounds__(1024)
+HAS_TWIN __global__ void __launch_bounds__(1024)
     add_partials_kernel(Targets to, float *matrix, const float *partial, int P, int rows, int n, int C) {
     __shared__ float sums[32][32];
     const int64_t at = (int64_t)blockIdx.x * 32 + threadIdx.x % 32;
@@ -1434,9 +1441,9 @@ static void add_partials(Targets to, const float *partial, int P, int n, int C, 
 //
 // x may be a sum, residual stream + branch, which is then stored in `sum`; or row index[i] of a table (the embedding).
 // Bytes a row: C (2 read + 2 written), each in floatX, with a sum; half of it without.
-__global__ void layernorm_forward_kernel(floatX *out, floatX *sum, const floatX *x, const int *index,
-                                         const floatX *branch, const floatX *gain, const floatX *bias, int rows,
-                                         int C) {
+HAS_TWIN __global__ void layernorm_forward_kernel(floatX *out, floatX *sum, const floatX *x, const int *index,
+                                                  const floatX *branch, const floatX *gain, const floatX *bias,
+                                                  int rows, int C) {
     __shared__ float2 shared[32];
     const int c = threadIdx.x * 8;
     const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
@@ -1498,7 +1505,7 @@ static void embedding_layernorm_forward(floatX *out, const floatX *emb, const in
 // their use. Bytes a row: C (2 read + 1 written) in floatX, one more read if `accumulate`. 768: threads that a
 // multiprocessor's registers are to suffice for.
 template <bool accumulate>
-__global__ void __launch_bounds__(PRECISION_BF16 ? 768 : MAX_C / 8)
+HAS_TWIN __global__ void __launch_bounds__(PRECISION_BF16 ? 768 : MAX_C / 8)
     layernorm_backward_kernel(floatX *dx, float *partial, const floatX *dout, const floatX *x, const int *index,
                               const floatX *gain, int rows, int rows_per_block, int C) {
     __shared__ float4 shared[32];
@@ -1592,7 +1599,7 @@ static void embedding_layernorm_backward(floatX *dx, const floatX *dout, const f
 // ---- rms norm, without parameters ----
 //
 //     out = x / (|x| / sqrt(C) + 1e-8)
-__global__ void rms_norm_forward_kernel(floatX *out, const floatX *x, int rows, int C) {
+HAS_TWIN __global__ void rms_norm_forward_kernel(floatX *out, const floatX *x, int rows, int C) {
     __shared__ float2 shared[32];
     const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y, at = row * C + threadIdx.x * 8;
     const bool mine = threadIdx.x * 8 < (unsigned)C && row < rows;
@@ -1863,7 +1870,7 @@ __device__ inline void ddlerp_copy_rows(DdlerpRows<n> &s, const MixTask<n> &mix,
 }
 
 template <int n>
-__global__ void __launch_bounds__(MIX_FORWARD_THREADS, 2)
+HAS_TWIN __global__ void __launch_bounds__(MIX_FORWARD_THREADS, 2)
     ddlerp_forward_kernel(MixTask<n> mix, const floatX *x, int BT, int T, int C) {
     DdlerpForward<n> &s = *dynamic_smem<DdlerpForward<n>>();
     const int first = blockIdx.x * MIX_CHANNELS, warp = threadIdx.x / 32, step = gridDim.y * MIX_FORWARD_ROWS;
@@ -2010,7 +2017,7 @@ __device__ inline void ddlerp_backward_16(TileC (&shifted)[2], TileC (&dhidden)[
 
 // TX: floatX, or float where layers add up
 template <int n, typename TX, bool accumulate>
-__global__ void __launch_bounds__(MIX_THREADS, 2)
+HAS_TWIN __global__ void __launch_bounds__(MIX_THREADS, 2)
     ddlerp_backward_x_kernel(MixTask<n> mix, TX *dx, floatX *dh, const floatX *x, int BT, int T, int C) {
     DdlerpBackward<n> &s = *dynamic_smem<DdlerpBackward<n>>();
     // the block's first row, the warp's
@@ -2101,7 +2108,7 @@ __device__ inline void ddlerp_copy_tile(DdlerpTile<n> &s, const MixTask<n> &mix,
 }
 
 template <int n>
-__global__ void __launch_bounds__(MIX_W2_THREADS)
+HAS_TWIN __global__ void __launch_bounds__(MIX_W2_THREADS)
     ddlerp_backward_w2_kernel(MixTask<n> mix, float *partial, const floatX *x, int BT, int T, int C) {
     DdlerpTile<n> *tiles = dynamic_smem<DdlerpTile<n>>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * MIX_CHANNELS,
@@ -2563,7 +2570,7 @@ __device__ inline void wkv_state_out(float *to, const TileC (&S)[8]) { // (value
             store_pair(to + (threadIdx.x / 32 * 16 + tile_row(i)) * N + 8 * n + tile_col(i), S[n].x[i], S[n].x[i + 1]);
 }
 
-__global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv p) {
+HAS_TWIN __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv p) {
     WkvForward &s = *dynamic_smem<WkvForward>();
     const int warp = threadIdx.x / 32, h = blockIdx.x, b = blockIdx.y, A = p.H * N, channel = wkv_channel();
     const int chunks = (p.T + CHUNK - 1) / CHUNK;
@@ -2921,7 +2928,8 @@ __device__ inline void wkv_backward_values(WkvBackward &s, const WkvGradients &g
     }
 }
 
-__global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1) wkv_backward_kernel(WkvGradients g, Wkv p) {
+HAS_TWIN __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1)
+    wkv_backward_kernel(WkvGradients g, Wkv p) {
     WkvBackward &s = *dynamic_smem<WkvBackward>();
     const int h = blockIdx.x, b = blockIdx.y, A = p.H * N, channel = wkv_channel();
     const int chunks = (p.T + CHUNK - 1) / CHUNK;
@@ -3140,7 +3148,7 @@ template <int n> __device__ inline void attention_softmax(Softmax &s, TileC (&p)
         }
 }
 
-__global__ void __launch_bounds__(ATTENTION_THREADS, 2)
+HAS_TWIN __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     attention_forward_kernel(floatX *y, float *log_sum, const floatX *q, const floatX *k, const floatX *v, int T,
                              int H) {
     // 64 keys, 64 values; the next 64 of each, at first the queries
@@ -3188,7 +3196,8 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 }
 
 // delta (B, H, T): dy_t . y_t per head, what the softmax's gradient subtracts. Blocks of a row; 8 lanes hold a head.
-__global__ void attention_delta_kernel(float *delta, const floatX *dy, const floatX *y, int rows, int T, int H) {
+HAS_TWIN __global__ void attention_delta_kernel(float *delta, const floatX *dy, const floatX *y, int rows, int T,
+                                                int H) {
     const int c = threadIdx.x * 8;
     const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y, at = row * H * N + c;
     const bool mine = c < H * N && row < rows;
@@ -3225,7 +3234,7 @@ __device__ inline void attention_own(Left &a, Left &b, HeadRow *smem, const floa
     __syncthreads();
 }
 
-__global__ void __launch_bounds__(ATTENTION_THREADS, 2)
+HAS_TWIN __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     attention_backward_kv_kernel(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T,
                                  int H) {
     HeadRow *smem = dynamic_smem<HeadRow>();    // 64 queries, 64 dy; the next 64 of each
@@ -3277,7 +3286,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     attention_store(g.dk + head, dk, scale, mine, T, A);
 }
 
-__global__ void __launch_bounds__(ATTENTION_THREADS, 2)
+HAS_TWIN __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
     attention_backward_q_kernel(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int T, int H) {
     HeadRow *smem = dynamic_smem<HeadRow>(); // 64 keys, 64 values; the next 64 of each
     const int warp = threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z, A = H * N;
@@ -3665,7 +3674,7 @@ __device__ inline void attention_backward_q_group(QueryTiles &s, floatX *dq_out,
 #endif
 
 // Blocks: (heads of all sequences, rows); the first warpgroup copies. The longest rows come first.
-__global__ void __launch_bounds__(512, 1)
+HAS_TWIN __global__ void __launch_bounds__(512, 1)
     attention_forward_warpgroups_kernel(floatX *y, float *log_sum, const __grid_constant__ AttentionMaps maps, int T,
                                         int H) {
 #ifdef WARPGROUPS
@@ -3691,7 +3700,7 @@ __global__ void __launch_bounds__(512, 1)
 #endif
 }
 
-__global__ void __launch_bounds__(384, 1)
+HAS_TWIN __global__ void __launch_bounds__(384, 1)
     attention_backward_kv_warpgroups_kernel(AttentionGradients g, const __grid_constant__ AttentionMaps maps, int T,
                                             int H) {
 #ifdef WARPGROUPS
@@ -3714,7 +3723,7 @@ __global__ void __launch_bounds__(384, 1)
 #endif
 }
 
-__global__ void __launch_bounds__(512, 1)
+HAS_TWIN __global__ void __launch_bounds__(512, 1)
     attention_backward_q_warpgroups_kernel(AttentionGradients g, const __grid_constant__ AttentionMaps maps, int T,
                                            int H) {
 #ifdef WARPGROUPS
@@ -4023,7 +4032,7 @@ __device__ inline float block_max(float v, float *shared) { // shared: 32 floats
     return v;
 }
 
-__global__ void __launch_bounds__(1024)
+HAS_TWIN __global__ void __launch_bounds__(1024)
     classifier_kernel(floatX *logits, float *losses, int *right, const int *targets, float scale, int V) {
     __shared__ float tops[32];
     __shared__ float2 sums[32];
@@ -4121,7 +4130,7 @@ struct UpdateState {        // on the device; the host reads it a step later
     int skip;               // set once the norm was not finite, for good: the host sees it and ends the run
 };
 
-__global__ void squares_of_pieces_kernel(double *squares, const float *grads, const Piece *pieces) {
+HAS_TWIN __global__ void squares_of_pieces_kernel(double *squares, const float *grads, const Piece *pieces) {
     __shared__ float2 shared[32];
     const Piece piece = pieces[blockIdx.x];
     float sum = 0;
@@ -5714,7 +5723,7 @@ __global__ void fill_normal_kernel(float *x, int64_t n, uint64_t key) { // Box-M
 }
 
 // Makes the `count` <= 16 rows of a panel (length n) orthonormal by Gram-Schmidt. One block.
-__global__ void __launch_bounds__(1024) orthonormalize_panel_kernel(float *panel, int count, int64_t n) {
+HAS_TWIN __global__ void __launch_bounds__(1024) orthonormalize_panel_kernel(float *panel, int count, int64_t n) {
     __shared__ float2 shared[32];
     for (int row = 0; row < count; row++) {
         float *x = panel + row * n;
