@@ -5744,22 +5744,32 @@ HAS_TWIN __global__ void __launch_bounds__(1024) orthonormalize_panel_kernel(flo
 }
 
 #ifdef CUDA_ON_CPU
-// The kernel's twin for the CPU, to the bit. Rows are read one after the other, from end to end, or 2048 numbers of
-// each: they lie a power of two apart, and caches have little room for numbers that do.
+// The kernel's twin for the CPU, to the bit. A row's numbers are read from end to end, or 64 of each row at a time.
 static void orthonormalize_panel_in_loops(float *panel, int count, int64_t n, int threads) {
     auto product = [=](const float *x, const float *y) {
         float sums[1024] = {};
-        for (int64_t at = 0; at < n; at += threads)
+        int64_t at = 0;
+        for (; threads == 32 && at + 32 <= n; at += 32) // of so many, sums stay in registers
+            for (int i = 0; i < 32; i++) sums[i] += x[at + i] * y[at + i];
+        for (; at < n; at += threads)
             for (int64_t i = 0; i < threads && at + i < n; i++) sums[i] += x[at + i] * y[at + i];
         return cuda_on_cpu::sum_as_block(sums, threads);
     };
     for (int row = 0; row < count; row++) {
         float *x = panel + row * n, dots[PANEL];
-        cuda_on_cpu::for_each(
-            row, n, [&](int64_t j) { dots[j] = product(x, panel + j * n); });
+        cuda_on_cpu::for_each(row, n, [&](int64_t j) { dots[j] = product(x, panel + j * n); });
         cuda_on_cpu::for_each(ceil_div(n, 2048), 2048 * row, [&](int64_t part) {
-            for (int j = 0; j < row; j++)
-                for (int64_t i = part * 2048; i < n && i < (part + 1) * 2048; i++) x[i] -= dots[j] * panel[j * n + i];
+            int64_t i = part * 2048;
+            const int64_t end = i + 2048 < n ? i + 2048 : n;
+            for (; i + 64 <= end; i += 64) { // 64 numbers stay in registers
+                float own[64];
+                memcpy(own, x + i, sizeof(own));
+                for (int j = 0; j < row; j++)
+                    for (int k = 0; k < 64; k++) own[k] -= dots[j] * panel[j * n + i + k];
+                memcpy(x + i, own, sizeof(own));
+            }
+            for (; i < end; i++)
+                for (int j = 0; j < row; j++) x[i] -= dots[j] * panel[j * n + i];
         });
         const float scale = rsqrtf(product(x, x));
         for (int64_t i = 0; i < n; i++) x[i] *= scale;
