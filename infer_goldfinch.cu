@@ -1762,8 +1762,8 @@ template <typename W = floatX, typename Job> static void matvec(const Job &job, 
 //
 // Measured on an H200 (L24 D2048, 8 and 32 contexts after 256 tokens): 1.47 and 2.51 ms a step, in 8 bits 1.29 and
 // 2.18. Other ways were no quicker: 8 warps with 128 bytes of a row each 1.96 and 3.40; x in shared memory 1.77 and
-// 3.08; that, and a warp a tile of rows 1.55 and 2.50, in 8 bits 1.48 and 2.69. What counts most is what each launch
-// costs beside its bytes: a product of 0.7 MB of weights takes 6 to 7 us, one of 38 MB 17 to 21.
+// 3.08; that, and a warp a tile of rows 1.55 and 2.50, in 8 bits 1.48 and 2.69. There a product of 0.7 MB of weights
+// took 6 to 7 us, one of 38 MB 17 to 21: what a launch costs beside its bytes is what is left.
 
 static const int MOST_CONTEXTS = 32;
 // parts of a warp's rows on their way, 8 or 4 KB of them; room for a context's 16 sums
