@@ -7692,9 +7692,10 @@ static void sum_over_ranks(double *sums, int n) {
     (void)sums, (void)n;
 }
 
-// On one machine the weights are a window of NCCL's (2.27 and later): its kernels write into the other GPUs' memory,
-// not by way of buffers. Two H200: L12's step 78.7 ms in place of 79.6; four: 79.6 in place of 80.0. The gradients are
-// none: sums in windows were no quicker, and on one pair of GPUs NCCL 2.28.9 made wrong ones of 16 in one launch.
+// On one machine the bf16 weights are a window of NCCL's (2.27 and later): its kernels write into the other GPUs'
+// memory, not by way of buffers. Two H200: L12's step 78.7 ms in place of 79.6; four: 79.6 in place of 80.0. The
+// gradients are none: sums in windows were no quicker, and on one pair of GPUs NCCL 2.28.9 made wrong ones of 16 in one
+// launch.
 static void gathered_alloc(void **p, int64_t bytes) {
 #ifdef NCCL_WIN_COLL_SYMMETRIC
     if (n_ranks > 1 && ranks.n_local == n_ranks) {

@@ -28,6 +28,7 @@ import time
 
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(here))
+from plot import save                                                   # noqa: E402
 from prepro_minipile import replacing                                   # noqa: E402
 
 trainer = os.path.join(here, "..", "train_goldfinch")
@@ -344,20 +345,19 @@ def computed():
     8 GPUs of a host are as 4; 40 GB/s a GPU between hosts (400 Gb/s each); machines of 8 GPUs. All else is computed: a ring
     sends (n - 1) / n of a block, 4 bytes a parameter for the sums and 2 for the weights."""
     gib, bandwidths, between, beside, nccl = 2**30, {2: 263e9, 4: 313e9, 8: 313e9}, 40e9, 4 / 83, 0.85
+    slower = {1: 0, 2: 0.01, 4: 0.02}
     measured = {"L12": (77.1, 19.6, 12, 768), "L24": (293.1, 55.0, 24, 2048)}     # ms, GiB, layers, channels
     print("| model | GPUs | sums, ms | weights, ms | step, ms | tokens/s | efficiency | GiB a GPU |\n|---|---|---|---|---|---|---|---|")
     for name, (ms, memory, layers, channels) in measured.items():
         parameters, head = MODELS[name]["parameters"], 65536 * channels
         for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
             sums, weights = (parameters * width * (n - 1) / n / bandwidths.get(n, between) * 1e3 for width in (4, 2))
-            step = ms * (1 + (0 if n == 1 else 0.01 if n == 2 else 0.02))         # the slowest card sets the pace
-            backward, last = 0.62 * step, sums * head / parameters      # the embedding's gradients come last: nothing hides them
-            if n > 8:
-                step += ms * beside + max(last, sums - backward)
-            else:
-                step += sums
+            step = ms * (1 + slower.get(n, slower[4]))                  # the slowest card sets the pace
+            backward, rest = 0.62 * step, 0.38 * step
+            last = sums * head / parameters                             # the embedding's gradients: nothing hides them
+            step += sums if n <= 8 else ms * beside + max(last, sums - backward)
             step -= 1.48 / 187e6 * parameters * (1 - 1 / n)             # AdamW on a share
-            step += max(0, weights - (ms - backward))                   # beside the update and the next forward pass
+            step += max(0, weights - rest)                              # beside the update and the next forward pass
             # two or more: masters and moments sharded; gradients where activations were, but for the head's and a layer's
             freed = 0 if n == 1 else parameters * (12 * (1 - 1 / n) + 4) - 4 * (head + (parameters - 2 * head) / layers)
             tokens = n * MODELS[name]["micro_bsz"] * MODELS[name]["ctx_len"] / step * 1e3
@@ -375,10 +375,11 @@ def plot(path, output):
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6))
     for i, name in enumerate(dict.fromkeys(r["model"] for r in rows)):
         mine = [r for r in rows if r["model"] == name]
-        line, = axes.plot([int(r["gpus"]) for r in mine], [100 * float(r["times"]) / int(r["gpus"]) for r in mine], "o-", label=name)
-        for r in mine:
-            axes.annotate(f"{int(r['tok_s']):,}", (int(r["gpus"]), 100 * float(r["times"]) / int(r["gpus"])), xytext=(4, 5 - 18 * i),
-                          textcoords="offset points", fontsize=8, color=line.get_color())
+        points = [(int(r["gpus"]), 100 * float(r["times"]) / int(r["gpus"])) for r in mine]
+        line, = axes.plot(*zip(*points), "o-", label=name)
+        for r, point in zip(mine, points):
+            axes.annotate(f"{int(r['tok_s']):,}", point, xytext=(4, 5 - 18 * i), textcoords="offset points", fontsize=8,
+                          color=line.get_color())
     ticks = sorted({int(r["gpus"]) for r in rows})
     axes.set(xscale="log", xticks=ticks, xticklabels=ticks, ylim=(90, 101.5), xlabel=f"GPUs ({rows[0]['card']}, one host)",
              ylabel="tokens/s of one GPU, %", title="Tokens/s, and each GPU's part of what one does alone")
@@ -387,8 +388,7 @@ def plot(path, output):
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
     figure.tight_layout()
-    with replacing(output) as name:
-        figure.savefig(name, dpi=120, format=os.path.splitext(output)[1][1:] or "png")
+    save(figure, output, 120)
 
 
 def main():

@@ -138,7 +138,7 @@ template <int COLUMNS, typename T> void dots(float *sums, const T *a, const floa
     for (; k + PARTS * VL <= K; k += PARTS * VL)
 #pragma GCC unroll 8
         for (int part = 0; part < PARTS; part++) {
-            // of numbers of two bytes the CPU alone does not ask for enough ahead; of four it does, and this costs
+            // of short numbers the CPU alone does not ask for enough ahead; of four bytes it does, and this costs
             if (sizeof(T) < 4 && part * VL * sizeof(T) % 64 == 0)
                 __builtin_prefetch(reinterpret_cast<const char *>(a + k + part * VL) + 2048);
             const Vector x = load_floats<Vector>(a + k + part * VL);
