@@ -3505,6 +3505,8 @@ static void check_mask(const char *settings, int B, int T) {
         gf_zero_grad(k);
         double loss = gf_masked_loss_backward(k, inputs, targets, B, T, 1, n);
         compare_to_reference(c, m, k, rounded, loss, want, 0);
+        // Each target's rounding is a draw of its own: the mean over few is further off. Seen for one: 2.1e-3.
+        if (gf_precision() == 16) c->limits.first_limit *= sqrt(fmax(1, 16. / n));
         ref_free(rounded);
         judge(c, "mask, %s: %d of %d targets count", settings, n, n_all);
         compare_micro_batches(c, m, k, B, T, n, loss);

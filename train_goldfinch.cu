@@ -600,9 +600,6 @@ __device__ inline RawPack<floatX> load_raw(const int8_t *p) {
 }
 #endif
 
-// 2 ulp and 1e-7 |x| beside it
-__device__ inline float fast_exp(float x) { return PRECISION_BF16 ? __expf(x) : expf(x); }
-
 __device__ inline Pack zero_pack(void) { return Pack{{0, 0, 0, 0, 0, 0, 0, 0}}; }
 
 // Wrappers with a twin for the CPU (dev/cpu/): the only places that know which machine they run on.
@@ -624,6 +621,7 @@ __device__ inline float warp_max(float x, int width = 32, Site site = Site::here
     return cuda_on_cpu::warp_max(x, width, site);
 }
 __device__ inline float exp2_fast(float x) { return exp2f(x); }
+__device__ inline float fast_exp(float x) { return expf(x); }
 __device__ inline void async_copy16(void *to, const void *from, bool valid) {
     cuda_on_cpu::async_copy16(to, from, valid);
 }
@@ -663,6 +661,8 @@ __device__ inline float exp2_fast(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+// 2 ulp and 1e-7 |x| beside it
+__device__ inline float fast_exp(float x) { return PRECISION_BF16 ? exp2_fast(x * 1.44269504f) : expf(x); }
 
 // 16 bytes from global to shared memory in the background; zeros if not valid. They land at the wait of their group.
 __device__ inline void async_copy16(void *to, const void *from, bool valid) {
@@ -734,10 +734,6 @@ struct TileA {
 };
 struct TileB {
     unsigned x[2];
-};
-// an operand of twice the precision, for two products instead of one
-struct TileA2 {
-    TileA high, low;
 };
 
 __device__ inline unsigned bf16_pair(float low, float high) {
@@ -817,18 +813,6 @@ __device__ inline TileA to_a(const TileC &left, const TileC &right) {
     return {{bf16_pair(left.x[0], left.x[1]), bf16_pair(left.x[2], left.x[3]), bf16_pair(right.x[0], right.x[1]),
              bf16_pair(right.x[2], right.x[3])}};
 }
-// Two results side by side as left operand in twice the precision: the bf16 nearest, and the bf16 nearest to what that
-// leaves
-__device__ inline unsigned bf16_rest(unsigned high, float low_half, float high_half) {
-    const float2 h = __bfloat1622float2(*(const __nv_bfloat162 *)&high);
-    return bf16_pair(low_half - h.x, high_half - h.y);
-}
-__device__ inline TileA2 to_a2(const TileC &left, const TileC &right) {
-    const TileA a = to_a(left, right);
-    return {a,
-            {{bf16_rest(a.x[0], left.x[0], left.x[1]), bf16_rest(a.x[1], left.x[2], left.x[3]),
-              bf16_rest(a.x[2], right.x[0], right.x[1]), bf16_rest(a.x[3], right.x[2], right.x[3])}}};
-}
 __device__ inline TileB make_b(float x0, float x1, float x2, float x3) {
     return {{bf16_pair(x0, x1), bf16_pair(x2, x3)}};
 }
@@ -842,8 +826,6 @@ __device__ inline TileB half_as_b(const RawPack<floatX> &v, int half) {
     const unsigned *pairs = (const unsigned *)v.q + 2 * half;
     return {{pairs[0], pairs[1]}};
 }
-// rows 0..7 | 8..15
-__device__ inline TileB join_b(const TileB &upper, const TileB &lower) { return {{upper.x[0], lower.x[1]}}; }
 // B[k][column] = A[8 n + column][k]
 __device__ inline TileB as_b(const TileA &a, int n) { return {{a.x[n], a.x[n + 2]}}; }
 template <int n> __device__ inline void mma(TileC (&c)[n], const TileA &a, const TileB (&b)[n]) { // c[i] += a b[i]
@@ -859,10 +841,6 @@ struct TileA {
 };
 struct TileB {
     float x[4];
-};
-// a float holds it all
-struct TileA2 {
-    TileA high;
 };
 
 // A's element i of this lane: row,
@@ -913,11 +891,6 @@ __device__ inline TileA to_a(const TileC &left, const TileC &right) {
     }
     return a;
 }
-__device__ inline TileA2 to_a2(const TileC &left, const TileC &right) {
-    TileA2 a;
-    for (int i = 0; i < 4; i++) a.high.x[i] = left.x[i], a.high.x[4 + i] = right.x[i];
-    return a;
-}
 __device__ inline TileB make_b(float x0, float x1, float x2, float x3) {
     return {{(float)(floatX)x0, (float)(floatX)x1, (float)(floatX)x2, (float)(floatX)x3}};
 }
@@ -930,9 +903,6 @@ __device__ inline TileB half_as_b(const RawPack<floatX> &v, int half) {
     const Pack all = unpack(v);
     const float *x = all.x + 4 * half;
     return {{x[0], x[1], x[2], x[3]}};
-}
-__device__ inline TileB join_b(const TileB &upper, const TileB &lower) {
-    return {{upper.x[0], upper.x[1], lower.x[2], lower.x[3]}};
 }
 __device__ inline TileB as_b(const TileA &a, int n) {
     return {{a.x[2 * n], a.x[2 * n + 1], a.x[2 * n + 4], a.x[2 * n + 5]}};
@@ -987,23 +957,36 @@ template <int m, int n> __device__ inline void mma(TileC (&c)[m][n], const TileA
 }
 #endif
 
-// c[i] += a b[i] with a in twice the precision
-template <int n> __device__ inline void mma(TileC (&c)[n], const TileA2 &a, const TileB (&b)[n]) {
+// Products whose left operand stays in fp32: results, as they stand in their lanes' registers. Of a number tensor cores
+// take the first 11 bits (tf32), where a bf16 has 8, and nothing is to be converted.
 #if PRECISION_BF16 && !defined(CUDA_ON_CPU)
-    mma(c, a.low, b);
-#endif
-    mma(c, a.high, b);
+// c += a b, a (16x8), b (8x8): its rows tile_col(0) and tile_col(1) of column lane / 4
+__device__ inline void mma_half(TileC &c, const TileC &a, float b0, float b1) {
+    // the instruction's k are columns 0, 2, 4, 6, 1, 3, 5, 7
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
+        : "r"(__float_as_uint(a.x[0])), "r"(__float_as_uint(a.x[2])), "r"(__float_as_uint(a.x[1])),
+          "r"(__float_as_uint(a.x[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
-
-// c += a b^T, both (16x16) in twice the precision
-__device__ inline void mma_transposed(TileC (&c)[2], const TileA2 &a, const TileA2 &b) {
-    const TileB high[2] = {as_b(b.high, 0), as_b(b.high, 1)};
-#if PRECISION_BF16 && !defined(CUDA_ON_CPU)
-    const TileB low[2] = {as_b(b.low, 0), as_b(b.low, 1)};
-    mma(c, a.high, low);
-#endif
-    mma(c, a, high);
+// c[i] += [a[0] | a[1]] b[i]
+template <int n> __device__ inline void mma_wide(TileC (&c)[n], const TileC (&a)[2], const TileB (&b)[n]) {
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int i = 0; i < n; i++) mma_half(c[i], a[half], first_of(b[i].x[half]), second_of(b[i].x[half]));
 }
+#else
+__device__ inline void mma_half(TileC &c, const TileC &a, float b0, float b1) {
+    TileC sum[1] = {c};
+    const TileB b[1] = {{{b0, b1, 0, 0}}};
+    mma(sum, TileA{{a.x[0], a.x[1], a.x[2], a.x[3], 0, 0, 0, 0}}, b);
+    c = sum[0];
+}
+template <int n> __device__ inline void mma_wide(TileC (&c)[n], const TileC (&a)[2], const TileB (&b)[n]) {
+    const float *left = a[0].x, *right = a[1].x;
+    mma(c, TileA{{left[0], left[1], left[2], left[3], right[0], right[1], right[2], right[3]}}, b);
+}
+#endif
 
 // ---- warpgroup tiles: what Hopper's tensor cores multiply (sm_90a) ----
 //
@@ -2349,7 +2332,7 @@ struct Wkv {                     // (B, T, A) each, head h at channels h N .. h 
     const floatX *u;             // (A); or null for zero
     const floatX *v2;            // added to y; or null
     bool one_minus_w;            // k <- k (1 - exp(-e)) first
-    // (B, H, chunks, N values, N keys): S^T at the start of every chunk; or null
+    // (B, H, chunks, N N): S at the start of every chunk, numbers at wkv_state_at (the CPU's loops: as carry); or null
     float *states;
     // (B, H, N values, N keys): S^T to begin with, then to go on from; null: begin with 0
     float *carry;
@@ -2489,12 +2472,13 @@ __device__ inline void wkv_store_share(floatX (*to)[LDT], int row, int next, con
 }
 
 // This warp's part of the scores, summed over its 16 channels: level by level, 0: L = 8. transposed: rows are s.
-typedef floatX WkvScratch[2][4][TILE][LDT]; // X_L of one level and the next, [warp]
-typedef float WkvPart[4][TILE][TILE + 8];   // [warp]: 8 more, so that rows fall into different banks
+typedef floatX WkvScratch[4][TILE][LDT];  // X_L of one level, [warp]
+typedef float WkvPart[4][TILE][TILE + 8]; // [warp]: 8 more, so that rows fall into different banks
 
 __device__ inline void wkv_scores(TileC (&a)[2], WkvScratch &scratch, int level, const Share &x, bool transposed) {
-    floatX(*own)[LDT] = scratch[level % 2][threadIdx.x / 32];
+    floatX(*own)[LDT] = scratch[threadIdx.x / 32];
     const int g = threadIdx.x % 32 / 4;
+    __syncwarp();
     wkv_store_share(own, g, 8, x);
     __syncwarp();
     const TileA rows = load_a_t(&own[0][0], LDT);
@@ -2532,15 +2516,13 @@ __device__ inline void wkv_store_scores(WkvPart &part, const TileC (&a)[2]) {
             store_pair(&part[threadIdx.x / 32][tile_row(i)][8 * n + tile_col(i)], a[n].x[i], a[n].x[i + 1]);
 }
 
-__device__ inline TileA2 wkv_sum_scores(const WkvPart &parts) {
-    TileC a[2];
+__device__ inline void wkv_sum_scores(TileC (&a)[2], const WkvPart &parts) {
     for (int n = 0; n < 2; n++)
         for (int i = 0; i < 4; i++) {
             const float *part = &parts[0][tile_row(i)][8 * n + tile_col(i)];
             const int next = TILE * (TILE + 8);
             a[n].x[i] = (part[0] + part[next]) + (part[2 * next] + part[3 * next]);
         }
-    return to_a2(a[0], a[1]);
 }
 
 // ---- forward: warp j has values 16 j .. 16 j + 15 of the state, as rows of S^T, in fp32 in its registers ----
@@ -2564,10 +2546,19 @@ __device__ inline void wkv_copy_tile(floatX (*to)[LD], const floatX *from, int64
     async_tile<TILE, N, WKV_THREADS>(&to[0][0], from + head, t0, T, A);
 }
 
-__device__ inline void wkv_state_out(float *to, const TileC (&S)[8]) { // (values, keys)
+// Where a number of a state is kept for the backward kernel, whose thread finds what it has of it in 8 pieces of 16
+// bytes, WKV_THREADS of them apart: keys k, k + 1 of value v, then of v + 1. Here k is even.
+__device__ inline int wkv_state_at(int value, int key) {
+    const int thread = key / 16 * 32 + key % 16 / 2 * 4 + value % 8 / 2;
+    return (value / 8 * WKV_THREADS + thread) * 4 + value % 2 * 2;
+}
+
+__device__ inline void wkv_state_out(float *to, const TileC (&S)[8], bool carry) { // carry: (values, keys)
     for (int n = 0; n < 8; n++)
-        for (int i = 0; i < 4; i += 2)
-            store_pair(to + (threadIdx.x / 32 * 16 + tile_row(i)) * N + 8 * n + tile_col(i), S[n].x[i], S[n].x[i + 1]);
+        for (int i = 0; i < 4; i += 2) {
+            const int value = threadIdx.x / 32 * 16 + tile_row(i), key = 8 * n + tile_col(i);
+            store_pair(to + (carry ? value * N + key : wkv_state_at(value, key)), S[n].x[i], S[n].x[i + 1]);
+        }
 }
 
 HAS_TWIN __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv p) {
@@ -2592,7 +2583,7 @@ HAS_TWIN __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(float
         const int side = t0 / TILE % 2;
         const int64_t base = head + (int64_t)t0 * A;
         if (p.states && t0 % CHUNK == 0)
-            wkv_state_out(p.states + (((int64_t)b * p.H + h) * chunks + t0 / CHUNK) * N * N, S);
+            wkv_state_out(p.states + (((int64_t)b * p.H + h) * chunks + t0 / CHUNK) * N * N, S, false);
         {
             Share r, k, e, d, x, factor;
             TileC a[2] = {};
@@ -2637,8 +2628,10 @@ HAS_TWIN __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(float
             mma(out, load_a_t(&s.before[side][16 * i][0], LDT), values);
         }
         TileB v[2], keys[8];
+        TileC scores[2];
         load_b_pair_t(v, &s.v[side][0][16 * warp], LD);
-        mma(out, wkv_sum_scores(s.part[side]), v);
+        wkv_sum_scores(scores, s.part[side]);
+        mma_wide(out, scores, v);
         for (int n = 0; n < 8; n++) {
             if (n % 2 == 0) load_b_pair(&keys[n], &s.after[side][8 * n][0], LDT);
             for (int i = 0; i < 4; i++) S[n].x[i] += S[n].x[i] * s.D_minus_1[side][8 * n + tile_col(i)];
@@ -2650,7 +2643,7 @@ HAS_TWIN __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(float
             store_pair(y + at + m / 2 * 8 * A + m % 2 * 8, from[0] + first_of(v2[m]), from[1] + second_of(v2[m]));
         }
     }
-    if (carry) wkv_state_out(carry, S);
+    if (carry) wkv_state_out(carry, S, true);
 }
 
 // ---- backward ----
@@ -2675,9 +2668,10 @@ HAS_TWIN __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(float
 // running sums, which would lose a small dw behind large ones.
 //
 // Here warp i has keys 16 i .. 16 i + 15 of S0 and dS as rows, so that Shares are operands without a detour. S0 of a
-// chunk's tiles is made again from the chunk's state. S0, dS and the sums' terms are multiplied in twice the precision
-// of bf16 (TileA2): much cancels in dw. Floor: r, k, v, w, dy in, dr, dk, dv, dw out, 9 BTA floatX, 2 for states:
-// limited by memory bandwidth.
+// chunk's tiles is made again from the chunk's state. S0, dS and the sums' terms are multiplied as they are, with more
+// bits than bf16 has (mma_half): much cancels in dw. Sums over all tiles are kept in shared memory: registers that the
+// compiler runs out of go to memory, and beside this much shared memory there is little cache. Floor: r, k, v, w, dy
+// in, dr, dk, dv, dw out, 9 BTA floatX, 2 for states: limited by memory bandwidth.
 static const int TILES = CHUNK / TILE;
 
 struct WkvBackward {
@@ -2685,7 +2679,8 @@ struct WkvBackward {
     alignas(16) floatX dS[N][LD], after[N][LDT]; // rows are keys; after: k~
     alignas(16) WkvScratch scratch;
     WkvPart part;
-    TileC S0[TILES > 2 ? (TILES - 2) * 8 : 1][WKV_THREADS]; // states before tiles 1, 2, ..; each thread's own
+    float dw_sum[2][WKV_THREADS], du[2][WKV_THREADS]; // each thread's own sums over the tiles
+    float4 states[2][8][WKV_THREADS]; // each thread's own: the chunk's state, then those before tiles 1 and 2
 };
 
 static_assert(sizeof(WkvBackward) <= 99 * 1024, "what the smaller GPUs give a block");
@@ -2696,37 +2691,52 @@ struct WkvGradients {
     float *dw_sum, *du;        // (B, A): summed over T, for time_decay and u
 };
 
-__device__ inline void wkv_copy_tiles(WkvBackward &s, const Wkv &p, const WkvGradients &g, int64_t head, int c0,
-                                      int q) {
+// v and dy of tile q of the chunk at c0, to `place`
+__device__ inline void wkv_copy_tiles(WkvBackward &s, const Wkv &p, const WkvGradients &g, int64_t head, int c0, int q,
+                                      int place) {
     const int t0 = c0 + q * TILE, A = p.H * N;
-    wkv_copy_tile(s.v[q], p.v, head, t0, p.T, A);
-    wkv_copy_tile(s.dy[q], g.dy, head, t0, p.T, A);
+    wkv_copy_tile(s.v[place], p.v, head, t0, p.T, A);
+    wkv_copy_tile(s.dy[place], g.dy, head, t0, p.T, A);
 }
 
-// rows are keys, as in a Share
-__device__ inline void wkv_state_in(TileC (&S)[8], const float *from) {
-    for (int n = 0; n < 8; n++)
-        for (int i = 0; i < 2; i++) {
-            const float2 keys = *(const float2 *)(from + (8 * n + tile_col(i)) * N + wkv_channel());
-            S[n].x[i] = keys.x;
-            S[n].x[i + 2] = keys.y;
-        }
+// Chunks take the places of v and dy in turn from the first tile to the last and the other way round: the place that a
+// chunk leaves last is that of the next one's last tile, which wkv_remake_states can do without.
+__device__ inline int wkv_place(int q, bool turned) { return turned ? TILES - 1 - q : q; }
+
+// What this thread has of a state, to shared memory on the way (see wkv_state_at), from there, and back to it. Rows of
+// S are keys, as in a Share.
+__device__ inline void wkv_state_copy(float4 (&to)[8][WKV_THREADS], const Wkv &p, int chunk) {
+    const int chunks = (p.T + CHUNK - 1) / CHUNK;
+    const float *own = p.states + (((int64_t)blockIdx.y * p.H + blockIdx.x) * chunks + chunk) * N * N + threadIdx.x * 4;
+    for (int n = 0; n < 8; n++) async_copy16(&to[n][threadIdx.x], own + n * WKV_THREADS * 4, true);
+}
+
+__device__ inline void wkv_state_in(TileC (&S)[8], const float4 (&from)[8][WKV_THREADS]) {
+    for (int n = 0; n < 8; n++) {
+        const float4 piece = from[n][threadIdx.x];
+        S[n] = {piece.x, piece.z, piece.y, piece.w};
+    }
+}
+
+__device__ inline void wkv_state_keep(float4 (&to)[8][WKV_THREADS], const TileC (&S)[8]) {
+    for (int n = 0; n < 8; n++) to[n][threadIdx.x] = make_float4(S[n].x[0], S[n].x[2], S[n].x[1], S[n].x[3]);
 }
 
 // S <- D S + left^T rows: left as operand (16 keys x 16 tokens), rows (16 tokens x N values)
-__device__ inline void wkv_update(TileC (&S)[8], const TileA2 &left, const floatX (*rows)[LD], float2 D_minus_1) {
+__device__ inline void wkv_update(TileC (&S)[8], const Share &left, const floatX (*rows)[LD], float2 D_minus_1) {
     TileB b[8];
     for (int n = 0; n < 8; n++) {
         if (n % 2 == 0) load_b_pair_t(&b[n], &rows[0][8 * n], LD);
         for (int i = 0; i < 4; i++) S[n].x[i] += S[n].x[i] * (i / 2 ? D_minus_1.y : D_minus_1.x);
     }
-    mma(S, left, b);
+    mma_wide(S, left, b);
 }
 
-// The sums that dw needs, as right operands: ones where token `from` (row) passes token t (column). inner: within a
-// half of the tile, one pattern for both halves; upward: from > t, downward: from < t.
+// The sums that dw needs, as right operands: ones where token `from` (row) passes token t (column), both of the same
+// half of the tile. upward: from > t, downward: from < t; level4, level2: of one group of 8 or 4, upward for those
+// with the bit, downward for the others.
 struct WkvPassing {
-    TileB upward, downward, level4, level2, all, none;
+    Pair upward, downward, level4, level2; // rows tile_col(0) and tile_col(1), column lane / 4
 };
 
 __device__ inline WkvPassing wkv_passing_patterns(void) {
@@ -2739,17 +2749,13 @@ __device__ inline WkvPassing wkv_passing_patterns(void) {
         one[2][i] = (t ^ from) < 4 && (t & 4 ? up : down);
         one[3][i] = (t ^ from) < 2 && (t & 2 ? up : down);
     }
-    TileB b[4];
-    for (int i = 0; i < 4; i++) b[i] = make_b(one[i][0], one[i][1], one[i][0], one[i][1]);
-    return {b[0], b[1], b[2], b[3], make_b(1, 1, 1, 1), make_b(0, 0, 0, 0)};
+    return {pair_of(one[0][0], one[0][1]), pair_of(one[1][0], one[1][1]), pair_of(one[2][0], one[2][1]),
+            pair_of(one[3][0], one[3][1])};
 }
 
-// passing += terms (16 channels x 16 tokens) [ first_first first_second ; second_first second_second ], each 8 tokens x
-// 8
-__device__ inline void wkv_pass(Share &passing, const Share &terms, TileB first_first, TileB second_first,
-                                TileB first_second, TileB second_second) {
-    const TileB b[2] = {join_b(first_first, second_first), join_b(first_second, second_second)};
-    mma(passing, to_a2(terms[0], terms[1]), b);
+// passing (16 channels x 8 tokens) += terms (16 x 8) pattern
+__device__ inline void wkv_pass(TileC &passing, const TileC &terms, Pair pattern) {
+    mma_half(passing, terms, first_of(pattern), second_of(pattern));
 }
 
 // What a warp knows of the tile at hand: its operands, and its gradients as they are put together.
@@ -2757,9 +2763,9 @@ struct WkvTile {
     Share r, k, e, d;                  // k times 1 - exp(-e) if one_minus_w
     WkvProducts products;              // of d
     Share dr = {}, dk = {};            // at first X and Y, then the gradients
-    Share passing = {};                // what passes each token, see above; at last dw
+    Share passing;                     // what passes each token, see above; at last dw
     float near_da[2][2], far_da[2][2]; // da of pairs in one half of the tile; across, both ways
-    float past[2] = {0, 0};            // sum_j D S0 dS
+    float past[2] = {0, 0};            // sum_j S0 dS
 };
 
 __device__ inline void wkv_operands(WkvTile &t, const WkvRaw &raw, const float (&decay)[2], bool one_minus_w) {
@@ -2771,7 +2777,7 @@ __device__ inline void wkv_operands(WkvTile &t, const WkvRaw &raw, const float (
 // From the state before a chunk forwards to the one before its last tile, those between to shared memory. raw: the
 // first tile's, then the last one's.
 __device__ inline void wkv_remake_states(TileC (&S0)[8], WkvBackward &s, WkvRaw &raw, const Wkv &p, int64_t head,
-                                         int c0, int tiles, const float (&decay)[2]) {
+                                         int c0, int tiles, bool turned, const float (&decay)[2]) {
     for (int i = 0; i < tiles - 1; i++) {
         Share e, d, k, factor;
         WkvProducts products;
@@ -2781,8 +2787,8 @@ __device__ inline void wkv_remake_states(TileC (&S0)[8], WkvBackward &s, WkvRaw 
         wkv_products(products, d);
         wkv_factors(factor, 0, d, products);
         EACH(n, j) k[n].x[j] *= factor[n].x[j];
-        wkv_update(S0, to_a2(k[0], k[1]), s.v[i], wkv_decay_of_tile(e).D_minus_1);
-        for (int n = 0; n < 8 && TILES > 2 && i < tiles - 2; n++) s.S0[8 * i + n][threadIdx.x] = S0[n];
+        wkv_update(S0, k, s.v[wkv_place(i, turned)], wkv_decay_of_tile(e).D_minus_1);
+        if (i < tiles - 2) wkv_state_keep(s.states[i], S0);
     }
 }
 
@@ -2794,8 +2800,8 @@ __device__ inline void wkv_backward_products(WkvTile &t, WkvBackward &s, const T
     for (int i = 0; i < 4; i++) { // 16 values at a time
         const TileA dy = load_a(&s.dy[q][0][16 * i], LD), v = load_a(&s.v[q][0][16 * i], LD);
         const TileB dy_b[2] = {as_b(dy, 0), as_b(dy, 1)}, v_b[2] = {as_b(v, 0), as_b(v, 1)};
-        mma(t.dr, to_a2(S0[2 * i], S0[2 * i + 1]), dy_b); // X^T
-        mma(t.dk, to_a2(dS[2 * i], dS[2 * i + 1]), v_b);  // Y^T
+        mma_wide(t.dr, {S0[2 * i], S0[2 * i + 1]}, dy_b); // X^T
+        mma_wide(t.dk, {dS[2 * i], dS[2 * i + 1]}, v_b);  // Y^T
         mma(da, dy, v_b);
         mma(da_t, v, dy_b);
         for (int n = 2 * i; n < 2 * i + 2; n++)
@@ -2809,7 +2815,7 @@ __device__ inline void wkv_backward_products(WkvTile &t, WkvBackward &s, const T
     for (int i = 0; i < 2; i++) {
         const bool below = (int)(threadIdx.x % 32 / 4) >= tile_col(i);
         for (int n = 0; n < 2; n++) t.near_da[n][i] = below ? da[n].x[2 * n + i] : da_t[n].x[2 * n + i];
-        t.far_da[0][i] = da[0].x[2 + i], t.far_da[1][i] = da_t[1].x[i];
+        t.far_da[0][i] = da_t[1].x[i], t.far_da[1][i] = da[0].x[2 + i];
     }
 }
 
@@ -2819,15 +2825,17 @@ __device__ inline void wkv_backward_states(WkvTile &t, WkvBackward &s, TileC (&d
     wkv_products(t.products, t.d);
     t.past[0] *= whole.D.x, t.past[1] *= whole.D.y;
     warp_sum(t.past, 4);
+    EACH(n, i) t.passing[n].x[i] = t.past[i / 2];
     Share tilde, factor;
     wkv_factors(factor, 16, t.d, t.products);
     EACH(n, i) tilde[n].x[i] = t.r[n].x[i] * factor[n].x[i];
-    wkv_update(dS, to_a2(tilde[0], tilde[1]), s.dy[q], whole.D_minus_1);
+    wkv_update(dS, tilde, s.dy[q], whole.D_minus_1);
     EACH(n, i) {
         tilde[n].x[i] *= t.dr[n].x[i];
         t.dr[n].x[i] *= factor[n].x[i];
     }
-    wkv_pass(t.passing, tilde, pass.upward, pass.all, pass.none, pass.upward);
+    for (int n = 0; n < 2; n++) wkv_pass(t.passing[n], tilde[n], pass.upward);
+    mma_half(t.passing[0], tilde[1], 1, 1);
     wkv_factors(factor, 0, t.d, t.products);
     EACH(n, i) tilde[n].x[i] = t.k[n].x[i] * factor[n].x[i];
     wkv_store_share(s.after, wkv_channel(), 1, tilde);
@@ -2835,7 +2843,8 @@ __device__ inline void wkv_backward_states(WkvTile &t, WkvBackward &s, TileC (&d
         tilde[n].x[i] *= t.dk[n].x[i];
         t.dk[n].x[i] *= factor[n].x[i];
     }
-    wkv_pass(t.passing, tilde, pass.downward, pass.none, pass.all, pass.downward);
+    mma_half(t.passing[1], tilde[0], 1, 1);
+    for (int n = 0; n < 2; n++) wkv_pass(t.passing[n], tilde[n], pass.downward);
 }
 
 // Through the levels of the scores a, which are made again on the way
@@ -2843,31 +2852,33 @@ __device__ inline void wkv_backward_levels(WkvTile &t, TileC (&a)[2], WkvScratch
 #pragma unroll
     for (int level = 0; level < 4; level++) {
         const int L = 8 >> level;
-        Share x, factor, pairs = {}, z = {};
+        Share x, factor, z = {};
         wkv_level(x, factor, L, t.r, t.k, t.d, t.products);
         wkv_scores(a, scratch, level, x, true);
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const bool here = (threadIdx.x % 32 / 4 ^ tile_col(i)) >> (3 - level) == 1;
-            for (int n = 0; n < 2 && L < 8; n++) pairs[n].x[2 * n + i] = here ? t.near_da[n][i] : 0;
-            if (L == 8) pairs[0].x[2 + i] = t.far_da[0][i], pairs[1].x[i] = t.far_da[1][i];
+        for (int n = 0; n < 2; n++) { // all pairs of L = 8 lie across the halves of the tile, all others in one half
+            float da[2];
+            for (int i = 0; i < 2; i++) {
+                const bool here = (threadIdx.x % 32 / 4 ^ tile_col(i)) >> (3 - level) == 1;
+                da[i] = L == 8 ? t.far_da[n][i] : here ? t.near_da[n][i] : 0;
+            }
+            mma_half(z[n], x[L == 8 ? 1 - n : n], da[0], da[1]);
         }
-        mma_transposed(z, to_a2(x[0], x[1]), to_a2(pairs[0], pairs[1]));
         EACH(n, i) {
             const bool has = wkv_has_bit(L, n, i);
             const float own = z[n].x[i] * factor[n].x[i];
-            t.dr[n].x[i] += has ? own : 0;
-            t.dk[n].x[i] += has ? 0 : own;
+            t.dr[n].x[i] = fmaf(own, has, t.dr[n].x[i]); // by a factor: half the instructions of a choice
+            t.dk[n].x[i] = fmaf(own, !has, t.dk[n].x[i]);
             z[n].x[i] *= x[n].x[i];
         }
-        if (L == 8) wkv_pass(t.passing, z, pass.downward, pass.none, pass.none, pass.upward);
-        if (L == 4) wkv_pass(t.passing, z, pass.level4, pass.none, pass.none, pass.level4);
-        if (L == 2) wkv_pass(t.passing, z, pass.level2, pass.none, pass.none, pass.level2);
+        for (int n = 0; n < 2 && L > 1; n++)
+            wkv_pass(t.passing[n], z[n], L == 4 ? pass.level4 : L == 2 ? pass.level2 : n ? pass.upward : pass.downward);
     }
 }
 
 // Through the bonus u: da[t][t] of the lane's tokens comes from the lane that has it.
-__device__ inline void wkv_backward_bonus(WkvTile &t, float (&du)[2], const float (&u)[2]) {
+__device__ inline void wkv_backward_bonus(WkvTile &t, WkvBackward &s, const float (&u)[2]) {
+    float du[2] = {s.du[0][threadIdx.x], s.du[1][threadIdx.x]};
     for (int m = 0; m < 4; m++) {
         const int n = m / 2, token = m % 2, from = (threadIdx.x % 4 * 2 + token) * 4 + threadIdx.x % 4;
         const float own = __shfl_sync(0xffffffffu, t.near_da[n][token], from);
@@ -2878,16 +2889,18 @@ __device__ inline void wkv_backward_bonus(WkvTile &t, float (&du)[2], const floa
             du[c] += t.r[n].x[i] * t.k[n].x[i] * own;
         }
     }
+    for (int c = 0; c < 2; c++) s.du[c][threadIdx.x] = du[c];
 }
 
 // dw, the keys' factor 1 - exp(-e), and dr, dk and dw to memory. e is computed again from raw: to keep it would take
 // registers that are not there.
-__device__ inline void wkv_backward_store(WkvTile &t, float (&dw_sum)[2], const WkvGradients &g, const Wkv &p,
+__device__ inline void wkv_backward_store(WkvTile &t, WkvBackward &s, const WkvGradients &g, const Wkv &p,
                                           const WkvRaw &raw, const float (&decay)[2], int64_t head, int t0) {
+    float dw_sum[2] = {s.dw_sum[0][threadIdx.x], s.dw_sum[1][threadIdx.x]};
     wkv_decay(t.e, t.d, raw, decay);
     wkv_share(t.k, raw.k);
     EACH(n, i) {
-        float dw = -t.e[n].x[i] * (t.passing[n].x[i] + t.past[i / 2]);
+        float dw = -t.e[n].x[i] * t.passing[n].x[i];
         if (p.one_minus_w) { // the key was k (1 - exp(-e)), e = exp(w)
             dw += t.dk[n].x[i] * t.k[n].x[i] * t.e[n].x[i] * t.d[n].x[i];
             t.dk[n].x[i] *= one_minus(t.d[n].x[i], t.e[n].x[i]);
@@ -2895,6 +2908,7 @@ __device__ inline void wkv_backward_store(WkvTile &t, float (&dw_sum)[2], const 
         dw_sum[i / 2] += dw;
         t.passing[n].x[i] = dw;
     }
+    for (int c = 0; c < 2; c++) s.dw_sum[c][threadIdx.x] = dw_sum[c];
     const int A = p.H * N;
     const int64_t at = head + (int64_t)t0 * A + wkv_channel() + wkv_token(0) * A;
 #pragma unroll
@@ -2918,8 +2932,10 @@ __device__ inline void wkv_backward_values(WkvBackward &s, const WkvGradients &g
         mma(dv, load_a_t(&s.after[16 * i][0], LDT), state_b);
     }
     TileB dy_b[2];
+    TileC a[2];
     load_b_pair_t(dy_b, &s.dy[q][0][16 * warp], LD);
-    mma(dv, wkv_sum_scores(s.part), dy_b);
+    wkv_sum_scores(a, s.part);
+    mma_wide(dv, a, dy_b);
     const int64_t at = head + (int64_t)(t0 + tile_row(0)) * A + 16 * warp + tile_col(0);
 #pragma unroll
     for (int m = 0; m < 4; m++) {
@@ -2935,32 +2951,43 @@ HAS_TWIN __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1)
     const int chunks = (p.T + CHUNK - 1) / CHUNK;
     const int64_t head = (int64_t)b * p.T * A + h * N;
     const WkvPassing pass = wkv_passing_patterns();
-    float u[2] = {0, 0}, decay[2] = {0, 0}, dw_sum[2] = {0, 0}, du[2] = {0, 0};
+    float u[2] = {0, 0}, decay[2] = {0, 0};
     for (int c = 0; c < 2; c++) {
+        s.dw_sum[c][threadIdx.x] = s.du[c][threadIdx.x] = 0;
         if (p.u) u[c] = (float)p.u[h * N + channel + c];
         if (p.time_decay) decay[c] = (float)p.time_decay[h * N + channel + c];
     }
     TileC dS[8] = {};
     WkvRaw raw;
     wkv_fetch(raw, p, head + (int64_t)(chunks - 1) * CHUNK * A, (chunks - 1) * CHUNK);
-    for (int q = 0; q < TILES; q++) wkv_copy_tiles(s, p, g, head, (chunks - 1) * CHUNK, q);
+    for (int q = 0; q < TILES; q++) wkv_copy_tiles(s, p, g, head, (chunks - 1) * CHUNK, q, q);
+    wkv_state_copy(s.states[0], p, chunks - 1);
     async_commit();
-    for (int chunk = chunks - 1; chunk >= 0; chunk--) {
+    async_commit(); // the group of a last tile, here empty
+    bool turned = false;
+    for (int chunk = chunks - 1; chunk >= 0; chunk--, turned = !turned) {
         const int c0 = chunk * CHUNK, tiles = min(TILES, (p.T - c0 + TILE - 1) / TILE);
-        const float *state = p.states + (((int64_t)b * p.H + h) * chunks + chunk) * N * N;
-        async_wait<0>();
+        async_wait<1>();
         __syncthreads();
         for (int q = tiles - 1; q >= 0; q--) {
             const int t0 = c0 + q * TILE;
             TileC S0[8];
-            if (q == 0 || q == tiles - 1) wkv_state_in(S0, state);
-            else
-                for (int n = 0; n < 8 && TILES > 2; n++) S0[n] = s.S0[8 * (q - 1) + n][threadIdx.x];
-            if (q == tiles - 1) wkv_remake_states(S0, s, raw, p, head, c0, tiles, decay);
+            // All states are made again from the chunk's. Then tiles 1 and 2 find theirs where these were put, and tile
+            // 0 finds the chunk's, which has come once more to where tile 2's had been.
+            if (q == 0) async_wait<1>();
+            wkv_state_in(S0, s.states[q == tiles - 1 || q == 1 ? 0 : 1]);
+            if (q == tiles - 1) {
+                wkv_remake_states(S0, s, raw, p, head, c0, tiles, turned, decay);
+                async_wait<0>();
+                __syncthreads();
+            }
+            const int place = wkv_place(q, turned);
+            if (q == 1 || (q == 0 && chunk > 0)) wkv_state_copy(s.states[q], p, q == 1 ? chunk : chunk - 1);
+            async_commit();
             WkvTile t;
-            wkv_backward_products(t, s, S0, dS, q);
+            wkv_backward_products(t, s, S0, dS, place);
             wkv_operands(t, raw, decay, p.one_minus_w);
-            wkv_backward_states(t, s, dS, pass, q);
+            wkv_backward_states(t, s, dS, pass, place);
             TileC a[2] = {};
             wkv_backward_levels(t, a, s.scratch, pass);
             if (p.u) wkv_scores_bonus(a, t.r, t.k, u);
@@ -2968,28 +2995,23 @@ HAS_TWIN __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1)
             const WkvRaw now = raw;
             const int next = q > 0 ? t0 - TILE : c0 - CHUNK; // the tile after this one, here or in the next chunk
             if (next >= 0) wkv_fetch(raw, p, head + (int64_t)next * A, next);
-            if (p.u) wkv_backward_bonus(t, du, u);
-            wkv_backward_store(t, dw_sum, g, p, now, decay, head, t0);
+            if (p.u) wkv_backward_bonus(t, s, u);
+            wkv_backward_store(t, s, g, p, now, decay, head, t0);
             __syncthreads();
 
-            wkv_backward_values(s, g, p, head, t0, q);
+            wkv_backward_values(s, g, p, head, t0, place);
             __syncthreads();
-            if (chunk == 0) continue;
-            // v and dy of the tile before this one have been read by all: room for the next chunk's
-            for (int slot = q + 1; slot < TILES && (slot == q + 1 || q == tiles - 1); slot++)
-                wkv_copy_tiles(s, p, g, head, c0 - CHUNK, slot);
+            // this tile's v and dy have been read by all: room for the next chunk's (a short chunk left more of it)
+            for (int free = q; free < TILES && chunk > 0 && (free == q || q == tiles - 1); free++)
+                wkv_copy_tiles(s, p, g, head, c0 - CHUNK, TILES - 1 - free, wkv_place(free, turned));
             async_commit();
         }
-        __syncthreads();
-        if (chunk > 0) wkv_copy_tiles(s, p, g, head, c0 - CHUNK, 0);
-        async_commit();
     }
     for (int c = 0; c < 2; c++) {
-        dw_sum[c] = warp_sum(dw_sum[c], 4);
-        du[c] = warp_sum(du[c], 4);
+        const float dw_sum = warp_sum(s.dw_sum[c][threadIdx.x], 4), du = warp_sum(s.du[c][threadIdx.x], 4);
         if (threadIdx.x % 4 > 0) continue;
-        g.dw_sum[(int64_t)b * A + h * N + channel + c] = dw_sum[c];
-        g.du[(int64_t)b * A + h * N + channel + c] = du[c];
+        g.dw_sum[(int64_t)b * A + h * N + channel + c] = dw_sum;
+        g.du[(int64_t)b * A + h * N + channel + c] = du;
     }
 }
 

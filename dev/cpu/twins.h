@@ -514,7 +514,7 @@ static void wkv_backward_in_loops(const WkvGradients &g, const Wkv &p, int B) {
             for (int q = tiles - 1; q >= 0; q--) {
                 const WkvTileInLoops &t = tile[q];
                 const int t0 = c0 + q * TILE;
-                WkvRows dy, dr = {}, dk = {}, dv = {}, passing = {}, tilde;
+                WkvRows dy, dr = {}, dk = {}, dv = {}, passing, tilde;
                 float da[TILE][TILE] = {}, a[TILE][TILE] = {}, v_t[N][TILE], lanes[4][N] = {}, past[N];
                 for (int i = 0; i < TILE; i++)
                     for (int c = 0; c < N; c++)
@@ -531,6 +531,7 @@ static void wkv_backward_in_loops(const WkvGradients &g, const Wkv &p, int B) {
                 for (int l = 0; l < 4; l++)
                     for (int c = 0; c < N; c++) lanes[l][c] *= t.D[c];
                 add_lanes(past, lanes);
+                for (int i = 0; i < TILE; i++) memcpy(passing[i], past, sizeof(past));
                 multiply(tilde, t.r, t.before);
                 t.update(dS, dy, tilde);
                 multiply(tilde, tilde, dr);
@@ -564,7 +565,7 @@ static void wkv_backward_in_loops(const WkvGradients &g, const Wkv &p, int B) {
                 for (int i = 0; i < TILE && t0 + i < p.T; i++) { // as wkv_backward_store
                     const int64_t at = head + (int64_t)(t0 + i) * A;
                     float dw[N];
-                    for (int c = 0; c < N; c++) dw[c] = -t.e[i][c] * (passing[i][c] + past[c]);
+                    for (int c = 0; c < N; c++) dw[c] = -t.e[i][c] * passing[i][c];
                     for (int c = 0; c < N && p.one_minus_w; c++) {
                         dw[c] += dk[i][c] * (float)p.k[at + c] * t.e[i][c] * t.d[i][c];
                         dk[i][c] *= one_minus(t.d[i][c], t.e[i][c]);
