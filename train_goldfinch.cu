@@ -2332,9 +2332,10 @@ struct Wkv {                     // (B, T, A) each, head h at channels h N .. h 
     const floatX *u;             // (A); or null for zero
     const floatX *v2;            // added to y; or null
     bool one_minus_w;            // k <- k (1 - exp(-e)) first
-    // (B, H, chunks, N N): S at the start of every chunk, numbers at wkv_state_at (the CPU's loops: as carry); or null
+    // (B, H, chunks, N N): S at the start of every chunk, numbers at wkv_state_at (the CPU's loops: as carry); or null.
+    // With carry: memory for segments
     float *states;
-    // (B, H, N values, N keys): S^T to begin with, then to go on from; null: begin with 0
+    // (B, H, N values, N keys), inference: S^T to begin with, then to go on from; null: begin with 0
     float *carry;
     int T, H;
 };
@@ -2531,7 +2532,7 @@ __device__ inline void wkv_sum_scores(TileC (&a)[2], const WkvPart &parts) {
 //     j  [ C0 | C1 | .. | C7 ]  one warp
 //         y (16 t x 16 j) = r~ (16 t x 64 i) S + a v        S^T <- D S^T + v^T (16 j x 16 t) k~
 //
-// Grid (H, B), blocks of 128 threads, dynamic shared memory sizeof(WkvForward). What all warps read of a tile is there
+// Blocks of 128 threads, dynamic shared memory sizeof(WkvForward). What all warps read of a tile is there
 // twice, for even and odd tiles, so that one barrier a tile is enough.
 struct WkvForward {
     alignas(16) floatX v[2][TILE][LD];
@@ -2561,10 +2562,29 @@ __device__ inline void wkv_state_out(float *to, const TileC (&S)[8], bool carry)
         }
 }
 
+// A long sequence alone has too few heads to fill a GPU. So in inference segments of it go side by side: first the state
+// that each makes from zero and its decay (wkv_segment_kernel: no scores, no y), then the states they start with, one
+// after the other (wkv_starts_kernel), then y of all (wkv_forward_kernel, a segment a block).
+static const int WKV_SEGMENT = 512; // tokens
+
+struct WkvSegment {
+    float S[N * N]; // (values, keys): what it makes from zero, then what it starts with
+    float D[N];     // the decay of all its tokens
+};
+
+static_assert(WKV_SEGMENT % TILE == 0 && WKV_SEGMENT >= 2 * CHUNK, "segments are kept in the place of chunks' states");
+
+// segment z of a head
+__device__ inline WkvSegment &wkv_segment_of(const Wkv &p, int segments, int h, int b, int z) {
+    return ((WkvSegment *)p.states)[((int64_t)b * p.H + h) * segments + z];
+}
+
+// Grid (H, B, segments)
 HAS_TWIN __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(floatX *y, Wkv p) {
     WkvForward &s = *dynamic_smem<WkvForward>();
     const int warp = threadIdx.x / 32, h = blockIdx.x, b = blockIdx.y, A = p.H * N, channel = wkv_channel();
-    const int chunks = (p.T + CHUNK - 1) / CHUNK;
+    const int chunks = (p.T + CHUNK - 1) / CHUNK, segments = gridDim.z, first = blockIdx.z * WKV_SEGMENT;
+    const int end = (int)blockIdx.z + 1 < segments ? first + WKV_SEGMENT : p.T;
     float u[2] = {0, 0}, decay[2] = {0, 0};
     for (int c = 0; c < 2; c++) {
         if (p.u) u[c] = (float)p.u[h * N + channel + c];
@@ -2572,17 +2592,18 @@ HAS_TWIN __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(float
     }
     TileC S[8] = {};
     float *carry = p.carry ? p.carry + ((int64_t)b * p.H + h) * N * N : nullptr;
-    for (int n = 0; n < 8 && carry; n++)
-        for (int i = 0; i < 4; i++) S[n].x[i] = carry[(16 * warp + tile_row(i)) * N + 8 * n + tile_col(i)];
+    const float *start = segments > 1 ? wkv_segment_of(p, segments, h, b, blockIdx.z).S : carry;
+    for (int n = 0; n < 8 && start; n++)
+        for (int i = 0; i < 4; i++) S[n].x[i] = start[(16 * warp + tile_row(i)) * N + 8 * n + tile_col(i)];
     const int64_t head = (int64_t)b * p.T * A + h * N;
     WkvRaw raw;
-    wkv_fetch(raw, p, head, 0);
-    wkv_copy_tile(s.v[0], p.v, head, 0, p.T, A);
+    wkv_fetch(raw, p, head + (int64_t)first * A, first);
+    wkv_copy_tile(s.v[0], p.v, head, first, p.T, A);
     async_commit();
-    for (int t0 = 0; t0 < p.T; t0 += TILE) {
+    for (int t0 = first; t0 < end; t0 += TILE) {
         const int side = t0 / TILE % 2;
         const int64_t base = head + (int64_t)t0 * A;
-        if (p.states && t0 % CHUNK == 0)
+        if (p.states && !carry && t0 % CHUNK == 0)
             wkv_state_out(p.states + (((int64_t)b * p.H + h) * chunks + t0 / CHUNK) * N * N, S, false);
         {
             Share r, k, e, d, x, factor;
@@ -2590,7 +2611,7 @@ HAS_TWIN __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(float
             wkv_share(r, raw.r);
             wkv_decay(e, d, raw, decay);
             wkv_keys(k, raw, e, d, p.one_minus_w);
-            if (t0 + TILE < p.T) wkv_fetch(raw, p, base + (int64_t)TILE * A, t0 + TILE);
+            if (t0 + TILE < end) wkv_fetch(raw, p, base + (int64_t)TILE * A, t0 + TILE);
             WkvProducts q;
             wkv_products(q, d);
 #pragma unroll
@@ -2618,7 +2639,7 @@ HAS_TWIN __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(float
         }
         async_wait<0>();
         __syncthreads();
-        if (t0 + TILE < p.T) wkv_copy_tile(s.v[1 - side], p.v, head, t0 + TILE, p.T, A);
+        if (t0 + TILE < end) wkv_copy_tile(s.v[1 - side], p.v, head, t0 + TILE, p.T, A);
         async_commit();
         TileC out[2] = {};
         for (int i = 0; i < 4; i++) {
@@ -2643,7 +2664,7 @@ HAS_TWIN __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(float
             store_pair(y + at + m / 2 * 8 * A + m % 2 * 8, from[0] + first_of(v2[m]), from[1] + second_of(v2[m]));
         }
     }
-    if (carry) wkv_state_out(carry, S, true);
+    if (carry && (int)blockIdx.z == segments - 1) wkv_state_out(carry, S, true);
 }
 
 // ---- backward ----
@@ -3015,6 +3036,56 @@ HAS_TWIN __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1)
     }
 }
 
+// ---- segments: grids (H, B, segments - 1), blocks of WKV_THREADS, and (N N / 256, H, B), blocks of 256 ----
+
+HAS_TWIN __global__ void __launch_bounds__(WKV_THREADS) wkv_segment_kernel(Wkv p, int segments) {
+    __shared__ __align__(16) floatX v[2][TILE][LD];
+    const int h = blockIdx.x, b = blockIdx.y, first = blockIdx.z * WKV_SEGMENT, A = p.H * N, channel = wkv_channel();
+    const int64_t head = (int64_t)b * p.T * A + h * N;
+    float decay[2] = {0, 0}, sum[2] = {0, 0};
+    for (int c = 0; c < 2 && p.time_decay; c++) decay[c] = (float)p.time_decay[h * N + channel + c];
+    TileC S[8] = {}; // rows are keys
+    WkvRaw raw;
+    wkv_fetch(raw, p, head + (int64_t)first * A, first);
+    wkv_copy_tile(v[0], p.v, head, first, p.T, A);
+    async_commit();
+    for (int t0 = first; t0 < first + WKV_SEGMENT; t0 += TILE) {
+        const int side = t0 / TILE % 2, next = t0 + TILE;
+        Share e, d, k, factor;
+        WkvProducts products;
+        wkv_decay(e, d, raw, decay);
+        wkv_keys(k, raw, e, d, p.one_minus_w);
+        if (next < first + WKV_SEGMENT) wkv_fetch(raw, p, head + (int64_t)next * A, next);
+        wkv_products(products, d);
+        wkv_factors(factor, 0, d, products);
+        EACH(n, i) {
+            k[n].x[i] *= factor[n].x[i];
+            sum[i / 2] += e[n].x[i];
+        }
+        async_wait<0>();
+        __syncthreads();
+        if (next < first + WKV_SEGMENT) wkv_copy_tile(v[1 - side], p.v, head, next, p.T, A);
+        async_commit();
+        wkv_update(S, k, v[side], wkv_decay_of_tile(e).D_minus_1);
+    }
+    WkvSegment &to = wkv_segment_of(p, segments, h, b, blockIdx.z);
+    for (int n = 0; n < 8; n++)
+        for (int i = 0; i < 2; i++) store_pair(to.S + (8 * n + tile_col(i)) * N + channel, S[n].x[i], S[n].x[i + 2]);
+    warp_sum(sum, 4);
+    if (threadIdx.x % 4 == 0) store_pair(to.D + channel, fast_exp(-sum[0]), fast_exp(-sum[1]));
+}
+
+HAS_TWIN __global__ void wkv_starts_kernel(Wkv p, int segments) {
+    const int h = blockIdx.y, b = blockIdx.z, at = blockIdx.x * blockDim.x + threadIdx.x;
+    float S = p.carry[((int64_t)b * p.H + h) * N * N + at];
+    for (int z = 0; z < segments; z++) {
+        WkvSegment &segment = wkv_segment_of(p, segments, h, b, z);
+        const float made = z < segments - 1 ? segment.S[at] : 0, D = z < segments - 1 ? segment.D[at % N] : 0;
+        segment.S[at] = S;
+        S = D * S + made;
+    }
+}
+
 #ifdef CUDA_ON_CPU // in dev/cpu/twins.h
 static void wkv_forward_in_loops(floatX *y, const Wkv &p, int B);
 static void wkv_backward_in_loops(const WkvGradients &g, const Wkv &p, int B);
@@ -3024,8 +3095,13 @@ static void wkv_forward(floatX *y, const Wkv &p, int B) {
 #ifdef CUDA_ON_CPU
     if (cuda_on_cpu::twins) return wkv_forward_in_loops(y, p, B);
 #endif
+    const int segments = p.carry && p.states && p.T > WKV_SEGMENT ? (int)ceil_div(p.T, WKV_SEGMENT) : 1;
+    if (segments > 1) {
+        wkv_segment_kernel<<<dim3(p.H, B, segments - 1), WKV_THREADS, 0, stream>>>(p, segments);
+        wkv_starts_kernel<<<dim3(N * N / 256, p.H, B), 256, 0, stream>>>(p, segments);
+    }
     allow_smem(wkv_forward_kernel, sizeof(WkvForward));
-    wkv_forward_kernel<<<dim3(p.H, B), WKV_THREADS, sizeof(WkvForward), stream>>>(y, p);
+    wkv_forward_kernel<<<dim3(p.H, B, segments), WKV_THREADS, sizeof(WkvForward), stream>>>(y, p);
 }
 
 static void wkv_backward(const WkvGradients &g, const Wkv &p, int B) {
@@ -4696,7 +4772,7 @@ static Wkv finch_c2_wkv(const Model *m, const Layer *layer) {
             .u = v2 ? nullptr : layer->p.time_faaaa.w,
             .v2 = v2 ? a.v2 + lead : nullptr,
             .one_minus_w = m->s.use_one_minus_w != 0,
-            .states = layer->wkv_state ? nullptr : a.states,
+            .states = a.states,
             .carry = layer->wkv_state,
             .T = m->d.T - m->d.lead,
             .H = m->d.H};
@@ -5011,7 +5087,7 @@ static Wkv finch_wkv(const Model *m, const Layer *layer) {
             .u = layer->p.time_faaaa.w,
             .v2 = nullptr,
             .one_minus_w = false,
-            .states = layer->wkv_state ? nullptr : a.states,
+            .states = a.states,
             .carry = layer->wkv_state,
             .T = m->d.T - m->d.lead,
             .H = m->d.H};

@@ -20,6 +20,12 @@
 //       W(s,t) is not P_t / P_(s+1): that would overflow where decays are strong. It is multiplied up, pair by pair.
 //     4 in use: what it does better is told in train_goldfinch.cu, under "---- WKV"
 //
+// And of a prompt (wkv_prompt), which begins with a state, and alone has too few heads to fill a GPU:
+//
+//     1 the same kernel, from its first token to its last
+//     2 in use: segments of 512 tokens side by side, once it is known which states they start with. More work, in an
+//       eighth of the steps
+//
 //     make -C dev wkv_forward && dev/wkv_forward [VERSION [B T H]]
 
 #define GOLDFINCH_NO_MAIN
@@ -28,7 +34,7 @@
 
 static int B, T, H, A;
 static Array<floatX> r, k, v, w, u, y;
-static Array<float> states;
+static Array<float> states, carry;
 
 struct In {
     const floatX *r, *k, *v, *w, *u;
@@ -219,6 +225,13 @@ static void run(int version) {
     if (version == 4) wkv_forward_in_use();
 }
 
+// The state to begin with is zero; without memory for them there are no segments.
+static void run_prompt(int version) {
+    CUDA_CHECK(cudaMemsetAsync(carry.p, 0, (int64_t)B * H * N * N * sizeof(float), stream));
+    float *segments = version == 1 ? nullptr : states.p;
+    wkv_forward(y.p, Wkv{r.p, k.p, v.p, w.p, nullptr, u.p, nullptr, false, segments, carry.p, T, H}, B);
+}
+
 static void setup(const int *shape) {
     B = shape[0], T = shape[1], H = shape[2], A = H * N;
     const int64_t n = (int64_t)B * T * A;
@@ -226,6 +239,7 @@ static void setup(const int *shape) {
     u.random(A);
     w.fill(n, [](int64_t i) { return (float)(-10 + 14 * lab_uniform(1, i)); }); // decays from 0.99995 to 0
     states.allocate((int64_t)B * H * ceil_div(T, CHUNK) * N * N);
+    carry.allocate((int64_t)B * H * N * N);
     y.output("y", by_precision(1e-5, 2e-2), n);
     for (int64_t head : sample((int64_t)B * H, 8)) {
         std::vector<double> S(N * N);
@@ -259,6 +273,14 @@ int main(int argc, char **argv) {
                       {{32, 1024, 12}, {8, 2048, 32}},
                       setup,
                       run,
+                      cost},
+                     {"wkv_prompt",
+                      {{"B", 1}, {"T", 1}, {"H", 1}},
+                      {"in one piece", "in use, in segments"},
+                      {{2, 37, 1}, {1, 512, 1}, {2, 1100, 2}},
+                      {{1, 4096, 12}, {1, 4096, 32}},
+                      setup,
+                      run_prompt,
                       cost}},
                     argc, argv);
 }

@@ -442,7 +442,8 @@ static void wkv_forward_in_loops(floatX *y, const Wkv &p, int B) {
         float *carry = p.carry ? p.carry + bh * N * N : nullptr;
         if (carry) memcpy(S, carry, sizeof(S));
         for (int t0 = 0; t0 < p.T; t0 += TILE) {
-            if (p.states && t0 % CHUNK == 0) memcpy(p.states + (bh * chunks + t0 / CHUNK) * N * N, S, sizeof(S));
+            if (p.states && !carry && t0 % CHUNK == 0)
+                memcpy(p.states + (bh * chunks + t0 / CHUNK) * N * N, S, sizeof(S));
             WkvTileInLoops t;
             WkvRows x, factor, out = {};
             float a[TILE][TILE] = {};
