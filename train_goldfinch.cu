@@ -2562,8 +2562,8 @@ __device__ inline void wkv_state_out(float *to, const TileC (&S)[8], bool carry)
         }
 }
 
-// A long sequence alone has too few heads to fill a GPU. So in inference segments of it go side by side: first the state
-// that each makes from zero and its decay (wkv_segment_kernel: no scores, no y), then the states they start with, one
+// A long sequence alone has too few heads to fill a GPU. So in inference its segments go side by side: first the state
+// that each makes from zero, and its decay (wkv_segment_kernel: no scores, no y), then the states they start with, one
 // after the other (wkv_starts_kernel), then y of all (wkv_forward_kernel, a segment a block).
 static const int WKV_SEGMENT = 512; // tokens
 

@@ -18,6 +18,20 @@
 //     3 in use: 16 tokens at a time by matrix products. How it finds dr and dw without ever having S_t inside a tile is
 //       told in train_goldfinch.cu, above WkvBackward
 //
+// What made 3 quick, in ms on an H200 (32x1024x12; 8x2048x32). It began with operands as two bf16 each and 2,650
+// instructions a warp and tile: 0.530, 0.838.
+//
+//     0.422, 0.654   fp32 operands as they stand in registers (tf32, mma_half): no conversions, 1,930 instructions
+//     0.381, 0.604   states come by cp.async, a tile or a chunk ahead, in the order in which threads hold them
+//     0.366, 0.570   v and dy take their places in turn from both ends, so that nobody waits for the copy begun last;
+//                    and sums over all tiles are in shared memory, as with 3 blocks on a multiprocessor registers run
+//                    out, and what the compiler puts elsewhere finds 28 KB of L1 (either alone: no gain)
+//     0.363, 0.565   the states' addresses are computed where they are used: another register
+//
+// No gain: states prefetched into L2; r not loaded where it is not needed; the sum over keys (past) by a product.
+// Slower: u and decays in shared memory (0.383), loads past L1 (0.438), 2 blocks with 255 registers each (0.611; but
+// 0.634 beside 0.654 for 32 heads, where 2 run anyway).
+//
 //     make -C dev wkv_backward && dev/wkv_backward [VERSION [B T H]]
 
 #define GOLDFINCH_NO_MAIN
@@ -237,16 +251,19 @@ static void setup(const int *shape) {
     const int64_t n = (int64_t)B * T * A, heads = (int64_t)B * H;
     for (Array<floatX> *input : {&r, &k, &v, &dy}) input->random(n);
     u.random(A);
-    w.fill(n, [](int64_t i) { return (float)(-10 + 14 * lab_uniform(1, i)); }); // decays from 0.99995 to 0
+    // Decays from 0.99995 to 0: a token's own in odd channels, which soon forget, a channel's own in even ones, some of
+    // which remember all tokens.
+    w.fill(n, [](int64_t i) { return (float)(-10 + 14 * lab_uniform(1, i % A % 2 ? i : i % A)); });
     y.allocate(n);
     states.allocate(heads * ceil_div(T, CHUNK) * N * N);
     states16.allocate(heads * ceil_div(T, TOKENS) * N * N);
     dw_sum.allocate((int64_t)B * A);
     wkv_forward(y.p, wkv_in_use(), B);
-    const double tolerance = by_precision(1e-5, 2e-2);
-    dr.output("dr", tolerance, n);
+    // In bf16 states are made of keys rounded once more, and dv has dS as a rounded operand. Seen: up to 1.6e-2
+    const double tolerance = by_precision(1e-5, 2e-2), wide = by_precision(1e-5, 5e-2);
+    dr.output("dr", wide, n);
     dk.output("dk", tolerance, n);
-    dv.output("dv", tolerance, n);
+    dv.output("dv", wide, n);
     dw.output("dw", tolerance, n);
     du.output("du", tolerance, (int64_t)B * A);
     for (int64_t head : sample(heads, 4)) expect_head(head);

@@ -237,10 +237,13 @@ static void setup(const int *shape) {
     const int64_t n = (int64_t)B * T * A;
     for (Array<floatX> *input : {&r, &k, &v}) input->random(n);
     u.random(A);
-    w.fill(n, [](int64_t i) { return (float)(-10 + 14 * lab_uniform(1, i)); }); // decays from 0.99995 to 0
+    // Decays from 0.99995 to 0: a token's own in odd channels, which soon forget, a channel's own in even ones, some of
+    // which remember all tokens.
+    w.fill(n, [](int64_t i) { return (float)(-10 + 14 * lab_uniform(1, i % A % 2 ? i : i % A)); });
     states.allocate((int64_t)B * H * ceil_div(T, CHUNK) * N * N);
     carry.allocate((int64_t)B * H * N * N);
-    y.output("y", by_precision(1e-5, 2e-2), n);
+    // In bf16 a state that remembers much is a rounded operand, off by 2^-9 in each of 64 terms. Seen: up to 2.6e-2
+    y.output("y", by_precision(1e-5, 5e-2), n);
     for (int64_t head : sample((int64_t)B * H, 8)) {
         std::vector<double> S(N * N);
         for (int t = 0; t < T; t++) {
