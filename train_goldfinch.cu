@@ -957,8 +957,8 @@ template <int m, int n> __device__ inline void mma(TileC (&c)[m][n], const TileA
 }
 #endif
 
-// Products whose left operand stays in fp32: results, as they stand in their lanes' registers. Of a number tensor cores
-// take the first 11 bits (tf32), where a bf16 has 8, and nothing is to be converted.
+// Products whose left operand stays in fp32: results, as they stand in their lanes' registers. Nothing is converted:
+// tensor cores read 11 significant bits of a number (tf32), where a bf16 has 8, and drop the others.
 #if PRECISION_BF16 && !defined(CUDA_ON_CPU)
 // c += a b, a (16x8), b (8x8): its rows tile_col(0) and tile_col(1) of column lane / 4
 __device__ inline void mma_half(TileC &c, const TileC &a, float b0, float b1) {
@@ -2572,7 +2572,8 @@ struct WkvSegment {
     float D[N];     // the decay of all its tokens
 };
 
-static_assert(WKV_SEGMENT % TILE == 0 && WKV_SEGMENT >= 2 * CHUNK, "segments are kept in the place of chunks' states");
+static_assert(WKV_SEGMENT % (2 * TILE) == 0 && WKV_SEGMENT >= 2 * CHUNK,
+              "segments are kept in the place of chunks' states");
 
 // segment z of a head
 __device__ inline WkvSegment &wkv_segment_of(const Wkv &p, int segments, int h, int b, int z) {
@@ -2689,10 +2690,10 @@ HAS_TWIN __global__ void __launch_bounds__(WKV_THREADS) wkv_forward_kernel(float
 // running sums, which would lose a small dw behind large ones.
 //
 // Here warp i has keys 16 i .. 16 i + 15 of S0 and dS as rows, so that Shares are operands without a detour. S0 of a
-// chunk's tiles is made again from the chunk's state. S0, dS and the sums' terms are multiplied as they are, with more
-// bits than bf16 has (mma_half): much cancels in dw. Sums over all tiles are kept in shared memory: registers that the
-// compiler runs out of go to memory, and beside this much shared memory there is little cache. Floor: r, k, v, w, dy
-// in, dr, dk, dv, dw out, 9 BTA floatX, 2 for states: limited by memory bandwidth.
+// chunk's tiles is made again from the chunk's state. S0, dS and the sums' terms are multiplied with more bits than
+// bf16 has (mma_half): much cancels in dw. Sums over all tiles are in shared memory: there are too few registers, and
+// what does not fit goes to memory. Floor: r, k, v, w, dy in, dr, dk, dv, dw out, 9 BTA floatX, 2 for states: limited
+// by memory bandwidth.
 static const int TILES = CHUNK / TILE;
 
 struct WkvBackward {
@@ -2701,10 +2702,13 @@ struct WkvBackward {
     alignas(16) WkvScratch scratch;
     WkvPart part;
     float dw_sum[2][WKV_THREADS], du[2][WKV_THREADS]; // each thread's own sums over the tiles
-    float4 states[2][8][WKV_THREADS]; // each thread's own: the chunk's state, then those before tiles 1 and 2
+    // each thread's own. [0]: the chunk's state, then tile 1's, then that of the chunk before. [1]: tile 2's, then the
+    // chunk's again, for tile 0
+    float4 states[2][8][WKV_THREADS];
 };
 
 static_assert(sizeof(WkvBackward) <= 99 * 1024, "what the smaller GPUs give a block");
+static_assert(TILES <= 4, "there are places for the states of tiles 0, 1, 2 and the last");
 
 struct WkvGradients {
     const floatX *dy;
@@ -2720,18 +2724,19 @@ __device__ inline void wkv_copy_tiles(WkvBackward &s, const Wkv &p, const WkvGra
     wkv_copy_tile(s.dy[place], g.dy, head, t0, p.T, A);
 }
 
-// Chunks take the places of v and dy in turn from the first tile to the last and the other way round: the place that a
-// chunk leaves last is that of the next one's last tile, which wkv_remake_states can do without.
+// The walk frees places of v and dy from the last tile's to the first's, and the tiles of the chunk before move in,
+// first tile first. So every other chunk lies in reverse order (turned), and the copy that is begun last is that of a
+// last tile, which wkv_remake_states does not read.
 __device__ inline int wkv_place(int q, bool turned) { return turned ? TILES - 1 - q : q; }
 
-// What this thread has of a state, to shared memory on the way (see wkv_state_at), from there, and back to it. Rows of
-// S are keys, as in a Share.
+// This thread's part of a state, whose rows are keys as in a Share. Begins to copy it from memory to shared memory:
 __device__ inline void wkv_state_copy(float4 (&to)[8][WKV_THREADS], const Wkv &p, int chunk) {
     const int chunks = (p.T + CHUNK - 1) / CHUNK;
     const float *own = p.states + (((int64_t)blockIdx.y * p.H + blockIdx.x) * chunks + chunk) * N * N + threadIdx.x * 4;
     for (int n = 0; n < 8; n++) async_copy16(&to[n][threadIdx.x], own + n * WKV_THREADS * 4, true);
 }
 
+// from there to registers,
 __device__ inline void wkv_state_in(TileC (&S)[8], const float4 (&from)[8][WKV_THREADS]) {
     for (int n = 0; n < 8; n++) {
         const float4 piece = from[n][threadIdx.x];
@@ -2739,11 +2744,12 @@ __device__ inline void wkv_state_in(TileC (&S)[8], const float4 (&from)[8][WKV_T
     }
 }
 
+// and back.
 __device__ inline void wkv_state_keep(float4 (&to)[8][WKV_THREADS], const TileC (&S)[8]) {
     for (int n = 0; n < 8; n++) to[n][threadIdx.x] = make_float4(S[n].x[0], S[n].x[2], S[n].x[1], S[n].x[3]);
 }
 
-// S <- D S + left^T rows: left as operand (16 keys x 16 tokens), rows (16 tokens x N values)
+// S <- D S + left rows: left (16 keys x 16 tokens), rows (16 tokens x N values)
 __device__ inline void wkv_update(TileC (&S)[8], const Share &left, const floatX (*rows)[LD], float2 D_minus_1) {
     TileB b[8];
     for (int n = 0; n < 8; n++) {
@@ -2981,7 +2987,10 @@ HAS_TWIN __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1)
     TileC dS[8] = {};
     WkvRaw raw;
     wkv_fetch(raw, p, head + (int64_t)(chunks - 1) * CHUNK * A, (chunks - 1) * CHUNK);
-    for (int q = 0; q < TILES; q++) wkv_copy_tiles(s, p, g, head, (chunks - 1) * CHUNK, q, q);
+    const int c_last = (chunks - 1) * CHUNK; // places that a short chunk leaves free go to the one before
+    for (int q = 0; q < TILES; q++)
+        if (c_last + q * TILE < p.T) wkv_copy_tiles(s, p, g, head, c_last, q, q);
+        else if (chunks > 1) wkv_copy_tiles(s, p, g, head, c_last - CHUNK, TILES - 1 - q, q);
     wkv_state_copy(s.states[0], p, chunks - 1);
     async_commit();
     async_commit(); // the group of a last tile, here empty
@@ -3014,7 +3023,8 @@ HAS_TWIN __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1)
             if (p.u) wkv_scores_bonus(a, t.r, t.k, u);
             wkv_store_scores(s.part, a);
             const WkvRaw now = raw;
-            const int next = q > 0 ? t0 - TILE : c0 - CHUNK; // the tile after this one, here or in the next chunk
+            // the tile before this one; or the first of the chunk before, where wkv_remake_states begins
+            const int next = q > 0 ? t0 - TILE : c0 - CHUNK;
             if (next >= 0) wkv_fetch(raw, p, head + (int64_t)next * A, next);
             if (p.u) wkv_backward_bonus(t, s, u);
             wkv_backward_store(t, s, g, p, now, decay, head, t0);
@@ -3022,9 +3032,8 @@ HAS_TWIN __global__ void __launch_bounds__(WKV_THREADS, PRECISION_BF16 ? 3 : 1)
 
             wkv_backward_values(s, g, p, head, t0, place);
             __syncthreads();
-            // this tile's v and dy have been read by all: room for the next chunk's (a short chunk left more of it)
-            for (int free = q; free < TILES && chunk > 0 && (free == q || q == tiles - 1); free++)
-                wkv_copy_tiles(s, p, g, head, c0 - CHUNK, TILES - 1 - free, wkv_place(free, turned));
+            // this tile's v and dy have been read by all: room for one of the chunk before
+            if (chunk > 0) wkv_copy_tiles(s, p, g, head, c0 - CHUNK, TILES - 1 - q, place);
             async_commit();
         }
     }
