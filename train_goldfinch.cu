@@ -2290,8 +2290,8 @@ static int pack_blocks(int64_t n) { return (int)ceil_div(n, 8 * 256); } // for b
 //     y_t[j]   = sum_i r_t[i] (S[i][j] + u[i] k_t[i] v_t[j])
 //     S[i][j] <- d_t[i] S[i][j] + k_t[i] v_t[j]
 //
-// A block owns a head of a sequence and walks it in tiles of 16 tokens. With W(s,t) the product of the decays strictly
-// between s and t, a tile is
+// A block owns a head of a sequence (of a long prompt, of a segment) and walks it in tiles of 16 tokens. With W(s,t)
+// the product of the decays strictly between s and t, a tile is
 //
 //     a[t][s] = sum_i r_t[i] k_s[i] W(s,t)[i]  (s < t),  sum_i r_t[i] u[i] k_t[i]  (s = t)
 //     y       = r~ S + a v          r~_t = r_t * (the tile's decays before t)
@@ -2759,6 +2759,20 @@ __device__ inline void wkv_update(TileC (&S)[8], const Share &left, const floatX
     mma_wide(S, left, b);
 }
 
+// Of the tile in raw: e, and its keys as an update takes them (k~). Then raw is on its way to be the tile at `next`, if
+// there is more.
+__device__ inline void wkv_keys_after(Share &k, Share &e, WkvRaw &raw, const Wkv &p, const float (&decay)[2],
+                                      int64_t head, int next, bool more) {
+    Share d, factor;
+    WkvProducts products;
+    wkv_decay(e, d, raw, decay);
+    wkv_keys(k, raw, e, d, p.one_minus_w);
+    if (more) wkv_fetch(raw, p, head + (int64_t)next * p.H * N, next);
+    wkv_products(products, d);
+    wkv_factors(factor, 0, d, products);
+    EACH(n, i) k[n].x[i] *= factor[n].x[i];
+}
+
 // The sums that dw needs, as right operands: ones where token `from` (row) passes token t (column), both of the same
 // half of the tile. upward: from > t, downward: from < t; level4, level2: of one group of 8 or 4, upward for those
 // with the bit, downward for the others.
@@ -2806,14 +2820,8 @@ __device__ inline void wkv_operands(WkvTile &t, const WkvRaw &raw, const float (
 __device__ inline void wkv_remake_states(TileC (&S0)[8], WkvBackward &s, WkvRaw &raw, const Wkv &p, int64_t head,
                                          int c0, int tiles, bool turned, const float (&decay)[2]) {
     for (int i = 0; i < tiles - 1; i++) {
-        Share e, d, k, factor;
-        WkvProducts products;
-        wkv_decay(e, d, raw, decay);
-        wkv_keys(k, raw, e, d, p.one_minus_w);
-        wkv_fetch(raw, p, head + (int64_t)(c0 + (i + 1) * TILE) * p.H * N, c0 + (i + 1) * TILE);
-        wkv_products(products, d);
-        wkv_factors(factor, 0, d, products);
-        EACH(n, j) k[n].x[j] *= factor[n].x[j];
+        Share k, e;
+        wkv_keys_after(k, e, raw, p, decay, head, c0 + (i + 1) * TILE, true);
         wkv_update(S0, k, s.v[wkv_place(i, turned)], wkv_decay_of_tile(e).D_minus_1);
         if (i < tiles - 2) wkv_state_keep(s.states[i], S0);
     }
@@ -3060,20 +3068,13 @@ HAS_TWIN __global__ void __launch_bounds__(WKV_THREADS) wkv_segment_kernel(Wkv p
     async_commit();
     for (int t0 = first; t0 < first + WKV_SEGMENT; t0 += TILE) {
         const int side = t0 / TILE % 2, next = t0 + TILE;
-        Share e, d, k, factor;
-        WkvProducts products;
-        wkv_decay(e, d, raw, decay);
-        wkv_keys(k, raw, e, d, p.one_minus_w);
-        if (next < first + WKV_SEGMENT) wkv_fetch(raw, p, head + (int64_t)next * A, next);
-        wkv_products(products, d);
-        wkv_factors(factor, 0, d, products);
-        EACH(n, i) {
-            k[n].x[i] *= factor[n].x[i];
-            sum[i / 2] += e[n].x[i];
-        }
+        const bool more = next < first + WKV_SEGMENT;
+        Share k, e;
+        wkv_keys_after(k, e, raw, p, decay, head, next, more);
+        EACH(n, i) sum[i / 2] += e[n].x[i];
         async_wait<0>();
         __syncthreads();
-        if (next < first + WKV_SEGMENT) wkv_copy_tile(v[1 - side], p.v, head, next, p.T, A);
+        if (more) wkv_copy_tile(v[1 - side], p.v, head, next, p.T, A);
         async_commit();
         wkv_update(S, k, v[side], wkv_decay_of_tile(e).D_minus_1);
     }
@@ -3087,12 +3088,13 @@ HAS_TWIN __global__ void __launch_bounds__(WKV_THREADS) wkv_segment_kernel(Wkv p
 HAS_TWIN __global__ void wkv_starts_kernel(Wkv p, int segments) {
     const int h = blockIdx.y, b = blockIdx.z, at = blockIdx.x * blockDim.x + threadIdx.x;
     float S = p.carry[((int64_t)b * p.H + h) * N * N + at];
-    for (int z = 0; z < segments; z++) {
+    for (int z = 0; z < segments - 1; z++) {
         WkvSegment &segment = wkv_segment_of(p, segments, h, b, z);
-        const float made = z < segments - 1 ? segment.S[at] : 0, D = z < segments - 1 ? segment.D[at % N] : 0;
+        const float made = segment.S[at];
         segment.S[at] = S;
-        S = D * S + made;
+        S = segment.D[at % N] * S + made;
     }
+    wkv_segment_of(p, segments, h, b, segments - 1).S[at] = S;
 }
 
 #ifdef CUDA_ON_CPU // in dev/cpu/twins.h

@@ -251,8 +251,7 @@ static void setup(const int *shape) {
     const int64_t n = (int64_t)B * T * A, heads = (int64_t)B * H;
     for (Array<floatX> *input : {&r, &k, &v, &dy}) input->random(n);
     u.random(A);
-    // Decays from 0.99995 to 0: a token's own in odd channels, which soon forget, a channel's own in even ones, some of
-    // which remember all tokens.
+    // as in wkv_forward.cu: half the channels soon forget, some of the others remember all tokens
     w.fill(n, [](int64_t i) { return (float)(-10 + 14 * lab_uniform(1, i % A % 2 ? i : i % A)); });
     y.allocate(n);
     states.allocate(heads * ceil_div(T, CHUNK) * N * N);
