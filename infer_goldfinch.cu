@@ -165,6 +165,7 @@ struct GoldSource {
     Rope rope;
     // R32: R up to a multiple of 32, zeros behind R. rank_pad: 64 or a multiple of 128
     int C, H, R, R32, rank_pad;
+    bool warpgroups; // multiply the weights: `tiles` has them in cores' order, and a block four or eight warps
 };
 
 // What blocks that share a context have found, sums of p = exp2(score - top) v and of p, or what is put together in the
@@ -546,8 +547,20 @@ __global__ void append_to_ring_kernel(floatX *ring, const floatX *from, int64_t 
 //     values:                          mixes;                    U += v1 [w1 | W2]
 //     then softmax, and for each head once more v1, to add p' v1
 //
-// Flops per token and layer: 2 C (R + 4 rank + 96), on 16 x 8 tiles of tensor cores. Limited by shared memory: a tile's
-// 256 bytes of weights serve 16 tokens.
+// Flops per token and layer: 2 C (R + 4 rank + 96), 3.0 M at D 2048: with 8 such layers a million tokens are 24 T, 30
+// ms at 800 TFLOP/s. By single warps (16 x 8 tiles) shared memory is the limit: a tile's 256 bytes of weights serve 16
+// tokens. On Hopper a warpgroup's 64 tokens share them, and most products run in the background:
+//
+//     a warp          | mix k1 of stage j        | round | mix k1 of stage j + 1    | round | ..
+//     tensor cores     U += k1 of stage j - 1            | z, mixes of j + 1; U += k1 of stage j    | ..
+//     copy engine      weights of stages j + 1, j + 2, as soon as the last warp is done with j - 2, j - 1
+//
+// Decode after 1,000,000 tokens, L24 D2048, H200, ms a token, by bench_infer: single warps 167; U by warpgroups 146;
+// weights by the copy engine, and no barrier at each stage 126; z and mixes by warpgroups, too 123; not one thread but
+// the last warp asks for weights (the one had to wait for all) 111; a loop that is not unrolled, mixes that begin at
+// time_maa_k 109. Left: 1,100 instructions a stage of a warp, and two warps a scheduler, as U takes half of all
+// registers. They find an instruction to issue in 36 % of the cycles; the rest waits for shuffles, rows and tiles'
+// ends.
 
 // A lane owns 8 neighbouring channels of 32 (one 16-byte load), though a tile gives it two of each 8: so tiles are made
 // of channels in another order. Tile n, column j of 32 channels is channel 8 (j / 2) + 2 n + j % 2.
@@ -555,16 +568,28 @@ __host__ __device__ inline int tile_channel(int i) { return i / 32 * 32 + i % 8 
 
 // Right operands of a matrix B[k][n] = p[k ld_k + n ld_n], in lanes' order; the pair of tiles (n / 8, k / 32) goes to
 // position n / 8 % per * inner + n / 8 / per * outer + k / 32 * step. Channels in tiles' order where asked for. A warp
-// a pair.
+// a pair. In cores' order, for warpgroups, a pair is 4 cores, 8 rows k each: (8 columns n, 8 rows k).
 struct PackTiles {
     const floatX *p;
     int64_t ld_k, ld_n;
     int K, per, inner, outer, step;
-    bool k_channels, n_channels;
+    bool k_channels, n_channels, cores;
 };
 
 __global__ void pack_tiles_kernel(TilePair *to, PackTiles s) {
     const int k32 = blockIdx.x % (s.K / 32), n8 = blockIdx.x / (s.K / 32), lane = threadIdx.x;
+    to += (int64_t)(n8 % s.per * s.inner + n8 / s.per * s.outer + k32 * s.step) * 32;
+    if (s.cores) {
+        Pack x;
+        for (int i = 0; i < 8; i++) {
+            const int k = 32 * k32 + lane / 8 * 8 + i, n = 8 * n8 + lane % 8;
+            x.x[i] =
+                (float)
+                    s.p[(s.k_channels ? tile_channel(k) : k) * s.ld_k + (s.n_channels ? tile_channel(n) : n) * s.ld_n];
+        }
+        store((floatX *)to + 8 * lane, x);
+        return;
+    }
     const int n = 8 * n8 + lane / 4, column = s.n_channels ? tile_channel(n) : n;
     TilePair pair;
     for (int half = 0; half < 2; half++) {
@@ -576,7 +601,7 @@ __global__ void pack_tiles_kernel(TilePair *to, PackTiles s) {
         }
         pair.b[half] = make_b(x[0], x[1], x[2], x[3]);
     }
-    to[((int64_t)(n8 % s.per * s.inner + n8 / s.per * s.outer + k32 * s.step)) * 32 + lane] = pair;
+    to[lane] = pair;
 }
 
 // to[j stage 32 + lane] = the lane's eight channels of 32 j..; a warp a stage
@@ -593,7 +618,7 @@ struct PastTask {
 };
 
 struct PastSmem {    // where things lie in a block's shared memory
-    TilePair *stage; // two stages of weights for 32 channels each, past_stage pairs apart
+    TilePair *stage; // past_buffers stages of weights for 32 channels each, past_stage pairs apart
     floatX *patch;   // (warps, 16, 64), in the stages' place
     // (warps, 2, 16, 64): 64 channels of tables' rows, and the next ones on their way
     floatX *rows;
@@ -602,9 +627,21 @@ struct PastSmem {    // where things lie in a block's shared memory
     float *top, *sum, *mean, *shrink; // (H M)
     float *v_mean, *v_rstd;           // (tokens)
     int *ids;                         // (tokens): -1 outside
-    int ld;                           // of p
+    // of each buffer, with warpgroups: its weights are there; how many warps are done with them
+    Signal *there;
+    int *done;
+    int ld; // of p
     size_t bytes;
 };
+
+// Off by 1e-7 at most, also where x is smaller: u is added to numbers around 1, in bf16
+__device__ inline float fast_tanh(float x) {
+#if PRECISION_BF16 && !defined(CUDA_ON_CPU)
+    return 1 - __fdividef(2, 1 + exp2_fast(2 * 1.44269504f * x));
+#else
+    return tanhf(x);
+#endif
+}
 
 // Whether u lies where c was: rows are as long, and the one sweep that reads c is over when the first u is written.
 // This holds for the paper's sizes (compression ratio 16, rank C / 16) without a rope. Elsewhere u takes room of its
@@ -614,6 +651,8 @@ __host__ __device__ inline bool u_replaces_c(const GoldSource &g) {
 }
 
 __host__ __device__ inline int past_stage(const GoldSource &g) { return g.stage + 1; } // with the queries' tiles
+// One is being multiplied, and one on its way; with warpgroups those of the stages before and after it, too.
+__host__ __device__ constexpr int past_buffers(bool warpgroups) { return warpgroups ? 3 : 2; }
 
 __host__ __device__ inline PastSmem past_smem(char *base, const GoldSource &g, int warps, int M) {
     PastSmem s;
@@ -624,7 +663,7 @@ __host__ __device__ inline PastSmem past_smem(char *base, const GoldSource &g, i
         return p;
     };
     const int tokens = 16 * warps, pairs = M * g.H;
-    s.stage = (TilePair *)place(2 * sizeof(TilePair) * 32 * past_stage(g));
+    s.stage = (TilePair *)place(past_buffers(g.warpgroups) * sizeof(TilePair) * 32 * past_stage(g));
     s.patch = (floatX *)s.stage;
     s.rows = (floatX *)place(sizeof(floatX) * tokens * 2 * 64);
     s.c = (floatX *)place(sizeof(floatX) * tokens * (g.R32 + PAD));
@@ -639,6 +678,8 @@ __host__ __device__ inline PastSmem past_smem(char *base, const GoldSource &g, i
     s.v_mean = (float *)place(4ul * tokens);
     s.v_rstd = (float *)place(4ul * tokens);
     s.ids = (int *)place(4ul * tokens);
+    s.there = (Signal *)place(3 * sizeof(Signal));
+    s.done = (int *)place(3 * sizeof(int));
     s.bytes = at;
     return s;
 }
@@ -681,6 +722,161 @@ __device__ INLINE_PRODUCT void mma_pairs(TileC (&c)[n], const TileA &a0, const T
     mma(c, a1, right);
 }
 
+// By warpgroups (see the trainer's section 2), with operands in cores' order: a core is 8 rows, or columns, of 8
+// numbers each along k, one after the other. In a pair of tiles cores follow each other along k; in c (16 rows of ld
+// numbers for each warp) as well, and the next 8 rows lie 8 ld numbers on.
+__device__ inline int core_at(int row, int k, int ld) { return row / 8 * 8 * ld + k / 8 * 64 + row % 8 * 8 + k % 8; }
+
+// A[m][k] from k on of c; B[k][n] from k = 16 half on of a pair, for products of one warp
+__device__ inline TileA core_a(const floatX *c, int k, int ld) {
+#if PRECISION_BF16 && !defined(CUDA_ON_CPU)
+    const int lane = threadIdx.x % 32;
+    TileA a;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(a.x[0]), "=r"(a.x[1]), "=r"(a.x[2]), "=r"(a.x[3])
+                 : "r"(smem_address(c + core_at(lane % 16, k + lane / 16 * 8, ld)))
+                 : "memory");
+    return a;
+#else
+    TileC left, right;
+    for (int i = 0; i < 4; i++) {
+        left.x[i] = (float)c[core_at(tile_row(i), k + tile_col(i), ld)];
+        right.x[i] = (float)c[core_at(tile_row(i), k + tile_col(i) + 8, ld)];
+    }
+    return to_a(left, right);
+#endif
+}
+__device__ inline TileB core_b(const TilePair *pair, int half) {
+    const int lane = threadIdx.x % 32;
+    const floatX *p = (const floatX *)pair + 128 * half + lane / 4 * 8 + lane % 4 * 2;
+    return make_b((float)p[0], (float)p[1], (float)p[64], (float)p[65]);
+}
+
+#if defined(WARPGROUPS) && !defined(CUDA_ON_CPU)
+// How wgmma is told of cores: address / 16; units of 16 bytes to the core of the next k, and of the next rows or
+// columns. 16 k on it is low + 16.
+struct Cores {
+    unsigned low, high;
+};
+__device__ inline Cores cores(const void *p, int along_k, int across) {
+    return {(smem_address(p) & 0x3ffff) >> 4 | (unsigned)along_k << 16, (unsigned)across};
+}
+#define NUMBERS16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#endif
+
+// The lane's channels of m: in all rows the same
+__device__ inline void start_at(TileC (&m)[4], const Pack &mu) {
+    for (int n = 0; n < 4; n++)
+        for (int i = 0; i < 4; i++) m[n].x[i] = mu.x[2 * n + i % 2];
+}
+
+// For the warpgroup's 64 tokens and 32 channels, in the background, as a group of its own: for keys x = c W_c^T, c the
+// first warp's; m = mu + h mix, h in registers. w: W_c's pairs (keys only), then mix's, w1's, W2's, and mu.
+template <int groups, bool keys>
+__device__ inline void multiply_inputs(TileC (&x)[4], TileC (&m)[4], const floatX *c, const TileA (&hidden)[2],
+                                       const TilePair *w) {
+    constexpr int R32 = 32 * groups, ld = R32 + PAD;
+    const TilePair *mix = keys ? w + 4 * R32 : w; // 4 R32 / 32 pairs of tiles
+    for (int n = 0; n < 4; n++) x[n] = {};
+    start_at(m, load((const floatX *)(mix + (4 + 8 * groups) * 32 + threadIdx.x % 32)));
+#ifdef CUDA_ON_CPU
+    c += threadIdx.x % 128 / 32 * 16 * ld;
+    for (int k = 0; k < R32 && keys; k += 16) {
+        TileB b[4];
+        for (int n = 0; n < 4; n++) b[n] = core_b(w + n * R32 + k / 32 * 32, k / 16 % 2);
+        mma(x, core_a(c, k, ld), b);
+    }
+    for (int half = 0; half < 2; half++) {
+        TileB b[4];
+        for (int n = 0; n < 4; n++) b[n] = core_b(mix + n * 32, half);
+        mma(m, hidden[half], b);
+    }
+#elif defined(WARPGROUPS)
+    hold(x); // all in their registers before the products
+    hold(m);
+    warpgroup_begin();
+    const Cores left = cores(c, 8, ld), of_c = cores(w, 8, R32), of_mix = cores(mix, 8, 32);
+#pragma unroll
+    for (int i = 0; i < R32 / 16 && keys; i++)
+        asm volatile("{\n .reg .b64 a, b;\n mov.b64 a, {%16, %17};\n mov.b64 b, {%18, %19};\n"
+                     "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" NUMBERS16 "}, a, b, 1, 1, 1, 0, 0;\n}"
+                     : TILES4(x, 0)
+                     : "r"(left.low + 16 * i), "r"(left.high), "r"(of_c.low + 16 * i), "r"(of_c.high));
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+        asm volatile("{\n .reg .b64 b;\n mov.b64 b, {%20, %21};\n"
+                     "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" NUMBERS16
+                     "}, {%16,%17,%18,%19}, b, 1, 1, 1, 0;\n}"
+                     : TILES4(m, 0)
+                     : "r"(hidden[half].x[0]), "r"(hidden[half].x[1]), "r"(hidden[half].x[2]), "r"(hidden[half].x[3]),
+                       "r"(of_mix.low + 16 * half), "r"(of_mix.high));
+    warpgroup_commit();
+#endif
+}
+// Until they are there; so many groups begun after them may go on.
+template <int newer>
+__device__ inline void until_inputs([[maybe_unused]] TileC (&x)[4], [[maybe_unused]] TileC (&m)[4]) {
+#if defined(WARPGROUPS) && !defined(CUDA_ON_CPU)
+    warpgroup_wait<newer>();
+    hold(x);
+    hold(m);
+#endif
+}
+
+// U += x w, x the warps' 32 channels, likewise. until_multiplied waits for all groups.
+template <int groups>
+__device__ inline void multiply_by_warpgroup(TileC (&U)[2][groups][4], const TileA (&x)[2], const TilePair *w) {
+    [[maybe_unused]] TileC(*c)[16] = (TileC(*)[16])U;
+#ifdef CUDA_ON_CPU
+    for (int part = 0; part < groups / 2; part++)
+        for (int half = 0; half < 2; half++) {
+            TileB b[16];
+            for (int n = 0; n < 16; n++) b[n] = core_b(w + (16 * part + n) * 32, half);
+            mma(c[part], x[half], b);
+        }
+#elif defined(WARPGROUPS)
+    const Cores right = cores(w, 8, 32);
+    warpgroup_begin();
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int part = 0; part < groups / 2; part++)
+            asm volatile("{\n .reg .b64 b;\n mov.b64 b, {%68, %69};\n"
+                         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" NUMBERS64
+                         "}, {%64,%65,%66,%67}, b, 1, 1, 1, 0;\n}"
+                         : TILES4(c[part], 0), TILES4(c[part], 4), TILES4(c[part], 8), TILES4(c[part], 12)
+                         : "r"(x[half].x[0]), "r"(x[half].x[1]), "r"(x[half].x[2]), "r"(x[half].x[3]),
+                           "r"(right.low + 512 * part + 16 * half), "r"(right.high));
+    warpgroup_commit();
+#endif
+}
+template <int groups> __device__ inline void until_multiplied([[maybe_unused]] TileC (&U)[2][groups][4]) {
+#if defined(WARPGROUPS) && !defined(CUDA_ON_CPU)
+    warpgroup_wait<0>();
+    for (int half = 0; half < 2; half++)
+        for (int i = 0; i < groups; i++) hold(U[half][i]);
+#endif
+}
+
+// bytes, a multiple of 16, from global to shared memory by the copy engine, which tells `there`
+__device__ inline void copy_bytes(void *to, const void *from, int bytes, Signal *there) {
+#ifdef CUDA_ON_CPU
+    memcpy(to, from, bytes);
+    cuda_on_cpu::signal_bytes(there, bytes);
+#elif defined(WARPGROUPS)
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     smem_address(to)),
+                 "l"(from), "r"(bytes), "r"(smem_address(there))
+                 : "memory");
+#endif
+}
+// Shared memory, as this thread has written and read it, comes before what the copy engine writes and wgmma reads.
+__device__ inline void show_to_engine(void) {
+#if defined(WARPGROUPS) && !defined(CUDA_ON_CPU)
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 // Operands from fp32 numbers in shared memory: A[m][k] = p[m ld + k]; B[k][n] = p[n ld + k]
 __device__ inline TileA float_a(const float *p, int ld) {
     TileC left, right;
@@ -695,16 +891,19 @@ __device__ inline TileB float_b(const float *p, int ld) {
     return make_b(p[0], p[1], p[8], p[9]);
 }
 
-// sum over x's columns of x_row . (gram x_row), for the lane's two rows; x (16, K) in shared memory
-__device__ inline float2 quadratic(const floatX *x, int ld, const TilePair *gram, int K) {
+// sum over x's columns of x_row . (gram x_row), for the lane's two rows; x (16, K) in shared memory, maybe in cores
+template <bool cores> __device__ inline float2 quadratic(const floatX *x, int ld, const TilePair *gram, int K) {
+    auto left = [&](int k) { return cores ? core_a(x, k, ld) : load_a(x + k, ld); };
     float2 sum = make_float2(0, 0);
     for (int n = 0; n < K; n += 32) {
         TileC y[4] = {};
+#pragma unroll 4 // loads, from L2, on their way together
         for (int k = 0; k < K; k += 32)
-            mma_pairs(y, load_a(x + k, ld), load_a(x + k + 16, ld), gram + (n / 8 * (K / 32) + k / 32) * 32, K / 32);
+            mma_pairs(y, left(k), left(k + 16), gram + (n / 8 * (K / 32) + k / 32) * 32, K / 32);
         for (int j = 0; j < 4; j++)
             for (int i = 0; i < 4; i++) {
-                const float term = y[j].x[i] * (float)x[tile_row(i) * ld + n + 8 * j + tile_col(i)];
+                const int row = tile_row(i), column = n + 8 * j + tile_col(i);
+                const float term = y[j].x[i] * (float)x[cores ? core_at(row, column, ld) : row * ld + column];
                 if (i < 2) sum.x += term;
                 else sum.y += term;
             }
@@ -727,39 +926,41 @@ __device__ inline Pack cache_pack(const GoldSource &g, int64_t t, int at) {
 }
 
 // The warp's tokens, row 0 being the one before token t0: ids, c, h, and the norm of z.
+template <bool warpgroups>
 __device__ inline void past_rows(PastRows &rows, const PastSmem &s, const GoldSource &g, int64_t t0, int64_t T) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, ldc = g.R32 + PAD;
     floatX *c = s.c + warp * 16 * ldc, *h = s.h + warp * 16 * (64 + PAD);
     int *ids = s.ids + 16 * warp;
     const int64_t first = t0 - 1; // of row 0
+    auto place = [=](int row, int at) { return warpgroups ? core_at(row, at, ldc) : row * ldc + at; };
     if (lane < 16) ids[lane] = first + lane >= 0 && first + lane < T ? g.ids[first + lane] : -1;
     __syncwarp();
 #pragma unroll 8
     // by packs: few loads, all on their way at once
     for (int i = lane; i < 2 * g.R32; i += 32) {
         const int row = i / (g.R32 / 8), at = i % (g.R32 / 8) * 8;
-        store(c + row * ldc + at, ids[row] >= 0 ? cache_pack(g, first + row, at) : zero_pack());
+        store(c + place(row, at), ids[row] >= 0 ? cache_pack(g, first + row, at) : zero_pack());
     }
 #pragma unroll
     for (int i = lane; i < 16 * 8; i += 32) {
         const int row = i / 8, at = i % 8 * 8;
         Pack x = zero_pack();
         if (ids[row] >= 0) x = load(g.id_h + (int64_t)ids[row] * 64 + at);
-        if (ids[row] >= 0 && first + row > 0) {
-            const Pack before = load(g.id_h_before + (int64_t)g.ids[first + row - 1] * 64 + at);
+        if (ids[row] >= 0 && row > 0 && ids[row - 1] >= 0) { // row 0's is not used
+            const Pack before = load(g.id_h_before + (int64_t)ids[row - 1] * 64 + at);
             for (int j = 0; j < 8; j++) x.x[j] += before.x[j];
         }
         for (int j = 0; j < 8; j++) x.x[j] = tanhf(x.x[j]);
         store(h + row * (64 + PAD) + at, x);
     }
     __syncwarp();
-    const float2 squares = quadratic(c, ldc, g.c_gram, g.R32);
+    const float2 squares = quadratic<warpgroups>(c, ldc, g.c_gram, g.R32);
     for (int i = 0; i < 2; i++) {
         const int row = tile_row(2 * i), id = ids[row];
         float dot = 0;
 #pragma unroll 4
         for (int at = lane % 4 * 8; at < g.R32; at += 32) {
-            const Pack table = load(g.id_c + (int64_t)max(id, 0) * g.R32 + at), own = load(c + row * ldc + at);
+            const Pack table = load(g.id_c + (int64_t)max(id, 0) * g.R32 + at), own = load(c + place(row, at));
             for (int j = 0; j < 8; j++) dot += table.x[j] * own.x[j];
         }
         dot = warp_sum(dot, 4);
@@ -769,16 +970,15 @@ __device__ inline void past_rows(PastRows &rows, const PastSmem &s, const GoldSo
     }
 }
 
-// x (16 tokens x 32 channels, as 4 tiles) = x + (shift(x) - x) * (mu + m), along the rows; row 0 is not used
-// own: mu of the lane's channels
-__device__ inline void past_mix(TileC (&x)[4], const TileC (&m)[4], const Pack &own) {
+// x (16 tokens x 32 channels, as 4 tiles) = x + (shift(x) - x) * m, along the rows; row 0 is not used
+__device__ inline void past_mix(TileC (&x)[4], const TileC (&m)[4]) {
     const int lane = threadIdx.x % 32;
     for (int n = 0; n < 4; n++) {
         float up[4]; // of the row above, rows 8 apart in a lane
         for (int i = 0; i < 4; i++) up[i] = __shfl_sync(0xffffffffu, x[n].x[i], (lane + 28) % 32);
         for (int i = 0; i < 4; i++) {
             const float before = lane < 4 && i >= 2 ? up[i - 2] : up[i];
-            x[n].x[i] += (before - x[n].x[i]) * (own.x[2 * n + i % 2] + m[n].x[i]);
+            x[n].x[i] += (before - x[n].x[i]) * m[n].x[i];
         }
     }
 }
@@ -790,96 +990,195 @@ __device__ inline int past_at(int row, int channel) { return row * 64 + (channel
 
 // ids (16): of the rows; negative where there is none
 __device__ inline void past_request(floatX *rows, const floatX *table, const int *ids, int channel, int C) {
-    const int step = 16 / sizeof(floatX), per_row = 64 / step;
+    const int step = 16 / sizeof(floatX), per_row = 64 / step, rows_at_once = 32 / per_row, lane = threadIdx.x % 32;
+    rows += past_at(lane / per_row, lane % per_row * step); // rows_at_once is even: the others lie likewise
+    table += channel + lane % per_row * step;
+    ids += lane / per_row;
 #pragma unroll
-    for (int i = threadIdx.x % 32; i < 16 * per_row; i += 32) {
-        const int row = i / per_row, at = i % per_row * step;
-        async_copy16(rows + past_at(row, at), table + (int64_t)max(ids[row], 0) * C + channel + at, true);
-    }
+    for (int i = 0; i < 16; i += rows_at_once) async_copy16(rows + i * 64, table + (int64_t)max(ids[i], 0) * C, true);
 }
 
-// x = scale (x + the lane's channels of its two rows), 0 where there is no row; channel: 0 or 32
-__device__ inline void past_add(TileC (&x)[4], const floatX *rows, int channel, const float (&scale)[2]) {
-    channel += threadIdx.x % 4 * 8;
-    const Pack own[2] = {load(rows + past_at(tile_row(0), channel)), load(rows + past_at(tile_row(2), channel))};
+// x = the lane's channels of its two rows, or with `add` x and these; channel: 0 or 32
+template <bool add> __device__ inline void past_take(TileC (&x)[4], const floatX *rows, int channel) {
+    rows += past_at(tile_row(0), channel + threadIdx.x % 4 * 8);
+    const Pack own[2] = {load(rows), load(rows + 8 * 64)}; // tile_row(2), 8 rows on
     for (int n = 0; n < 4; n++)
-        for (int i = 0; i < 4; i++) x[n].x[i] = (x[n].x[i] + own[i / 2].x[2 * n + i % 2]) * scale[i / 2];
+        for (int i = 0; i < 4; i++) x[n].x[i] = (add ? x[n].x[i] : 0) + own[i / 2].x[2 * n + i % 2];
 }
 
-// Before each stage j of a sweep: its weights are there, and with every head the table's rows. Asks for what comes
-// next: the weights of the next stage (null: there is none), and after them, with every head, the rows of the next one.
-// Returns the rows.
-__device__ inline const floatX *past_advance(const PastSmem &s, const GoldSource &g, const TilePair *weights, int pairs,
-                                             const TilePair *queries, const floatX *table, int at, int j) {
-    const int warp = threadIdx.x / 32, next = (at + 1) % 2 * 32 * past_stage(g);
-    floatX *rows = s.rows + warp * 2 * 16 * 64;
-    if (j % 2 == 0) async_wait<0>();
-    else async_wait<1>(); // the next head's rows may come later
-    __syncthreads();
-    if (weights) stage_copy(s.stage + next, weights, pairs);
-    if (weights && queries) stage_copy(s.stage + next + pairs * 32, queries, 1);
+__device__ inline void past_scale(TileC (&x)[4], const float (&scale)[2]) { // of two rows; 0 where there is none
+    for (int n = 0; n < 4; n++)
+        for (int i = 0; i < 4; i++) x[n].x[i] *= scale[i / 2];
+}
+
+// Where a stage's weights are: number `at` of a tile's stages, first the keys', then the values'; a buffer; and for
+// which time that is full, 0 or 1 in turn. Without warpgroups all threads copy, and the block meets at each stage. With
+// them the copy engine does, and whoever is the last warp to be done with a buffer asks it for what goes there next: no
+// warp waits for another that is less than a stage behind.
+struct PastStage {
+    int at, buffer, time;
+    template <bool warpgroups> __device__ PastStage next(void) const {
+        const bool turns = buffer == past_buffers(warpgroups) - 1;
+        return {at + 1, turns ? 0 : buffer + 1, turns ? time ^ 1 : time};
+    }
+};
+
+__device__ inline TilePair *past_buffer(const PastSmem &s, const GoldSource &g, int buffer) {
+    return s.stage + buffer * 32 * past_stage(g);
+}
+
+// Without warpgroups: weights to a buffer, and behind them a pair of tiles of the queries, or none
+__device__ inline void past_copy(const PastSmem &s, const GoldSource &g, int buffer, const TilePair *weights, int pairs,
+                                 const TilePair *queries) {
+    TilePair *to = past_buffer(s, g, buffer);
+    stage_copy(to, weights, pairs);
+    if (queries) stage_copy(to + pairs * 32, queries, 1);
     async_commit();
-    if (j % 2 == 0) {
-        if (j + 2 < g.C / 32)
-            past_request(rows + (j / 2 + 1) % 2 * 16 * 64, table, s.ids + 16 * warp, 32 * (j + 2), g.C);
+}
+// With them: those of stage `at`. of_sweep: stages of a sweep, in all passes
+__device__ inline void past_ask(const PastSmem &s, const GoldSource &g, const PastTask &task, int at, int buffer,
+                                int of_sweep) {
+#ifdef WARPGROUPS
+    const bool keys = at < of_sweep, scores = at < g.C / 32;
+    const int pairs = keys ? g.k.stage : g.v.stage, a_pair = 32 * sizeof(TilePair);
+    const TilePair *tiles = keys ? g.k.tiles : g.v.tiles;
+    TilePair *to = past_buffer(s, g, buffer);
+    signal_expect(s.there + buffer, (pairs + scores) * a_pair);
+    copy_bytes(to, tiles + (int64_t)(keys ? at : at - of_sweep) * pairs * 32, pairs * a_pair, s.there + buffer);
+    if (scores) copy_bytes(to + pairs * 32, task.query.q + at * 32, a_pair, s.there + buffer);
+#endif
+}
+__device__ inline void past_there(const PastSmem &s, PastStage stage) { // with warpgroups: until the weights are
+#ifdef WARPGROUPS
+    signal_wait(s.there + stage.buffer, stage.time);
+#endif
+}
+__device__ inline void past_done(const PastSmem &s, const GoldSource &g, const PastTask &task, PastStage stage,
+                                 int of_sweep) { // with warpgroups: the warp is, with the weights
+#ifdef WARPGROUPS
+    __syncwarp();
+    if (threadIdx.x % 32 > 0) return;
+    __threadfence_block(); // all reading before, and the copy behind
+    if (atomicAdd(s.done + stage.buffer, 1) + 1 < (int)blockDim.x / 32) return;
+    __threadfence_block();
+    s.done[stage.buffer] = 0;
+    if (stage.at + 3 < 2 * of_sweep) past_ask(s, g, task, stage.at + 3, stage.buffer, of_sweep);
+#endif
+}
+
+// Before each stage of a sweep: a half, 0 or 1, of a head. With every head the table's rows are there, and the next
+// ones are asked for; without warpgroups also the weights, and those of the next stage (null: there is none). Returns
+// the rows.
+template <bool warpgroups>
+__device__ inline const floatX *past_advance(const PastSmem &s, const GoldSource &g, const floatX *table, int head,
+                                             int half, int buffer, const TilePair *weights, int pairs,
+                                             const TilePair *queries) {
+    const int warp = threadIdx.x / 32;
+    floatX *rows = s.rows + warp * 2 * 16 * 64;
+    if (half == 0) async_wait<0>();
+    else if (!warpgroups) async_wait<1>(); // the next head's rows may come later
+    if (!warpgroups) __syncthreads();
+    else if (half == 0) __syncwarp();
+    if (!warpgroups && weights) past_copy(s, g, buffer ^ 1, weights, pairs, queries);
+    if (half == 0) {
+        if (head + 1 < g.H)
+            past_request(rows + (head + 1) % 2 * 16 * 64, table, s.ids + 16 * warp, 64 * (head + 1), g.C);
         async_commit();
     }
-    return rows + j / 2 % 2 * 16 * 64;
+    return rows + head % 2 * 16 * 64;
 }
 
 // All channels of the warp's tokens, for keys with scores: leaves u in shared memory and mean and 1/deviation in rows.
 // The first stage is on its way. Ranks above 32 `groups` take several passes.
-template <int groups, bool keys>
-__device__ inline void past_sweep(PastRows &rows, const PastSmem &s, const GoldSource &g, const PastTask &task) {
+template <int groups, bool keys, bool warpgroups>
+__device__ inline void past_sweep(PastRows &rows, const PastSmem &s, const GoldSource &g, const PastTask &task,
+                                  PastStage &stage) {
     const GoldSource::Side &side = keys ? g.k : g.v;
-    const int warp = threadIdx.x / 32, ldc = g.R32 + PAD, ldh = 64 + PAD, ldu = g.rank_pad + PAD, stages = g.C / 32;
-    const floatX *c = s.c + warp * 16 * ldc, *h = s.h + warp * 16 * ldh + (keys ? 0 : 32),
+    const int warp = threadIdx.x / 32, ldc = g.R32 + PAD, ldh = 64 + PAD, ldu = g.rank_pad + PAD, stages = g.C / 32,
+              passes = g.rank_pad / (32 * groups);
+    const floatX *c = s.c + (warpgroups ? warp / 4 * 4 : warp) * 16 * ldc, *h = s.h + warp * 16 * ldh + (keys ? 0 : 32),
                  *table = keys ? g.id_k0 : g.id_xo;
     floatX *u = s.u + warp * 16 * ldu;
     const TileA hidden[2] = {load_a(h, ldh), load_a(h + 16, ldh)};
     float scale[2];
     for (int i = 0; i < 2; i++) scale[i] = keys ? rows.scale[i] : rows.id[i] >= 0 ? 1 : 0;
+    const bool complete = __all_sync(0xffffffffu, rows.id[0] >= 0 && rows.id[1] >= 0); // no row is to be zero
     float sum[2] = {0, 0}, squares[2] = {0, 0}; // of k1; |k1|^2 + 2 u . (W2^T k1)
-    for (int pass = 0; pass < g.rank_pad / (32 * groups); pass++) {
-        TileC U[2][groups][4] = {}, score[1] = {};
+    for (int pass = 0; pass < passes; pass++) {
+        TileC U[2][groups][4] = {}, score[1] = {}, x[4], m[4];
+        PastStage before = stage;
         past_request(s.rows + warp * 2 * 16 * 64, table, s.ids + 16 * warp, 0, g.C);
         async_commit();
-        for (int j = 0; j < stages; j++) {
-            const int at = pass * stages + j;
-            const bool more = at + 1 < stages * g.rank_pad / (32 * groups),
-                       scores = keys && pass == 0 && j + 1 < stages;
-            const floatX *own = past_advance(s, g, more ? side.tiles + (int64_t)(at + 1) * side.stage * 32 : nullptr,
-                                             side.stage, scores ? task.query.q + (j + 1) * 32 : nullptr, table, at, j);
-            const TilePair *w = s.stage + at % 2 * 32 * past_stage(g);
-            TileC x[4] = {}, m[4] = {};
-            if (keys) {
-                for (int k = 0; k < g.R32; k += 32)
-                    mma_pairs(x, load_a(c + k, ldc), load_a(c + k + 16, ldc), w + k, g.R32 / 32);
-                w += 4 * g.R32; // 4 R32 / 32 pairs of tiles
-            }
-            mma_pairs(m, hidden[0], hidden[1], w, 1);
-            w += 4 * 32;
-            past_add(x, own, j % 2 * 32, scale);
-            past_mix(x, m, load((const floatX *)(w + 8 * groups * 32 + threadIdx.x % 32)));
-            for (int n = 0; n < 4 && pass == 0; n++)
-                for (int i = 0; i < 4; i++) {
-                    sum[i / 2] += x[n].x[i];
-                    squares[i / 2] += x[n].x[i] * x[n].x[i];
+        const bool scores = keys && pass == 0;
+        auto advance = [&](int head, int half) {
+            const int j = 2 * head + half, next = pass * stages + j + 1; // of the sweep
+            return past_advance<warpgroups>(s, g, table, head, half, stage.buffer,
+                                            next < passes * stages ? side.tiles + (int64_t)next * side.stage * 32
+                                                                   : nullptr,
+                                            side.stage,
+                                            scores && j + 1 < stages ? task.query.q + (j + 1) * 32 : nullptr);
+        };
+        if (warpgroups) {
+            past_there(s, stage);
+            multiply_inputs<groups, keys>(x, m, c, hidden, past_buffer(s, g, stage.buffer));
+        }
+        const floatX *own = advance(0, 0);
+        if (warpgroups) until_inputs<0>(x, m);
+        for (int head = 0; head < g.H; head++)
+#pragma unroll 1 // longer code than this does not stay in the cache for it
+            for (int half = 0; half < 2; half++) {
+                const bool first = 2 * head + half == 0, last = 2 * head + half + 1 == stages;
+                const TilePair *w = past_buffer(s, g, stage.buffer);
+                const PastStage next = stage.next<warpgroups>();
+                if (!warpgroups) {
+                    for (int n = 0; n < 4; n++) x[n] = {};
+                    for (int k = 0; k < g.R32 && keys; k += 32)
+                        mma_pairs(x, load_a(c + k, ldc), load_a(c + k + 16, ldc), w + k, g.R32 / 32);
                 }
-            const TileA left = to_a(x[0], x[1]), right = to_a(x[2], x[3]);
+                w += (keys ? 4 * g.R32 : 0) + 4 * 32; // 4 R32 / 32 pairs, and 4
+                if (!warpgroups) {
+                    start_at(m, load((const floatX *)(w + 8 * groups * 32 + threadIdx.x % 32)));
+                    mma_pairs(m, hidden[0], hidden[1], w - 4 * 32, 1);
+                }
+                past_take<keys>(x, own, half * 32);
+                if (keys || !complete) past_scale(x, scale);
+                past_mix(x, m);
+                for (int n = 0; n < 4 && pass == 0; n++)
+                    for (int i = 0; i < 4; i++) {
+                        sum[i / 2] += x[n].x[i];
+                        squares[i / 2] += x[n].x[i] * x[n].x[i];
+                    }
+                if (warpgroups) { // the stage before: its channels' registers are free
+                    until_multiplied(U);
+                    if (!first) past_done(s, g, task, before, passes * stages);
+                }
+                const TileA left = to_a(x[0], x[1]), right = to_a(x[2], x[3]);
+                if (scores) mma_pairs(score, left, right, w + (8 * groups + 1) * 32, 1);
+                if (warpgroups) {
+                    if (!last) past_there(s, next);
+                    // once too often, as nvcc wants to know what is under way
+                    multiply_inputs<groups, keys>(x, m, c, hidden,
+                                                  past_buffer(s, g, last ? stage.buffer : next.buffer));
+                    multiply_by_warpgroup(U, {left, right}, w);
+                } else {
 #pragma unroll
-            for (int half = 0; half < 2; half++)
-#pragma unroll
-                for (int i = 0; i < groups; i++)
-                    mma_pairs(U[half][i], left, right, w + (half * groups + i) * 4 * 32, 1);
-            if (!keys || pass > 0) continue;
-            mma_pairs(score, left, right, w + (8 * groups + 1) * 32, 1);
-            if (j % 2 == 0) continue; // a head has 64 channels
-            for (int i = 0; i < 4; i++) {
-                const int query = tile_col(i), pair = j / 2 * task.M + query;
-                if (query < task.M) s.p[pair * s.ld + 16 * warp + tile_row(i)] = score[0].x[i];
-                score[0].x[i] = 0;
+                    for (int i = 0; i < 2 * groups; i++)
+                        mma_pairs(U[i / groups][i % groups], left, right, w + i * 4 * 32, 1);
+                }
+                before = stage;
+                stage = next;
+                for (int i = 0; i < 4 && scores && half == 1; i++) {
+                    const int query = tile_col(i), pair = head * task.M + query;
+                    if (query < task.M) s.p[pair * s.ld + 16 * warp + tile_row(i)] = score[0].x[i];
+                    score[0].x[i] = 0;
+                }
+                if (!last) own = advance(head + half, 1 - half);
+                if (warpgroups) until_inputs<1>(x, m);
             }
+        if (warpgroups) {
+            until_multiplied(U);
+            past_done(s, g, task, before, passes * stages);
+            if (keys && pass == passes - 1) __syncthreads(); // c has been read: u may replace it
         }
 #pragma unroll
         for (int a = 0; a < groups; a++)
@@ -888,12 +1187,12 @@ __device__ inline void past_sweep(PastRows &rows, const PastSmem &s, const GoldS
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     floatX *to = &u[tile_row(i) * ldu + 32 * groups * pass + 32 * a + 8 * n + tile_col(i)];
-                    *to = (floatX)tanhf(U[0][a][n].x[i]);
+                    *to = (floatX)fast_tanh(U[0][a][n].x[i]);
                     squares[i / 2] += 2 * (float)*to * U[1][a][n].x[i];
                 }
     }
     __syncwarp();
-    const float2 more = quadratic(u, ldu, side.gram, g.rank_pad);
+    const float2 more = quadratic<false>(u, ldu, side.gram, g.rank_pad);
     for (int i = 0; i < 2; i++) {
         rows.mean[i] = warp_sum(sum[i], 4) / g.C;
         const float var = (warp_sum(squares[i], 4) + (i ? more.y : more.x)) / g.C - rows.mean[i] * rows.mean[i];
@@ -935,10 +1234,12 @@ __device__ OUT_OF_LINE void past_rotated_scores(PastRows rows, const GoldSource 
     for (int j = 0; j < stages; j++) {
         const bool more = j + 1 < stages;
         const floatX *own =
-            past_advance(s, g, more ? g.rotated_tiles + (int64_t)(j + 1) * g.rotated_stage * 32 : nullptr,
-                         g.rotated_stage, more ? task.query.q + (j + 1) * 32 : nullptr, g.id_k0, j, j);
-        const TilePair *w = s.stage + j % 2 * 32 * past_stage(g);
-        TileC x[4] = {}, m[4] = {}, y[4] = {};
+            past_advance<false>(s, g, g.id_k0, j / 2, j % 2, j % 2,
+                                more ? g.rotated_tiles + (int64_t)(j + 1) * g.rotated_stage * 32 : nullptr,
+                                g.rotated_stage, more ? task.query.q + (j + 1) * 32 : nullptr);
+        const TilePair *w = past_buffer(s, g, j % 2);
+        TileC x[4] = {}, m[4], y[4] = {};
+        start_at(m, load(g.k.mu + 32 * j + threadIdx.x % 4 * 8));
         for (int k = 0; k < g.R32; k += 32)
             mma_pairs(x, load_a(c + k, ldc), load_a(c + k + 16, ldc), w + k, g.R32 / 32);
         w += 4 * g.R32;
@@ -947,8 +1248,9 @@ __device__ OUT_OF_LINE void past_rotated_scores(PastRows rows, const GoldSource 
         for (int k = 0; k < g.rank_pad; k += 32)
             mma_pairs(y, load_a(u + k, ldu), load_a(u + k + 16, ldu), w + k, g.rank_pad / 32);
         w += g.rank_pad / 8 * 32; // 4 rank_pad / 32 pairs of tiles
-        past_add(x, own, j % 2 * 32, rows.scale);
-        past_mix(x, m, load(g.k.mu + 32 * j + threadIdx.x % 4 * 8));
+        past_take<true>(x, own, j % 2 * 32);
+        past_scale(x, rows.scale);
+        past_mix(x, m);
         const int channel = 32 * j + threadIdx.x % 4 * 8;
         const Pack gain = load(g.k.gain + channel), bias = load(g.k.bias + channel);
         for (int i = 0; i < 2; i++) {
@@ -998,41 +1300,52 @@ __device__ inline void past_softmax(const PastSmem &s, int pairs) {
 }
 
 // out = out shrink + sum of p' v1 over the block's tokens: a warp a head, v1 made once more
+template <bool warpgroups>
 __device__ inline void past_values(const PastSmem &s, const GoldSource &g, const PastTask &task, float *out,
                                    bool first) {
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, ldp = 64 + PAD;
     floatX *patch = s.patch + warp * 16 * ldp, *rows = s.rows + warp * 2 * 16 * 64;
     int step = 0; // rows are asked for one step ahead
-    auto request = [&](int next) {
-        const int head = warp + next / warps * warps;
-        if (head < g.H) past_request(rows + next % 2 * 16 * 64, g.id_xo, s.ids + next % warps * 16, 64 * head, g.C);
+    auto request = [&](int head, int group) {
+        if (group == warps) group = 0, head += warps;
+        if (head < g.H) past_request(rows + step % 2 * 16 * 64, g.id_xo, s.ids + group * 16, 64 * head, g.C);
         async_commit();
     };
-    request(0);
+    request(warp, 0);
     for (int head = warp; head < g.H; head += warps) {
-        TileC sums[4][1] = {}; // 64 channels x 8 queries
+        TileC sums[4][1] = {}, old[4] = {}; // 64 channels x 8 queries
+        auto place = [&](int j, int i) { return out + (int64_t)tile_col(i) * g.C + 64 * head + 16 * j + tile_row(i); };
+        for (int j = 0; j < 4 && !first; j++)
+            for (int i = 0; i < 4; i++)
+                if (tile_col(i) < task.M) old[j].x[i] = *place(j, i);
         // of the head's two halves: two steps of 16, tiles
         TileB mix[2][2][4];
         RawPack<floatX> mu[2];
         for (int j = 0; j < 2; j++) {
-            const TilePair *w = g.v.tiles + (int64_t)(2 * head + j) * g.v.stage * 32 + lane;
-            for (int n = 0; n < 4; n++) mix[j][0][n] = w[n * 32].b[0], mix[j][1][n] = w[n * 32].b[1];
+            const TilePair *w = g.v.tiles + (int64_t)(2 * head + j) * g.v.stage * 32;
+            for (int n = 0; n < 4; n++)
+                for (int half = 0; half < 2; half++)
+                    mix[j][half][n] = warpgroups ? core_b(w + n * 32, half) : w[n * 32 + lane].b[half];
             mu[j] = load_raw(g.v.mu + 64 * head + 32 * j + lane % 4 * 8);
         }
-        for (int group = 0; group < warps; group++, step++) {
-            request(step + 1);
+        for (int group = 0; group < warps; group++) {
+            const floatX *own = rows + step++ % 2 * 16 * 64;
+            request(head, group + 1);
             async_wait<1>();
             __syncwarp();
             const floatX *h = s.h + group * 16 * ldp + 32;
             const int *ids = s.ids + 16 * group;
             const TileA hidden[2] = {load_a(h, ldp), load_a(h + 16, ldp)};
             const float scale[2] = {ids[tile_row(0)] >= 0 ? 1.f : 0.f, ids[tile_row(2)] >= 0 ? 1.f : 0.f};
+            const bool complete = __all_sync(0xffffffffu, scale[0] * scale[1] > 0);
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                TileC x[4] = {}, m[4] = {};
+                TileC x[4], m[4];
+                past_take<false>(x, own, 32 * j);
+                start_at(m, unpack(mu[j]));
                 for (int k = 0; k < 2; k++) mma(m, hidden[k], mix[j][k]);
-                past_add(x, rows + step % 2 * 16 * 64, 32 * j, scale);
-                past_mix(x, m, unpack(mu[j]));
+                if (!complete) past_scale(x, scale);
+                past_mix(x, m);
                 for (int i = 0; i < 2; i++) {
                     Pack v;
                     for (int n = 0; n < 4; n++) v.x[2 * n] = x[n].x[2 * i], v.x[2 * n + 1] = x[n].x[2 * i + 1];
@@ -1046,10 +1359,9 @@ __device__ inline void past_values(const PastSmem &s, const GoldSource &g, const
         }
         for (int j = 0; j < 4; j++)
             for (int i = 0; i < 4; i++) {
-                const int query = tile_col(i);
-                if (query >= task.M) continue;
-                float *to = &out[(int64_t)query * g.C + 64 * head + 16 * j + tile_row(i)];
-                *to = (first ? 0 : *to * s.shrink[head * task.M + query]) + sums[j][0].x[i];
+                if (tile_col(i) >= task.M) continue;
+                const float shrink = first ? 0 : s.shrink[head * task.M + tile_col(i)];
+                *place(j, i) = old[j].x[i] * shrink + sums[j][0].x[i];
             }
     }
 }
@@ -1074,9 +1386,12 @@ __device__ inline void past_low_rank(const PastSmem &s, const GoldSource &g, int
 }
 
 // Grid: splits of the tokens before the window. Each writes its sums over its tokens.
-template <int groups>
+template <int groups, bool warpgroups>
 __global__ void __launch_bounds__(256, 1)
     past_attention_kernel(const __grid_constant__ GoldSource g, const __grid_constant__ PastTask task) {
+#ifndef WARPGROUPS
+    if (warpgroups) return; // this code is for another GPU
+#endif
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32, pairs = task.M * g.H, step = 15 * warps;
     const PastSmem s = past_smem(dynamic_smem<char>(), g, warps, task.M);
     let_next_start();
@@ -1089,28 +1404,43 @@ __global__ void __launch_bounds__(256, 1)
         s.top[i] = -INFINITY;
         s.sum[i] = s.mean[i] = 0;
     }
+#ifdef WARPGROUPS
+    for (int i = 0; i < 3 && warpgroups && threadIdx.x == 0; i++) {
+        signal_init(s.there + i, 1);
+        s.done[i] = 0;
+    }
+#endif
+    const int stages = g.rank_pad / (32 * groups) * (g.C / 32); // of a sweep
+    PastStage stage = {0, 0, 0};
     for (int64_t tile = begin; tile < begin + per && tile < tiles; tile++) {
         const int64_t t0 = tile * step + 15 * warp; // of this warp's row 1
         PastRows rows;
+        stage.at = 0;
+        if (warpgroups) show_to_engine(); // what lay in the buffers since the last sweep
         __syncthreads();
-        stage_copy(s.stage, g.k.tiles, g.k.stage);
-        stage_copy(s.stage + g.k.stage * 32, task.query.q, 1);
-        async_commit();
-        past_rows(rows, s, g, t0, T);
-        past_sweep<groups, true>(rows, s, g, task);
-        if (g.rope.used) {
+        if (!warpgroups) past_copy(s, g, 0, g.k.tiles, g.k.stage, task.query.q);
+        for (int i = 0; i < 3 && warpgroups && threadIdx.x == 0; i++)
+            past_ask(s, g, task, i, (stage.buffer + i) % 3, stages);
+        past_rows<warpgroups>(rows, s, g, t0, T);
+        if (warpgroups) {
+            show_to_engine(); // c
             __syncthreads();
-            stage_copy(s.stage, g.rotated_tiles, g.rotated_stage);
-            stage_copy(s.stage + g.rotated_stage * 32, task.query.q, 1);
-            async_commit();
+        }
+        past_sweep<groups, true, warpgroups>(rows, s, g, task, stage);
+        if (!warpgroups && g.rope.used) {
+            __syncthreads();
+            past_copy(s, g, 0, g.rotated_tiles, g.rotated_stage, task.query.q);
             past_rotated_scores(rows, g, task, t0);
         } else {
             past_scores(rows, s, g, task, t0);
         }
-        __syncthreads();
-        stage_copy(s.stage, g.v.tiles, g.v.stage);
-        async_commit();
-        past_sweep<groups, false>(rows, s, g, task);
+        if (!warpgroups) {
+            stage = {0, 0, 0};
+            __syncthreads();
+            past_copy(s, g, 0, g.v.tiles, g.v.stage, nullptr);
+        }
+        past_sweep<groups, false, warpgroups>(rows, s, g, task, stage);
+        if (!warpgroups) stage = {0, 0, 0};
         for (int i = 0; i < 2 && threadIdx.x % 4 == 0; i++) {
             const bool finite = rows.id[i] >= 0;
             s.v_mean[16 * warp + tile_row(2 * i)] = finite ? rows.mean[i] : 0;
@@ -1119,7 +1449,7 @@ __global__ void __launch_bounds__(256, 1)
         __syncthreads();
         past_softmax(s, pairs);
         __syncthreads();
-        past_values(s, g, task, out, tile == begin);
+        past_values<warpgroups>(s, g, task, out, tile == begin);
         past_low_rank(s, g, pairs, u_sum, tile == begin);
     }
     __syncthreads();
@@ -1297,7 +1627,11 @@ template <typename T> static void gold_attention(Infer *f, const GoldSource &g, 
             move_each(context * f->far, own.ids, own.c, own.c8, own.scales);
             if (splits > 0) {
                 const size_t smem = past_smem(nullptr, g, f->past_warps, here).bytes;
-                auto kernel = g.rank_pad == 64 ? past_attention_kernel<2> : past_attention_kernel<4>;
+                auto kernel = g.rank_pad == 64 ? past_attention_kernel<2, false> : past_attention_kernel<4, false>;
+#if WARPGROUP_KERNELS
+                if (g.warpgroups)
+                    kernel = g.rank_pad == 64 ? past_attention_kernel<2, true> : past_attention_kernel<4, true>;
+#endif
                 allow_smem(kernel, smem);
                 launch_early(past_queries_kernel, dim3(g.H), WINDOW_THREADS, 0, f->past_query, query, own, here);
                 launch_early(kernel, dim3(splits), 32 * f->past_warps, smem, own, past);
@@ -2810,19 +3144,20 @@ static floatX *packed(int rows, int columns, Param from, int from_rows, int from
 static void choose_attention_shape(Infer *f, int splits_wanted, int warps_wanted) {
     const GoldSource &g = f->sources[0];
     const size_t limit = block_smem;
+    const int least = g.warpgroups ? 4 : 1;
     f->past_splits = splits_wanted < MOST_SPLITS ? splits_wanted : MOST_SPLITS;
     f->past_warps = warps_wanted;
     const int splits_of_window = WINDOW_SPLITS * g.H > splits_wanted ? WINDOW_SPLITS / 2 : WINDOW_SPLITS;
     f->window_splits =
         f->window < splits_of_window * WINDOW_GROUPS ? (int)ceil_div(f->window, WINDOW_GROUPS) : splits_of_window;
-    while (f->past_warps > 1 && past_smem(nullptr, g, f->past_warps, 1).bytes > limit) f->past_warps /= 2;
+    while (f->past_warps > least && past_smem(nullptr, g, f->past_warps, 1).bytes > limit) f->past_warps /= 2;
     if (f->past_warps < warps_wanted && f->capacity > f->window)
         fprintf(stderr,
                 "%s: kv_cache_compression_ratio %g%s: attention to tokens before the newest %ld has %d of %d warps a "
                 "block, as shared memory holds no more; it is slower than with n_embd / 16 numbers cached a token\n",
                 program_name, f->m.s.kv_cache_compression_ratio, g.rope.used ? " and rope" : "", f->window,
                 f->past_warps, warps_wanted);
-    while (f->past_warps > 1 && f->past_warps / 2 * 15ll * f->past_splits >= f->capacity) f->past_warps /= 2;
+    while (f->past_warps > least && f->past_warps / 2 * 15ll * f->past_splits >= f->capacity) f->past_warps /= 2;
     if (past_smem(nullptr, g, f->past_warps, 1).bytes > limit)
         die(2, "n_embd %d does not fit the %zu bytes of shared memory that a block has here", g.C, limit);
     f->queries = 1;
@@ -2971,8 +3306,8 @@ static void prepare_decode(Infer *f) {
 }
 
 static void pack_pairs(TilePair *to, const floatX *p, int64_t ld_k, int64_t ld_n, int K, int columns, int per,
-                       int inner, int outer, int step, bool k_channels, bool n_channels) {
-    const PackTiles how = {p, ld_k, ld_n, K, per, inner, outer, step, k_channels, n_channels};
+                       int inner, int outer, int step, bool k_channels, bool n_channels, bool cores = false) {
+    const PackTiles how = {p, ld_k, ld_n, K, per, inner, outer, step, k_channels, n_channels, cores};
     pack_tiles_kernel<<<columns / 8 * (K / 32), 32, 0, stream>>>(to, how);
 }
 
@@ -2985,15 +3320,19 @@ static TilePair *gram_of(const floatX *w, int rows_of_w, int n, floatX *scratch)
     return to;
 }
 
+static int past_groups(const GoldSource &g) { return g.rank_pad == 64 ? 2 : 4; }
+static int side_stage(const GoldSource &g, bool keys) {
+    return (keys ? 4 * g.R32 / 32 : 0) + 4 + 8 * past_groups(g) + 1;
+}
+
 // The weights of a side in the order in which past_sweep takes them: for each pass over the rank and each 32 channels,
 // tiles of W_c (keys only), of the mix, of w1 and of w2, and in a pair's place mu, eight channels a lane.
 static void prepare_side(GoldSource &g, GoldSource::Side &side, bool keys, Param w1, Param w2, int rank,
                          floatX *scratch) {
-    const int C = g.C, groups = g.rank_pad == 64 ? 2 : 4, passes = g.rank_pad / (32 * groups),
-              from_c = keys ? 4 * g.R32 / 32 : 0;
+    const int C = g.C, groups = past_groups(g), passes = g.rank_pad / (32 * groups), from_c = keys ? g.R32 / 8 : 0;
     floatX *centered;
     TilePair *tiles;
-    side.stage = from_c + 4 + 8 * groups + 1;
+    side.stage = side_stage(g, keys);
     side.w1 = packed(g.rank_pad, C, w1, C, rank, true);
     alloc_floats(&centered, (int64_t)C * g.rank_pad);
     pack_centered_kernel<<<g.rank_pad, 256, 0, stream>>>(centered, w2.w, rank, C);
@@ -3003,23 +3342,23 @@ static void prepare_side(GoldSource &g, GoldSource::Side &side, bool keys, Param
     side.tiles = tiles;
     for (int pass = 0; pass < passes; pass++) {
         TilePair *to = tiles + (int64_t)pass * C / 32 * side.stage * 32;
-        if (keys) pack_pairs(to, g.w_c, 1, g.R32, g.R32, C, 4, g.R32 / 32, side.stage, 1, false, true);
+        if (keys) pack_pairs(to, g.w_c, 1, g.R32, g.R32, C, 4, g.R32 / 32, side.stage, 1, false, true, g.warpgroups);
         to += from_c * 32;
-        pack_pairs(to, side.mix, C, 1, 32, C, 4, 1, side.stage, 0, false, true);
+        pack_pairs(to, side.mix, C, 1, 32, C, 4, 1, side.stage, 0, false, true, g.warpgroups);
         to += 4 * 32;
         const int of = 32 * groups, tiles_of = 4 * groups; // ranks of a pass
-        pack_pairs(to, side.w1 + (int64_t)pass * of * C, 1, C, C, of, tiles_of, 1, 0, side.stage, true, false);
+        pack_pairs(to, side.w1 + (int64_t)pass * of * C, 1, C, C, of, tiles_of, 1, 0, side.stage, true, false,
+                   g.warpgroups);
         pack_pairs(to + tiles_of * 32, side.w2 + pass * of, g.rank_pad, 1, C, of, tiles_of, 1, 0, side.stage, true,
-                   false);
+                   false, g.warpgroups);
         pack_mu_kernel<<<C / 32, 32, 0, stream>>>(to + 2 * tiles_of * 32, side.mu, side.stage);
     }
 }
 
 // Likewise for past_rotated_scores: tiles of W_c, of the mix, of w2.
 static void prepare_rotated(GoldSource &g) {
-    const int C = g.C, from_c = 4 * g.R32 / 32, low_rank = 4 * g.rank_pad / 32;
+    const int C = g.C, from_c = 4 * g.R32 / 32;
     TilePair *to;
-    g.rotated_stage = from_c + 4 + low_rank;
     device_alloc((void **)&to, (int64_t)C / 32 * g.rotated_stage * 32 * sizeof(TilePair));
     g.rotated_tiles = to;
     pack_pairs(to, g.w_c, 1, g.R32, g.R32, C, 4, g.R32 / 32, g.rotated_stage, 1, false, true);
@@ -3029,7 +3368,8 @@ static void prepare_rotated(GoldSource &g) {
 }
 
 // Tables over the vocabulary and weights in the layout that attention reads; once, after the weights are in place.
-static void prepare_gold(Infer *f) {
+// warpgroups: where they can, these multiply in the attention to older tokens
+static void prepare_gold(Infer *f, bool warpgroups) {
     Model *m = &f->m;
     const Dims d = m->d;
     const int64_t V = d.V, C = d.C;
@@ -3067,10 +3407,13 @@ static void prepare_gold(Infer *f) {
         g.k.mu = p.time_maa_k.w, g.k.mix = p.time_maa_kv_w2.w, g.k.gain = p.ln_k.gain.w, g.k.bias = p.ln_k.bias.w;
         g.v.mu = p.time_maa_v.w, g.v.mix = p.time_maa_kv_w2.w + 32 * C, g.v.gain = p.ln_v.gain.w,
         g.v.bias = p.ln_v.bias.w;
+        g.rotated_stage = g.rope.used ? 4 * R32 / 32 + 4 + 4 * rank_pad / 32 : 0; // see prepare_rotated
+        g.stage = side_stage(g, true) > g.rotated_stage ? side_stage(g, true) : g.rotated_stage;
+        g.warpgroups = warpgroups && !g.rope.used && R32 == 32 * past_groups(g);
+        if (past_smem(nullptr, g, 4, 1).bytes > (size_t)block_smem) g.warpgroups = false;
         prepare_side(g, g.k, true, p.time_key_w1, p.time_key_w2, rank, scratch);
         prepare_side(g, g.v, false, p.time_value_w1, p.time_value_w2, rank, scratch);
         if (g.rope.used) prepare_rotated(g);
-        g.stage = g.k.stage > g.rotated_stage ? g.k.stage : g.rotated_stage;
         // (xo + diff mu) @ w1 = xo_t @ (1 - mu) w1 + xo_{t-1} @ mu w1
         for (int before = 0; before < 2; before++)
             scale_rows_kernel<<<blocks_of(C * 64), 256, 0, stream>>>(w1[before], p.time_maa_kv_w1.w,
@@ -3382,10 +3725,10 @@ template <typename F> static void infer_rehearse(Infer *f, Recording (&recording
     infer_reset(f);
 }
 
-static void infer_prepare(Infer *f, int splits, int warps) { // after the weights have their values
+static void infer_prepare(Infer *f, int splits, int warps, bool warpgroups) { // after the weights have their values
     prepare_decode(f);
     if (f->G) {
-        prepare_gold(f);
+        prepare_gold(f, warpgroups);
         choose_attention_shape(f, splits, warps);
     }
     if (f->decodes) infer_rehearse(f, f->recordings, [=] { queue_step(f, f->token); });
@@ -3408,7 +3751,7 @@ static Infer *infer_open(const SafeTensors *file, KvKind kv, int64_t capacity, i
         f->m.master = nullptr;
     }
     if (weights == WEIGHTS_INT8) weights_to_int8(f);
-    infer_prepare(f, multiprocessors, 8);
+    infer_prepare(f, multiprocessors, 8, has_warpgroups());
     return f;
 }
 
@@ -3902,8 +4245,9 @@ template <typename F> static void batch_rehearse(Infer *b, Recording (&recording
 extern "C" {
 
 // An engine with the weights of a model; chunk: tokens of a pre-fill chunk; window: most tokens whose keys and values
-// are kept; small: two blocks of one warp share all older tokens, so that each has many tiles to walk.
-Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk, int64_t window, int small, int int8) {
+// are kept; machine: all older tokens are shared by 64 blocks of up to eight warps (0), by two blocks of one warp (1),
+// or are one block's of up to eight (2), so that a block has one tile to walk, or many.
+Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk, int64_t window, int machine, int int8) {
     Infer *f = infer_create(&m->s, (KvKind)kv, capacity, chunk, window);
     for (int i = 0; i < m->n_tensors; i++) {
         const Tensor *t = &m->tensors[i];
@@ -3912,7 +4256,12 @@ Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk, int64_t wi
     }
     model_params_changed(&f->m);
     if (int8) weights_to_int8(f);
-    infer_prepare(f, small ? 2 : 64, small ? 1 : 8); // as on a small and on a large GPU
+#ifdef CUDA_ON_CPU
+    const bool warpgroups = machine != 1;
+#else
+    const bool warpgroups = machine != 1 && has_warpgroups();
+#endif
+    infer_prepare(f, machine == 0 ? 64 : machine == 1 ? 2 : 1, machine == 1 ? 1 : 8, warpgroups);
     return f;
 }
 

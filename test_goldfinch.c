@@ -1786,10 +1786,11 @@ void gf_wkv(int B, int T, int H, const float *r, const float *k, const float *v,
 void gf_sampler(int64_t n_tokens, int64_t ctx_len, int64_t *prime, int n, int64_t *offsets);
 int64_t gf_binidx(const char *prefix, int64_t *n_docs, int32_t *tokens, int64_t max);
 // inference (infer_goldfinch.cu) with the weights of a model; kv 0: c in the storage type, 1: in 8 bits, 2: keys and
-// values; chunk: tokens of a pre-fill chunk; window: newest tokens whose keys and values are kept; small: older ones in
-// small tiles; int8: as with --weights int8
+// values; chunk: tokens of a pre-fill chunk; window: newest tokens whose keys and values are kept; machine: how blocks
+// share older ones, as on a large (0) or a small one (1), or one large block takes all (2); int8: as with --weights
+// int8
 typedef struct Infer Infer;
-Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk, int64_t window, int small, int int8);
+Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk, int64_t window, int machine, int int8);
 void gf_infer_free(Infer *f);
 void gf_infer_reset(Infer *f);
 void gf_infer_feed(Infer *f, const int *ids, int64_t n, int all, float *logits); // logits (V) of the last, all: (n, V)
@@ -2452,7 +2453,8 @@ static int trainer_only; // --trainer
 static void check_inference(const char *title, int B, int T, Ref *m, Model *k) {
     static const char *const kinds[3] = {"compressed cache", "8-bit cache (--kv int8)", "full keys and values"};
     const int n_kinds = has_gold(m) ? 3 : 1, n_chunks = has_gold(m) ? 6 : 4;
-    const int V = m->V, chunks[6] = {1, 7, 16, T, 1, T}, windows[6] = {T, 8, 1, T, 5, 3}, small[6] = {0, 1, 0, 0, 1, 1};
+    const int V = m->V, chunks[6] = {1, 7, 16, T, 1, T}, windows[6] = {T, 8, 1, T, 5, 3},
+              machine[6] = {0, 1, 0, 0, 1, 2};
     double limit = gf_precision() == 16 ? 5e-2 : 1e-4, compressed = 0;
     float *want = kernels_activation(k, "logits", (int64_t)B * T * V), *got = zeros((int64_t)T * V, sizeof(float));
     float *first = zeros((int64_t)T * V, sizeof(float));
@@ -2460,7 +2462,7 @@ static void check_inference(const char *title, int B, int T, Ref *m, Model *k) {
         double every = 0, last = 0;
         // with full keys and values the window is all there is
         for (int c = 0; c < (kv == 2 ? 4 : n_chunks); c++) {
-            Infer *f = gf_infer_create(k, kv, T, chunks[c], windows[c], small[c], 0);
+            Infer *f = gf_infer_create(k, kv, T, chunks[c], windows[c], machine[c], 0);
             for (int b = 0; b < (chunks[c] == 1 ? 1 : B); b++) { // token by token is slow on the CPU
                 const int *ids = inputs + b * T;
                 const float *row = want + (int64_t)b * T * V;
@@ -3370,6 +3372,9 @@ static void check_shapes(void) {
         {"n_layer=3 tmix=llama cmix=llama tmix2=gold cmix2=x052 brope.rescale=0.5", 1, 12},
         {"n_layer=2 tmix=llama cmix=llama n_embd=192 rope.base=10000", 3, 1},
         {"n_layer=3 tmix=llama tmix2=gold rope.base=100", 1, 140},
+        // R 64 and ranks up to 64: older tokens by warpgroups; first with two tiles in a block, of 4 stages each
+        {"n_layer=3 tmix2=gold n_embd=64 kv_cache_compression_ratio=1 vocab_size=64 dim_ffn=64", 1, 130},
+        {"n_layer=3 tmix2=gold n_embd=192 kv_cache_compression_ratio=3 vocab_size=64 dim_ffn=64", 1, 66},
         // with the divisor's default, 8, GroupNorm scales a first token's small numbers up so far that five such layers
         // make any rounding 40 times as large as elsewhere
         {"n_layer=6 tmix=x060 tmix2=gold inv_other_layer_ratio=6 rope.base=500 rope.rebase=3 rope.rescale=2", 2, 9},

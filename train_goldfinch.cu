@@ -3856,21 +3856,6 @@ HAS_TWIN __global__ void __launch_bounds__(512, 1)
 #endif
 }
 
-// Whether this GPU and this build have warpgroups: compute capability 9.0, and code that was made for it.
-static bool has_warpgroups(void) {
-#ifdef CUDA_ON_CPU
-    return false; // the lab checks them here; the model takes what is quicker to emulate
-#else
-    static int known = -1;
-    if (known < 0) {
-        cudaFuncAttributes code;
-        CUDA_CHECK(cudaFuncGetAttributes(&code, attention_forward_warpgroups_kernel));
-        known = compute_capability == 90 && code.ptxVersion >= 90;
-    }
-    return known;
-#endif
-}
-
 static void attention_forward_by_warpgroups(floatX *y, float *log_sum, const floatX *q, const floatX *k,
                                             const floatX *v, int B, int T, int H) {
     const int A = H * N;
@@ -3894,6 +3879,21 @@ static void attention_backward_by_warpgroups(AttentionGradients g, const floatX 
         g, maps, T, H);
 }
 #endif
+
+// Whether this GPU and this build have warpgroups: compute capability 9.0, and code that was made for it.
+[[maybe_unused]] static bool has_warpgroups(void) {
+#if defined(CUDA_ON_CPU) || !WARPGROUP_KERNELS
+    return false; // the CPU: lab and tests check them there; the model takes what is quicker to emulate
+#else
+    static int known = -1;
+    if (known < 0) {
+        cudaFuncAttributes code;
+        CUDA_CHECK(cudaFuncGetAttributes(&code, attention_forward_warpgroups_kernel));
+        known = compute_capability == 90 && code.ptxVersion >= 90;
+    }
+    return known;
+#endif
+}
 
 static void attention_forward(floatX *y, float *log_sum, const floatX *q, const floatX *k, const floatX *v, int B,
                               int T, int H) {

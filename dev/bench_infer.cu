@@ -91,7 +91,7 @@ static void bench_open(Bench *b, const Settings *s, const Kind &kind, int64_t ca
     }
     if (kind.weights == WEIGHTS_INT8) weights_to_int8(b->f);
     // on the CPU the shares of a context that a large GPU has
-    infer_prepare(b->f, GPU_HERE ? multiprocessors : 64, 8);
+    infer_prepare(b->f, GPU_HERE ? multiprocessors : 64, 8, has_warpgroups());
     sampler_allocate(&b->sampler, (int)s->vocab_size, &how, types);
     infer_rehearse(b->f, b->recordings, [=] { step_and_draw(b->f, &b->sampler); });
     b->ids = (int *)malloc((size_t)capacity * sizeof(int));

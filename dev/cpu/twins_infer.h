@@ -24,10 +24,11 @@ static void window_attention_in_loops(const WindowTask &p, int splits) {
     cuda_on_cpu::for_each((int64_t)p.M * splits * p.H, (seen / splits + 1) * N * 4, [&](int64_t task) {
         const int h = task % p.H;
         const int64_t row = task / p.H, split = row / p.M, m = row % p.M; // row: split * M + m
-        const int64_t end = begin + (seen + m) * (split + 1) / splits;
+        auto from = [&](int64_t split) { return begin + ((seen + m) * split + splits - 1) / splits; };
+        const int64_t end = from(split + 1); // the first split sees a token, as TmixOut wants it
         const float *q = &queries[(size_t)m * p.C + h * N];
         float top = -INFINITY, sum = 0, out[N] = {}, scores[64];
-        for (int64_t t0 = begin + (seen + m) * split / splits; t0 < end; t0 += 64) {
+        for (int64_t t0 = from(split); t0 < end; t0 += 64) {
             const int n = (int)(end - t0 < 64 ? end - t0 : 64);
             auto at = [&](int i) { return (int64_t)((unsigned)(t0 + i) % (unsigned)p.window) * p.C + h * N; };
             float high = top;
