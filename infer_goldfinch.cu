@@ -4248,7 +4248,7 @@ extern "C" {
 
 // An engine with the weights of a model; chunk: tokens of a pre-fill chunk; window: most tokens whose keys and values
 // are kept; machine: all older tokens are shared by 64 blocks of up to eight warps (0), by two blocks of one warp (1),
-// or are one block's of up to eight (2), so that a block has one tile to walk, or many.
+// or are one block's of four (2), so that a block has one tile to walk, or several.
 Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk, int64_t window, int machine, int int8) {
     Infer *f = infer_create(&m->s, (KvKind)kv, capacity, chunk, window);
     for (int i = 0; i < m->n_tensors; i++) {
@@ -4263,7 +4263,8 @@ Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk, int64_t wi
 #else
     const bool warpgroups = machine != 1 && has_warpgroups();
 #endif
-    infer_prepare(f, machine == 0 ? 64 : machine == 1 ? 2 : 1, machine == 1 ? 1 : 8, warpgroups);
+    static const int splits[3] = {64, 2, 1}, warps[3] = {8, 1, 4};
+    infer_prepare(f, splits[machine], warps[machine], warpgroups);
     return f;
 }
 
