@@ -1787,8 +1787,7 @@ void gf_sampler(int64_t n_tokens, int64_t ctx_len, int64_t *prime, int n, int64_
 int64_t gf_binidx(const char *prefix, int64_t *n_docs, int32_t *tokens, int64_t max);
 // inference (infer_goldfinch.cu) with the weights of a model; kv 0: c in the storage type, 1: in 8 bits, 2: keys and
 // values; chunk: tokens of a pre-fill chunk; window: newest tokens whose keys and values are kept; machine: how blocks
-// share older ones, as on a large (0) or a small one (1), or one takes all (2); int8: as with --weights
-// int8
+// share older ones, as on a large (0) or a small one (1), or one takes all (2); int8: as with --weights int8
 typedef struct Infer Infer;
 Infer *gf_infer_create(Model *m, int kv, int64_t capacity, int chunk, int64_t window, int machine, int int8);
 void gf_infer_free(Infer *f);
