@@ -1841,48 +1841,42 @@ static void kept_allocate(Infer *f, int rows) {
 //
 // The residual stream is fp32 here; a product's inputs are rounded to floatX, as everywhere.
 //
-// With --weights int8 the same kernels stream half the bytes. Each row has a scale, which its sum is multiplied by in
-// the end, so that nothing but the numbers streams. A scale for each 64 columns would be little finer: a trained
-// model's weights are off by 0.59 % instead of 0.67 %, and its loss moves by less than 1e-4 with either. Pre-fill
-// multiplies many rows by the same numbers: it has a matrix made into floatX before each product (linear_forward; in
-// bf16 that rounds them once more).
+// With --weights int8 half the bytes stream. Each row has a scale, which its sum is multiplied by in the end. A scale
+// for each 64 columns would be little finer: a trained model's weights are off by 0.59 % instead of 0.67 %, and its loss
+// moves by less than 1e-4 with either. Pre-fill multiplies many rows by the same numbers: it has a matrix made into
+// floatX before each product (linear_forward; in bf16 that rounds them once more).
 
 // 512: a thread has a pack of a vector, or none
 static const int MV_THREADS = MAX_C / 8, MV_WARPS = MV_THREADS / 32;
 // parts of a warp's rows in shared memory; where that is small
 static const int MV_SLOTS = 4, MV_FEW_SLOTS = 2;
-// bytes of a part; elements; packs that a lane reads of it, and elements that it copies at a time
-static const int MV_PART_BYTES = 2048;
-template <typename W> constexpr int MV_PART = MV_PART_BYTES / (int)sizeof(W);
-template <typename W> constexpr int MV_PACKS = MV_PART<W> / (32 * 8);
-template <typename W> constexpr int MV_COPIED = sizeof(W) == 1 ? 16 : 8;
+// bytes of a part; elements; packs that a lane reads of it
+static const int MV_PART_BYTES = 2048, MV_PART = MV_PART_BYTES / (int)sizeof(floatX), MV_PACKS = MV_PART / (32 * 8);
 
 template <typename T> __device__ inline void async_pack(T *to, const T *from, int n = 8) {
     for (int i = 0; i < n; i += 16 / (int)sizeof(T)) async_copy16(to + i, from + i, true);
 }
 
 // A warp's rows of weights, row, row + step, ..: each in parts of MV_PART elements. A part is there after
-// async_wait<MV_SLOTS - 1>: of floatX a lane reads only what it has copied; of int8 it copies 16 numbers and reads 8
-// (with 16 numbers of x, lanes that read at once would meet in shared memory's banks), so the warp meets before. With
-// MV_FEW_SLOTS, two empty groups follow each part, so that this waits for all but one of them.
-template <typename W, typename Job> struct WeightStream {
+// async_wait<MV_SLOTS - 1>: a lane reads only what it has copied. With MV_FEW_SLOTS, two empty groups follow each part,
+// so that this waits for all but one of them.
+template <typename Job> struct WeightStream {
     const Job &job;
-    W *slots; // (n_slots, MV_PART), or as many as there are parts
+    floatX *slots; // (n_slots, MV_PART), or as many as there are parts
     int n_slots, row, step, k, slot;
-    const W *weights;               // of the row
+    const floatX *weights;          // of the row
     __device__ void request(void) { // the next part, if there is one, is a group of its own
-        const int per = MV_COPIED<W>, lane = threadIdx.x % 32 * per;
-        if (sizeof(W) == 1) __syncwarp(); // all have read what was in the slot
+        const int lane = threadIdx.x % 32 * 8;
         if (row < job.rows) {
             if (k == 0) {
                 const StepRow own = job.weights(row);
-                weights = (const W *)own.matrix.w + (int64_t)own.row * job.K;
+                weights = (const floatX *)own.matrix.w + (int64_t)own.row * job.K;
             }
-            const W *from = weights + k + lane;
-            W *to = slots + slot * MV_PART<W> + lane;
-            for (int i = 0; i < MV_PART<W>; i += 32 * per)
-                if (k + i + lane < job.K) async_pack(to + i, from + i, per);
-            k += MV_PART<W>;
+            const floatX *from = weights + k + lane;
+            floatX *to = slots + slot * MV_PART + lane;
+            for (int i = 0; i < MV_PART; i += 32 * 8)
+                if (k + i + lane < job.K) async_pack(to + i, from + i);
+            k += MV_PART;
             if (k >= job.K) {
                 k = 0;
                 row += step;
@@ -1894,22 +1888,10 @@ template <typename W, typename Job> struct WeightStream {
         async_commit();
         async_commit();
     }
-    __device__ void wait(void) const { // for the oldest part
-        async_wait<MV_SLOTS - 1>();
-        if (sizeof(W) == 1) __syncwarp();
-    }
 };
 
-// Of 32 rows, row, row + step, .., a lane each: they come in one trip.
-template <typename Job> __device__ inline float row_scale(const Job &job, int row, int step) {
-    row += threadIdx.x % 32 * step;
-    if (row >= job.rows) return 0;
-    const StepRow own = job.weights(row);
-    return own.matrix.scales[own.row];
-}
-
-// A row's sum of products, eight numbers a lane at a time. In floats:
-struct FloatSum {
+// A row's sum of products, eight numbers a lane at a time
+struct RowSum {
     float lane;
     __device__ void add(const RawPack<floatX> &w, const RawPack<floatX> &x) {
         const Pack a = unpack(w), b = unpack(x);
@@ -1918,75 +1900,43 @@ struct FloatSum {
     __device__ float total(void) const { return warp_sum(lane); }
 };
 
-// In 8 bits twice as many numbers come in the time, and each is to be converted. In floats that would be 5 instructions
-// a number; tensor cores, which multiply bf16 and sum in fp32, leave 3. Of what they make only the diagonals count, and
-// the warp must be together.
-struct TileSum {
-    TileC c[2][1]; // of the first four of a lane's numbers, in rows 0..7; of the others, in rows 8..15
-    __device__ void add(const RawPack<floatX> &w, const RawPack<floatX> &x) {
-        const TileA a = eight_as_a(w);
-        for (int half = 0; half < 2; half++) {
-            const TileB b[1] = {half_as_b(x, half)};
-            mma(c[half], a, b);
-        }
-    }
-    __device__ float total(void) const {
-        float sum = 0;
-        for (int i = 0; i < 2; i++)
-            if (tile_row(i) == tile_col(i)) sum = c[0][0].x[i] + c[1][0].x[i + 2];
-        return warp_sum(sum);
-    }
-};
-template <typename W> constexpr bool MV_ON_TENSOR_CORES = PRECISION_BF16 && sizeof(W) == 1;
-
 // y[row] = weights(row) . x for rows 0..rows-1, x made by `before` in shared memory, y handed to `after`. A row may
 // have a second x. `early` asks for what `before` needs and no kernel that may still run writes, `beside` for what
-// `after` needs. Grid: (any number of blocks, problems). W: floatX or int8_t. vectors: floatX that `early` and `before`
-// use; used: slots that a warp fills.
-template <typename W, typename Job>
-HAS_TWIN __global__ void __launch_bounds__(MV_THREADS, MV_ON_TENSOR_CORES<W> ? 2 : 1)
-    matvec_kernel(Job job, int vectors, int n_slots, int used) {
+// `after` needs. Grid: (any number of blocks, problems). vectors: floatX that `early` and `before` use; used: slots
+// that a warp fills.
+template <typename Job>
+HAS_TWIN __global__ void __launch_bounds__(MV_THREADS, 1) matvec_kernel(Job job, int vectors, int n_slots, int used) {
     floatX *x = dynamic_smem<floatX>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32 * 8, step = gridDim.x * MV_WARPS;
     int row = warp * gridDim.x + blockIdx.x, slot = 0; // so that blocks differ by one row at most
-    WeightStream<W, Job> stream = {job,    (W *)(x + vectors) + warp * used * MV_PART<W>, n_slots, row, step, 0, 0,
-                                   nullptr};
+    WeightStream<Job> stream = {job, x + vectors + warp * used * MV_PART, n_slots, row, step, 0, 0, nullptr};
     let_next_start();
     job.early(x);
 #pragma unroll 1
     for (int i = 0; i < n_slots; i++) stream.request();
-    float scales = 0;
-    if constexpr (sizeof(W) == 1) scales = row_scale(job, row, step);
     wait_for_previous();
     async_wait<MV_SLOTS - 1>(); // what is early came with the first part
     job.before(x);
     __syncthreads();
-    for (int turn = 0; row < job.rows; row += step, turn++) {
+    for (; row < job.rows; row += step) {
         const floatX *first = x + job.first(row), *second = x + job.second(row);
         const float4 beside = job.beside(row);
-        std::conditional_t<MV_ON_TENSOR_CORES<W>, TileSum, FloatSum> of_first = {}, of_second = {};
-        for (int k = lane; k - lane < job.K; k += MV_PART<W>) {
-            const W *part = stream.slots + slot * MV_PART<W> + lane;
-            stream.wait();
+        RowSum of_first = {}, of_second = {};
+        for (int k = lane; k - lane < job.K; k += MV_PART) {
+            const floatX *part = stream.slots + slot * MV_PART + lane;
+            async_wait<MV_SLOTS - 1>();
 #pragma unroll 4
-            for (int i = 0; i < MV_PACKS<W>; i++) {
+            for (int i = 0; i < MV_PACKS; i++) {
                 const int at = k + 256 * i;
-                const bool mine = at < job.K; // what lies behind in the slot are numbers, too: x is zero there
-                if (MV_ON_TENSOR_CORES<W> ? i % 4 == 0 && at - lane >= job.K : !mine) break;
+                if (at >= job.K) break;
                 const RawPack<floatX> w = load_raw(part + 256 * i);
-                of_first.add(w, mine ? load_raw(first + at) : RawPack<floatX>{});
-                if (second == x) continue;
-                of_second.add(w, mine ? load_raw(second + at) : RawPack<floatX>{});
+                of_first.add(w, load_raw(first + at));
+                if (second != x) of_second.add(w, load_raw(second + at));
             }
             slot = (slot + 1) & (n_slots - 1);
             stream.request();
         }
-        float2 sum = make_float2(of_first.total(), second == x ? 0 : of_second.total());
-        if constexpr (sizeof(W) == 1) {
-            const float scale = __shfl_sync(0xffffffffu, scales, turn % 32);
-            sum = make_float2(sum.x * scale, sum.y * scale);
-            if (turn % 32 == 31) scales = row_scale(job, row + step, step);
-        }
+        const float2 sum = make_float2(of_first.total(), second == x ? 0 : of_second.total());
         if (lane == 0) job.after(row, sum.x, beside, 0);
         if (lane == 0 && second != x) job.after(row, sum.y, beside, 1);
     }
@@ -2060,25 +2010,24 @@ template <typename W, typename Job> static void matvec_in_loops(const Job &job, 
 }
 #endif
 
-template <typename W, typename Job> static void matvec_launch(const Job &job, int vectors, int problems) {
+template <typename Job> static void matvec_launch(const Job &job, int vectors, int problems) {
     const int64_t blocks = ceil_div(job.rows, MV_WARPS), grid = blocks < multiprocessors ? blocks : multiprocessors;
     const int n_slots = matvec_fits(vectors, MV_SLOTS) ? MV_SLOTS : MV_FEW_SLOTS;
-    const int64_t parts = ceil_div(blocks, grid) * ceil_div(job.K, MV_PART<W>),
-                  used = parts < n_slots ? parts : n_slots;
+    const int64_t parts = ceil_div(blocks, grid) * ceil_div(job.K, MV_PART), used = parts < n_slots ? parts : n_slots;
     // little, so that more kernels have room
     const size_t smem = vectors * sizeof(floatX) + MV_WARPS * used * MV_PART_BYTES;
-    if (smem > 40 << 10) allow_smem(matvec_kernel<W, Job>, smem);
-    launch_early(matvec_kernel<W, Job>, dim3((int)grid, problems), MV_THREADS, smem, job, vectors, n_slots, (int)used);
+    if (smem > 40 << 10) allow_smem(matvec_kernel<Job>, smem);
+    launch_early(matvec_kernel<Job>, dim3((int)grid, problems), MV_THREADS, smem, job, vectors, n_slots, (int)used);
 }
 
-template <typename W = floatX, typename Job> static void matvec(const Job &job, int vectors, int problems = 1) {
+template <typename Job> static void matvec(const Job &job, int vectors, int problems = 1) {
 #ifdef CUDA_ON_CPU
     if (cuda_on_cpu::twins) {
-        matvec_in_loops<W>(job, vectors, problems);
+        matvec_in_loops<floatX>(job, vectors, problems);
         return;
     }
 #endif
-    matvec_launch<W>(job, vectors, problems);
+    matvec_launch(job, vectors, problems);
 }
 
 // ---- several contexts at once ----
@@ -2102,7 +2051,9 @@ template <typename W = floatX, typename Job> static void matvec(const Job &job, 
 // took 6 to 7 us, one of 38 MB 17 to 21: what a launch costs beside its bytes is what is left.
 
 static const int MOST_CONTEXTS = 32;
-// parts of a warp's rows on their way, 8 or 4 KB of them; room for a context's 16 sums
+// elements that a lane copies of a row; parts of a warp's rows on their way, 8 or 4 KB of them; room for a context's 16
+// sums
+template <typename W> constexpr int MV_COPIED = sizeof(W) == 1 ? 16 : 8;
 template <typename W> constexpr int STEP_PART = 64 * MV_COPIED<W>;
 template <typename W, int groups>
 constexpr int STEP_SLOTS = (groups == 1 ? 8192 : 4096) / (STEP_PART<W> * (int)sizeof(W));
@@ -2140,14 +2091,19 @@ template <typename Job> __device__ inline ProductRow product_row(const Job &job,
 // Of what is left, number .. end - 1 in eights, how many rows of one matrix are multiplied with the same vector: as
 // many as there is room for sums
 template <int tiles, typename Job> __device__ inline int rows_at_once(const Job &job, int number, int end) {
-    const ProductRow own = product_row(job, number);
-    const void *w = job.weights(own.row).matrix.w;
-    int rows = 8;
-    for (; rows < 16 * tiles && number + rows < end; rows += 8) {
-        const ProductRow next = product_row(job, number + rows);
-        if (next.vector != own.vector || next.which != own.which || job.weights(next.row).matrix.w != w) break;
-    }
-    return rows;
+    int other = number < job.rows ? job.alike(number) : end;
+    if (job.pairs() && number < job.rows) other = min(other, job.rows);
+    return min(min(other, end) - number, 16 * tiles);
+}
+
+// A block's share of the rows, in eights: as many for each, and one more for the first blocks.
+struct Shares {
+    int each, longer;
+    __device__ int begin(int block) const { return 8 * (block * each + min(block, longer)); }
+};
+static Shares shares_of(int64_t rows, int64_t blocks) {
+    const int64_t eights = ceil_div(rows, 8);
+    return {(int)(eights / blocks), (int)(eights % blocks)};
 }
 
 // A warp's columns of the block's rows: a part is those of 4 MV_COPIED columns and a tile of 16 rows, or 8; tile after
@@ -2157,24 +2113,25 @@ template <typename W, int n_slots, int most_tiles, typename Job> struct TileStre
     const Job &job;
     W *slots;                        // (n_slots, 2, 32, PER), from the lane's first on
     int row, end, k, slot, rows, at; // at: of the next tile among the rows
-    const W *weights;                // of the first row
+    const W *weights, *tile;         // the lane's, of the first row, of the tile at column k
     __device__ void request(void) {
-        const int begin = threadIdx.x / 32 * 4 * PER, lane = threadIdx.x % 32, column = k + lane % 4 * PER;
+        const int begin = threadIdx.x / 32 * 4 * PER, lane = threadIdx.x % 32;
         if (row < end && begin < job.K) {
             if (k == begin && at == 0) {
                 const StepRow own = job.weights(product_row(job, row).row);
                 rows = rows_at_once<most_tiles>(job, row, end);
-                weights = (const W *)own.matrix.w + (int64_t)own.row * job.K;
+                weights = (const W *)own.matrix.w + (int64_t)(own.row + lane / 4) * job.K + lane % 4 * PER;
             }
-            const bool valid = column < job.K; // zeros behind the last column
+            if (at == 0) tile = weights + k;
+            const bool valid = k + lane % 4 * PER < job.K; // zeros behind the last column; no rows behind the last
+            const int left = min(rows, job.rows + job.pairs() - row) - at - lane / 4;
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int below = min(at + 8 * half + lane / 4, job.rows + job.pairs() - 1 - row);
-                for (int i = 0; i < PER && at + 8 * half < rows; i += 16 / (int)sizeof(W))
+            for (int half = 0; half < 2; half++)
+                for (int i = 0; i < PER && 8 * half < left; i += 16 / (int)sizeof(W))
                     async_copy16(slots + slot * STEP_PART<W> + half * 32 * PER + i,
-                                 weights + (int64_t)below * job.K + (valid ? column : 0) + i, valid);
-            }
+                                 valid ? tile + (int64_t)8 * half * job.K + i : weights, valid);
             at += 16;
+            tile += (int64_t)16 * job.K;
             if (at >= rows) at = 0, k += MV_WARPS * 4 * PER;
             if (k >= job.K) k = begin, row += rows;
         }
@@ -2182,6 +2139,232 @@ template <typename W, int n_slots, int most_tiles, typename Job> struct TileStre
         async_commit();
     }
 };
+
+// ---- one context, weights in 8 bits ----
+//
+// Half the bytes come in half the time, too short to convert each of them to a float. But they are whole numbers, and
+// tensor cores multiply whole numbers as they are, with sums in 32 bits. So it is x that becomes whole. A warp takes as
+// its unit 2^-29 of the power of two below the largest of its numbers, and writes each of them with four digits:
+//
+//     x = unit (d0 2^24 + d1 2^16 + d2 2^8 + d3),   -128 <= d < 128
+//
+// What is lost is half a unit; a bf16 of up to 2^-22 of the largest loses nothing. W x is then four products of whole
+// numbers, all of them exact, that are put together in fp32. A tile is 16 rows of W times the 8 columns that tensor
+// cores have: the four digits of x, and the four of a row's second x, where it has one.
+//
+// A block has a share of the rows, in eights; its warps share K, each streams its own 64 columns of each 1024. In the
+// end the warps' sums come together.
+//
+// Measured on an H200 (L24 D2048 after 256 tokens; before, bytes became bf16 one by one: 0.94 ms): with a tile's parts
+// unrolled, 2,000 instructions, 0.99 ms, though a chain of one such kernel was quicker; as a loop of 1,400 0.90, of 700
+// to 1,400 in all 0.85: what a step's kernels do not share must be fetched for each. Parts on their way: 2 or 3 0.92,
+// 4 0.85, 6 0.82, 8 0.85.
+
+// parts of a warp's rows on their way, 1 KB each; where shared memory is small; tiles whose sums come together at once
+static const int WHOLE_PART = 1024, WHOLE_SLOTS = 6, WHOLE_FEW_SLOTS = 2, WHOLE_TILES = 5,
+                 WHOLE_ROWS = 16 * WHOLE_TILES;
+
+// c += a b, (16, 8) += (16, 32) (32, 8). A lane has of a, in rows lane / 4 and eight below, and of b, in column
+// lane / 4, the numbers 4 (lane % 4) to + 3 as one word and those 16 behind as another; of c what it has of a TileC.
+#ifdef CUDA_ON_CPU
+__device__ inline void multiply_whole(int (&c)[4], const int2 &upper, const int2 &lower, const int2 &b) {
+    const int lane = threadIdx.x % 32;
+    auto from = [](int word, int source) { return __shfl_sync(0xffffffffu, word, source); };
+    auto dot = [](int x, int y) {
+        int sum = 0;
+        for (int i = 0; i < 4; i++) sum += ((const int8_t *)&x)[i] * ((const int8_t *)&y)[i];
+        return sum;
+    };
+    for (int holder = 0; holder < 4; holder++)
+        for (int half = 0; half < 2; half++) {
+            const int row = from(half ? upper.y : upper.x, lane / 4 * 4 + holder),
+                      below = from(half ? lower.y : lower.x, lane / 4 * 4 + holder);
+            for (int i = 0; i < 2; i++) {
+                const int column = from(half ? b.y : b.x, (lane % 4 * 2 + i) * 4 + holder);
+                c[i] += dot(row, column);
+                c[2 + i] += dot(below, column);
+            }
+        }
+}
+#else
+__device__ inline void multiply_whole(int (&c)[4], const int2 &upper, const int2 &lower, const int2 &b) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(upper.x), "r"(lower.x), "r"(upper.y), "r"(lower.y), "r"(b.x), "r"(b.y));
+}
+#endif
+
+// The digits of a warp's columns of one or two vectors: digit i of column k at [i * apart + k], the second's behind.
+struct Digits {
+    int8_t *at;
+    int apart;
+    // odd 64s apart, so that lanes that read two digits at once meet in no bank; whole chunks of 64 columns
+    static __host__ __device__ int distance(int K) { return (K + 127) / 128 * 128 + 64; }
+
+    // Returns the unit. Behind the last column digits are 0.
+    __device__ float make(int vector, const floatX *x, int K) const {
+        const int chunk = 64 * MV_WARPS, lane = threadIdx.x % 32,
+                  begin = threadIdx.x / 32 * 64 + lane / 16 * chunk + lane % 16 * 4;
+        unsigned top = 0; // of floats as bits, which are in the numbers' order
+#pragma unroll 1
+        for (int k = begin; k < K; k += 2 * chunk)
+            for (int i = 0; i < 4; i++) top = max(top, __float_as_uint(fabsf((float)x[k + i])));
+        for (int bits = 16; bits > 0; bits /= 2) top = max(top, __shfl_xor_sync(0xffffffffu, top, bits));
+        const unsigned exponent = max(top >> 23, 64u); // with its bias of 127
+        const float per_unit = __uint_as_float((127 + 29 + 127 - exponent) << 23);
+#pragma unroll 1
+        for (int k = begin; k < (K + 63) / 64 * 64; k += 2 * chunk) {
+            unsigned q[4]; // a number's digits: + 128 carries to the next one what - 128 takes back
+            for (int i = 0; i < 4; i++)
+                q[i] = ((unsigned)__float2int_rn(k < K ? (float)x[k + i] * per_unit : 0) + 0x00808080u) ^ 0x00808080u;
+            const unsigned low01 = __byte_perm(q[0], q[1], 0x5140), low23 = __byte_perm(q[2], q[3], 0x5140),
+                           high01 = __byte_perm(q[0], q[1], 0x7362), high23 = __byte_perm(q[2], q[3], 0x7362);
+            unsigned *to = (unsigned *)(at + 4 * vector * apart + k);
+            to[0] = __byte_perm(high01, high23, 0x7632);
+            to[apart / 4] = __byte_perm(high01, high23, 0x5410);
+            to[apart / 2] = __byte_perm(low01, low23, 0x7632);
+            to[apart / 4 * 3] = __byte_perm(low01, low23, 0x5410);
+        }
+        __syncwarp();
+        return top < 0x7f800000u ? __uint_as_float((exponent - 29) << 23) : NAN; // infinite: no whole numbers
+    }
+};
+
+// A warp's columns of the block's rows, tile after tile of rows_at_once; a part is 64 columns of 16 rows, or of what is
+// left. It is there after async_wait<WHOLE_SLOTS - 1>: with few slots, empty groups follow each part. Whatever lies in
+// a slot are numbers: those of absent rows go nowhere, those of absent columns are multiplied by 0.
+template <typename Job> struct WholeStream {
+    const Job &job;
+    int8_t *slots; // (n_slots, 2, 32, 16), from the lane's first on
+    int n_slots, row, end, k, slot;
+    int rows, tile, left;  // rows at once from `row` on; the tile's first of them; how many follow the lane's own
+    const int8_t *weights; // the lane's row of this tile
+    __device__ void request(void) {
+        const int begin = threadIdx.x / 32 * 64, lane = threadIdx.x % 32;
+        if (row < end && begin < job.K) {
+            if (rows == 0) {
+                const StepRow own = job.weights(row);
+                rows = rows_at_once<WHOLE_TILES>(job, row, end);
+                left = min(rows, job.rows - row) - lane / 4;
+                weights = (const int8_t *)own.matrix.w + (int64_t)(own.row + lane / 4) * job.K + lane % 4 * 16;
+            }
+            int8_t *to = slots + slot * WHOLE_PART;
+            const bool there = k + lane % 4 * 16 < job.K;
+            if (there && left > 0) async_copy16(to, weights + k, true);
+            if (there && left > 8) async_copy16(to + 512, weights + k + (int64_t)8 * job.K, true);
+            slot = slot + 1 == n_slots ? 0 : slot + 1;
+            k += 64 * MV_WARPS;
+            if (k >= job.K) {
+                k = begin, tile += 16, left -= 16;
+                weights += (int64_t)16 * job.K;
+                if (tile >= rows) row += rows, rows = tile = 0;
+            }
+        }
+        async_commit();
+        for (int i = n_slots; i < WHOLE_SLOTS; i += n_slots) async_commit();
+    }
+};
+
+// matvec_kernel for weights in 8 bits. K a multiple of 16. Grid: any number of blocks.
+template <typename Job>
+HAS_TWIN __global__ void __launch_bounds__(MV_THREADS, 2)
+    matvec_int8_kernel(Job job, Shares shares, int vectors, int n_slots) {
+    floatX *x = dynamic_smem<floatX>();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const Digits digits = {(int8_t *)(x + vectors), Digits::distance(job.K)};
+    float *partial = (float *)(digits.at + (job.pairs() ? 8 : 4) * digits.apart); // (MV_WARPS, 2, WHOLE_ROWS)
+    int8_t *slots = (int8_t *)(partial + MV_WARPS * 2 * WHOLE_ROWS) + (warp * n_slots * 64 + lane) * 16;
+    const int end = shares.begin(blockIdx.x + 1);
+    int row = shares.begin(blockIdx.x), slot = 0, first = -1, second = -1;
+    float unit = 0, second_unit = 0;
+    WholeStream<Job> stream = {job, slots, n_slots, row, end, warp * 64, 0, 0, 0, 0, nullptr};
+    // of the thread's result
+    const int which = threadIdx.x / (MV_THREADS / 2), result_row = threadIdx.x % (MV_THREADS / 2);
+    auto scale_of = [&](int row) {
+        const StepRow own = job.weights(min(row, job.rows - 1));
+        return own.matrix.scales[own.row];
+    };
+    float scale = 0;
+    let_next_start();
+    job.early(x);
+#pragma unroll 1
+    for (int i = 0; i < n_slots; i++) stream.request();
+    if (result_row < WHOLE_ROWS) scale = scale_of(row + result_row);
+    wait_for_previous();
+    async_wait<WHOLE_SLOTS - 1>(); // what is early came with the first part
+    job.before(x);
+    __syncthreads();
+#pragma unroll 1
+    for (int rows; row < end; row += rows) {
+        rows = rows_at_once<WHOLE_TILES>(job, row, end);
+        const int mine = row + result_row;
+        const bool writes = result_row < rows && mine < job.rows && (which == 0 || job.second(row));
+        const float4 beside = writes ? job.beside(mine) : make_float4(0, 0, 0, 0);
+        if (first != job.first(row) || second != job.second(row)) {
+            first = job.first(row), second = job.second(row);
+            unit = digits.make(0, x + first, job.K);
+            if (job.pairs() && second) second_unit = digits.make(1, x + second, job.K);
+        }
+        // A lane has two digits' sums of vector lane % 4 / 2, its neighbour the two others.
+        const float of_lane = (lane % 4 < 2 ? unit : second_unit) * (lane % 2 ? 1 : 65536);
+        const int8_t *digit = digits.at + lane / 4 % (job.pairs() ? 8 : 4) * digits.apart + lane % 4 * 16;
+#pragma unroll 1
+        for (int tile = 0; tile < rows; tile += 16) {
+            int sums[4] = {};
+#pragma unroll 1
+            for (int k = warp * 64; k < job.K; k += 64 * MV_WARPS) {
+                async_wait<WHOLE_SLOTS - 1>();
+                const int4 *from = (const int4 *)(slots + slot * WHOLE_PART), upper = from[0], lower = from[32],
+                           d = *(const int4 *)(digit + k);
+                multiply_whole(sums, {upper.x, upper.y}, {lower.x, lower.y}, {d.x, d.y});
+                multiply_whole(sums, {upper.z, upper.w}, {lower.z, lower.w}, {d.z, d.w});
+                slot = slot + 1 == n_slots ? 0 : slot + 1;
+                stream.request();
+            }
+            for (int i = 0; i < 2; i++) {
+                float sum = ((float)sums[2 * i] * 256 + (float)sums[2 * i + 1]) * of_lane;
+                sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+                if (lane % 2 == 0) partial[(warp * 2 + lane % 4 / 2) * WHOLE_ROWS + tile + 8 * i + lane / 4] = sum;
+            }
+        }
+        __syncthreads();
+        float sum = 0;
+        for (int w = 0; w < MV_WARPS && writes; w++) sum += partial[(w * 2 + which) * WHOLE_ROWS + result_row];
+        if (writes) job.after(mine, sum * scale, beside, which);
+        if (result_row < WHOLE_ROWS) scale = scale_of(mine + rows);
+        if (row + rows < end) __syncthreads(); // the sums have been read
+    }
+}
+
+static int64_t matvec_int8_smem(int64_t vectors, int K, bool pairs, int n_slots) {
+    return vectors * (int64_t)sizeof(floatX) + (pairs ? 8 : 4) * Digits::distance(K) +
+           MV_WARPS * (2 * WHOLE_ROWS * (int64_t)sizeof(float) + n_slots * WHOLE_PART);
+}
+
+static bool matvec_int8_fits(int64_t vectors, int K, bool pairs, int n_slots) {
+    return matvec_int8_smem(vectors, K, pairs, n_slots) + 1024 <= block_smem; // 1024: what is static
+}
+
+template <typename Job> static void matvec_int8_launch(const Job &job, int vectors, bool few_slots = false) {
+    const int64_t eights = ceil_div(job.rows, 8), grid = eights < multiprocessors ? eights : multiprocessors;
+    const bool pairs = job.pairs() > 0;
+    few_slots = few_slots || !matvec_int8_fits(vectors, job.K, pairs, WHOLE_SLOTS);
+    const int n_slots = few_slots ? WHOLE_FEW_SLOTS : WHOLE_SLOTS;
+    const size_t smem = matvec_int8_smem(vectors, job.K, pairs, n_slots);
+    allow_smem(matvec_int8_kernel<Job>, smem);
+    launch_early(matvec_int8_kernel<Job>, dim3((int)grid), MV_THREADS, smem, job, shares_of(job.rows, grid), vectors,
+                 n_slots);
+}
+
+template <typename Job> static void matvec_int8(const Job &job, int vectors) {
+#ifdef CUDA_ON_CPU
+    if (cuda_on_cpu::twins) {
+        matvec_in_loops<int8_t>(job, vectors, 1);
+        return;
+    }
+#endif
+    matvec_int8_launch(job, vectors);
+}
 
 // sums += 16 rows times the groups' contexts, eight columns a lane
 template <int groups>
@@ -2200,18 +2383,19 @@ __device__ inline void multiply_rows(TileC (&sums)[groups], const RawPack<floatX
 // problems)
 template <typename W, int groups, typename Job>
 HAS_TWIN __global__ void __launch_bounds__(MV_THREADS, 1)
-    step_product_kernel(Job job, const floatX *x, int vectors, int64_t apart, int64_t far, int contexts) {
+    step_product_kernel(Job job, Shares shares, const floatX *x, int vectors, int64_t apart, int64_t far,
+                        int contexts) {
     constexpr int PER = MV_COPIED<W>, n_slots = STEP_SLOTS<W, groups>, apart_sums = STEP_SUMS_APART<groups>,
                   n_sums = 8 * groups * apart_sums, added = STEP_ADDED<groups>, most_tiles = STEP_TILES<W, groups>;
     constexpr bool ahead = groups == 1; // x is read a turn before it is needed: of few contexts there is room for it
     float *partial = dynamic_smem<float>(); // (MV_WARPS, 8 groups, apart_sums)
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tiles = (job.rows + job.pairs() + 7) / 8;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     // of the thread's results
     const int context = threadIdx.x / (16 * added), result_row = threadIdx.x % (16 * added);
-    const int end = (int)((int64_t)(blockIdx.x + 1) * tiles / gridDim.x) * 8;
-    int row = (int)((int64_t)blockIdx.x * tiles / gridDim.x) * 8, slot = 0;
+    const int end = shares.begin(blockIdx.x + 1);
+    int row = shares.begin(blockIdx.x), slot = 0;
     W *slots = (W *)(partial + MV_WARPS * n_sums) + warp * n_slots * STEP_PART<W> + lane * PER;
-    TileStream<W, n_slots, most_tiles, Job> stream = {job, slots, row, end, warp * 4 * PER, 0, 0, 0, nullptr};
+    TileStream<W, n_slots, most_tiles, Job> stream = {job, slots, row, end, warp * 4 * PER, 0, 0, 0, nullptr, nullptr};
     let_next_start();
 #pragma unroll 1
     for (int i = 0; i < n_slots; i++) stream.request();
@@ -2289,19 +2473,21 @@ HAS_TWIN __global__ void __launch_bounds__(MV_THREADS, 1)
 
 template <typename W, int groups, typename Job>
 static void step_product_launch(const Infer *f, const Job &job, const floatX *x, int vectors, int problems) {
-    const int64_t tiles = ceil_div(job.rows + job.pairs(), 8), grid = tiles < multiprocessors ? tiles : multiprocessors;
+    const int64_t rows = job.rows + job.pairs(), eights = ceil_div(rows, 8),
+                  grid = eights < multiprocessors ? eights : multiprocessors;
     const size_t smem = MV_WARPS * (8 * groups * STEP_SUMS_APART<groups> * sizeof(float) +
                                     STEP_SLOTS<W, groups> * STEP_PART<W> * sizeof(W));
     allow_smem(step_product_kernel<W, groups, Job>, smem);
-    launch_early(step_product_kernel<W, groups, Job>, dim3((int)grid, problems), MV_THREADS, smem, job, x, vectors,
-                 f->apart, f->far, f->contexts);
+    launch_early(step_product_kernel<W, groups, Job>, dim3((int)grid, problems), MV_THREADS, smem, job,
+                 shares_of(rows, grid), x, vectors, f->apart, f->far, f->contexts);
 }
 
 // A product of a step: of one context's vector, which takes room for `vectors` numbers to make, or of several's.
 template <typename W = floatX, typename Job>
 static void step_product(const Infer *f, const Job &job, int vectors, int problems = 1) {
     if (f->contexts == 1) {
-        matvec<W>(job, vectors, problems);
+        if constexpr (sizeof(W) == 1) matvec_int8(job, vectors);
+        else matvec(job, vectors, problems);
         return;
     }
     const floatX *x = f->input;
@@ -2344,6 +2530,7 @@ struct OneVector { // what most jobs have in common
     static const bool rare = false; // once a step: not worth a kernel of its own for few contexts
     __device__ int first(int) const { return 0; }
     __device__ int second(int) const { return 0; }          // 0: there is none
+    __device__ int alike(int) const { return 1 << 30; }     // the next row of another matrix, or with another vector
     __host__ __device__ int pairs(void) const { return 0; } // of the first so many rows there is one
     __device__ void early(floatX *) const {}
     __device__ float4 beside(int) const { return make_float4(0, 0, 0, 0); }
@@ -2470,6 +2657,9 @@ struct FinchProducts : OneVector {
         return (row < A ? 2 : row < 2 * A ? 0 : row < 3 * A ? 1 : row < 3 * A + DECAY_RANK ? 3 : 4) * K;
     }
     __device__ int second(int row) const { return row < A && use_v2 ? 4 * K : 0; }
+    __device__ int alike(int row) const {
+        return row < 3 * A ? (row / A + 1) * A : row < 3 * A + DECAY_RANK ? 3 * A + DECAY_RANK : rows;
+    }
     __host__ __device__ int pairs(void) const { return use_v2 ? A : 0; }
     __device__ void before(floatX *x) const { copy_vector(x, xs, (use_v2 ? 5 : 4) * K); }
     __device__ void after(int row, float sum, float4, int which) const {
@@ -2582,6 +2772,7 @@ struct CmixIn : OneVector {
         return {receptance, row - F};
     }
     __device__ int first(int row) const { return row < F ? 0 : K; }
+    __device__ int alike(int row) const { return row < F ? F : rows; }
     __device__ void early(floatX *x) const { mix.early(x, K); }
     __device__ void before(floatX *x) const { mix.make(x, K); }
     __device__ void after(int row, float sum, float4, int) const {
@@ -3293,6 +3484,9 @@ static void prepare_decode(Infer *f) {
     const Dims &d = f->m.d;
     f->packed = (Packed *)calloc(d.L, sizeof(Packed));
     f->decodes = matvec_fits(d.F > 5 * d.C ? d.F : 5 * d.C, MV_FEW_SLOTS);
+    if (f->weights == WEIGHTS_INT8)
+        f->decodes = f->decodes && matvec_int8_fits(d.F, d.F, false, WHOLE_FEW_SLOTS) &&
+                     matvec_int8_fits(5 * d.C, d.C, true, WHOLE_FEW_SLOTS);
     for (int l = 0; l < d.L; l++) {
         const Layer &layer = f->m.layers[l];
         const Params &p = layer.p;
@@ -4330,13 +4524,14 @@ void gf_infer_feed(Infer *f, const int *ids, int64_t n, int all, float *logits) 
     if (all) cudaFree(to);
 }
 
-// w (rows, columns) in 8 bits; y (3, rows): its product with x as a step makes it, by its kernel, as pre-fill makes it
+// w (rows, columns) in 8 bits; y (4, rows): its product with x as a step makes it, by its kernel, as pre-fill makes it,
+// by the kernel with few slots
 void gf_int8(int rows, int columns, const float *w, const float *x, signed char *whole, float *scales, float *y) {
     machine_start();
     floatX *device_w, *device_x, *host = (floatX *)malloc(((size_t)rows * columns + columns) * sizeof(floatX));
     float *device_y;
     alloc_floats(&device_w, (int64_t)rows * columns + columns);
-    device_alloc((void **)&device_y, 3 * rows * sizeof(float));
+    device_alloc((void **)&device_y, 4 * rows * sizeof(float));
     device_x = device_w + (int64_t)rows * columns;
     for (int64_t i = 0; i < (int64_t)rows * columns; i++) host[i] = (floatX)w[i];
     for (int i = 0; i < columns; i++) host[(int64_t)rows * columns + i] = (floatX)x[i];
@@ -4345,16 +4540,18 @@ void gf_int8(int rows, int columns, const float *w, const float *x, signed char 
     Product<floatX> job = {};
     job.x = device_x, job.w = {in_int8.whole, in_int8.scales}, job.rows = rows, job.K = columns;
     job.out = device_y;
-    matvec<int8_t>(job, columns);
+    matvec_int8(job, columns);
     job.out = device_y + rows;
-    matvec_launch<int8_t>(job, columns, 1);
+    matvec_int8_launch(job, columns);
+    job.out = device_y + 3 * rows;
+    matvec_int8_launch(job, columns, true);
     alloc_floats(&in_int8.room, 5 * columns); // five rows at a time
     in_int8.room_size = 5 * columns;
     linear_forward(device_y + 2 * rows, device_x, {nullptr, nullptr, rows, columns, columns, &in_int8}, 1);
     CUDA_CHECK(cudaStreamSynchronize(stream));
     CUDA_CHECK(cudaMemcpy(whole, in_int8.whole, (size_t)rows * columns, cudaMemcpyDeviceToHost));
     CUDA_CHECK(cudaMemcpy(scales, in_int8.scales, rows * sizeof(float), cudaMemcpyDeviceToHost));
-    CUDA_CHECK(cudaMemcpy(y, device_y, 3 * rows * sizeof(float), cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaMemcpy(y, device_y, 4 * rows * sizeof(float), cudaMemcpyDeviceToHost));
     for (void *p :
          {(void *)device_w, (void *)device_y, (void *)in_int8.whole, (void *)in_int8.scales, (void *)in_int8.room})
         cudaFree(p);

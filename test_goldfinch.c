@@ -1800,7 +1800,8 @@ void gf_batch_take(Infer *b, int slot, Infer *f); // the context that f has read
 void gf_batch_rest(Infer *b, int slot);           // the slot's context is forgotten
 void gf_batch_step(Infer *b, const int *ids, float *logits);
 void gf_batch_free(Infer *b);
-// w (rows, columns) in 8 bits; y (3, rows): its product with x as a step makes it, by its kernel, as pre-fill makes it
+// w (rows, columns) in 8 bits; y (4, rows): its product with x as a step makes it, by its kernel, as pre-fill makes it,
+// by the kernel with few slots
 void gf_int8(int rows, int columns, const float *w, const float *x, signed char *whole, float *scales, float *y);
 // vocab: path of the World vocabulary, NULL for bytes. ids has room for n + 1, text for 3 n; both return a length
 int64_t gf_tokenize(const char *vocab, const unsigned char *text, int64_t n, int *ids);
@@ -3047,7 +3048,7 @@ static void round_to_int8(float *w, int64_t rows, int64_t columns, int64_t row_a
 static void check_int8_matrix(int rows, int columns) {
     const int64_t n = (int64_t)rows * columns;
     float *w = random_array("int8", rows, n, 0, 0.1), *x = random_array("int8 x", columns, columns, 0, 1);
-    float *scales = zeros(rows, sizeof(float)), *y = zeros(3 * rows, sizeof(float));
+    float *scales = zeros(rows, sizeof(float)), *y = zeros(4 * rows, sizeof(float));
     signed char *whole = zeros(n, 1);
     memset(w, 0, columns * sizeof(float));
     memset(w + columns, 0, columns * sizeof(float));
@@ -3079,6 +3080,9 @@ static void check_int8_matrix(int rows, int columns) {
     check(product[0] <= limit && product[1] <= limit && product[2] <= of_prefill,
           "int8, %d x %d: products of a step %.1e, by its kernel %.1e, allowed %.0e; of pre-fill %.1e, allowed %.0e",
           rows, columns, product[0], product[1], limit, product[2], of_prefill);
+    check(memcmp(y + rows, y + 3 * rows, 3 * sizeof(float)) == 0 &&
+              memcmp(y + rows + 4, y + 3 * rows + 4, (rows - 4) * sizeof(float)) == 0,
+          "int8, %d x %d: the same bits where shared memory is small", rows, columns);
     free(w), free(x), free(scales), free(y), free(whole);
 }
 

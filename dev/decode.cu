@@ -18,9 +18,12 @@
 // decode_int8: the same in 8 bits (--weights int8), W = whole numbers times a scale a row, half the bytes:
 //
 //   1 16-byte loads, each number converted to a float: conversions go at an eighth of the speed of multiplications
-//   2 in use: 5's stream; bytes become bf16 by moving bits, 12 instructions for 8 numbers, and tensor cores multiply
-//     them, whatever little of such a product is of use here: 3 instructions a number in all. At 3 TB/s an H100 gets 14
-//     bytes a clock and multiprocessor, and has 128 lanes for them
+//   2 bytes become bf16 by moving bits, 16 instructions for 8 numbers, and tensor cores multiply them, though only the
+//     diagonal of such a product is of use here: 3 instructions a number in all. At 4 TB/s an H200 gets 16 bytes a
+//     clock and multiprocessor, and has 128 lanes for them. (With 5's stream this was in use; a chain of 16x9216x2048
+//     took 0.151 ms where bf16's twice as many bytes took 0.160.)
+//   3 in use: nothing is converted but x, once, to whole numbers of four digits; tensor cores multiply 512 bytes with
+//     them by one instruction
 //
 //     make -C dev decode && dev/decode [VERSION [PRODUCTS O I]]
 
@@ -33,7 +36,7 @@ static Array<floatX> x, W;
 static Array<float> out;
 static Array<int8_t> whole;
 static Array<float> scales;
-static Recording recordings[6], int8_recordings[3]; // by version
+static Recording recordings[6], int8_recordings[4]; // by version
 
 __global__ void decode_1(float *y, const floatX *W, const floatX *x, int O, int I) {
     const int row = blockIdx.x * blockDim.x + threadIdx.x;
@@ -153,16 +156,39 @@ __global__ void decode_int8_1(float *y, const int8_t *whole, const float *scales
     if (lane == 0) y[row] = sum * scales[row];
 }
 
+__global__ void decode_int8_2(float *y, const int8_t *whole, const float *scales, const floatX *x, int O, int I) {
+    const int row = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
+    if (row >= O) return;
+    TileC c[2][1] = {}; // of the first four of a lane's numbers, in rows 0..7; of the others, in rows 8..15
+    for (int i = 0; i < I; i += 32 * 8) { // the warp must be together
+        const bool mine = i + lane * 8 < I;
+        const int at = mine ? i + lane * 8 : 0;
+        const TileA a = eight_as_a(load_raw(whole + (int64_t)row * I + at));
+        const RawPack<floatX> b = mine ? load_raw(x + at) : RawPack<floatX>{};
+        for (int half = 0; half < 2; half++) {
+            const TileB of_half[1] = {half_as_b(b, half)};
+            mma(c[half], a, of_half);
+        }
+    }
+    float sum = 0;
+    for (int i = 0; i < 2; i++)
+        if (tile_row(i) == tile_col(i)) sum = c[0][0].x[i] + c[1][0].x[i + 2];
+    sum = warp_sum(sum);
+    if (lane == 0) y[row] = sum * scales[row];
+}
+
 static void queue_int8(int version) {
     for (int i = 0; i < products; i++) {
         const int8_t *w = whole.p + (int64_t)i * O * I;
         float *y = out.p + (int64_t)i * O;
         if (version == 1)
             decode_int8_1<<<(int)ceil_div(O, 8), 256, 0, stream>>>(y, w, scales.p + (int64_t)i * O, x.p, O, I);
-        if (version == 1) continue;
+        if (version == 2)
+            decode_int8_2<<<(int)ceil_div(O, 8), 256, 0, stream>>>(y, w, scales.p + (int64_t)i * O, x.p, O, I);
+        if (version < 3) continue;
         Product<floatX> job = {};
         job.x = x.p, job.w = {w, scales.p + (int64_t)i * O}, job.out = y, job.rows = O, job.K = I;
-        matvec<int8_t>(job, I);
+        matvec_int8(job, I);
     }
 }
 
@@ -202,7 +228,7 @@ int main(int argc, char **argv) {
                       cost},
                      {"decode_int8",
                       {{"PRODUCTS", 1}, {"O", 1}, {"I", 16}},
-                      {"a warp a row, 16-byte loads", "in use: a stream, bits moved, tensor cores"},
+                      {"a warp a row, 16-byte loads", "bits moved to bf16, tensor cores", "in use: whole numbers"},
                       {{1, 5, 64}, {2, 67, 2080}, {3, 40, 7168}},
                       {{64, 2048, 2048}, {16, 9216, 2048}, {16, 2048, 7168}},
                       setup_int8,
