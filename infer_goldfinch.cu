@@ -679,8 +679,8 @@ __host__ __device__ inline PastSmem past_smem(char *base, const GoldSource &g, i
     s.v_mean = (float *)place(4ul * tokens);
     s.v_rstd = (float *)place(4ul * tokens);
     s.ids = (int *)place(4ul * tokens);
-    s.there = (Signal *)place(3 * sizeof(Signal));
-    s.done = (int *)place(3 * sizeof(int));
+    s.there = (Signal *)place(past_buffers(true) * sizeof(Signal));
+    s.done = (int *)place(past_buffers(true) * sizeof(int));
     s.bytes = at;
     return s;
 }
@@ -1063,7 +1063,8 @@ __device__ inline void past_done(const PastSmem &s, const GoldSource &g, const P
     if (atomicAdd(s.done + stage.buffer, 1) + 1 < (int)blockDim.x / 32) return;
     __threadfence_block();
     s.done[stage.buffer] = 0;
-    if (stage.at + 3 < 2 * of_sweep) past_ask(s, g, task, stage.at + 3, stage.buffer, of_sweep);
+    const int next = stage.at + past_buffers(true);
+    if (next < 2 * of_sweep) past_ask(s, g, task, next, stage.buffer, of_sweep);
 #endif
 }
 
@@ -1406,7 +1407,7 @@ __global__ void __launch_bounds__(256, 1)
         s.sum[i] = s.mean[i] = 0;
     }
 #ifdef WARPGROUPS
-    for (int i = 0; i < 3 && warpgroups && threadIdx.x == 0; i++) {
+    for (int i = 0; i < past_buffers(true) && warpgroups && threadIdx.x == 0; i++) {
         signal_init(s.there + i, 1);
         s.done[i] = 0;
     }
@@ -1420,8 +1421,9 @@ __global__ void __launch_bounds__(256, 1)
         if (warpgroups) show_to_engine(); // what lay in the buffers since the last sweep
         __syncthreads();
         if (!warpgroups) past_copy(s, g, 0, g.k.tiles, g.k.stage, task.query.q);
-        for (int i = 0; i < 3 && warpgroups && threadIdx.x == 0; i++)
-            past_ask(s, g, task, i, (stage.buffer + i) % 3, stages);
+        const int buffers = past_buffers(true);
+        for (int i = 0; i < buffers && warpgroups && threadIdx.x == 0; i++)
+            past_ask(s, g, task, i, (stage.buffer + i) % buffers, stages);
         past_rows<warpgroups>(rows, s, g, t0, T);
         if (warpgroups) {
             show_to_engine(); // c
@@ -2751,6 +2753,7 @@ struct TmixOut : NormProduct {
 
 struct Head : NormProduct { // logits = w LayerNorm_out(x)
     float *logits;
+    static const bool rare = true;
     __device__ void move(int64_t bytes, int64_t) { move_each(bytes, x, logits); }
     __device__ void after(int row, float sum, float4, int) const { logits[row] = sum; }
 };
@@ -3525,7 +3528,7 @@ static int side_stage(const GoldSource &g, bool keys) {
 // tiles of W_c (keys only), of the mix, of w1 and of w2, and in a pair's place mu, eight channels a lane.
 static void prepare_side(GoldSource &g, GoldSource::Side &side, bool keys, Param w1, Param w2, int rank,
                          floatX *scratch) {
-    const int C = g.C, groups = past_groups(g), passes = g.rank_pad / (32 * groups), from_c = keys ? g.R32 / 8 : 0;
+    const int C = g.C, groups = past_groups(g), passes = g.rank_pad / (32 * groups), from_c = keys ? 4 * g.R32 / 32 : 0;
     floatX *centered;
     TilePair *tiles;
     side.stage = side_stage(g, keys);
@@ -3550,6 +3553,8 @@ static void prepare_side(GoldSource &g, GoldSource::Side &side, bool keys, Param
         pack_mu_kernel<<<C / 32, 32, 0, stream>>>(to + 2 * tiles_of * 32, side.mu, side.stage);
     }
 }
+
+static int rotated_stage(const GoldSource &g) { return 4 * g.R32 / 32 + 4 + 4 * g.rank_pad / 32; }
 
 // Likewise for past_rotated_scores: tiles of W_c, of the mix, of w2.
 static void prepare_rotated(GoldSource &g) {
@@ -3603,7 +3608,7 @@ static void prepare_gold(Infer *f, bool warpgroups) {
         g.k.mu = p.time_maa_k.w, g.k.mix = p.time_maa_kv_w2.w, g.k.gain = p.ln_k.gain.w, g.k.bias = p.ln_k.bias.w;
         g.v.mu = p.time_maa_v.w, g.v.mix = p.time_maa_kv_w2.w + 32 * C, g.v.gain = p.ln_v.gain.w,
         g.v.bias = p.ln_v.bias.w;
-        g.rotated_stage = g.rope.used ? 4 * R32 / 32 + 4 + 4 * rank_pad / 32 : 0; // see prepare_rotated
+        g.rotated_stage = g.rope.used ? rotated_stage(g) : 0;
         g.stage = side_stage(g, true) > g.rotated_stage ? side_stage(g, true) : g.rotated_stage;
         g.warpgroups = warpgroups && !g.rope.used && R32 == 32 * past_groups(g);
         if (past_smem(nullptr, g, 4, 1).bytes > (size_t)block_smem) g.warpgroups = false;
