@@ -1838,8 +1838,8 @@ static void kept_allocate(Infer *f, int rows) {
 //   - what goes on between two products (norm, shift, mix, gate) is done by every block of the next product for itself:
 //     C numbers, from L2, instead of a launch of its own
 //   - what a kernel needs besides comes in one trip to memory where it can: a trip costs about as much as 2 MB of
-//     weights. Code that is cold costs less than that: a product of 160 rows in a chain of seven kernels in turn took
-//     1.83 us, in a chain of one 1.82; with 32 contexts 3.59 and 3.42 (H200).
+//     weights. Code of 800 instructions that is cold costs less than that: a product of 160 rows in a chain of seven
+//     kernels in turn took 1.83 us, in a chain of one 1.82; with 32 contexts 3.59 and 3.42 (H200).
 //
 // The residual stream is fp32 here; a product's inputs are rounded to floatX, as everywhere.
 //
@@ -2047,8 +2047,8 @@ template <typename Job> static void matvec(const Job &job, int vectors, int prob
 // the weights, or as many as 32 rows where a block has only 16. A number is the same sum in the same order, whatever
 // the number of contexts and the place among them.
 //
-// Measured on an H200 (L24 D2048, 8 and 32 contexts after 256 tokens): 1.47 and 2.51 ms a step, in 8 bits 1.29 and
-// 2.18. Other ways were no quicker: 8 warps with 128 bytes of a row each 1.96 and 3.40; x in shared memory 1.77 and
+// Measured on an H200 (L24 D2048, 8 and 32 contexts after 256 tokens): 1.40 and 2.49 ms a step, in 8 bits 1.23 and
+// 2.14. Other ways were no quicker: 8 warps with 128 bytes of a row each 1.96 and 3.40; x in shared memory 1.77 and
 // 3.08; that, and a warp a tile of rows 1.55 and 2.50, in 8 bits 1.48 and 2.69. There a product of 0.7 MB of weights
 // took 6 to 7 us, one of 38 MB 17 to 21: what a launch costs beside its bytes is what is left.
 
