@@ -1844,9 +1844,9 @@ static void kept_allocate(Infer *f, int rows) {
 // The residual stream is fp32 here; a product's inputs are rounded to floatX, as everywhere.
 //
 // With --weights int8 half the bytes stream. Each row has a scale, which its sum is multiplied by in the end. A scale
-// for each 64 columns would be little finer: a trained model's weights are off by 0.59 % instead of 0.67 %, and its loss
-// moves by less than 1e-4 with either. Pre-fill multiplies many rows by the same numbers: it has a matrix made into
-// floatX before each product (linear_forward; in bf16 that rounds them once more).
+// for each 64 columns would be little finer: a trained model's weights are off by 0.59 % instead of 0.67 %, and its
+// loss moves by less than 1e-4 with either. Pre-fill multiplies many rows by the same numbers: it has a matrix made
+// into floatX before each product (linear_forward; in bf16 that rounds them once more).
 
 // 512: a thread has a pack of a vector, or none
 static const int MV_THREADS = MAX_C / 8, MV_WARPS = MV_THREADS / 32;
@@ -2090,8 +2090,8 @@ template <typename Job> __device__ inline ProductRow product_row(const Job &job,
     return {number - job.rows, 1, job.second(number - job.rows)};
 }
 
-// Of what is left, number .. end - 1 in eights, how many rows of one matrix are multiplied with the same vector: as
-// many as there is room for sums
+// How many rows from `number` on are of one matrix and multiplied with the same vectors, up to `end`, and as many as
+// there is room for sums
 template <int tiles, typename Job> __device__ inline int rows_at_once(const Job &job, int number, int end) {
     int other = number < job.rows ? job.alike(number) : end;
     if (job.pairs() && number < job.rows) other = min(other, job.rows);
@@ -2100,12 +2100,12 @@ template <int tiles, typename Job> __device__ inline int rows_at_once(const Job 
 
 // A block's share of the rows, in eights: as many for each, and one more for the first blocks.
 struct Shares {
-    int each, longer;
-    __device__ int begin(int block) const { return 8 * (block * each + min(block, longer)); }
+    int rows, each, longer;
+    __device__ int begin(int block) const { return min(8 * (block * each + min(block, longer)), rows); }
 };
 static Shares shares_of(int64_t rows, int64_t blocks) {
     const int64_t eights = ceil_div(rows, 8);
-    return {(int)(eights / blocks), (int)(eights % blocks)};
+    return {(int)rows, (int)(eights / blocks), (int)(eights % blocks)};
 }
 
 // A warp's columns of the block's rows: a part is those of 4 MV_COPIED columns and a tile of 16 rows, or 8; tile after
@@ -2126,7 +2126,7 @@ template <typename W, int n_slots, int most_tiles, typename Job> struct TileStre
             }
             if (at == 0) tile = weights + k;
             const bool valid = k + lane % 4 * PER < job.K; // zeros behind the last column; no rows behind the last
-            const int left = min(rows, job.rows + job.pairs() - row) - at - lane / 4;
+            const int left = rows - at - lane / 4;
 #pragma unroll
             for (int half = 0; half < 2; half++)
                 for (int i = 0; i < PER && 8 * half < left; i += 16 / (int)sizeof(W))
@@ -2150,21 +2150,22 @@ template <typename W, int n_slots, int most_tiles, typename Job> struct TileStre
 //
 //     x = unit (d0 2^24 + d1 2^16 + d2 2^8 + d3),   -128 <= d < 128
 //
-// What is lost is half a unit; a bf16 of up to 2^-22 of the largest loses nothing. W x is then four products of whole
-// numbers, all of them exact, that are put together in fp32. A tile is 16 rows of W times the 8 columns that tensor
-// cores have: the four digits of x, and the four of a row's second x, where it has one.
+// At most half a unit is lost: nothing of a bf16 that is at least 2^-22 of the largest. (A largest below 2^-63 counts
+// as 2^-63, so that the unit and its inverse are normal floats.) W x is then four products of whole numbers, all of
+// them exact, that are put together in fp32. A tile is 16 rows of W times the 8 columns that tensor cores have: the
+// four digits of x, and the four of a row's second x, where it has one.
 //
 // A block has a share of the rows, in eights; its warps share K, each streams its own 64 columns of each 1024. In the
 // end the warps' sums come together.
 //
-// Measured on an H200 (L24 D2048 after 256 tokens; before, bytes became bf16 one by one: 0.94 ms): with a tile's parts
-// unrolled, 2,000 instructions, 0.99 ms, though a chain of one such kernel was quicker; as a loop of 1,400 0.90, of 700
-// to 1,400 in all 0.85: what a step's kernels do not share must be fetched for each. Parts on their way: 2 or 3 0.92,
-// 4 0.85, 6 0.82, 8 0.85.
+// Measured on an H200 (L24 D2048 after 256 tokens): 0.82 ms a token; before, when bytes became bf16 one by one, 0.94.
+// Short code counts, as each kernel of a step fetches its own: 2,000 instructions (tiles unrolled) took 0.99 ms, 1,400
+// 0.90, 700 to 1,400 0.85, though a chain of one such kernel was quicker than before with each. Parts on their way: 2
+// or 3 0.92, 4 0.85, 6 0.82, 8 0.85.
 
-// parts of a warp's rows on their way, 1 KB each; where shared memory is small; tiles whose sums come together at once
-static const int WHOLE_PART = 1024, WHOLE_SLOTS = 6, WHOLE_FEW_SLOTS = 2, WHOLE_TILES = 5,
-                 WHOLE_ROWS = 16 * WHOLE_TILES;
+// a part's bytes; parts of a warp's rows on their way: 6, 3, 2 or 1, as shared memory allows; tiles whose sums come
+// together at once
+static const int WHOLE_PART = 1024, WHOLE_SLOTS = 6, WHOLE_TILES = 5, WHOLE_ROWS = 16 * WHOLE_TILES;
 
 // c += a b, (16, 8) += (16, 32) (32, 8). A lane has of a, in rows lane / 4 and eight below, and of b, in column
 // lane / 4, the numbers 4 (lane % 4) to + 3 as one word and those 16 behind as another; of c what it has of a TileC.
@@ -2200,8 +2201,8 @@ __device__ inline void multiply_whole(int (&c)[4], const int2 &upper, const int2
 struct Digits {
     int8_t *at;
     int apart;
-    // odd 64s apart, so that lanes that read two digits at once meet in no bank; whole chunks of 64 columns
-    static __host__ __device__ int distance(int K) { return (K + 127) / 128 * 128 + 64; }
+    // whole chunks of 64 columns; an odd number of them, so that lanes that read two digits at once use different banks
+    static __host__ __device__ int distance(int K) { return ((K + 63) / 64 | 1) * 64; }
 
     // Returns the unit. Behind the last column digits are 0.
     __device__ float make(int vector, const floatX *x, int K) const {
@@ -2228,13 +2229,14 @@ struct Digits {
             to[apart / 4 * 3] = __byte_perm(low01, low23, 0x5410);
         }
         __syncwarp();
-        return top < 0x7f800000u ? __uint_as_float((exponent - 29) << 23) : NAN; // infinite: no whole numbers
+        return top < 0x7f800000u ? __uint_as_float((exponent - 29) << 23) : NAN; // of infinity or NaN
     }
 };
 
 // A warp's columns of the block's rows, tile after tile of rows_at_once; a part is 64 columns of 16 rows, or of what is
-// left. It is there after async_wait<WHOLE_SLOTS - 1>: with few slots, empty groups follow each part. Whatever lies in
-// a slot are numbers: those of absent rows go nowhere, those of absent columns are multiplied by 0.
+// left. It is there after async_wait<WHOLE_SLOTS - 1>, for those that read only what they have copied: where fewer
+// parts are on their way, empty groups make them WHOLE_SLOTS. Whatever lies in a slot are numbers: those of absent rows
+// go nowhere, those of absent columns are multiplied by 0.
 template <typename Job> struct WholeStream {
     const Job &job;
     int8_t *slots; // (n_slots, 2, 32, 16), from the lane's first on
@@ -2247,7 +2249,7 @@ template <typename Job> struct WholeStream {
             if (rows == 0) {
                 const StepRow own = job.weights(row);
                 rows = rows_at_once<WHOLE_TILES>(job, row, end);
-                left = min(rows, job.rows - row) - lane / 4;
+                left = rows - lane / 4;
                 weights = (const int8_t *)own.matrix.w + (int64_t)(own.row + lane / 4) * job.K + lane % 4 * 16;
             }
             int8_t *to = slots + slot * WHOLE_PART;
@@ -2267,7 +2269,8 @@ template <typename Job> struct WholeStream {
     }
 };
 
-// matvec_kernel for weights in 8 bits. K a multiple of 16. Grid: any number of blocks.
+// matvec_kernel for weights in 8 bits. K a multiple of 16. Grid: the blocks that have shares. n_slots: of a warp;
+// divides WHOLE_SLOTS
 template <typename Job>
 HAS_TWIN __global__ void __launch_bounds__(MV_THREADS, 2)
     matvec_int8_kernel(Job job, Shares shares, int vectors, int n_slots) {
@@ -2300,12 +2303,12 @@ HAS_TWIN __global__ void __launch_bounds__(MV_THREADS, 2)
     for (int rows; row < end; row += rows) {
         rows = rows_at_once<WHOLE_TILES>(job, row, end);
         const int mine = row + result_row;
-        const bool writes = result_row < rows && mine < job.rows && (which == 0 || job.second(row));
+        const bool writes = result_row < rows && (which == 0 || job.second(row));
         const float4 beside = writes ? job.beside(mine) : make_float4(0, 0, 0, 0);
         if (first != job.first(row) || second != job.second(row)) {
             first = job.first(row), second = job.second(row);
             unit = digits.make(0, x + first, job.K);
-            if (job.pairs() && second) second_unit = digits.make(1, x + second, job.K);
+            if (second) second_unit = digits.make(1, x + second, job.K);
         }
         // A lane has two digits' sums of vector lane % 4 / 2, its neighbour the two others.
         const float of_lane = (lane % 4 < 2 ? unit : second_unit) * (lane % 2 ? 1 : 65536);
@@ -2333,8 +2336,9 @@ HAS_TWIN __global__ void __launch_bounds__(MV_THREADS, 2)
         float sum = 0;
         for (int w = 0; w < MV_WARPS && writes; w++) sum += partial[(w * 2 + which) * WHOLE_ROWS + result_row];
         if (writes) job.after(mine, sum * scale, beside, which);
+        if (row + rows == end) break;
         if (result_row < WHOLE_ROWS) scale = scale_of(mine + rows);
-        if (row + rows < end) __syncthreads(); // the sums have been read
+        __syncthreads(); // the sums have been read
     }
 }
 
@@ -2343,15 +2347,19 @@ static int64_t matvec_int8_smem(int64_t vectors, int K, bool pairs, int n_slots)
            MV_WARPS * (2 * WHOLE_ROWS * (int64_t)sizeof(float) + n_slots * WHOLE_PART);
 }
 
-static bool matvec_int8_fits(int64_t vectors, int K, bool pairs, int n_slots) {
-    return matvec_int8_smem(vectors, K, pairs, n_slots) + 1024 <= block_smem; // 1024: what is static
+// slots of a warp, at most so many, for which a block has room; 0: for none
+static int matvec_int8_slots(int64_t vectors, int K, bool pairs, int most = WHOLE_SLOTS) {
+    const int64_t room = block_smem - 1024; // 1024: what is static
+    while (most > 0 && (WHOLE_SLOTS % most || matvec_int8_smem(vectors, K, pairs, most) > room)) most--;
+    return most;
 }
 
-template <typename Job> static void matvec_int8_launch(const Job &job, int vectors, bool few_slots = false) {
-    const int64_t eights = ceil_div(job.rows, 8), grid = eights < multiprocessors ? eights : multiprocessors;
+template <typename Job>
+static void matvec_int8_launch(const Job &job, int vectors, int most_slots = WHOLE_SLOTS, int blocks = 0) {
+    const int64_t eights = ceil_div(job.rows, 8), most = blocks ? blocks : multiprocessors,
+                  grid = eights < most ? eights : most;
     const bool pairs = job.pairs() > 0;
-    few_slots = few_slots || !matvec_int8_fits(vectors, job.K, pairs, WHOLE_SLOTS);
-    const int n_slots = few_slots ? WHOLE_FEW_SLOTS : WHOLE_SLOTS;
+    const int n_slots = matvec_int8_slots(vectors, job.K, pairs, most_slots);
     const size_t smem = matvec_int8_smem(vectors, job.K, pairs, n_slots);
     allow_smem(matvec_int8_kernel<Job>, smem);
     launch_early(matvec_int8_kernel<Job>, dim3((int)grid), MV_THREADS, smem, job, shares_of(job.rows, grid), vectors,
@@ -2531,8 +2539,9 @@ struct OneVector { // what most jobs have in common
     static const bool makes = true;
     static const bool rare = false; // once a step: not worth a kernel of its own for few contexts
     __device__ int first(int) const { return 0; }
-    __device__ int second(int) const { return 0; }          // 0: there is none
-    __device__ int alike(int) const { return 1 << 30; }     // the next row of another matrix, or with another vector
+    __device__ int second(int) const { return 0; } // 0: there is none
+    // the first row behind this one of another matrix, or with other vectors: a multiple of 8
+    __device__ int alike(int) const { return 1 << 30; }
     __host__ __device__ int pairs(void) const { return 0; } // of the first so many rows there is one
     __device__ void early(floatX *) const {}
     __device__ float4 beside(int) const { return make_float4(0, 0, 0, 0); }
@@ -3488,8 +3497,7 @@ static void prepare_decode(Infer *f) {
     f->packed = (Packed *)calloc(d.L, sizeof(Packed));
     f->decodes = matvec_fits(d.F > 5 * d.C ? d.F : 5 * d.C, MV_FEW_SLOTS);
     if (f->weights == WEIGHTS_INT8)
-        f->decodes = f->decodes && matvec_int8_fits(d.F, d.F, false, WHOLE_FEW_SLOTS) &&
-                     matvec_int8_fits(5 * d.C, d.C, true, WHOLE_FEW_SLOTS);
+        f->decodes = f->decodes && matvec_int8_slots(d.F, d.F, false) && matvec_int8_slots(5 * d.C, d.C, true);
     for (int l = 0; l < d.L; l++) {
         const Layer &layer = f->m.layers[l];
         const Params &p = layer.p;
@@ -4530,8 +4538,9 @@ void gf_infer_feed(Infer *f, const int *ids, int64_t n, int all, float *logits) 
 }
 
 // w (rows, columns) in 8 bits; y (4, rows): its product with x as a step makes it, by its kernel, as pre-fill makes it,
-// by the kernel with few slots
-void gf_int8(int rows, int columns, const float *w, const float *x, signed char *whole, float *scales, float *y) {
+// by the kernel with few slots and three blocks
+void gf_int8(int rows, int columns, const float *w, const float *x, int few_slots, signed char *whole, float *scales,
+             float *y) {
     machine_start();
     floatX *device_w, *device_x, *host = (floatX *)malloc(((size_t)rows * columns + columns) * sizeof(floatX));
     float *device_y;
@@ -4549,7 +4558,7 @@ void gf_int8(int rows, int columns, const float *w, const float *x, signed char 
     job.out = device_y + rows;
     matvec_int8_launch(job, columns);
     job.out = device_y + 3 * rows;
-    matvec_int8_launch(job, columns, true);
+    matvec_int8_launch(job, columns, few_slots, 3);
     alloc_floats(&in_int8.room, 5 * columns); // five rows at a time
     in_int8.room_size = 5 * columns;
     linear_forward(device_y + 2 * rows, device_x, {nullptr, nullptr, rows, columns, columns, &in_int8}, 1);

@@ -1801,8 +1801,9 @@ void gf_batch_rest(Infer *b, int slot);           // the slot's context is forgo
 void gf_batch_step(Infer *b, const int *ids, float *logits);
 void gf_batch_free(Infer *b);
 // w (rows, columns) in 8 bits; y (4, rows): its product with x as a step makes it, by its kernel, as pre-fill makes it,
-// by the kernel with few slots
-void gf_int8(int rows, int columns, const float *w, const float *x, signed char *whole, float *scales, float *y);
+// by the kernel with few slots and three blocks
+void gf_int8(int rows, int columns, const float *w, const float *x, int few_slots, signed char *whole, float *scales,
+             float *y);
 // vocab: path of the World vocabulary, NULL for bytes. ids has room for n + 1, text for 3 n; both return a length
 int64_t gf_tokenize(const char *vocab, const unsigned char *text, int64_t n, int *ids);
 int64_t gf_detokenize(const char *vocab, const int *ids, int64_t n, unsigned char *text, int64_t max);
@@ -3060,7 +3061,7 @@ static void check_int8_matrix(int rows, int columns) {
     w[columns + columns / 2] = to_storage(-3);
     for (int j = 0; j < columns; j++) w[2 * columns + j] = to_storage(1e6 * w[2 * columns + j]);
     w[3 * columns + columns - 1] = INFINITY;
-    gf_int8(rows, columns, w, x, whole, scales, y);
+    gf_int8(rows, columns, w, x, 2, whole, scales, y);
     double worst = 0, product[3] = {0, 0, 0}, length = norm_of(x, columns);
     int good = isnan(scales[3]) && isnan(y[3]) && isnan(y[rows + 3]) && isnan(y[2 * rows + 3]);
     good = good && scales[0] == 0 && whole[columns + columns / 2] == -127;
@@ -3087,7 +3088,14 @@ static void check_int8_matrix(int rows, int columns) {
           rows, columns, product[0], product[1], limit, product[2], of_prefill);
     check(memcmp(y + rows, y + 3 * rows, 3 * sizeof(float)) == 0 &&
               memcmp(y + rows + 4, y + 3 * rows + 4, (rows - 4) * sizeof(float)) == 0,
-          "int8, %d x %d: the same bits where shared memory is small", rows, columns);
+          "int8, %d x %d: the same bits where shared memory is small and blocks are few", rows, columns);
+    memset(x, 0, columns * sizeof(float));
+    gf_int8(rows, columns, w, x, 1, whole, scales, y);
+    for (int i = 0; i < rows; i++) good = good && (i == 3 || (y[rows + i] == 0 && y[3 * rows + i] == 0));
+    x[columns - 1] = INFINITY;
+    gf_int8(rows, columns, w, x, 3, whole, scales, y);
+    for (int i = 0; i < rows; i++) good = good && !isfinite(y[rows + i]) && !isfinite(y[3 * rows + i]);
+    check(good, "int8, %d x %d: x of zeros, and with one that is not finite", rows, columns);
     free(w), free(x), free(scales), free(y), free(whole);
 }
 
@@ -3234,7 +3242,7 @@ static void check_batches(void) {
 
 static void check_int8(void) {
     check_int8_matrix(5, 32);
-    check_int8_matrix(1201, 96); // more than 32 rows a warp on a small machine
+    check_int8_matrix(1201, 96); // more rows a block than have sums at once
     check_int8_matrix(67, 2080); // more than one part of a row
     check_int8_matrix(37, 7168);
     check_int8_model("n_layer=3 tmix2=gold", 2, 21);
