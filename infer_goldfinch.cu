@@ -2144,16 +2144,16 @@ template <typename W, int n_slots, int most_tiles, typename Job> struct TileStre
 
 // ---- one context, weights in 8 bits ----
 //
-// Half the bytes come in half the time, too short to convert each of them to a float. But they are whole numbers, and
-// tensor cores multiply whole numbers as they are, with sums in 32 bits. So it is x that becomes whole. A warp takes as
-// its unit 2^-29 of the power of two below the largest of its numbers, and writes each of them with four digits:
+// Half the bytes come in half the time, too short to convert each of them to a float. But they are integers, and tensor
+// cores multiply integers as they are, with sums in 32 bits. So it is x that becomes integers. A warp takes as its unit
+// 2^-29 of the power of two below the largest of its numbers, and writes each of them with four digits:
 //
 //     x = unit (d0 2^24 + d1 2^16 + d2 2^8 + d3),   -128 <= d < 128
 //
 // At most half a unit is lost: nothing of a bf16 that is at least 2^-22 of the largest. (A largest below 2^-63 counts
-// as 2^-63, so that the unit and its inverse are normal floats.) W x is then four products of whole numbers, all of
-// them exact, that are put together in fp32. A tile is 16 rows of W times the 8 columns that tensor cores have: the
-// four digits of x, and the four of a row's second x, where it has one.
+// as 2^-63, so that the unit and its inverse are normal floats.) W x is then four products of integers, all of them
+// exact, that are put together in fp32. A tile is 16 rows of W times the 8 columns that tensor cores have: the four
+// digits of x, and the four of a row's second x, where it has one.
 //
 // A block has a share of the rows, in eights; its warps share K, each streams its own 64 columns of each 1024. In the
 // end the warps' sums come together.
@@ -2165,12 +2165,12 @@ template <typename W, int n_slots, int most_tiles, typename Job> struct TileStre
 
 // a part's bytes; parts of a warp's rows on their way: 6, 3, 2 or 1, as shared memory allows; tiles whose sums come
 // together at once
-static const int WHOLE_PART = 1024, WHOLE_SLOTS = 6, WHOLE_TILES = 5, WHOLE_ROWS = 16 * WHOLE_TILES;
+static const int INT8_PART = 1024, INT8_SLOTS = 6, INT8_TILES = 5, INT8_ROWS = 16 * INT8_TILES;
 
 // c += a b, (16, 8) += (16, 32) (32, 8). A lane has of a, in rows lane / 4 and eight below, and of b, in column
 // lane / 4, the numbers 4 (lane % 4) to + 3 as one word and those 16 behind as another; of c what it has of a TileC.
 #ifdef CUDA_ON_CPU
-__device__ inline void multiply_whole(int (&c)[4], const int2 &upper, const int2 &lower, const int2 &b) {
+__device__ inline void mma_int8(int (&c)[4], const int2 &upper, const int2 &lower, const int2 &b) {
     const int lane = threadIdx.x % 32;
     auto from = [](int word, int source) { return __shfl_sync(0xffffffffu, word, source); };
     auto dot = [](int x, int y) {
@@ -2190,7 +2190,7 @@ __device__ inline void multiply_whole(int (&c)[4], const int2 &upper, const int2
         }
 }
 #else
-__device__ inline void multiply_whole(int (&c)[4], const int2 &upper, const int2 &lower, const int2 &b) {
+__device__ inline void mma_int8(int (&c)[4], const int2 &upper, const int2 &lower, const int2 &b) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(upper.x), "r"(lower.x), "r"(upper.y), "r"(lower.y), "r"(b.x), "r"(b.y));
@@ -2222,7 +2222,7 @@ struct Digits {
                 q[i] = ((unsigned)__float2int_rn(k < K ? (float)x[k + i] * per_unit : 0) + 0x00808080u) ^ 0x00808080u;
             const unsigned low01 = __byte_perm(q[0], q[1], 0x5140), low23 = __byte_perm(q[2], q[3], 0x5140),
                            high01 = __byte_perm(q[0], q[1], 0x7362), high23 = __byte_perm(q[2], q[3], 0x7362);
-            unsigned *to = (unsigned *)(at + 4 * vector * apart + k);
+            unsigned *to = (unsigned *)(at + 4 * vector * apart + k); // d0 of four columns, d1, d2, d3
             to[0] = __byte_perm(high01, high23, 0x7632);
             to[apart / 4] = __byte_perm(high01, high23, 0x5410);
             to[apart / 2] = __byte_perm(low01, low23, 0x7632);
@@ -2234,10 +2234,10 @@ struct Digits {
 };
 
 // A warp's columns of the block's rows, tile after tile of rows_at_once; a part is 64 columns of 16 rows, or of what is
-// left. It is there after async_wait<WHOLE_SLOTS - 1>, for those that read only what they have copied: where fewer
-// parts are on their way, empty groups make them WHOLE_SLOTS. Whatever lies in a slot are numbers: those of absent rows
+// left. It is there after async_wait<INT8_SLOTS - 1>, for those that read only what they have copied: where fewer
+// parts are on their way, empty groups make them INT8_SLOTS. Whatever lies in a slot are numbers: those of absent rows
 // go nowhere, those of absent columns are multiplied by 0.
-template <typename Job> struct WholeStream {
+template <typename Job> struct Int8Stream {
     const Job &job;
     int8_t *slots; // (n_slots, 2, 32, 16), from the lane's first on
     int n_slots, row, end, k, slot;
@@ -2248,11 +2248,11 @@ template <typename Job> struct WholeStream {
         if (row < end && begin < job.K) {
             if (rows == 0) {
                 const StepRow own = job.weights(row);
-                rows = rows_at_once<WHOLE_TILES>(job, row, end);
+                rows = rows_at_once<INT8_TILES>(job, row, end);
                 left = rows - lane / 4;
                 weights = (const int8_t *)own.matrix.w + (int64_t)(own.row + lane / 4) * job.K + lane % 4 * 16;
             }
-            int8_t *to = slots + slot * WHOLE_PART;
+            int8_t *to = slots + slot * INT8_PART;
             const bool there = k + lane % 4 * 16 < job.K;
             if (there && left > 0) async_copy16(to, weights + k, true);
             if (there && left > 8) async_copy16(to + 512, weights + k + (int64_t)8 * job.K, true);
@@ -2265,24 +2265,24 @@ template <typename Job> struct WholeStream {
             }
         }
         async_commit();
-        for (int i = n_slots; i < WHOLE_SLOTS; i += n_slots) async_commit();
+        for (int i = n_slots; i < INT8_SLOTS; i += n_slots) async_commit();
     }
 };
 
 // matvec_kernel for weights in 8 bits. K a multiple of 16. Grid: the blocks that have shares. n_slots: of a warp;
-// divides WHOLE_SLOTS
+// divides INT8_SLOTS
 template <typename Job>
 HAS_TWIN __global__ void __launch_bounds__(MV_THREADS, 2)
     matvec_int8_kernel(Job job, Shares shares, int vectors, int n_slots) {
     floatX *x = dynamic_smem<floatX>();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Digits digits = {(int8_t *)(x + vectors), Digits::distance(job.K)};
-    float *partial = (float *)(digits.at + (job.pairs() ? 8 : 4) * digits.apart); // (MV_WARPS, 2, WHOLE_ROWS)
-    int8_t *slots = (int8_t *)(partial + MV_WARPS * 2 * WHOLE_ROWS) + (warp * n_slots * 64 + lane) * 16;
+    float *partial = (float *)(digits.at + (job.pairs() ? 8 : 4) * digits.apart); // (MV_WARPS, 2, INT8_ROWS)
+    int8_t *slots = (int8_t *)(partial + MV_WARPS * 2 * INT8_ROWS) + (warp * n_slots * 64 + lane) * 16;
     const int end = shares.begin(blockIdx.x + 1);
     int row = shares.begin(blockIdx.x), slot = 0, first = -1, second = -1;
     float unit = 0, second_unit = 0;
-    WholeStream<Job> stream = {job, slots, n_slots, row, end, warp * 64, 0, 0, 0, 0, nullptr};
+    Int8Stream<Job> stream = {job, slots, n_slots, row, end, warp * 64, 0, 0, 0, 0, nullptr};
     // of the thread's result
     const int which = threadIdx.x / (MV_THREADS / 2), result_row = threadIdx.x % (MV_THREADS / 2);
     auto scale_of = [&](int row) {
@@ -2294,14 +2294,14 @@ HAS_TWIN __global__ void __launch_bounds__(MV_THREADS, 2)
     job.early(x);
 #pragma unroll 1
     for (int i = 0; i < n_slots; i++) stream.request();
-    if (result_row < WHOLE_ROWS) scale = scale_of(row + result_row);
+    if (result_row < INT8_ROWS) scale = scale_of(row + result_row);
     wait_for_previous();
-    async_wait<WHOLE_SLOTS - 1>(); // what is early came with the first part
+    async_wait<INT8_SLOTS - 1>(); // what is early came with the first part
     job.before(x);
     __syncthreads();
 #pragma unroll 1
     for (int rows; row < end; row += rows) {
-        rows = rows_at_once<WHOLE_TILES>(job, row, end);
+        rows = rows_at_once<INT8_TILES>(job, row, end);
         const int mine = row + result_row;
         const bool writes = result_row < rows && (which == 0 || job.second(row));
         const float4 beside = writes ? job.beside(mine) : make_float4(0, 0, 0, 0);
@@ -2318,44 +2318,44 @@ HAS_TWIN __global__ void __launch_bounds__(MV_THREADS, 2)
             int sums[4] = {};
 #pragma unroll 1
             for (int k = warp * 64; k < job.K; k += 64 * MV_WARPS) {
-                async_wait<WHOLE_SLOTS - 1>();
-                const int4 *from = (const int4 *)(slots + slot * WHOLE_PART), upper = from[0], lower = from[32],
+                async_wait<INT8_SLOTS - 1>();
+                const int4 *from = (const int4 *)(slots + slot * INT8_PART), upper = from[0], lower = from[32],
                            d = *(const int4 *)(digit + k);
-                multiply_whole(sums, {upper.x, upper.y}, {lower.x, lower.y}, {d.x, d.y});
-                multiply_whole(sums, {upper.z, upper.w}, {lower.z, lower.w}, {d.z, d.w});
+                mma_int8(sums, {upper.x, upper.y}, {lower.x, lower.y}, {d.x, d.y});
+                mma_int8(sums, {upper.z, upper.w}, {lower.z, lower.w}, {d.z, d.w});
                 slot = slot + 1 == n_slots ? 0 : slot + 1;
                 stream.request();
             }
             for (int i = 0; i < 2; i++) {
                 float sum = ((float)sums[2 * i] * 256 + (float)sums[2 * i + 1]) * of_lane;
                 sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-                if (lane % 2 == 0) partial[(warp * 2 + lane % 4 / 2) * WHOLE_ROWS + tile + 8 * i + lane / 4] = sum;
+                if (lane % 2 == 0) partial[(warp * 2 + lane % 4 / 2) * INT8_ROWS + tile + 8 * i + lane / 4] = sum;
             }
         }
         __syncthreads();
         float sum = 0;
-        for (int w = 0; w < MV_WARPS && writes; w++) sum += partial[(w * 2 + which) * WHOLE_ROWS + result_row];
+        for (int w = 0; w < MV_WARPS && writes; w++) sum += partial[(w * 2 + which) * INT8_ROWS + result_row];
         if (writes) job.after(mine, sum * scale, beside, which);
         if (row + rows == end) break;
-        if (result_row < WHOLE_ROWS) scale = scale_of(mine + rows);
+        if (result_row < INT8_ROWS) scale = scale_of(mine + rows);
         __syncthreads(); // the sums have been read
     }
 }
 
 static int64_t matvec_int8_smem(int64_t vectors, int K, bool pairs, int n_slots) {
     return vectors * (int64_t)sizeof(floatX) + (pairs ? 8 : 4) * Digits::distance(K) +
-           MV_WARPS * (2 * WHOLE_ROWS * (int64_t)sizeof(float) + n_slots * WHOLE_PART);
+           MV_WARPS * (2 * INT8_ROWS * (int64_t)sizeof(float) + n_slots * INT8_PART);
 }
 
 // slots of a warp, at most so many, for which a block has room; 0: for none
-static int matvec_int8_slots(int64_t vectors, int K, bool pairs, int most = WHOLE_SLOTS) {
+static int matvec_int8_slots(int64_t vectors, int K, bool pairs, int most = INT8_SLOTS) {
     const int64_t room = block_smem - 1024; // 1024: what is static
-    while (most > 0 && (WHOLE_SLOTS % most || matvec_int8_smem(vectors, K, pairs, most) > room)) most--;
+    while (most > 0 && (INT8_SLOTS % most || matvec_int8_smem(vectors, K, pairs, most) > room)) most--;
     return most;
 }
 
 template <typename Job>
-static void matvec_int8_launch(const Job &job, int vectors, int most_slots = WHOLE_SLOTS, int blocks = 0) {
+static void matvec_int8_launch(const Job &job, int vectors, int most_slots = INT8_SLOTS, int blocks = 0) {
     const int64_t eights = ceil_div(job.rows, 8), most = blocks ? blocks : multiprocessors,
                   grid = eights < most ? eights : most;
     const bool pairs = job.pairs() > 0;

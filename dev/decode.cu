@@ -15,15 +15,15 @@
 //       has come and while it still waits for x; 13 MB and more in flight instead of at most 8. Where a warp has one
 //       row (64x2048x2048) there is nothing to stream, and 4 is ahead; in a chain of large and small matrices 5 is.
 //
-// decode_int8: the same in 8 bits (--weights int8), W = whole numbers times a scale a row, half the bytes:
+// decode_int8: the same in 8 bits (--weights int8), W = integers times a scale a row, half the bytes:
 //
 //   1 16-byte loads, each number converted to a float: conversions go at an eighth of the speed of multiplications
 //   2 bytes become bf16 by moving bits, 16 instructions for 8 numbers, and tensor cores multiply them, though only the
 //     diagonal of such a product is of use here: 3 instructions a number in all. At 4 TB/s an H200 gets 16 bytes a
 //     clock and multiprocessor, and has 128 lanes for them. (With 5's stream this was in use; a chain of 16x9216x2048
 //     took 0.151 ms where bf16's twice as many bytes took 0.160.)
-//   3 in use: nothing is converted but x, once, to whole numbers of four digits; tensor cores multiply 512 bytes with
-//     them by one instruction
+//   3 in use: nothing is converted but x, once, to integers of four digits; tensor cores multiply 512 bytes with them
+//     by one instruction
 //
 //     make -C dev decode && dev/decode [VERSION [PRODUCTS O I]]
 
@@ -228,7 +228,7 @@ int main(int argc, char **argv) {
                       cost},
                      {"decode_int8",
                       {{"PRODUCTS", 1}, {"O", 1}, {"I", 16}},
-                      {"a warp a row, 16-byte loads", "bits moved to bf16, tensor cores", "in use: whole numbers"},
+                      {"a warp a row, 16-byte loads", "bits moved to bf16, tensor cores", "in use: integers"},
                       {{1, 5, 64}, {2, 67, 2080}, {3, 40, 7168}},
                       {{64, 2048, 2048}, {16, 9216, 2048}, {16, 2048, 7168}},
                       setup_int8,
