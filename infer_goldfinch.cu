@@ -732,12 +732,7 @@ __device__ inline int core_at(int row, int k, int ld) { return row / 8 * 8 * ld 
 __device__ inline TileA core_a(const floatX *c, int k, int ld) {
 #if PRECISION_BF16 && !defined(CUDA_ON_CPU)
     const int lane = threadIdx.x % 32;
-    TileA a;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(a.x[0]), "=r"(a.x[1]), "=r"(a.x[2]), "=r"(a.x[3])
-                 : "r"(smem_address(c + core_at(lane % 16, k + lane / 16 * 8, ld)))
-                 : "memory");
-    return a;
+    return load_a_from(c + core_at(lane % 16, k + lane / 16 * 8, ld));
 #else
     TileC left, right;
     for (int i = 0; i < 4; i++) {
@@ -1105,6 +1100,7 @@ __device__ inline void past_sweep(PastRows &rows, const PastSmem &s, const GoldS
     float scale[2];
     for (int i = 0; i < 2; i++) scale[i] = keys ? rows.scale[i] : rows.id[i] >= 0 ? 1 : 0;
     const bool complete = __all_sync(0xffffffffu, rows.id[0] >= 0 && rows.id[1] >= 0); // no row is to be zero
+    if (!warpgroups) stage = {0, 0, 0};                                                // each sweep begins anew
     float sum[2] = {0, 0}, squares[2] = {0, 0}; // of k1; |k1|^2 + 2 u . (W2^T k1)
     for (int pass = 0; pass < passes; pass++) {
         TileC U[2][groups][4] = {}, score[1] = {}, x[4], m[4];
@@ -1438,12 +1434,10 @@ __global__ void __launch_bounds__(256, 1)
             past_scores(rows, s, g, task, t0);
         }
         if (!warpgroups) {
-            stage = {0, 0, 0};
             __syncthreads();
             past_copy(s, g, 0, g.v.tiles, g.v.stage, nullptr);
         }
         past_sweep<groups, false, warpgroups>(rows, s, g, task, stage);
-        if (!warpgroups) stage = {0, 0, 0};
         for (int i = 0; i < 2 && threadIdx.x % 4 == 0; i++) {
             const bool finite = rows.id[i] >= 0;
             s.v_mean[16 * warp + tile_row(2 * i)] = finite ? rows.mean[i] : 0;
@@ -2468,7 +2462,7 @@ HAS_TWIN __global__ void __launch_bounds__(MV_THREADS, 1)
 #pragma unroll 1
         for (int t = 0; 16 * t < rows; t += added) {
             const int at = 16 * t + result_row, mine = from.row + at;
-            const bool writes = context < contexts && at < rows && mine < job.rows;
+            const bool writes = context < contexts && at < rows;
             const float4 beside = writes ? own.beside(mine) : make_float4(0, 0, 0, 0);
             float sum = add_up(sums, t);
             if (!writes) continue;

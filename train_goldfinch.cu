@@ -743,14 +743,17 @@ __device__ inline unsigned bf16_pair(float low, float high) {
 __device__ inline unsigned smem_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
 
 // p in shared memory, rows 16-byte aligned (ld a multiple of 8).
-__device__ inline TileA load_a(const floatX *p, int ld) { // A[m][k] = p[m * ld + k]
-    const int lane = threadIdx.x % 32;
+__device__ inline TileA load_a_from(const floatX *own) { // own: where A[lane % 16][lane / 16 * 8] lies, and seven more
     TileA a;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(a.x[0]), "=r"(a.x[1]), "=r"(a.x[2]), "=r"(a.x[3])
-                 : "r"(smem_address(p + lane % 16 * ld + lane / 16 * 8))
+                 : "r"(smem_address(own))
                  : "memory");
     return a;
+}
+__device__ inline TileA load_a(const floatX *p, int ld) { // A[m][k] = p[m * ld + k]
+    const int lane = threadIdx.x % 32;
+    return load_a_from(p + lane % 16 * ld + lane / 16 * 8);
 }
 __device__ inline TileA load_a_t(const floatX *p, int ld) { // A[m][k] = p[k * ld + m]
     const int lane = threadIdx.x % 32;
