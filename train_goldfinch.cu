@@ -457,11 +457,15 @@ static double machine_peak_flops(void) {
     return 0;
 }
 
-// A kernel that plain loops stand in for on the CPU (dev/cpu/README.md): compiled for size there, which is quick
+// A kernel that plain loops stand in for on the CPU (dev/cpu/README.md): compiled for size there, which is quick.
+// TWIN(call): these loops, unless kernels are to run as they are; the function's work is done then.
 #ifdef CUDA_ON_CPU
 #define HAS_TWIN __attribute__((cold))
+#define TWIN(...) \
+    if (cuda_on_cpu::twins) return __VA_ARGS__
 #else
 #define HAS_TWIN
+#define TWIN(...)
 #endif
 
 // ---- matrix products ----
@@ -1409,15 +1413,12 @@ HAS_TWIN __global__ void __launch_bounds__(1024)
 }
 
 #ifdef CUDA_ON_CPU // in dev/cpu/twins.h
-static void add_partials_in_loops(Targets to, float *matrix, const float *partial, int P, int rows, int n, int C,
-                                  int parts);
+static void add_partials_in_loops(Targets to, float *matrix, const float *partial, int P, int rows, int n, int C);
 #endif
 
 static void add_partials(Targets to, const float *partial, int P, int n, int C, float *matrix = nullptr, int rows = 0) {
+    TWIN(add_partials_in_loops(to, matrix, partial, P, rows, n, C));
     const int threads = P > 256 ? 1024 : P > 32 ? 256 : 64;
-#ifdef CUDA_ON_CPU
-    if (cuda_on_cpu::twins) return add_partials_in_loops(to, matrix, partial, P, rows, n, C, threads / 32);
-#endif
     add_partials_kernel<<<(rows + n) * C / 32, threads, 0, stream>>>(to, matrix, partial, P, rows, n, C);
 }
 
@@ -1462,9 +1463,7 @@ static void layernorm_forward_launch(floatX *out, floatX *sum, const floatX *x, 
                                      const LayerNorm &ln, int rows) {
     const int C = ln.gain.columns;
     const dim3 block = row_block(C);
-#ifdef CUDA_ON_CPU
-    if (cuda_on_cpu::twins) return layernorm_forward_in_loops(out, sum, x, index, branch, ln, rows, C);
-#endif
+    TWIN(layernorm_forward_in_loops(out, sum, x, index, branch, ln, rows, C));
     layernorm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, sum, x, index, branch, ln.gain.w,
                                                                                  ln.bias.w, rows, C);
 }
@@ -1624,9 +1623,7 @@ static void rms_norm_forward_in_loops(floatX *out, const floatX *x, int rows, in
 
 static void rms_norm_forward(floatX *out, const floatX *x, int rows, int C) {
     const dim3 block = row_block(C);
-#ifdef CUDA_ON_CPU
-    if (cuda_on_cpu::twins) return rms_norm_forward_in_loops(out, x, rows, C);
-#endif
+    TWIN(rms_norm_forward_in_loops(out, x, rows, C));
     rms_norm_forward_kernel<<<(int)ceil_div(rows, block.y), block, 0, stream>>>(out, x, rows, C);
 }
 
@@ -1905,9 +1902,7 @@ template <int n> static void ddlerp_forward_in_loops(const MixTask<n> &mix, cons
 #endif
 
 template <int n> static void ddlerp_forward(MixTask<n> mix, const floatX *x, int BT, int T, int C) {
-#ifdef CUDA_ON_CPU
-    if (cuda_on_cpu::twins) return ddlerp_forward_in_loops(mix, x, BT, T, C);
-#endif
+    TWIN(ddlerp_forward_in_loops(mix, x, BT, T, C));
     const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_FORWARD_ROWS);
     // two blocks a multiprocessor
     const int split = slices < 2 * multiprocessors ? 2 * multiprocessors / slices : 1;
@@ -2154,25 +2149,16 @@ struct DdlerpGradients { // of the hidden layer before its tanh; of w2; of the m
 
 #ifdef CUDA_ON_CPU // in dev/cpu/twins.h
 template <int n, typename TX, bool accumulate>
-static void ddlerp_backward_x_in_loops(const MixTask<n> &mix, TX *dx, floatX *dh, const floatX *x, int BT, int T,
-                                       int C);
-template <int n>
-static void ddlerp_backward_w2_in_loops(const MixTask<n> &mix, float *partial, const floatX *x, int BT, int T, int C,
-                                        int split);
+static void ddlerp_backward_in_loops(const MixTask<n> &mix, const DdlerpGradients &grads, TX *dx, const floatX *x,
+                                     int BT, int T, int C);
 #endif
 
 template <int n, typename TX, bool accumulate>
 static void ddlerp_backward(const MixTask<n> &mix, const DdlerpGradients &g, TX *dx, const floatX *x, float *partial,
                             int BT, int T, int C) {
+    TWIN(ddlerp_backward_in_loops<n, TX, accumulate>(mix, g, dx, x, BT, T, C));
     const int slices = C / MIX_CHANNELS, tiles = (int)ceil_div(BT, MIX_W2_ROWS);
     const int split = tiles < ddlerp_splits(C) ? tiles : ddlerp_splits(C), blocks = (int)ceil_div(BT, MIX_ROWS - 1);
-#ifdef CUDA_ON_CPU
-    if (cuda_on_cpu::twins) {
-        ddlerp_backward_x_in_loops<n, TX, accumulate>(mix, dx, g.dh, x, BT, T, C);
-        ddlerp_backward_w2_in_loops(mix, partial, x, BT, T, C, split);
-        return add_partials(g.dmu, partial, split, n, C, g.dw2, MIX_RANK * n);
-    }
-#endif
     const size_t smem = sizeof(DdlerpBackward<n>), smem_w2 = MIX_STAGES * sizeof(DdlerpTile<n>);
     allow_smem(ddlerp_backward_x_kernel<n, TX, accumulate>, smem);
     ddlerp_backward_x_kernel<n, TX, accumulate><<<blocks, MIX_THREADS, smem, stream>>>(mix, dx, g.dh, x, BT, T, C);
@@ -3106,9 +3092,7 @@ static void wkv_backward_in_loops(const WkvGradients &g, const Wkv &p, int B);
 #endif
 
 static void wkv_forward(floatX *y, const Wkv &p, int B) {
-#ifdef CUDA_ON_CPU
-    if (cuda_on_cpu::twins) return wkv_forward_in_loops(y, p, B);
-#endif
+    TWIN(wkv_forward_in_loops(y, p, B));
     const int segments = p.carry && p.states && p.T > WKV_SEGMENT ? (int)ceil_div(p.T, WKV_SEGMENT) : 1;
     if (segments > 1) {
         wkv_segment_kernel<<<dim3(p.H, B, segments - 1), WKV_THREADS, 0, stream>>>(p, segments);
@@ -3119,9 +3103,7 @@ static void wkv_forward(floatX *y, const Wkv &p, int B) {
 }
 
 static void wkv_backward(const WkvGradients &g, const Wkv &p, int B) {
-#ifdef CUDA_ON_CPU
-    if (cuda_on_cpu::twins) return wkv_backward_in_loops(g, p, B);
-#endif
+    TWIN(wkv_backward_in_loops(g, p, B));
     allow_smem(wkv_backward_kernel, sizeof(WkvBackward));
     wkv_backward_kernel<<<dim3(p.H, B), WKV_THREADS, sizeof(WkvBackward), stream>>>(g, p);
 }
@@ -3456,9 +3438,7 @@ static void attention_backward_in_loops(AttentionGradients g, const floatX *q, c
 
 static void attention_forward_by_warps(floatX *y, float *log_sum, const floatX *q, const floatX *k, const floatX *v,
                                        int B, int T, int H) {
-#ifdef CUDA_ON_CPU
-    if (cuda_on_cpu::twins) return attention_forward_in_loops(y, log_sum, q, k, v, B, T, H);
-#endif
+    TWIN(attention_forward_in_loops(y, log_sum, q, k, v, B, T, H));
     allow_smem(attention_forward_kernel, ATTENTION_SMEM);
     const dim3 grid((int)ceil_div(T, ATTENTION_ROWS), H, B);
     attention_forward_kernel<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(y, log_sum, q, k, v, T, H);
@@ -3466,9 +3446,7 @@ static void attention_forward_by_warps(floatX *y, float *log_sum, const floatX *
 
 static void attention_backward_by_warps(AttentionGradients g, const floatX *q, const floatX *k, const floatX *v, int B,
                                         int T, int H) {
-#ifdef CUDA_ON_CPU
-    if (cuda_on_cpu::twins) return attention_backward_in_loops(g, q, k, v, B, T, H);
-#endif
+    TWIN(attention_backward_in_loops(g, q, k, v, B, T, H));
     const dim3 grid((int)ceil_div(T, ATTENTION_ROWS), H, B);
     allow_smem(attention_backward_kv_kernel, ATTENTION_SMEM);
     attention_backward_kv_kernel<<<grid, ATTENTION_THREADS, ATTENTION_SMEM, stream>>>(g, q, k, v, T, H);
@@ -4252,6 +4230,15 @@ HAS_TWIN __global__ void squares_of_pieces_kernel(double *squares, const float *
     }
     sum = block_sum(sum, shared);
     if (threadIdx.x == 0) squares[piece.number] = sum;
+}
+
+#ifdef CUDA_ON_CPU // in dev/cpu/twins.h
+static void squares_of_pieces_in_loops(double *squares, const float *grads, const Piece *pieces, int n);
+#endif
+
+static void squares_of_pieces(double *squares, const float *grads, const Piece *pieces, int n) {
+    TWIN(squares_of_pieces_in_loops(squares, grads, pieces, n));
+    if (n > 0) squares_of_pieces_kernel<<<n, 256, 0, stream>>>(squares, grads, pieces);
 }
 
 __global__ void norm_and_clip_kernel(UpdateState *state, const double *squares, int n, const double *totals,
@@ -5855,44 +5842,15 @@ HAS_TWIN __global__ void __launch_bounds__(1024) orthonormalize_panel_kernel(flo
     }
 }
 
-#ifdef CUDA_ON_CPU
-// The kernel's twin for the CPU, to the bit. A row's numbers are read from end to end, or 64 of each row at a time.
-static void orthonormalize_panel_in_loops(float *panel, int count, int64_t n, int threads) {
-    auto product = [=](const float *x, const float *y) {
-        float sums[1024] = {};
-        int64_t at = 0;
-        for (; threads == 32 && at + 32 <= n; at += 32) // of so many, sums stay in registers
-            for (int i = 0; i < 32; i++) sums[i] += x[at + i] * y[at + i];
-        for (; at < n; at += threads)
-            for (int64_t i = 0; i < threads && at + i < n; i++) sums[i] += x[at + i] * y[at + i];
-        return cuda_on_cpu::sum_as_block(sums, threads);
-    };
-    for (int row = 0; row < count; row++) {
-        float *x = panel + row * n, dots[PANEL];
-        cuda_on_cpu::for_each(row, n, [&](int64_t j) { dots[j] = product(x, panel + j * n); });
-        cuda_on_cpu::for_each(ceil_div(n, 2048), 2048 * row, [&](int64_t part) {
-            int64_t i = part * 2048;
-            const int64_t end = i + 2048 < n ? i + 2048 : n;
-            for (; i + 64 <= end; i += 64) { // 64 numbers stay in registers
-                float own[64];
-                memcpy(own, x + i, sizeof(own));
-                for (int j = 0; j < row; j++)
-                    for (int k = 0; k < 64; k++) own[k] -= dots[j] * panel[j * n + i + k];
-                memcpy(x + i, own, sizeof(own));
-            }
-            for (; i < end; i++)
-                for (int j = 0; j < row; j++) x[i] -= dots[j] * panel[j * n + i];
-        });
-        const float scale = rsqrtf(product(x, x));
-        for (int64_t i = 0; i < n; i++) x[i] *= scale;
-    }
+static void orthonormalize_panel(float *panel, int count, int64_t n) {
+    TWIN(orthonormalize_panel_in_loops(panel, count, n));
+    const int threads = n < 32 * 32 ? 32 : n < 32 * 1024 ? (int)ceil_div(n, 1024) * 32 : 1024;
+    orthonormalize_panel_kernel<<<1, threads, 0, stream>>>(panel, count, n);
 }
-#endif
 
 // count random orthonormal rows of n >= count numbers into work (count, n) on the device; 16 count more numbers follow
 // it.
 static void orthonormal_rows(float *work, int count, int n, uint64_t key) {
-    const int threads = n < 32 * 32 ? 32 : n < 32 * 1024 ? (int)ceil_div(n, 1024) * 32 : 1024;
     float *dots = work + (int64_t)count * n;
     fill_normal_kernel<<<(int)ceil_div((int64_t)count * n, 256), 256, 0, stream>>>(work, (int64_t)count * n, key);
     for (int done = 0; done < count; done += PANEL) {
@@ -5904,13 +5862,7 @@ static void orthonormal_rows(float *work, int count, int n, uint64_t key) {
                 matmul(dots, done, rows(panel, n), columns(work, n), here, done, n);
                 matmul(panel, n, rows(dots, done), rows(work, n), here, n, done, 1, 1, 0, -1);
             }
-#ifdef CUDA_ON_CPU
-            if (cuda_on_cpu::twins) {
-                orthonormalize_panel_in_loops(panel, here, n, threads);
-                continue;
-            }
-#endif
-            orthonormalize_panel_kernel<<<1, threads, 0, stream>>>(panel, here, n);
+            orthonormalize_panel(panel, here, n);
         }
     }
 }
@@ -6082,11 +6034,7 @@ static void head_and_loss(Model *m, const floatX *xf, const int *targets, int64_
     const Dims &d = m->d;
     const int threads = d.V < 4096 ? 64 : 1024;
     linear_forward(m->logits, xf, m->top.head, count);
-#ifdef CUDA_ON_CPU
-    if (cuda_on_cpu::twins)
-        return classifier_in_loops(m->logits, m->losses + row, m->right + row, targets + row, scale, d.V, count,
-                                   threads);
-#endif
+    TWIN(classifier_in_loops(m->logits, m->losses + row, m->right + row, targets + row, scale, d.V, count));
     classifier_kernel<<<count, threads, 0, stream>>>(m->logits, m->losses + row, m->right + row, targets + row, scale,
                                                      d.V);
 }
@@ -6226,11 +6174,7 @@ static void model_update(Model *m, int64_t step, double lr, double weight_decay)
     const Settings &s = m->s;
     NamedRange range("optimizer");
     gradients_finish(m);
-    bool launch = m->n_pieces > 0;
-#ifdef CUDA_ON_CPU
-    if (cuda_on_cpu::twins) squares_of_pieces_in_loops(m->squares, m->grads, m->pieces, m->n_pieces), launch = false;
-#endif
-    if (launch) squares_of_pieces_kernel<<<m->n_pieces, 256, 0, stream>>>(m->squares, m->grads, m->pieces);
+    squares_of_pieces(m->squares, m->grads, m->pieces, m->n_pieces);
     sum_over_ranks(m->squares, m->n_squares + 2); // a piece's from its rank; and of m->totals
     const float per_target = (float)(1.0 / m->targets_in_step),
                 limit = s.gradient_clip_val > 0 ? (float)s.gradient_clip_val : FLT_MAX;

@@ -91,18 +91,28 @@ inline float __uint_as_float(unsigned i) {
     return x;
 }
 
-// e^x and tanh x to two units in the last place, as on a GPU. g++ makes functions of eight numbers of these, too;
+// e^x, 2^x and tanh x to two units in the last place, as on a GPU. g++ makes functions of eight numbers of these, too;
 // libm's it calls one by one.
 namespace cuda_on_cpu {
+// 2^n e^r, for |r| below log(2) / 2; shifted: n + `whole`, whose last bits are those of n
+constexpr float whole = 1.5f * (1 << 23);
+__attribute__((always_inline)) inline float exp_of_parts(float shifted, float r) {
+    const float p = 0.5f + r * (0.166665152f + r * (0.0416684560f + r * (0.00836941972f + r * 0.00138131424f)));
+    const unsigned n = __float_as_uint(shifted) - __float_as_uint(whole);
+    const unsigned half = static_cast<unsigned>(static_cast<int>(n) >> 1); // 2^n in two factors: it may be small
+    return (1 + (r + r * r * p)) * __uint_as_float((127 + half) << 23) * __uint_as_float((127 + n - half) << 23);
+}
 #pragma omp declare simd notinbranch
 [[gnu::noinline, gnu::const]] inline float exp_of(float x) {
     x = x < -104 ? -104 : x > 89 ? 89 : x; // beyond: 0, infinity
-    const float round = 1.5f * (1 << 23), shifted = x * 1.44269504f + round, n = shifted - round;
-    const float r = x - n * 0.693359375f + n * 2.12194440e-4f; // x - n log 2, its last bits apart
-    const float p = 0.5f + r * (0.166665152f + r * (0.0416684560f + r * (0.00836941972f + r * 0.00138131424f)));
-    const unsigned whole = __float_as_uint(shifted) - __float_as_uint(round);
-    const unsigned half = static_cast<unsigned>(static_cast<int>(whole) >> 1); // 2^n in two factors: it may be small
-    return (1 + (r + r * r * p)) * __uint_as_float((127 + half) << 23) * __uint_as_float((127 + whole - half) << 23);
+    const float shifted = x * 1.44269504f + whole, n = shifted - whole;
+    return exp_of_parts(shifted, x - n * 0.693359375f + n * 2.12194440e-4f); // x - n log 2, its last bits apart
+}
+#pragma omp declare simd notinbranch
+[[gnu::noinline, gnu::const]] inline float exp2_of(float x) {
+    x = x < -150 ? -150 : x > 128 ? 128 : x;
+    const float shifted = x + whole;
+    return exp_of_parts(shifted, (x - (shifted - whole)) * 0.693147181f);
 }
 #pragma omp declare simd notinbranch
 [[gnu::noinline, gnu::const]] inline float tanh_of(float x) {
@@ -114,6 +124,7 @@ namespace cuda_on_cpu {
 } // namespace cuda_on_cpu
 #define expf cuda_on_cpu::exp_of
 #define __expf cuda_on_cpu::exp_of
+#define exp2f cuda_on_cpu::exp2_of
 #define tanhf cuda_on_cpu::tanh_of
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) { // bytes 0 to 3 are x's, 4 to 7 y's
     const uint64_t both = static_cast<uint64_t>(y) << 32 | x;

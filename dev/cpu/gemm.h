@@ -5,10 +5,8 @@
 // 2. Multiply. The kernel keeps MR x NR sums in registers and runs over K: 2 loads of A and NR numbers of B for 2 NR
 //    vector multiply-adds. Tiles of panels, sized for the L2 cache, are spread over the OS threads.
 //
-// One column or two are multiplied without packing (decoding: each number of a matrix is read once).
-//
-// Every number of C is one sum in ascending k either way and whatever tile it is in, so its bits do not depend on the
-// thread count.
+// Every number of C is one sum in ascending k, whatever tile it is in: so its bits depend neither on the thread count
+// nor on how many columns there are. But for one or two, where packing would take longest: these are dot products.
 #pragma once
 
 #include <vector>
@@ -39,7 +37,8 @@ template <typename V> V load_floats(const float *p) {
     memcpy(&x, p, sizeof(x));
     return x;
 }
-template <int n> struct Bits {
+template <int n> struct Bits { // vectors of n numbers
+    typedef float Floats __attribute__((vector_size(4 * n)));
     typedef uint16_t Halves __attribute__((vector_size(2 * n)));
     typedef uint32_t Words __attribute__((vector_size(4 * n)));
     typedef int8_t Int8s __attribute__((vector_size(n)));
@@ -79,18 +78,21 @@ void pack_panel(float *to, const T *p, int64_t si, int64_t sk, int64_t rows, int
             for (int i = 0; i < WIDTH; i++) to[k * WIDTH + i] = static_cast<float>(p[i + k * sk]);
     } else {
         for (int64_t k0 = 0; k0 < K; k0 += 16) { // a transposition, in squares that stay in the L1 cache
-            const int64_t end = std::min(k0 + 16, K), whole = k0 + (end - k0) / 4 * 4;
             constexpr int fours = WIDTH / 4 * 4;
-            for (int i = 0; i < WIDTH; i++) {
-                __builtin_prefetch(p + i * si + k0 + 64); // of many rows at once the CPU would not see what comes
-                for (int64_t k = i < fours ? whole : k0; k < end; k++)
-                    to[k * WIDTH + i] = static_cast<float>(p[i * si + k]);
-                for (int64_t k = k0; k < whole && i % 4 == 3; k += 4) { // rows i - 3 .. i
+            const int64_t end = std::min(k0 + 16, K), whole = k0 + (end - k0) / 4 * 4;
+            for (int i = 0; i < fours; i += 4) {
+                const T *four = p + i * si;
+                // of many rows at once the CPU would not see what comes
+                for (int l = 0; l < 4; l++) __builtin_prefetch(four + l * si + k0 + 64);
+                for (int64_t k = k0; k < whole; k += 4) {
                     Vector4 column[4];
-                    transpose_4x4(column, p + (i - 3) * si + k, si);
-                    for (int j = 0; j < 4; j++) memcpy(to + (k + j) * WIDTH + i - 3, &column[j], sizeof(Vector4));
+                    transpose_4x4(column, four + k, si);
+                    for (int j = 0; j < 4; j++) memcpy(to + (k + j) * WIDTH + i, &column[j], sizeof(Vector4));
                 }
             }
+            for (int i = whole < end ? 0 : fours; i < WIDTH; i++)
+                for (int64_t k = i < fours ? whole : k0; k < end; k++)
+                    to[k * WIDTH + i] = static_cast<float>(p[i * si + k]);
         }
     }
 }
@@ -128,10 +130,27 @@ void store(T *c, int64_t ld, const float *sums, int64_t ld_sums, int64_t rows, i
             c[i] = static_cast<T>(beta == 0 ? alpha * sums[i] : alpha * sums[i] + beta * static_cast<float>(c[i]));
 }
 
-// ---- a row times one vector or two: each number is used at once, so nothing is packed ----
+// ---- sums over rows, for twins and for products with a vector or two ----
+
+template <typename V> float sum_in(V v) { // halves are added until one number is left
+    typename Bits<sizeof(V) / 8>::Floats half[2];
+    memcpy(half, &v, sizeof(v));
+    half[0] += half[1];
+    if constexpr (sizeof(V) == 16) return half[0][0] + half[0][1];
+    else return sum_in(half[0]);
+}
+
+inline float sum_of(const float *x, int64_t n) {
+    Vector s = {};
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) s += load_floats<Vector>(x + i);
+    float sum = sum_in(s);
+    for (; i < n; i++) sum += x[i];
+    return sum;
+}
 
 // sums[j] = sum over k of a[k] b[j ldb + k], in PARTS VL sums that are added up at the end
-template <int COLUMNS, typename T> void dots(float *sums, const T *a, const float *b, int64_t ldb, int64_t K) {
+template <int COLUMNS, typename A, typename B> void dots(float *sums, const A *a, const B *b, int64_t ldb, int64_t K) {
     constexpr int PARTS = COLUMNS == 1 ? 8 : 4;
     Vector s[COLUMNS][PARTS] = {};
     int64_t k = 0;
@@ -139,24 +158,28 @@ template <int COLUMNS, typename T> void dots(float *sums, const T *a, const floa
 #pragma GCC unroll 8
         for (int part = 0; part < PARTS; part++) {
             // of short numbers the CPU alone does not ask for enough ahead; of four bytes it does, and this costs
-            if (sizeof(T) < 4 && part * VL * sizeof(T) % 64 == 0)
+            if (sizeof(A) < 4 && part * VL * sizeof(A) % 64 == 0)
                 __builtin_prefetch(reinterpret_cast<const char *>(a + k + part * VL) + 2048);
             const Vector x = load_floats<Vector>(a + k + part * VL);
 #pragma GCC unroll 4
             for (int j = 0; j < COLUMNS; j++)
                 s[j][part] = fused(x, load_floats<Vector>(b + j * ldb + k + part * VL), s[j][part]);
         }
+    for (int j = 0; j < COLUMNS; j++)
+        for (int part = 1; part < PARTS && k > 0; part++) s[j][0] += s[j][part];
     for (; k + VL <= K; k += VL)
         for (int j = 0; j < COLUMNS; j++)
             s[j][0] = fused(load_floats<Vector>(a + k), load_floats<Vector>(b + j * ldb + k), s[j][0]);
-    for (int j = 0; j < COLUMNS; j++) {
-        Vector all = s[j][0];
-        for (int part = 1; part < PARTS; part++) all += s[j][part];
-        float sum = 0;
-        for (int i = 0; i < VL; i++) sum += all[i];
-        for (int64_t i = k; i < K; i++) sum = fused(static_cast<float>(a[i]), b[j * ldb + i], sum);
-        sums[j] = sum;
-    }
+    for (int j = 0; j < COLUMNS; j++) sums[j] = sum_in(s[j][0]);
+    for (; k < K; k++)
+        for (int j = 0; j < COLUMNS; j++)
+            sums[j] = fused(static_cast<float>(a[k]), static_cast<float>(b[j * ldb + k]), sums[j]);
+}
+
+template <typename X, typename Y> float dot(const X *x, const Y *y, int64_t n) {
+    float sum;
+    dots<1>(&sum, x, y, 0, n);
+    return sum;
 }
 
 constexpr int64_t tile_a = 128 / MR, most_b = 264 / NR, few_ks = 256; // panels of a tile, numbers of each
@@ -228,46 +251,21 @@ inline void gemm_of_panels(bool transA, bool transB, int64_t M, int64_t N, int64
     });
 }
 
-// ---- one column or two, the rows of A in memory one after the other: a number of A is used at once, not packed ----
-
-constexpr int column_rows = 16;
-template <int COLUMNS, typename T> // sums[j][i] = sum over k of a[i][k] b[j][k]
-void multiply_columns(float (*sums)[column_rows], const void *A, int64_t ld, const float *b, int64_t rows, int64_t K) {
-    const T *a = static_cast<const T *>(A);
-    Vector4 s[COLUMNS][column_rows / 4] = {};
-    const int64_t whole = rows < column_rows ? 0 : K / 16 * 16;
-    for (int64_t k0 = 0; k0 < whole; k0 += 16)
-        for (int i = 0; i < column_rows / 4; i++) {
-            const T *four = a + 4 * i * ld + k0;
-            for (int l = 0; l < 4; l++) __builtin_prefetch(four + l * ld + 64);
-            for (int64_t k = k0; k < k0 + 16; k += 4) {
-                Vector4 column[4];
-                transpose_4x4(column, four + k - k0, ld);
-                for (int j = 0; j < COLUMNS; j++)
-                    for (int l = 0; l < 4; l++) s[j][i] = fused(column[l], b[j * K + k + l] - Vector4{}, s[j][i]);
-            }
-        }
-    memcpy(sums, s, sizeof(s));
-    for (int64_t k = whole; k < K; k++)
-        for (int j = 0; j < COLUMNS; j++)
-            for (int64_t i = 0; i < rows; i++)
-                sums[j][i] = fused(static_cast<float>(a[i * ld + k]), b[j * K + k], sums[j][i]);
-}
-
+// One column or two, the rows of A in memory one after the other: dot products
 inline void gemm_of_columns(bool transB, int64_t M, int64_t N, int64_t K, float alpha, const Matrix &A, const Matrix &B,
                             float beta, const Matrix &C) {
     std::vector<float> b(static_cast<size_t>(N * K));
     for (int64_t j = 0; j < N; j++) pack<1>(b.data() + j * K, B, 0, j, !transB, N, 0, K);
-    const auto multiply = A.bf16   ? N == 1 ? multiply_columns<1, __nv_bfloat16> : multiply_columns<2, __nv_bfloat16>
-                            : N == 1 ? multiply_columns<1, float>
-                                   : multiply_columns<2, float>;
-    const int64_t cost = column_rows * K;
-    for_each(panels(M, column_rows), cost, [&](int64_t part) {
-        const int64_t row = part * column_rows, rows = std::min<int64_t>(column_rows, M - row);
-        float sums[2][column_rows];
-        multiply(sums, static_cast<char *>(A.data) + row * A.ld * (A.bf16 ? 2 : 4), A.ld, b.data(), rows, K);
-        if (C.bf16) store(static_cast<__nv_bfloat16 *>(C.data) + row, C.ld, sums[0], column_rows, rows, N, alpha, beta);
-        else store(static_cast<float *>(C.data) + row, C.ld, sums[0], column_rows, rows, N, alpha, beta);
+    for_each(M, N * K, [&](int64_t row) {
+        float sums[2];
+        auto multiply = [&](auto *a) {
+            if (N == 1) dots<1>(sums, a + row * A.ld, b.data(), K, K);
+            else dots<2>(sums, a + row * A.ld, b.data(), K, K);
+        };
+        if (A.bf16) multiply(static_cast<const __nv_bfloat16 *>(A.data));
+        else multiply(static_cast<const float *>(A.data));
+        if (C.bf16) store(static_cast<__nv_bfloat16 *>(C.data) + row, C.ld, sums, 1, 1, N, alpha, beta);
+        else store(static_cast<float *>(C.data) + row, C.ld, sums, 1, 1, N, alpha, beta);
     });
 }
 
