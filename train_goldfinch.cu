@@ -4110,9 +4110,6 @@ __global__ void swiglu_backward_kernel(floatX *da, floatX *db, const floatX *dou
 static const int CLASSIFIER_KEEPS = PRECISION_BF16 ? 8 : 1; // packs a thread
 
 __device__ inline float block_max(float v, float *shared) { // shared: 32 floats
-#ifdef CUDA_ON_CPU
-    if (cuda_on_cpu::twins) return cuda_on_cpu::block_max(v, Site::here());
-#endif
     v = warp_max(v);
     __syncthreads();
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;

@@ -58,32 +58,16 @@ CUDA_ON_CPU_VECTORS(unsigned, uint)
 // ---------------------------------------------------------------------------------------------------------------------
 // Mathematics and small device functions.
 
-inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
-inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float __fsqrt_rn(float x) { return sqrtf(x); }
-inline float __fmul_rn(float x, float y) { return x * y; }
-inline float __fadd_rn(float x, float y) { return x + y; }
-inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1.0f) : 0.0f; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline void sincospif(float x, float *sine, float *cosine) {
     *sine = static_cast<float>(sin(M_PI * x));
     *cosine = static_cast<float>(cos(M_PI * x));
 }
-inline int __float_as_int(float x) {
-    int i;
-    memcpy(&i, &x, 4);
-    return i;
-}
 inline unsigned __float_as_uint(float x) {
     unsigned i;
     memcpy(&i, &x, 4);
     return i;
-}
-inline float __int_as_float(int i) {
-    float x;
-    memcpy(&x, &i, 4);
-    return x;
 }
 inline float __uint_as_float(unsigned i) {
     float x;
@@ -123,7 +107,6 @@ __attribute__((always_inline)) inline float exp_of_parts(float shifted, float r)
 }
 } // namespace cuda_on_cpu
 #define expf cuda_on_cpu::exp_of
-#define __expf cuda_on_cpu::exp_of
 #define exp2f cuda_on_cpu::exp2_of
 #define tanhf cuda_on_cpu::tanh_of
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) { // bytes 0 to 3 are x's, 4 to 7 y's
@@ -133,12 +116,6 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) { // byte
     return to;
 }
 inline int __float2int_rn(float x) { return static_cast<int>(rintf(x)); }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-template <typename T> T __ldg(const T *p) { return *p; }
-template <typename T> T __ldcs(const T *p) { return *p; }
-template <typename T> void __stcs(T *p, T x) { *p = x; }
 
 #define CUDA_ON_CPU_MIN_MAX(T) \
     constexpr T min(T a, T b) { return b < a ? b : a; } \
@@ -155,24 +132,11 @@ inline float max(float a, float b) { return fmaxf(a, b); }
 inline double min(double a, double b) { return fmin(a, b); }
 inline double max(double a, double b) { return fmax(a, b); }
 
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence_block() {} // one OS thread runs the block
 
 // Integers only: sums of floats in any order would differ from run to run.
 template <typename T> using AtomicInteger = std::enable_if_t<std::is_integral<T>::value, T>;
 template <typename T> AtomicInteger<T> atomicAdd(T *p, T x) { return __atomic_fetch_add(p, x, __ATOMIC_RELAXED); }
-template <typename T> AtomicInteger<T> atomicOr(T *p, T x) { return __atomic_fetch_or(p, x, __ATOMIC_RELAXED); }
-template <typename T> AtomicInteger<T> atomicExch(T *p, T x) { return __atomic_exchange_n(p, x, __ATOMIC_RELAXED); }
-template <typename T> AtomicInteger<T> atomicMax(T *p, T x) {
-    T old = __atomic_load_n(p, __ATOMIC_RELAXED);
-    while (old < x && !__atomic_compare_exchange_n(p, &old, x, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
-    return old;
-}
-template <typename T> AtomicInteger<T> atomicMin(T *p, T x) {
-    T old = __atomic_load_n(p, __ATOMIC_RELAXED);
-    while (x < old && !__atomic_compare_exchange_n(p, &old, x, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
-    return old;
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Memory. Device memory is memory.
@@ -300,15 +264,13 @@ inline cudaError_t cudaMemGetInfo(size_t *available, size_t *total) { // of the 
 // ---------------------------------------------------------------------------------------------------------------------
 // Streams and events. All work is done when its call returns, so there is nothing to wait for; events keep the time.
 
-constexpr unsigned cudaStreamDefault = 0, cudaStreamNonBlocking = 1;
-constexpr unsigned cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2;
+constexpr unsigned cudaStreamDefault = 0, cudaEventDisableTiming = 2;
 
 inline cudaError_t cudaStreamCreate(cudaStream_t *stream) {
     static uintptr_t streams = 0;
     *stream = reinterpret_cast<cudaStream_t>(++streams);
     return cudaSuccess;
 }
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) { return cudaStreamCreate(stream); }
 inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned, int) {
     return cudaStreamCreate(stream);
 }
@@ -316,7 +278,6 @@ inline cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
     *least = *greatest = 0;
     return cudaSuccess;
 }
-inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
@@ -362,18 +323,10 @@ inline cudaError_t cudaGetDeviceCount(int *count) { // one a core, for processes
     *count = text ? atoi(text) : omp_get_num_procs();
     return cudaSuccess;
 }
-namespace cuda_on_cpu {
-inline int device_in_use = 0;
-} // namespace cuda_on_cpu
 inline cudaError_t cudaSetDevice(int device) {
     int count;
     cudaGetDeviceCount(&count);
     if (device < 0 || device >= count) return cuda_on_cpu::result(cudaErrorInvalidValue);
-    cuda_on_cpu::device_in_use = device;
-    return cudaSuccess;
-}
-inline cudaError_t cudaGetDevice(int *device) {
-    *device = cuda_on_cpu::device_in_use;
     return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
@@ -391,7 +344,6 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
 template <typename F> cudaError_t cudaFuncSetAttribute(F *, cudaFuncAttribute, int) { return cudaSuccess; }
 
-inline cudaError_t cudaPeekAtLastError() { return cuda_on_cpu::last_error; }
 inline cudaError_t cudaGetLastError() {
     cudaError_t error = cuda_on_cpu::last_error;
     cuda_on_cpu::last_error = cudaSuccess;

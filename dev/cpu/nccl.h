@@ -130,11 +130,11 @@ inline ncclResult_t ncclAllReduce(const void *from, void *to, size_t count, nccl
     return ncclSuccess;
 }
 
-// to (count): the sum over ranks of this rank's part of from (n count)
 // Calls between these are one launch on a GPU; here each is done at once.
 inline ncclResult_t ncclGroupStart() { return ncclSuccess; }
 inline ncclResult_t ncclGroupEnd() { return ncclSuccess; }
 
+// to (count): the sum over ranks of this rank's part of from (n count)
 inline ncclResult_t ncclReduceScatter(const void *from, void *to, size_t count, ncclDataType_t type, ncclRedOp_t,
                                       ncclComm_t comm, cudaStream_t) {
     const auto first = static_cast<size_t>(comm->rank) * count, all = static_cast<size_t>(comm->n) * count;

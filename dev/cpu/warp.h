@@ -99,45 +99,24 @@ inline float warp_max(float x, int width, Site site) {
     return x;
 }
 
-// Over what n threads bring, whole warps: first over each, as above, then over these in ascending order.
-template <typename Combine> float fold_block(const float *x, int n, Combine combine) {
-    float total = 0;
-    for (int first = 0; first < n; first += 32) {
-        float v[32];
-        memcpy(v, x + first, sizeof(v));
-        fold<32>(v, combine);
-        total = first == 0 ? v[0] : combine(total, v[0]);
-    }
-    return total;
-}
-
-inline float sum_as_block(const float *x, int n) { // for loops that give what block_sum does
-    return fold_block(
-        x, n, [](float a, float b) { return a + b; });
-}
-
-// One meeting instead of three
-template <typename Combine> void over_block(const char *name, Site site, int count, float *x, Combine combine) {
+// The same sums over a block of whole warps: of each warp, as above, then of these in ascending order. One meeting in
+// place of three barriers.
+inline void block_sum(int count, float *x, Site site) {
     collective(
-        block->barrier, block->self->thread, name, site, x,
+        block->barrier, block->self->thread, "block_sum", site, x,
         [=](float *const *lanes, int n) {
             for (int j = 0; j < count; j++) {
-                float v[max_threads];
-                for (int i = 0; i < n; i++) v[i] = lanes[i][j];
-                const float total = fold_block(v, n, combine);
+                float total = 0;
+                for (int first = 0; first < n; first += 32) {
+                    float v[32];
+                    for (int i = 0; i < 32; i++) v[i] = lanes[first + i][j];
+                    fold<32>(
+                        v, [](float a, float b) { return a + b; });
+                    total = first == 0 ? v[0] : total + v[0];
+                }
                 for (int i = 0; i < n; i++) lanes[i][j] = total;
             }
         });
-}
-
-inline void block_sum(int count, float *x, Site site) {
-    over_block(
-        "block_sum", site, count, x, [](float a, float b) { return a + b; });
-}
-
-inline float block_max(float x, Site site) {
-    over_block("block_max", site, 1, &x, [](float a, float b) { return a > b ? a : b; });
-    return x;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -147,10 +126,6 @@ inline float block_max(float x, Site site) {
 //     b[4j + i] row 2t + i % 2 + 8 (i / 2), column g of the j-th B
 //     c[4j + i] row g + 8 (i / 2), column 2t + i % 2 of the j-th D
 // Each number of D sums its 16 products in ascending order.
-//
-// The four numbers of D in a lane are a 2 x 2 square: rows g and g + 8, columns 2t and 2t + 1. The squares of several
-// lanes g, one behind the other, fill a vector and are never taken apart: to it we add, for each k, a vector of A's
-// column k, each number twice, times a pair of numbers of B's row k, over and over.
 
 #if defined(__AVX512F__)
 constexpr int VL = 16; // floats in a vector register
@@ -160,7 +135,6 @@ constexpr int VL = 8;
 constexpr int VL = 4;
 #endif
 using Vector = float __attribute__((vector_size(VL * 4)));
-using VectorOfPairs = int64_t __attribute__((vector_size(VL * 4))); // the same register, two floats at a time
 using Vector4 = float __attribute__((vector_size(16)));
 
 // a b + c, rounded once where the CPU has an instruction for it. g++ makes none of a product and a sum by itself
@@ -199,86 +173,24 @@ template <int... which, typename V> auto pick(V x, V y) {
 }
 #endif
 
-// A square of each of VL / 4 lanes to a register, or from it; square(i) is where that of the i-th is
-template <typename Square> Vector squares_in(Square square) {
-    Vector4 x[VL / 4];
-    for (int i = 0; i < VL / 4; i++) memcpy(&x[i], square(i), 16);
-#if defined(__AVX__)
-    const auto low = pick<0, 1, 2, 3, 4, 5, 6, 7>(x[0], x[1]);
-#endif
-#if defined(__AVX512F__)
-    return pick<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>(low, pick<0, 1, 2, 3, 4, 5, 6, 7>(x[2], x[3]));
-#elif defined(__AVX__)
-    return low;
-#else
-    return x[0];
-#endif
-}
-template <typename Square> void squares_out(Vector v, Square square) {
-    Vector4 x[VL / 4] = {pick<0, 1, 2, 3>(v, v)};
-#if defined(__AVX__)
-    x[1] = pick<4, 5, 6, 7>(v, v);
-#endif
-#if defined(__AVX512F__)
-    x[2] = pick<8, 9, 10, 11>(v, v);
-    x[3] = pick<12, 13, 14, 15>(v, v);
-#endif
-    for (int i = 0; i < VL / 4; i++) memcpy(square(i), &x[i], 16);
-}
-
-// Of each square the two numbers of a column, twice: x, x, y, y
-template <int column> Vector twice(Vector v) {
-    constexpr int a = column, b = column + 2;
-#if defined(__AVX512F__)
-    return pick<a, a, b, b, a + 4, a + 4, b + 4, b + 4, a + 8, a + 8, b + 8, b + 8, a + 12, a + 12, b + 12, b + 12>(v,
-                                                                                                                    v);
-#elif defined(__AVX__)
-    return pick<a, a, b, b, a + 4, a + 4, b + 4, b + 4>(v, v);
-#else
-    return pick<a, a, b, b>(v, v);
-#endif
-}
-
 inline void mma_product(int n, float *const *c, const float *const *a, const float *const *b) {
-    constexpr int parts = 32 / VL;                        // registers for two columns of D
-    constexpr int pairs = VL == 16 ? 4 : VL == 8 ? 2 : 1; // of columns at a time: 8 registers of sums
-    Vector A[16][parts];                                  // A[k]: rows 0, 0, 8, 8, 1, 1, 9, 9, .. of column k
-    for (int t = 0; t < 4; t++)
-        for (int h = 0; h < 2; h++)
-            for (int p = 0; p < parts; p++) {
-                const Vector squares = squares_in([&](int i) { return a[4 * (p * VL / 4 + i) + t] + 4 * h; });
-                A[2 * t + 8 * h][p] = twice<0>(squares);
-                A[2 * t + 8 * h + 1][p] = twice<1>(squares);
-            }
-
+    alignas(64) float A[16][16], B[16][8], D[16][8];
+    for (int lane = 0; lane < 32; lane++) { // pairs of columns at a time
+        const int g = lane / 4, t = lane % 4;
+        for (int i = 0; i < 8; i += 2) memcpy(&A[g + 4 * (i & 2)][2 * t + 2 * (i & 4)], a[lane] + i, 8);
+    }
     for (int j = 0; j < n; j++) {
-        alignas(64) Vector4 B[2][4][4]; // B[h][t][q]: columns 2q and 2q + 1 of rows 2t + 8h, 2t + 8h + 1
-        for (int t = 0; t < 4; t++)
-            for (int q = 0; q < 4; q++) {
-                Vector4 even, odd;
-                memcpy(&even, b[8 * q + t] + 4 * j, 16);
-                memcpy(&odd, b[8 * q + t + 4] + 4 * j, 16);
-                B[0][t][q] = pick<0, 4, 1, 5>(even, odd);
-                B[1][t][q] = pick<2, 6, 3, 7>(even, odd);
-            }
-        for (int t = 0; t < 4; t += pairs) {
-            Vector d[pairs][parts];
-            auto square = [&](int q, int p) { return [=](int i) { return c[4 * (p * VL / 4 + i) + t + q] + 4 * j; }; };
-            for (int q = 0; q < pairs; q++)
-                for (int p = 0; p < parts; p++) d[q][p] = squares_in(square(q, p));
-#pragma GCC unroll 16
-            for (int k = 0; k < 16; k++)
-#pragma GCC unroll 4
-                for (int q = 0; q < pairs; q++) {
-                    int64_t pair;
-                    memcpy(&pair, reinterpret_cast<const char *>(&B[k / 8][k % 8 / 2][t + q]) + 8 * (k % 2), 8);
-                    const Vector bk = reinterpret_cast<Vector>(VectorOfPairs{} + pair);
-#pragma GCC unroll 8
-                    for (int p = 0; p < parts; p++) d[q][p] = fused(A[k][p], bk, d[q][p]);
-                }
-            for (int q = 0; q < pairs; q++)
-                for (int p = 0; p < parts; p++) squares_out(d[q][p], square(q, p));
+        for (int lane = 0; lane < 32; lane++) {
+            const int g = lane / 4, t = lane % 4;
+            for (int i = 0; i < 4; i++) B[2 * t + i % 2 + 4 * (i & 2)][g] = b[lane][4 * j + i];
+            for (int i = 0; i < 4; i += 2) memcpy(&D[g + 4 * i][2 * t], c[lane] + 4 * j + i, 8);
         }
+        for (int row = 0; row < 16; row++)
+            for (int k = 0; k < 16; k++)
+                for (int column = 0; column < 8; column++)
+                    D[row][column] = fused(A[row][k], B[k][column], D[row][column]);
+        for (int lane = 0; lane < 32; lane++)
+            for (int i = 0; i < 4; i += 2) memcpy(c[lane] + 4 * j + i, &D[lane / 4 + 4 * i][lane % 4 * 2], 8);
     }
 }
 
