@@ -8726,13 +8726,13 @@ typedef struct Preset {
     const char *key, *value;
 } Preset;
 static const Preset demo_preset[] = {
-    {"model.n_layer", "6"},       {"model.n_embd", "64"},
+    {"model.n_layer", "3"},       {"model.n_embd", "128"},
     {"model.ctx_len", "128"},     {"model.vocab_size", "320"},
-    {"train.micro_bsz", "4"},     {"train.lr_init", "4e-3"},
-    {"train.lr_final", "4e-5"},   {"train.lr_decay_type", "linear"},
-    {"train.warmup_steps", "40"}, {"train.my_exit_tokens", "563200"},
-    {"train.data_type", "utf-8"}, {"train.save_every", "550"},
-    {"train.val_every", "1100"},
+    {"train.micro_bsz", "2"},     {"train.lr_init", "2.5e-3"},
+    {"train.lr_final", "2.5e-5"}, {"train.lr_decay_type", "linear"},
+    {"train.warmup_steps", "40"}, {"train.my_exit_tokens", "486400"}, // 1900 steps
+    {"train.data_type", "utf-8"}, {"train.save_every", "950"},
+    {"train.val_every", "1900"},
 };
 static const int n_demo_preset = sizeof(demo_preset) / sizeof(demo_preset[0]);
 static void settings_preset(Settings *s) {

@@ -3,6 +3,7 @@
 
   make GPU=0 PRECISION=BF16 train infer && make GPU=0 PRECISION=FP32 train infer
   dev/bench_cpu.py [--base FOLDER] [--peer PYTHON] [--runs 5] [--work FOLDER]
+  dev/bench_cpu.py --whole          # what a newcomer runs, in a fresh clone: make and the demo, make test
 
 --base: another checkout of this project, built likewise, to compare with. --peer: a Python that has the packages rwkv,
 torch and numpy (pip install rwkv torch numpy): the same Finch with the same weights in PyTorch. All sides run in turn, so
@@ -14,6 +15,7 @@ import argparse
 import csv
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -118,10 +120,30 @@ class Bench:
     def demo(self, side, train, out):
         output([train, "--train.max_steps", "40", "--train.sample_every", "-1", "--train.val_every", "0", "--train.out",
                 out, "--train.data_type", "utf-8", "--train.data_file", os.path.join(HERE, "train_goldfinch.cu"),
-                "--model.n_layer", "6", "--model.n_embd", "64", "--model.ctx_len", "128", "--model.vocab_size", "320",
-                "--train.micro_bsz", "4", "--train.my_exit_tokens", "563200"])
+                "--model.n_layer", "3", "--model.n_embd", "128", "--model.ctx_len", "128", "--model.vocab_size", "320",
+                "--train.micro_bsz", "2", "--train.my_exit_tokens", "486400"])
         with open(os.path.join(out, "log.csv"), newline="") as f:
             self.add(side, "demo step", statistics.median(float(row["ms"]) for row in list(csv.DictReader(f))[5:]))
+
+
+def whole(work):
+    """What a newcomer runs, in a fresh clone: make and the demo, make test."""
+    clone = os.path.join(work, "clone")
+    shutil.rmtree(clone, ignore_errors=True)
+    output(["git", "clone", "-q", HERE, clone])
+    times, text = [], ""
+    for command in (["make", "GPU=0"], ["./train_goldfinch"], ["make", "GPU=0", "infer", "test_goldfinch"],
+                    ["make", "GPU=0", "test"]):
+        begin = time.time()
+        done = subprocess.run(command, cwd=clone, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                              errors="replace")
+        if done.returncode != 0:
+            stop(f"{' '.join(command)}, in {clone}: exit code {done.returncode}: {done.stderr.strip()[-200:]}")
+        times.append(time.time() - begin)
+        text += done.stdout
+    print(f"whole demo: make {times[0]:.1f} s, ./train_goldfinch {times[1]:.1f} s, together {sum(times[:2]):.1f} s; "
+          + re.search(r"validation loss: [\d.]+", text)[0])
+    print(f"make test, programs built: {times[3]:.1f} s")
 
 
 def main():
@@ -131,8 +153,11 @@ def main():
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--work", default="/tmp/bench_cpu")
     parser.add_argument("--quick", action="store_true", help="skip what takes longest: initialization again and again")
+    parser.add_argument("--whole", action="store_true", help="only: make, the demo and make test in a fresh clone")
     options = parser.parse_args()
     os.makedirs(options.work, exist_ok=True)
+    if options.whole:
+        return whole(options.work)
     bench = Bench(options.work)
     folders = {"here": HERE, **({"base": options.base} if options.base else {})}
     models = {}
