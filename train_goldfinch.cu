@@ -8730,9 +8730,9 @@ static const Preset demo_preset[] = {
     {"model.ctx_len", "128"},     {"model.vocab_size", "320"},
     {"train.micro_bsz", "2"},     {"train.lr_init", "2.5e-3"},
     {"train.lr_final", "2.5e-5"}, {"train.lr_decay_type", "linear"},
-    {"train.warmup_steps", "40"}, {"train.my_exit_tokens", "486400"}, // 1900 steps
-    {"train.data_type", "utf-8"}, {"train.save_every", "950"},
-    {"train.val_every", "1900"},
+    {"train.warmup_steps", "40"}, {"train.my_exit_tokens", "588800"}, // 2300 steps
+    {"train.data_type", "utf-8"}, {"train.save_every", "1150"},
+    {"train.val_every", "2300"},
 };
 static const int n_demo_preset = sizeof(demo_preset) / sizeof(demo_preset[0]);
 static void settings_preset(Settings *s) {

@@ -167,7 +167,7 @@ unwanted 'model.tmix2: expected one of x060c2 gold x060 .*, found "golden"' -c g
 unwanted 'model.cmix: expected one of x060 x052 llama, found "x060c2"' --model.cmix x060c2
 unwanted "model.tmix: 'gold' needs a layer before it" --model.tmix gold
 unwanted "model.tmix2: 'gold' needs a layer before it" --model.n_layer 1
-unwanted 'model.dim_att: with gold layers it must be n_embd, 64, found 256' --model.dim_att 256
+unwanted 'model.dim_att: with gold layers it must be n_embd, 128, found 256' --model.dim_att 256
 unwanted 'compression_ratio: expected a number from 1 to 65536, found "0"' -c goldfinch --model.kv_cache_compression_ratio 0
 
 echo "-- every mixer trains"
