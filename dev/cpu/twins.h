@@ -10,6 +10,11 @@ template <typename X> static void add_scaled(float *to, float factor, const X *x
     for (int64_t i = 0; i < n; i++) to[i] = fused(factor, (float)x[i], to[i]);
 }
 
+// Memory that is kept from call to call
+static void grow(std::vector<float> &memory, int64_t n) {
+    if ((int64_t)memory.size() < n) memory.resize(n);
+}
+
 static void add_partials_in_loops(Targets to, float *matrix, const float *partial, int P, int rows, int n, int C) {
     const int64_t all = (int64_t)(rows + n) * C;
     for_each(all / 32, 32 * P, [&](int64_t block) {
@@ -142,8 +147,8 @@ template <typename X> static cuda_on_cpu::Matrix matrix_of(X *x, int64_t ld, int
 
 // The m_i = h_i w2_i: (n, BT, C)
 template <int n> static float *ddlerp_amounts_in_loops(const MixTask<n> &mix, int BT, int C) {
-    static std::vector<float> m; // grows to the largest
-    if (m.size() < (size_t)n * BT * C) m.resize((size_t)n * BT * C);
+    static std::vector<float> m;
+    grow(m, (int64_t)n * BT * C);
     cuda_on_cpu::gemm(false, false, C, BT, MIX_RANK, 1, matrix_of(mix.low.w2, C, MIX_RANK * C),
                       matrix_of(mix.low.h, mix.low.ld, MIX_RANK), 0, matrix_of(m.data(), C, (int64_t)BT * C), n);
     return m.data();
@@ -173,7 +178,8 @@ static void ddlerp_backward_in_loops(const MixTask<n> &mix, const DdlerpGradient
                                      int BT, int T, int C) {
     const int64_t all = (int64_t)BT * C, hidden = MIX_RANK * n;
     static std::vector<float> shifted_rows, dh_rows; // (BT + 1, C): sum_i g_i c_i; (BT, 32 n)
-    if ((int64_t)shifted_rows.size() < all + C) shifted_rows.resize(all + C), dh_rows.resize(BT * hidden);
+    grow(shifted_rows, all + C);
+    grow(dh_rows, BT * hidden);
     float *const dm = ddlerp_amounts_in_loops(mix, BT, C), *const shifted = shifted_rows.data(); // m, then dm
     for_each(BT, 4 * n * C, [&](int64_t row) {
         float diff[MAX_C], *sum = shifted + row * C;
