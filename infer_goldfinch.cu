@@ -431,7 +431,7 @@ __device__ inline Pack query_pack(const QuerySource &s, int m, int c, int C, con
 // running sums of every (32 splits)th token, four tokens on their way at a time. Floor: bytes, 2 floatX a channel and
 // token. A single query's first keys and values are asked for early: no kernel that may still run writes the cache (see
 // cache_decode).
-__global__ void __launch_bounds__(WINDOW_THREADS, 2) window_attention_kernel(WindowTask p) {
+HAS_TWIN __global__ void __launch_bounds__(WINDOW_THREADS, 2) window_attention_kernel(WindowTask p) {
     __shared__ float2 shared[32];
     __shared__ float tops[WINDOW_WARPS];
     __shared__ float sums[WINDOW_WARPS];
@@ -2855,7 +2855,7 @@ struct Mixed {
     __device__ void move(int64_t bytes) { move_each(bytes, ln, shift, hidden, xs); }
 };
 
-__global__ void __launch_bounds__(128) decode_mixes_kernel(Mixed p, int C, int64_t apart) {
+HAS_TWIN __global__ void __launch_bounds__(128) decode_mixes_kernel(Mixed p, int C, int64_t apart) {
     __shared__ __align__(16) float parts[4][256];
     const int i = blockIdx.y, c = blockIdx.x * 256 + threadIdx.x % 32 * 8;
     MixSum mix = {};
@@ -2887,7 +2887,7 @@ struct WkvStep {
     }
 };
 
-__global__ void __launch_bounds__(128) wkv_step_kernel(WkvStep p, int64_t apart, int64_t far) {
+HAS_TWIN __global__ void __launch_bounds__(128) wkv_step_kernel(WkvStep p, int64_t apart, int64_t far) {
     __shared__ __align__(16) float parts[16][N];
     __shared__ __align__(16) float parts2[VALUE2_RANK][16];
     __shared__ float r[N];

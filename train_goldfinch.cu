@@ -3290,8 +3290,7 @@ HAS_TWIN __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 }
 
 // delta (B, H, T): dy_t . y_t per head, what the softmax's gradient subtracts. Blocks of a row; 8 lanes hold a head.
-HAS_TWIN __global__ void attention_delta_kernel(float *delta, const floatX *dy, const floatX *y, int rows, int T,
-                                                int H) {
+__global__ void attention_delta_kernel(float *delta, const floatX *dy, const floatX *y, int rows, int T, int H) {
     const int c = threadIdx.x * 8;
     const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y, at = row * H * N + c;
     const bool mine = c < H * N && row < rows;

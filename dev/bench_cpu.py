@@ -3,7 +3,7 @@
 
   make GPU=0 PRECISION=BF16 train infer && make GPU=0 PRECISION=FP32 train infer
   dev/bench_cpu.py [--base FOLDER] [--peer PYTHON] [--runs 5] [--work FOLDER]
-  dev/bench_cpu.py --whole          # what a newcomer runs, in a fresh clone: make and the demo, make test
+  dev/bench_cpu.py --whole          # what a newcomer runs, in a fresh clone of HEAD: make and the demo, make test
 
 --base: another checkout of this project, built likewise, to compare with. --peer: a Python that has the packages rwkv,
 torch and numpy (pip install rwkv torch numpy): the same Finch with the same weights in PyTorch. All sides run in turn, so

@@ -78,25 +78,25 @@ inline float __uint_as_float(unsigned i) {
 // e^x, 2^x and tanh x to two units in the last place, as on a GPU. g++ makes functions of eight numbers of these, too;
 // libm's it calls one by one.
 namespace cuda_on_cpu {
-// 2^n e^r, for |r| below log(2) / 2; shifted: n + `whole`, whose last bits are those of n
-constexpr float whole = 1.5f * (1 << 23);
+// 2^n e^r, for |r| below log(2) / 2; shifted: n + `rounding`, whose last bits are those of n
+constexpr float rounding = 1.5f * (1 << 23); // what is added to it loses its fraction
 __attribute__((always_inline)) inline float exp_of_parts(float shifted, float r) {
     const float p = 0.5f + r * (0.166665152f + r * (0.0416684560f + r * (0.00836941972f + r * 0.00138131424f)));
-    const unsigned n = __float_as_uint(shifted) - __float_as_uint(whole);
+    const unsigned n = __float_as_uint(shifted) - __float_as_uint(rounding);
     const unsigned half = static_cast<unsigned>(static_cast<int>(n) >> 1); // 2^n in two factors: it may be small
     return (1 + (r + r * r * p)) * __uint_as_float((127 + half) << 23) * __uint_as_float((127 + n - half) << 23);
 }
 #pragma omp declare simd notinbranch
 [[gnu::noinline, gnu::const]] inline float exp_of(float x) {
     x = x < -104 ? -104 : x > 89 ? 89 : x; // beyond: 0, infinity
-    const float shifted = x * 1.44269504f + whole, n = shifted - whole;
+    const float shifted = x * 1.44269504f + rounding, n = shifted - rounding;
     return exp_of_parts(shifted, x - n * 0.693359375f + n * 2.12194440e-4f); // x - n log 2, its last bits apart
 }
 #pragma omp declare simd notinbranch
 [[gnu::noinline, gnu::const]] inline float exp2_of(float x) {
     x = x < -150 ? -150 : x > 128 ? 128 : x;
-    const float shifted = x + whole;
-    return exp_of_parts(shifted, (x - (shifted - whole)) * 0.693147181f);
+    const float shifted = x + rounding;
+    return exp_of_parts(shifted, (x - (shifted - rounding)) * 0.693147181f);
 }
 #pragma omp declare simd notinbranch
 [[gnu::noinline, gnu::const]] inline float tanh_of(float x) {

@@ -141,10 +141,11 @@ template <typename V> float sum_in(V v) { // halves are added until one number i
 }
 
 inline float sum_of(const float *x, int64_t n) {
-    Vector s = {};
+    Vector s[4] = {};
     int64_t i = 0;
-    for (; i + VL <= n; i += VL) s += load_floats<Vector>(x + i);
-    float sum = sum_in(s);
+    for (; i + 4 * VL <= n; i += 4 * VL)
+        for (int part = 0; part < 4; part++) s[part] += load_floats<Vector>(x + i + part * VL);
+    float sum = sum_in((s[0] + s[1]) + (s[2] + s[3]));
     for (; i < n; i++) sum += x[i];
     return sum;
 }

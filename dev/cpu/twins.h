@@ -1,6 +1,9 @@
 // Twins of some kernels for the CPU, in plain loops: what launches such a kernel calls its twin instead (README.md
 // here). They follow the equations above the kernels, sums in an order of their own. train_goldfinch.cu includes this
 // behind its kernels, whose words it shares.
+//
+// What a loop over channels reads beside its arrays is copied to a local variable first: a store through a pointer might
+// change what a lambda holds by reference, and g++ would take numbers one by one.
 #pragma once
 
 using cuda_on_cpu::dot, cuda_on_cpu::for_each, cuda_on_cpu::fused, cuda_on_cpu::sum_of;
@@ -30,17 +33,20 @@ static void layernorm_forward_in_loops(floatX *out, floatX *sum, const floatX *x
     for_each(
         rows, 4 * C,
         [&](int64_t row) {
-            const int64_t at = row * C, from = index ? (int64_t)index[row] * C : at;
+            const int channels = C;
+            const floatX *from = x + (index ? index[row] : row) * C, *other = branch ? branch + row * C : nullptr;
+            const floatX *gain = ln.gain.w, *bias = ln.bias.w;
+            floatX *to = out + row * C, *both = sum + row * C;
             float v[MAX_C];
-            for (int c = 0; c < C; c++) v[c] = (float)x[from + c];
-            for (int c = 0; c < C && branch; c++) {
-                sum[at + c] = (floatX)(v[c] + (float)branch[at + c]);
-                v[c] = (float)sum[at + c];
+            for (int c = 0; c < channels; c++) v[c] = (float)from[c];
+            for (int c = 0; c < channels && other; c++) {
+                both[c] = (floatX)(v[c] + (float)other[c]);
+                v[c] = (float)both[c];
             }
             const float mean = sum_of(v, C) / C;
-            for (int c = 0; c < C; c++) v[c] -= mean;
+            for (int c = 0; c < channels; c++) v[c] -= mean;
             const float rstd = rsqrtf(dot(v, v, C) / C + 1e-5f);
-            for (int c = 0; c < C; c++) out[at + c] = (floatX)(v[c] * rstd * (float)ln.gain.w[c] + (float)ln.bias.w[c]);
+            for (int c = 0; c < channels; c++) to[c] = (floatX)(v[c] * rstd * (float)gain[c] + (float)bias[c]);
         });
 }
 
@@ -50,24 +56,25 @@ static void layernorm_backward_in_loops(floatX *dx, float *partial, const floatX
     for_each(
         ceil_div(rows, per), 8 * per * C,
         [&](int64_t part) {
-            float n[MAX_C], dy[MAX_C], dn[MAX_C], *dgain = partial + part * 2 * C, *dbias = dgain + C;
+            const int channels = C;
+            const floatX *gains = gain;
+            float n[MAX_C], dn[MAX_C], *dgain = partial + part * 2 * C, *dbias = dgain + C;
             memset(dgain, 0, 2 * C * sizeof(float));
             for (int64_t row = part * per; row < rows && row < (part + 1) * per; row++) {
-                const floatX *from = x + (index ? index[row] : row) * C;
+                const floatX *from = x + (index ? index[row] : row) * C, *dy = dout + row * C;
                 floatX *to = dx + row * C;
-                for (int c = 0; c < C; c++) n[c] = (float)from[c];
+                for (int c = 0; c < channels; c++) n[c] = (float)from[c];
                 const float mean = sum_of(n, C) / C;
-                for (int c = 0; c < C; c++) n[c] -= mean;
+                for (int c = 0; c < channels; c++) n[c] -= mean;
                 const float rstd = rsqrtf(dot(n, n, C) / C + 1e-5f);
-                for (int c = 0; c < C; c++) {
+                for (int c = 0; c < channels; c++) {
                     n[c] *= rstd;
-                    dy[c] = (float)dout[row * C + c];
-                    dn[c] = dy[c] * (float)gain[c];
-                    dgain[c] += dy[c] * n[c];
-                    dbias[c] += dy[c];
+                    dn[c] = (float)dy[c] * (float)gains[c];
+                    dgain[c] += (float)dy[c] * n[c];
+                    dbias[c] += (float)dy[c];
                 }
                 const float dn_mean = sum_of(dn, C) / C, dn_n_mean = dot(dn, n, C) / C;
-                for (int c = 0; c < C; c++)
+                for (int c = 0; c < channels; c++)
                     to[c] = (floatX)((accumulate ? (float)to[c] : 0) + rstd * (dn[c] - dn_mean - n[c] * dn_n_mean));
             }
         });
@@ -77,9 +84,11 @@ static void rms_norm_forward_in_loops(floatX *out, const floatX *x, int rows, in
     for_each(
         rows, 2 * C,
         [&](int64_t row) {
+            const int channels = C;
             const floatX *from = x + row * C;
+            floatX *to = out + row * C;
             const float scale = 1 / (sqrtf(dot(from, from, C) / C) + 1e-8f);
-            for (int c = 0; c < C; c++) out[row * C + c] = (floatX)((float)from[c] * scale);
+            for (int c = 0; c < channels; c++) to[c] = (floatX)((float)from[c] * scale);
         });
 }
 
@@ -96,20 +105,21 @@ static void classifier_in_loops(floatX *logits, float *losses, int *right, const
                 return;
             }
             const float of_target = (float)z[target];
-            static thread_local std::vector<float> p;
-            p.resize(V);
-            float top = -INFINITY;
-            for (int c = 0; c < V; c++) top = (float)z[c] > top ? (float)z[c] : top;
+            const int n = V;
+            static thread_local std::vector<float> memory;
+            memory.resize(n);
+            float *const p = memory.data(), top = -INFINITY;
+            for (int c = 0; c < n; c++) top = (float)z[c] > top ? (float)z[c] : top;
             int at = 0;
-            while (at < V - 1 && (float)z[at] != top) at++;
-            for (int c = 0; c < V; c++) p[c] = fast_exp((float)z[c] - top);
-            const float sum = sum_of(p.data(), V), inverse = 1 / sum;
+            while (at < n - 1 && (float)z[at] != top) at++;
+            for (int c = 0; c < n; c++) p[c] = fast_exp((float)z[c] - top);
+            const float sum = sum_of(p, n), factor = scale / sum;
             losses[row] = logf(sum) + top - of_target;
             right[row] = at == target;
             if (scale == 0) return;
             p[at] += sum * 1e-4f * top;
             p[target] -= sum;
-            for (int c = 0; c < V; c++) z[c] = (floatX)(p[c] * (scale * inverse));
+            for (int c = 0; c < n; c++) z[c] = (floatX)(p[c] * factor);
         });
 }
 
@@ -163,12 +173,15 @@ static void shift_difference(float *diff, const floatX *x, int64_t row, int T, i
 template <int n> static void ddlerp_forward_in_loops(const MixTask<n> &mix, const floatX *x, int BT, int T, int C) {
     const float *m = ddlerp_amounts_in_loops(mix, BT, C);
     for_each(BT, 2 * n * C, [&](int64_t row) {
+        const int channels = C;
+        const floatX *now = x + row * C;
         float diff[MAX_C];
         shift_difference(diff, x, row, T, C);
         for (int i = 0; i < n; i++) {
             const float *amount = m + ((int64_t)i * BT + row) * C;
-            for (int c = 0; c < C; c++)
-                mix.x[i][row * C + c] = (floatX)((float)x[row * C + c] + diff[c] * ((float)mix.mu[i][c] + amount[c]));
+            const floatX *mu = mix.mu[i];
+            floatX *to = mix.x[i] + row * C;
+            for (int c = 0; c < channels; c++) to[c] = (floatX)((float)now[c] + diff[c] * ((float)mu[c] + amount[c]));
         }
     });
 }
@@ -182,26 +195,28 @@ static void ddlerp_backward_in_loops(const MixTask<n> &mix, const DdlerpGradient
     grow(dh_rows, BT * hidden);
     float *const dm = ddlerp_amounts_in_loops(mix, BT, C), *const shifted = shifted_rows.data(); // m, then dm
     for_each(BT, 4 * n * C, [&](int64_t row) {
+        const int channels = C;
         float diff[MAX_C], *sum = shifted + row * C;
         shift_difference(diff, x, row, T, C);
         memset(sum, 0, C * sizeof(float));
         for (int i = 0; i < n; i++) {
-            const floatX *g = mix.x[i] + row * C;
+            const floatX *g = mix.x[i] + row * C, *mu = mix.mu[i];
             float *m = dm + i * all + row * C;
-            for (int c = 0; c < C; c++) {
-                sum[c] += (float)g[c] * ((float)mix.mu[i][c] + m[c]);
+            for (int c = 0; c < channels; c++) {
+                sum[c] += (float)g[c] * ((float)mu[c] + m[c]);
                 m[c] = (float)g[c] * diff[c];
             }
         }
     });
     for_each(BT, 2 * n * C, [&](int64_t row) {
-        const float *sum = shifted + row * C, *next = sum + C;
+        const int channels = C;
+        const float *sum = shifted + row * C;
+        float out[MAX_C];
         TX *to = dx + row * C;
-        for (int c = 0; c < C; c++) {
-            float out = (accumulate ? (float)to[c] : 0) - sum[c] + ((row + 1) % T ? next[c] : 0);
-            for (int i = 0; i < n; i++) out += (float)mix.x[i][row * C + c];
-            to[c] = (TX)out;
-        }
+        for (int c = 0; c < channels; c++) out[c] = (accumulate ? (float)to[c] : 0) - sum[c];
+        if ((row + 1) % T) add_scaled(out, 1, sum + C, C); // the next token's
+        for (int i = 0; i < n; i++) add_scaled(out, 1, mix.x[i] + row * C, C);
+        for (int c = 0; c < channels; c++) to[c] = (TX)out[c];
     });
     for_each(n * C / 32, BT * 32, [&](int64_t part) {
         const int64_t i = part * 32 / C, c = part * 32 % C;
@@ -352,16 +367,16 @@ static void attention_forward_in_loops(floatX *y, float *log_sum, const floatX *
     const int64_t A = H * N;
     for_each((int64_t)B * H * T, T * N, [&](int64_t row) { // (B, H, T), as log_sum is
         const int64_t bh = row / T, t = row % T, head = bh / H * T * A + bh % H * N;
-        static thread_local std::vector<float> p;
-        p.resize(T);
-        float top = -INFINITY, out[N] = {};
+        static thread_local std::vector<float> memory;
+        memory.resize(T);
+        float *const p = memory.data(), top = -INFINITY, out[N] = {};
         for (int64_t s = 0; s <= t; s++) {
             p[s] = dot(q + head + t * A, k + head + s * A, N) * SCALE_LOG2;
             top = p[s] > top ? p[s] : top;
         }
         for (int64_t s = 0; s <= t; s++) p[s] = exp2_fast(p[s] - top);
         for (int64_t s = 0; s <= t; s++) add_scaled(out, p[s], v + head + s * A, N);
-        const float sum = sum_of(p.data(), t + 1);
+        const float sum = sum_of(p, t + 1);
         log_sum[row] = top + log2f(sum);
         for (int c = 0; c < N; c++) y[head + t * A + c] = (floatX)(out[c] / sum);
     });
@@ -372,7 +387,8 @@ static void attention_backward_in_loops(AttentionGradients g, const floatX *q, c
     const int64_t A = H * N;
     for_each((int64_t)B * H, (int64_t)T * T * N, [&](int64_t bh) {
         const int64_t head = bh / H * T * A + bh % H * N;
-        std::vector<float> dk((size_t)T * N), dv((size_t)T * N), p(T);
+        std::vector<float> dk((size_t)T * N), dv((size_t)T * N), memory(T);
+        float *const p = memory.data();
         for (int64_t t = 0; t < T; t++) {
             const floatX *query = q + head + t * A, *dy = g.dy + head + t * A;
             const float log_sum = g.log_sum[bh * T + t], delta = g.delta[bh * T + t];

@@ -27,9 +27,9 @@ static void window_attention_in_loops(const WindowTask &p, int splits) {
         // maybe none; the first split sees a token, as TmixOut wants it
         const int64_t first = from(split), n = max(from(split + 1) - first, (int64_t)0);
         auto at = [&](int64_t i) { return (int64_t)((unsigned)(first + i) % (unsigned)p.window) * p.C + h * N; };
-        static thread_local std::vector<float> weights;
-        weights.resize(n);
-        float top = -INFINITY, out[N] = {};
+        static thread_local std::vector<float> memory;
+        memory.resize(n);
+        float *const weights = memory.data(), top = -INFINITY, out[N] = {};
         for (int64_t i = 0; i < n; i++) {
             weights[i] = dot(&queries[(size_t)m * p.C + h * N], p.keys + at(i), N) * SCALE_LOG2;
             top = weights[i] > top ? weights[i] : top;
@@ -38,7 +38,7 @@ static void window_attention_in_loops(const WindowTask &p, int splits) {
         for (int64_t i = 0; i < n; i++) add_scaled(out, weights[i], p.values + at(i), N);
         memcpy(p.to.out + row * p.C + h * N, out, sizeof(out));
         p.to.top[row * p.H + h] = top;
-        p.to.sum[row * p.H + h] = sum_of(weights.data(), n);
+        p.to.sum[row * p.H + h] = sum_of(weights, n);
     });
 }
 

@@ -174,6 +174,8 @@ template <int... which, typename V> auto pick(V x, V y) {
 #endif
 
 inline void mma_product(int n, float *const *c, const float *const *a, const float *const *b) {
+    constexpr int wide = VL < 8 ? VL : 8;
+    using Some = float __attribute__((vector_size(wide * 4)));
     alignas(64) float A[16][16], B[16][8], D[16][8];
     for (int lane = 0; lane < 32; lane++) { // pairs of columns at a time
         const int g = lane / 4, t = lane % 4;
@@ -186,9 +188,15 @@ inline void mma_product(int n, float *const *c, const float *const *a, const flo
             for (int i = 0; i < 4; i += 2) memcpy(&D[g + 4 * i][2 * t], c[lane] + 4 * j + i, 8);
         }
         for (int row = 0; row < 16; row++)
-            for (int k = 0; k < 16; k++)
-                for (int column = 0; column < 8; column++)
-                    D[row][column] = fused(A[row][k], B[k][column], D[row][column]);
+            for (int column = 0; column < 8; column += wide) { // as vectors: g++ would take them one by one
+                Some sum, b;
+                memcpy(&sum, &D[row][column], sizeof(sum));
+                for (int k = 0; k < 16; k++) {
+                    memcpy(&b, &B[k][column], sizeof(b));
+                    sum = fused(A[row][k] - Some{}, b, sum);
+                }
+                memcpy(&D[row][column], &sum, sizeof(sum));
+            }
         for (int lane = 0; lane < 32; lane++)
             for (int i = 0; i < 4; i += 2) memcpy(c[lane] + 4 * j + i, &D[lane / 4 + 4 * i][lane % 4 * 2], 8);
     }
