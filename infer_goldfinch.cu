@@ -1966,9 +1966,11 @@ static void products_in_loops(const Job &job, const floatX *x, int vectors, int 
         CUDA_CHECK(cudaMalloc(&floats, n * sizeof(float)));
         capacity = n;
     }
+    std::vector<Job> jobs((size_t)contexts, job);
     for (int64_t context = 0; context < contexts; context++) {
         const floatX *from = x;
         move_each(context * apart, from);
+        jobs[context].move(context * apart, context * far);
         for (int64_t i = 0; i < of_context; i++) floats[context * of_context + i] = (float)from[i];
     }
     cuda_on_cpu::for_each((int64_t)problems * job.rows, (int64_t)job.K * contexts, [&](int64_t i) {
@@ -1980,8 +1982,7 @@ static void products_in_loops(const Job &job, const floatX *x, int vectors, int 
         const int to_second = job.second(row) ? job.second(row) - job.first(row) : 0;
         for (int64_t context = 0; context < contexts; context++) {
             const float *first = floats + context * of_context + (int64_t)blockIdx.y * vectors + job.first(row);
-            Job own = job;
-            own.move(context * apart, context * far);
+            const Job &own = jobs[context];
             float2 sum = make_float2(0, 0);
             if (to_second) cuda_on_cpu::dots<2>(&sum.x, w, first, to_second, job.K);
             else cuda_on_cpu::dots<1>(&sum.x, w, first, 0, job.K);
