@@ -2,8 +2,8 @@
 // here). They follow the equations above the kernels, sums in an order of their own. train_goldfinch.cu includes this
 // behind its kernels, whose words it shares.
 //
-// What a loop over channels reads beside its arrays is copied to a local variable first: a store through a pointer might
-// change what a lambda holds by reference, and g++ would take numbers one by one.
+// What a loop over channels reads beside its arrays is copied to a local variable first: a store through a pointer
+// might change what a lambda holds by reference, and g++ would take numbers one by one.
 #pragma once
 
 using cuda_on_cpu::dot, cuda_on_cpu::for_each, cuda_on_cpu::fused, cuda_on_cpu::sum_of;
