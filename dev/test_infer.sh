@@ -6,8 +6,8 @@ set -u
 export LC_ALL=C OMP_NUM_THREADS=1
 program=$(realpath "${1:-./infer_goldfinch}")
 trainer=$(dirname "$program")/train_goldfinch
-text=$(realpath "${BASH_SOURCE[0]}")
 tmp=$(mktemp -d "${TMPDIR:-/tmp}/goldfinch_infer.XXXXXX")
+head -c 9000 "${BASH_SOURCE[0]}" >"$tmp/text"; text=$tmp/text      # this script is the training text too
 trap '[ $BASHPID = $$ ] && rm -rf "$tmp"' EXIT
 cd "$tmp" || exit 1
 passed=0 failed=0
