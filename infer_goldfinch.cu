@@ -2018,12 +2018,7 @@ template <typename Job> static void matvec_launch(const Job &job, int vectors, i
 }
 
 template <typename Job> static void matvec(const Job &job, int vectors, int problems = 1) {
-#ifdef CUDA_ON_CPU
-    if (cuda_on_cpu::twins) {
-        matvec_in_loops<floatX>(job, vectors, problems);
-        return;
-    }
-#endif
+    TWIN(matvec_in_loops<floatX>(job, vectors, problems));
     matvec_launch(job, vectors, problems);
 }
 
@@ -2362,12 +2357,7 @@ static void matvec_int8_launch(const Job &job, int vectors, int most_slots = INT
 }
 
 template <typename Job> static void matvec_int8(const Job &job, int vectors) {
-#ifdef CUDA_ON_CPU
-    if (cuda_on_cpu::twins) {
-        matvec_in_loops<int8_t>(job, vectors, 1);
-        return;
-    }
-#endif
+    TWIN(matvec_in_loops<int8_t>(job, vectors, 1));
     matvec_int8_launch(job, vectors);
 }
 
@@ -2505,12 +2495,7 @@ static void step_product(const Infer *f, const Job &job, int vectors, int proble
     } else {
         x = job.ready();
     }
-#ifdef CUDA_ON_CPU
-    if (cuda_on_cpu::twins) {
-        products_in_loops<W>(job, x, vectors, problems, f->apart, f->far, f->contexts);
-        return;
-    }
-#endif
+    TWIN(products_in_loops<W>(job, x, vectors, problems, f->apart, f->far, f->contexts));
     if constexpr (!Job::rare)
         if (f->contexts <= 8) return step_product_launch<W, 1>(f, job, x, vectors, problems);
     step_product_launch<W, 4>(f, job, x, vectors, problems);

@@ -56,8 +56,8 @@ def program(folder, precision, name):
     return path
 
 
-def output(command):
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+def output(command, folder=None):
+    done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode != 0:
         stop(f"{' '.join(command)}: exit code {done.returncode}: {done.stderr.strip()}")
     return done.stdout + done.stderr
@@ -135,12 +135,8 @@ def whole(work):
     for command in (["make", "GPU=0"], ["./train_goldfinch"], ["make", "GPU=0", "infer", "test_goldfinch"],
                     ["make", "GPU=0", "test"]):
         begin = time.time()
-        done = subprocess.run(command, cwd=clone, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                              errors="replace")
-        if done.returncode != 0:
-            stop(f"{' '.join(command)}, in {clone}: exit code {done.returncode}: {done.stderr.strip()[-200:]}")
+        text += output(command, clone)
         times.append(time.time() - begin)
-        text += done.stdout
     print(f"whole demo: make {times[0]:.1f} s, ./train_goldfinch {times[1]:.1f} s, together {sum(times[:2]):.1f} s; "
           + re.search(r"validation loss: [\d.]+", text)[0])
     print(f"make test, programs built: {times[3]:.1f} s")

@@ -18,6 +18,20 @@ static void grow(std::vector<float> &memory, int64_t n) {
     if ((int64_t)memory.size() < n) memory.resize(n);
 }
 
+// n numbers for the work of one OS thread
+static float *scratch(int64_t n) {
+    static thread_local std::vector<float> memory;
+    grow(memory, n);
+    return memory.data();
+}
+
+// x -= its mean; returns 1/deviation
+static float center(float *x, int C) {
+    const float mean = sum_of(x, C) / C;
+    for (int c = 0; c < C; c++) x[c] -= mean;
+    return rsqrtf(dot(x, x, C) / C + 1e-5f);
+}
+
 static void add_partials_in_loops(Targets to, float *matrix, const float *partial, int P, int rows, int n, int C) {
     const int64_t all = (int64_t)(rows + n) * C;
     for_each(all / 32, 32 * P, [&](int64_t block) {
@@ -43,9 +57,7 @@ static void layernorm_forward_in_loops(floatX *out, floatX *sum, const floatX *x
                 both[c] = (floatX)(v[c] + (float)other[c]);
                 v[c] = (float)both[c];
             }
-            const float mean = sum_of(v, C) / C;
-            for (int c = 0; c < channels; c++) v[c] -= mean;
-            const float rstd = rsqrtf(dot(v, v, C) / C + 1e-5f);
+            const float rstd = center(v, C);
             for (int c = 0; c < channels; c++) to[c] = (floatX)(v[c] * rstd * (float)gain[c] + (float)bias[c]);
         });
 }
@@ -64,9 +76,7 @@ static void layernorm_backward_in_loops(floatX *dx, float *partial, const floatX
                 const floatX *from = x + (index ? index[row] : row) * C, *dy = dout + row * C;
                 floatX *to = dx + row * C;
                 for (int c = 0; c < channels; c++) n[c] = (float)from[c];
-                const float mean = sum_of(n, C) / C;
-                for (int c = 0; c < channels; c++) n[c] -= mean;
-                const float rstd = rsqrtf(dot(n, n, C) / C + 1e-5f);
+                const float rstd = center(n, C);
                 for (int c = 0; c < channels; c++) {
                     n[c] *= rstd;
                     dn[c] = (float)dy[c] * (float)gains[c];
@@ -106,9 +116,7 @@ static void classifier_in_loops(floatX *logits, float *losses, int *right, const
             }
             const float of_target = (float)z[target];
             const int n = V;
-            static thread_local std::vector<float> memory;
-            memory.resize(n);
-            float *const p = memory.data(), top = -INFINITY;
+            float *const p = scratch(n), top = -INFINITY;
             for (int c = 0; c < n; c++) top = (float)z[c] > top ? (float)z[c] : top;
             int at = 0;
             while (at < n - 1 && (float)z[at] != top) at++;
@@ -274,6 +282,12 @@ struct WkvToken {              // of a head
         for (int j = 0; j < N; j++)
             for (int i = 0; i < N; i++) S[j][i] = fused(k[i], v[j], fused(-rest[i], S[j][i], S[j][i]));
     }
+
+    void step(float *y, WkvState &S, const floatX *u) const {
+        const float own = bonus(u);
+        for (int j = 0; j < N; j++) y[j] = dot(S[j], r, N) + own * v[j];
+        update(S);
+    }
 };
 
 static void wkv_forward_in_loops(floatX *y, const Wkv &p, int B) {
@@ -289,10 +303,9 @@ static void wkv_forward_in_loops(floatX *y, const Wkv &p, int B) {
             const int64_t at = (bh / p.H * p.T + t) * A + channel;
             WkvToken x;
             x.load(p, at, channel);
-            const float bonus = x.bonus(p.u ? p.u + channel : nullptr);
-            for (int j = 0; j < N; j++)
-                y[at + j] = (floatX)(dot(S[j], x.r, N) + bonus * x.v[j] + (p.v2 ? (float)p.v2[at + j] : 0));
-            x.update(S);
+            float out[N];
+            x.step(out, S, p.u ? p.u + channel : nullptr);
+            for (int j = 0; j < N; j++) y[at + j] = (floatX)(out[j] + (p.v2 ? (float)p.v2[at + j] : 0));
         }
         if (carry) memcpy(carry, S, sizeof(S));
     });
@@ -367,9 +380,7 @@ static void attention_forward_in_loops(floatX *y, float *log_sum, const floatX *
     const int64_t A = H * N;
     for_each((int64_t)B * H * T, T * N, [&](int64_t row) { // (B, H, T), as log_sum is
         const int64_t bh = row / T, t = row % T, head = bh / H * T * A + bh % H * N;
-        static thread_local std::vector<float> memory;
-        memory.resize(T);
-        float *const p = memory.data(), top = -INFINITY, out[N] = {};
+        float *const p = scratch(T), top = -INFINITY, out[N] = {};
         for (int64_t s = 0; s <= t; s++) {
             p[s] = dot(q + head + t * A, k + head + s * A, N) * SCALE_LOG2;
             top = p[s] > top ? p[s] : top;
@@ -387,8 +398,8 @@ static void attention_backward_in_loops(AttentionGradients g, const floatX *q, c
     const int64_t A = H * N;
     for_each((int64_t)B * H, (int64_t)T * T * N, [&](int64_t bh) {
         const int64_t head = bh / H * T * A + bh % H * N;
-        std::vector<float> dk((size_t)T * N), dv((size_t)T * N), memory(T);
-        float *const p = memory.data();
+        std::vector<float> dk((size_t)T * N), dv((size_t)T * N);
+        float *const p = scratch(T);
         for (int64_t t = 0; t < T; t++) {
             const floatX *query = q + head + t * A, *dy = g.dy + head + t * A;
             const float log_sum = g.log_sum[bh * T + t], delta = g.delta[bh * T + t];

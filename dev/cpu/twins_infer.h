@@ -7,9 +7,7 @@ static void query_in_loops(float *q, const WindowTask &p, int m) {
     const QuerySource &s = p.query;
     for (int c = 0; c < p.C; c++) q[c] = s.q ? (float)s.q[(int64_t)m * p.C + c] : s.q0[c];
     if (s.q) return;
-    const float mean = sum_of(q, p.C) / p.C;
-    for (int c = 0; c < p.C; c++) q[c] -= mean;
-    const float rstd = rsqrtf(dot(q, q, p.C) / p.C + 1e-5f);
+    const float rstd = center(q, p.C);
     for (int c = 0; c < p.C; c++) q[c] = (float)(floatX)(q[c] * rstd * (float)s.gain[c] + (float)s.bias[c]);
     for (int c = 0; c < p.C && s.rope->used; c += 8)
         store(q + c, rope_pack(load(q + c), *s.rope, s.place->first, c, 1));
@@ -27,9 +25,7 @@ static void window_attention_in_loops(const WindowTask &p, int splits) {
         // maybe none; the first split sees a token, as TmixOut wants it
         const int64_t first = from(split), n = max(from(split + 1) - first, (int64_t)0);
         auto at = [&](int64_t i) { return (int64_t)((unsigned)(first + i) % (unsigned)p.window) * p.C + h * N; };
-        static thread_local std::vector<float> memory;
-        memory.resize(n);
-        float *const weights = memory.data(), top = -INFINITY, out[N] = {};
+        float *const weights = scratch(n), top = -INFINITY, out[N] = {};
         for (int64_t i = 0; i < n; i++) {
             weights[i] = dot(&queries[(size_t)m * p.C + h * N], p.keys + at(i), N) * SCALE_LOG2;
             top = weights[i] > top ? weights[i] : top;
@@ -75,8 +71,7 @@ static void wkv_step_in_loops(const WkvStep &p) {
             if (p.use_v2) add_low_rank(extra, p.hidden + DECAY_RANK, p.value2_w2 + head, VALUE2_RANK, N, A);
             x.finish(p.one_minus_w);
             WkvState &S = *(WkvState *)(p.state + h * N * N);
-            const float bonus = x.bonus(p.u ? p.u + head : nullptr);
-            for (int j = 0; j < N; j++) p.y[head + j] = dot(S[j], x.r, N) + bonus * x.v[j] + extra[j];
-            x.update(S);
+            x.step(p.y + head, S, p.u ? p.u + head : nullptr);
+            for (int j = 0; j < N; j++) p.y[head + j] += extra[j];
         });
 }
