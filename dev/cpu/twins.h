@@ -19,7 +19,7 @@ static void grow(std::vector<float> &memory, int64_t n) {
 }
 
 // n numbers for the work of one OS thread
-static float *scratch(int64_t n) {
+static float *memory_of_thread(int64_t n) {
     static thread_local std::vector<float> memory;
     grow(memory, n);
     return memory.data();
@@ -116,7 +116,7 @@ static void classifier_in_loops(floatX *logits, float *losses, int *right, const
             }
             const float of_target = (float)z[target];
             const int n = V;
-            float *const p = scratch(n), top = -INFINITY;
+            float *const p = memory_of_thread(n), top = -INFINITY;
             for (int c = 0; c < n; c++) top = (float)z[c] > top ? (float)z[c] : top;
             int at = 0;
             while (at < n - 1 && (float)z[at] != top) at++;
@@ -380,7 +380,7 @@ static void attention_forward_in_loops(floatX *y, float *log_sum, const floatX *
     const int64_t A = H * N;
     for_each((int64_t)B * H * T, T * N, [&](int64_t row) { // (B, H, T), as log_sum is
         const int64_t bh = row / T, t = row % T, head = bh / H * T * A + bh % H * N;
-        float *const p = scratch(T), top = -INFINITY, out[N] = {};
+        float *const p = memory_of_thread(T), top = -INFINITY, out[N] = {};
         for (int64_t s = 0; s <= t; s++) {
             p[s] = dot(q + head + t * A, k + head + s * A, N) * SCALE_LOG2;
             top = p[s] > top ? p[s] : top;
@@ -399,7 +399,7 @@ static void attention_backward_in_loops(AttentionGradients g, const floatX *q, c
     for_each((int64_t)B * H, (int64_t)T * T * N, [&](int64_t bh) {
         const int64_t head = bh / H * T * A + bh % H * N;
         std::vector<float> dk((size_t)T * N), dv((size_t)T * N);
-        float *const p = scratch(T);
+        float *const p = memory_of_thread(T);
         for (int64_t t = 0; t < T; t++) {
             const floatX *query = q + head + t * A, *dy = g.dy + head + t * A;
             const float log_sum = g.log_sum[bh * T + t], delta = g.delta[bh * T + t];

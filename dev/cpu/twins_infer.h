@@ -25,7 +25,7 @@ static void window_attention_in_loops(const WindowTask &p, int splits) {
         // maybe none; the first split sees a token, as TmixOut wants it
         const int64_t first = from(split), n = max(from(split + 1) - first, (int64_t)0);
         auto at = [&](int64_t i) { return (int64_t)((unsigned)(first + i) % (unsigned)p.window) * p.C + h * N; };
-        float *const weights = scratch(n), top = -INFINITY, out[N] = {};
+        float *const weights = memory_of_thread(n), top = -INFINITY, out[N] = {};
         for (int64_t i = 0; i < n; i++) {
             weights[i] = dot(&queries[(size_t)m * p.C + h * N], p.keys + at(i), N) * SCALE_LOG2;
             top = weights[i] > top ? weights[i] : top;
